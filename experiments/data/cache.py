@@ -1,0 +1,298 @@
+"""Decoded pictures kept as .npy files that are memory-mapped at the next start.
+
+An entry is a folder <name>-<hash of what made it> with one .npy file per array and an entry.json that says what they
+are. It is written under another name and renamed when complete, so several processes may make the same entry at once
+and one that is killed leaves nothing that looks complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+FORMAT = 1
+ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+class Unwritable(Exception):
+    """The cache cannot be written: no permission, no space, no such folder."""
+
+
+class Damaged(Exception):
+    """An entry is there but is not what was written."""
+
+
+class Writer(Protocol):
+    """Takes the items of an array one after the other."""
+
+    def append(self, item: np.ndarray) -> None: ...
+
+
+Create = Callable[[str, tuple[int, ...], str], Writer]  # name, shape of an item, dtype -> where its items go
+Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about them as JSON values
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Arrays with the facts that their maker returned.
+
+    directory: where they are kept, None if only in memory.
+    notes: what a person should know about how they were come by.
+    """
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+    directory: Path | None
+    notes: tuple[str, ...] = ()
+
+
+def load_or_make(
+    cache_dir: str | os.PathLike | None,
+    name: str,
+    key: dict[str, Any],
+    size: int,
+    make: Make,
+    refuse: Callable[[dict[str, Any]], str | None] = lambda facts: None,
+) -> Entry:
+    """Opens the entry that `key` made, or makes it; keeps it in memory where it cannot be written.
+
+    Args:
+      cache_dir: the folder of all entries; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
+      name: beginning of the entry's folder name.
+      key: JSON values that differ whenever the arrays would.
+      size: bytes that the arrays will take, to see beforehand whether they fit.
+      make: called with create(array name, item shape, dtype), which returns a writer. What it raises is passed on and
+        nothing is kept. Where the cache fails it is called a second time, for an entry in memory.
+      refuse: an entry's facts -> why it is to be made again although undamaged, or None.
+
+    Returns:
+      The entry; its arrays are read-only, and memory maps if they are in the cache.
+    """
+    notes = []
+    try:
+        directory = cache_folder(cache_dir) / f"{name}-{hash_of(key)}"
+        try:
+            entry = open_entry(directory)
+            reason = refuse(entry.facts)
+            if reason is None:
+                return entry
+        except FileNotFoundError:
+            reason = None
+        except Damaged as error:
+            reason = f"it is damaged: {error}"
+        if reason:
+            notes.append(f"the cache {directory} is made again, {reason}")
+            discard(directory)
+        entry = write_entry(directory, size, make)
+    except Unwritable as error:
+        notes.append(f"no cache, so the pictures are held in memory and decoded anew at the next start: {error}")
+        entry = make_in_memory(make)
+    return dataclasses.replace(entry, notes=tuple(notes))
+
+
+def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
+    """The folder of all entries, which need not exist."""
+    try:
+        if cache_dir is not None:
+            return Path(cache_dir).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "resnet-adabound"
+    except RuntimeError as error:
+        raise Unwritable(str(error)) from error
+
+
+def hash_of(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def open_entry(directory: Path) -> Entry:
+    """Opens a complete entry.
+
+    Raises:
+      FileNotFoundError: there is none.
+      Damaged: a file is missing, or has not the size, header or checksum that it was written with.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(directory)
+    try:
+        description = json.loads((directory / "entry.json").read_text(encoding="utf-8"))
+        arrays = {}
+        for name, written in description["arrays"].items():
+            path = directory / f"{name}.npy"
+            if (size := path.stat().st_size) != written["bytes"]:
+                raise Damaged(f"{path.name} has {size:,} bytes, written were {written['bytes']:,}")
+            if sampled_checksum(path) != written["checksum"]:
+                raise Damaged(f"{path.name} is not what was written")
+            arrays[name] = np.load(path, mmap_mode="r")
+        return Entry(arrays, description["facts"], directory)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def write_entry(directory: Path, size: int, make: Make) -> Entry:
+    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster.
+
+    Raises:
+      Unwritable: the file system refused.
+    """
+    partial = directory.with_name(f"partial-{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    with refused_as_unwritable(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(directory)
+        if (free := shutil.disk_usage(directory.parent).free) < size:
+            raise Unwritable(f"{directory.parent} has {free / 1e6:,.0f} MB free, needed are {size / 1e6:,.0f} MB")
+        partial.mkdir()
+    writers: dict[str, NpyWriter] = {}
+
+    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Writer:
+        writers[name] = NpyWriter(partial / f"{name}.npy", item_shape, dtype)
+        return writers[name]
+
+    try:
+        facts = make(create)
+        with refused_as_unwritable(directory.parent):
+            arrays = {name: writer.finish() for name, writer in writers.items()}
+            write_synced(partial / "entry.json", json.dumps({"facts": facts, "arrays": arrays}, indent=1).encode())
+            try:
+                partial.rename(directory)
+            except OSError:  # something is in its place: another process's entry, or a damaged one
+                with contextlib.suppress(FileNotFoundError, Damaged):
+                    return open_entry(directory)
+                discard(directory)
+                partial.rename(directory)
+            try:
+                return open_entry(directory)
+            except (FileNotFoundError, Damaged) as error:
+                raise Unwritable(f"{directory} cannot be read back ({error})") from error
+    finally:
+        for writer in writers.values():
+            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_in_memory(make: Make) -> Entry:
+    writers: dict[str, MemoryWriter] = {}
+
+    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Writer:
+        writers[name] = MemoryWriter(item_shape, dtype)
+        return writers[name]
+
+    facts = make(create)
+    return Entry({name: writer.finish() for name, writer in writers.items()}, json.loads(json.dumps(facts)), None)
+
+
+class NpyWriter:
+    """A .npy file that grows; its header, whose length is fixed, gets the number of items at the end.
+
+    Written through the file and not through a memory map: on a full disk a map kills the process (SIGBUS), a file
+    raises.
+    """
+
+    def __init__(self, path: Path, item_shape: tuple[int, ...], dtype: str) -> None:
+        self.path, self.item_shape, self.dtype, self.count = path, item_shape, np.dtype(dtype), 0
+        with refused_as_unwritable(path.parent):
+            self.file = path.open("wb")
+            self.write_header()
+
+    def append(self, item: np.ndarray) -> None:
+        with refused_as_unwritable(self.path.parent):
+            self.file.write(np.asarray(item, self.dtype).reshape(self.item_shape).tobytes())
+        self.count += 1
+
+    def write_header(self) -> None:
+        self.file.seek(0)
+        shape = (self.count, *self.item_shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def finish(self) -> dict[str, Any]:
+        """Completes the file on the disk and describes it for open_entry."""
+        self.write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {
+            "shape": [self.count, *self.item_shape],
+            "dtype": str(self.dtype),
+            "bytes": self.path.stat().st_size,
+            "checksum": sampled_checksum(self.path),
+        }
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+class MemoryWriter:
+    """An array that grows in memory."""
+
+    def __init__(self, item_shape: tuple[int, ...], dtype: str) -> None:
+        self.item_shape, self.dtype, self.buffer = item_shape, np.dtype(dtype), bytearray()
+
+    def append(self, item: np.ndarray) -> None:
+        self.buffer += np.asarray(item, self.dtype).reshape(self.item_shape).tobytes()
+
+    def finish(self) -> np.ndarray:
+        array = np.frombuffer(self.buffer, self.dtype)
+        array.flags.writeable = False
+        return array.reshape(-1, *self.item_shape)
+
+
+def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> int:
+    """CRC-32 of blocks spread evenly over a file, the first and the last among them; small files are read whole.
+
+    Finds truncated, overwritten and partly written files without reading gigabytes at every start.
+    """
+    size = path.stat().st_size
+    checksum = 0
+    with path.open("rb") as file:
+        if size <= blocks * block_size:
+            return zlib.crc32(file.read())
+        for block in range(blocks):
+            file.seek((size - block_size) * block // (blocks - 1))
+            checksum = zlib.crc32(file.read(block_size), checksum)
+    return checksum
+
+
+def discard(directory: Path) -> None:
+    """Removes an entry; out of its place at once, so that nobody opens the half that is left."""
+    aside = directory.with_name(f"partial-{directory.name}-discarded-{secrets.token_hex(4)}")
+    with refused_as_unwritable(directory.parent), contextlib.suppress(FileNotFoundError):
+        directory.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what killed processes left of this entry: folders in which nothing was written for a day."""
+    for partial in directory.parent.glob(f"partial-{directory.name}-*"):
+        with contextlib.suppress(OSError):  # another process may be removing it, too
+            last_written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            if time.time() - last_written > ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def refused_as_unwritable(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(f"{directory} cannot be written ({error.strerror or error})") from error

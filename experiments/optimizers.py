@@ -1,0 +1,94 @@
+"""The optimizers and learning rate schedules that `experiments.cars` offers by name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import optax
+
+from jax_resnet.adabound import adabound, adaboundw, amsbound
+from jax_resnet.train import decay_mask
+
+OptimizerName = Literal["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad", "sgd"]
+ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
+
+LEARNING_RATES: dict[str, float] = dict.fromkeys(
+    ["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad"], 1e-3
+)
+LEARNING_RATES["sgd"] = 0.05
+
+
+def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
+    """The learning rate by step.
+
+    Args:
+      name: "constant"; "cosine", down to 0 at the end; "step", a tenth after one half and again after three quarters
+        of the steps; "onecycle", optax's cosine one-cycle with its own warm-up over the first 30%.
+      peak: the largest learning rate.
+      steps: of the whole training.
+      warmup_steps: linear from 0 to the peak before the rest; not for "onecycle".
+
+    Raises:
+      ValueError: for a warm-up that is as long as the training, or with "onecycle".
+    """
+    if warmup_steps and name == "onecycle":
+        raise ValueError("onecycle has a warm-up of its own: leave --warmup-epochs at 0")
+    if warmup_steps >= steps:
+        raise ValueError(f"the warm-up of {warmup_steps} steps must be shorter than the training of {steps} steps")
+    rest = steps - warmup_steps
+    if name == "constant":
+        after = optax.constant_schedule(peak)
+    elif name == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest)
+    elif name == "step":
+        after = optax.piecewise_constant_schedule(peak, {rest // 2: 0.1, rest * 3 // 4: 0.1})
+    else:
+        after = optax.cosine_onecycle_schedule(steps, peak)
+    if not warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
+def make_optimizer(
+    name: OptimizerName,
+    learning_rate: optax.Schedule,
+    *,
+    base_lr: float,
+    final_lr: float,
+    gamma: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+) -> optax.GradientTransformation:
+    """One of the optimizers; weight decay leaves biases and BatchNorm alone.
+
+    Args:
+      name: adabound, amsbound, adam, amsgrad and sgd add weight_decay · w to the gradient (L2); adaboundw and adamw
+        decay the weights themselves, scaled by the learning rate.
+      learning_rate: a schedule.
+      base_lr: the peak of the schedule, which AdaBound's final_lr refers to.
+      final_lr, gamma: AdaBound's final SGD rate and the speed at which its bounds close.
+      momentum: SGD's, and b1 of all others.
+      dampening: SGD's momentum buffer takes in (1 - dampening) · g; equal to momentum it is the moving average of the
+        gradients, which AdaBound turns into. (torch takes in the first gradient undampened; this does not.)
+      weight_decay: see name.
+    """
+    if name in ("adabound", "amsbound", "adaboundw"):
+        alias = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}[name]
+        return alias(
+            learning_rate,
+            final_lr,
+            b1=momentum,
+            gamma=gamma,
+            base_lr=base_lr,
+            weight_decay=weight_decay,
+            mask=decay_mask,
+        )
+    if name == "adamw":
+        return optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+    l2 = optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity()
+    if name == "sgd":
+        trace = optax.chain(optax.scale(1 - dampening), optax.trace(momentum))
+        return optax.chain(l2, trace, optax.scale_by_learning_rate(learning_rate))
+    alias = {"adam": optax.adam, "amsgrad": optax.amsgrad}[name]
+    return optax.chain(l2, alias(learning_rate, b1=momentum))

@@ -1,0 +1,88 @@
+"""The pictures that a run leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only; no window system is needed
+from matplotlib import pyplot as plt
+
+PANELS = {
+    "loss": ("train_loss", "test_loss"),
+    "top-1 accuracy": ("train_top1", "test_top1"),
+    "top-5 accuracy and macro-F1": ("test_top5", "test_macro_f1"),
+}
+
+
+def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Draws loss, top-1, and top-5 with macro-F1, by epoch.
+
+    Args:
+      path: the picture to write.
+      rows: of metrics.jsonl; those with "test_loss" end an epoch, the others are in between (thin lines).
+      title: what was trained on what.
+    """
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
+    ends = [row for row in rows if "test_loss" in row]
+    between = [row for row in rows if "test_loss" not in row]
+    for axis, (name, keys) in zip(axes, PANELS.items(), strict=True):
+        for key, colour in zip(keys, ("tab:blue", "tab:orange"), strict=True):
+            label = key.replace("_", " ")
+            axis.plot([r["epoch"] for r in ends], [r[key] for r in ends], "o-", ms=4, color=colour, label=label)
+            if between and key in between[0]:
+                axis.plot([r["epoch"] for r in between], [r[key] for r in between], lw=0.7, alpha=0.6, color=colour)
+        axis.set(xlabel="epoch", title=name)
+        axis.set_ylim(bottom=0)
+        if name != "loss":
+            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_predictions(
+    path: Path,
+    images: np.ndarray,
+    true_names: Sequence[str],
+    predicted_names: Sequence[str],
+    confidences: Sequence[float],
+    title: str,
+) -> None:
+    """Draws pictures with their true and predicted names, the wrong ones framed and named in red.
+
+    Args:
+      path: the picture to write.
+      images: (N, H, W, C) uint8, C = 1 or 3.
+      true_names, predicted_names, confidences: N of each; confidences from 0 to 1.
+      title: of the whole.
+    """
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, true, predicted, confidence in zip(
+        axes.flat, images, true_names, predicted_names, confidences, strict=False
+    ):
+        right = true == predicted
+        axis.set_axis_on()
+        axis.set(xticks=[], yticks=[])
+        axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        for spine in axis.spines.values():
+            spine.set(color="tab:green" if right else "tab:red", linewidth=2.5)
+        text = f"{_short(true)}\n{confidence:.0%} sure" if right else f"{_short(true)}\nnot {_short(predicted)}"
+        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _short(name: str, length: int = 34) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"

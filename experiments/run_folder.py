@@ -1,0 +1,84 @@
+"""What a run leaves behind: config.json, metrics.jsonl and TensorBoard's files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow")
+
+
+class RunFolder:
+    """Writes a run's files as the run goes; every line is on disk when `log` returns.
+
+    Args:
+      path: the folder; made if it is not there.
+      overwrite: whether an earlier run in it may be replaced.
+
+    Raises:
+      FileExistsError: if it holds an earlier run and overwrite is False.
+      OSError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        earlier = [path / CONFIG, path / METRICS, *path.glob("events.out.tfevents.*")]
+        if not overwrite and any(file.exists() for file in earlier):
+            raise FileExistsError(f"{path} holds an earlier run: choose another --out, or pass --overwrite")
+        for file in earlier:
+            file.unlink(missing_ok=True)
+        self._metrics = open(path / METRICS, "w", encoding="utf-8")
+        self._board = SummaryWriter(str(path))
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Writes config.json: `config` and what this machine adds (versions, git commit, device)."""
+        text = json.dumps(config | environment(), indent=2, ensure_ascii=False)
+        (self.path / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one flat object, with "step" and numbers, to metrics.jsonl and to TensorBoard."""
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+        self._board.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and device, as plain JSON values."""
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout, "-dirty" behind it where files differ; None outside of a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

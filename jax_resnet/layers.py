@@ -1,0 +1,337 @@
+"""The layers of a ResNet as pure functions of arrays.
+
+Images are NHWC, convolution kernels HWIO, dense kernels (in, out). Nothing here holds state and nothing is jitted: the
+caller does both. The mathematics is PyTorch's: padding is explicit and symmetric, BatchNorm normalizes with the biased
+variance and keeps the unbiased one, a tie in a max-pool belongs to the first position, ReLU has gradient 0 at 0.
+
+Where XLA's own form of a layer is slow on a CPU the layer has a second form, chosen by `jax.lax.platform_dependent`
+when the program is lowered; both forms compute the same thing. Gradients are written out as `jax.custom_vjp`, so
+reverse mode works to any order and forward mode (`jax.jvp`) does not.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0) -> Array:
+    """2-D cross-correlation, y[n, i, j, k] = sum_{u, v, c} x[n, s·i + u - p, s·j + v - p, c] · weight[u, v, c, k].
+
+    Args:
+      x: (N, H, W, C) float.
+      weight: (kh, kw, C, K).
+      bias: (K,) or None.
+      stride: s, for both axes.
+      padding: p, zeros added on each of the four sides.
+
+    Returns:
+      (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), in the type that x and weight promote to.
+
+    Raises:
+      ValueError: for arrays of other ranks, channels that do not fit, or a kernel larger than the padded image.
+    """
+    _check_images("conv2d", x)
+    if weight.ndim != 4 or weight.shape[2] != x.shape[3]:
+        raise ValueError(
+            f"conv2d: weight must be (kh, kw, C, K) with C = {x.shape[3]}, the channels of x {x.shape}; "
+            f"got {weight.shape}"
+        )
+    if stride < 1 or padding < 0:
+        raise ValueError(f"conv2d: stride must be >= 1 and padding >= 0, got stride {stride}, padding {padding}")
+    if min(x.shape[1] - weight.shape[0], x.shape[2] - weight.shape[1]) + 2 * padding < 0:
+        raise ValueError(
+            f"conv2d: a {weight.shape[0]}x{weight.shape[1]} kernel does not fit into images of "
+            f"{x.shape[1]}x{x.shape[2]} with padding {padding}"
+        )
+    if bias is not None and bias.shape != weight.shape[3:]:
+        raise ValueError(f"conv2d: bias must be ({weight.shape[3]},), got {bias.shape}")
+    dtype = jnp.result_type(x, weight)
+    y = _conv2d(x.astype(dtype), weight.astype(dtype), stride, padding)
+    return y if bias is None else y + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
+    matmul = functools.partial(_conv2d_matmul, stride=stride, padding=padding)
+    direct = functools.partial(_conv2d_direct, stride=stride, padding=padding)
+    return lax.platform_dependent(x, weight, cpu=matmul, default=direct)
+
+
+def _conv2d_fwd(x, weight, stride, padding):
+    return _conv2d(x, weight, stride, padding), (x, weight)
+
+
+def _conv2d_bwd(stride, padding, residuals, dy):
+    def direct(x, weight, dy):
+        return jax.vjp(lambda x, w: _conv2d_direct(x, w, stride=stride, padding=padding), x, weight)[1](dy)
+
+    matmul = functools.partial(_conv2d_matmul_vjp, stride=stride, padding=padding)
+    return lax.platform_dependent(*residuals, dy, cpu=matmul, default=direct)
+
+
+_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+def _conv2d_direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
+    return lax.conv_general_dilated(
+        x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv2d_matmul(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """Patches times kernel: XLA:CPU multiplies matrices about as fast as any BLAS, and convolves much slower."""
+    kh, kw, _, k = weight.shape
+    patches = unfold(x, kh, kw, stride, padding)
+    return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
+
+
+def _conv2d_matmul_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
+    kh, kw, _, k = weight.shape
+    # Unfolded again rather than kept: the patches of a 3x3 kernel take nine times the memory of x.
+    patches, fold = jax.vjp(lambda x: unfold(x, kh, kw, stride, padding), x)
+    dy_rows = dy.reshape(-1, k)
+    dweight = _transposed_matmul(patches.reshape(-1, patches.shape[3]), dy_rows).reshape(weight.shape)
+    (dx,) = fold((dy_rows @ weight.reshape(-1, k).T).reshape(patches.shape))
+    return dx, dweight
+
+
+def _transposed_matmul(a: Array, b: Array) -> Array:
+    """aᵀ·b for tall a (M, P) and b (M, Q)."""
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
+def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
+    _, h, w, _ = x.shape
+    out_h, out_w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+    if padding:
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    return jnp.concatenate(_taps(x, kh, kw, stride, out_h, out_w), axis=3)
+
+
+def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
+    """For each tap (u, v) of a kernel, row-major, the values it meets: kh·kw arrays (N, out_h, out_w, C)."""
+    return [
+        x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
+        for u in range(kh)
+        for v in range(kw)
+    ]
+
+
+def batch_norm(
+    x: Array,
+    weight: Array,
+    bias: Array,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    train: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """Batch normalization over all axes but the last (Ioffe & Szegedy 2015), as PyTorch computes it.
+
+    In training y = (x - mean) / sqrt(var + eps) · weight + bias with the batch's mean and biased variance; the running
+    values move by `momentum` towards the batch's mean and its unbiased variance (n / (n - 1)). In evaluation the
+    running values take the batch's place. The running values carry no gradient.
+
+    Args:
+      x: (..., C) float.
+      weight, bias: (C,), gamma and beta.
+      running_mean, running_var: (C,), at least float32.
+      train: whether to use, and follow, the batch's own statistics.
+      momentum: the share of the new statistics in the running ones.
+      eps: added to the variance.
+
+    Returns:
+      y like x, the new running mean and the new running variance, (C,). The statistics are taken in at least float32.
+
+    Raises:
+      ValueError: for vectors that do not fit the channels, or in training with one value per channel.
+    """
+    for name, value in dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var).items():
+        if value.shape != x.shape[-1:]:
+            raise ValueError(f"batch_norm: {name} must be ({x.shape[-1]},) for x {x.shape}, got {value.shape}")
+    if not train:
+        scale = weight * lax.rsqrt(running_var + eps)
+        return ((x - running_mean) * scale + bias).astype(x.dtype), running_mean, running_var
+    n = x.size // x.shape[-1]
+    if n < 2:
+        raise ValueError(f"batch_norm: training needs more than one value per channel, got x {x.shape}")
+    y, mean, var = _normalize(x, weight, bias, eps)
+    mean, var = lax.stop_gradient((mean, var))
+    new_mean = (1 - momentum) * running_mean + momentum * mean
+    new_var = (1 - momentum) * running_var + momentum * (n / (n - 1)) * var
+    return y, new_mean.astype(running_mean.dtype), new_var.astype(running_var.dtype)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
+    return _normalize_fwd(x, weight, bias, eps)[0]
+
+
+def _normalize_fwd(x, weight, bias, eps):
+    rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
+    # One pass for both moments. Shifted by a value of the channel, or they cancel where |mean| >> deviation.
+    shift = rows[0]
+    shifted = rows - shift
+    mean_shifted = shifted.mean(0)
+    var = jnp.maximum((shifted * shifted).mean(0) - mean_shifted * mean_shifted, 0)
+    mean = shift + mean_shifted
+    inverse_deviation = lax.rsqrt(var + eps)
+    y = (rows - mean) * (weight * inverse_deviation) + bias
+    return (y.astype(x.dtype).reshape(x.shape), mean, var), (x, weight, mean, inverse_deviation)
+
+
+def _normalize_bwd(eps, residuals, cotangents):
+    """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)): the batch's mean and scale carry no gradient."""
+    x, weight, mean, inverse_deviation = residuals
+    rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
+    dy = _at_least_float32(cotangents[0].reshape(rows.shape))
+    centred = rows - mean
+    dbias = dy.sum(0)
+    dweight = (dy * centred).sum(0) * inverse_deviation
+    n = rows.shape[0]
+    dx = (weight * inverse_deviation) * (dy - dbias / n - centred * (inverse_deviation * dweight / n))
+    return dx.astype(x.dtype).reshape(x.shape), dweight.astype(weight.dtype), dbias.astype(weight.dtype)
+
+
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+@jax.custom_vjp
+def relu(x: Array) -> Array:
+    """max(x, 0), with gradient 0 at 0. Any shape."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_fwd(x):
+    y = relu(x)
+    return y, y  # y is kept by the next layer anyway, x and a mask would be two arrays more
+
+
+relu.defvjp(_relu_fwd, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow. Any shape."""
+    return jax.nn.sigmoid(x)
+
+
+def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) -> Array:
+    """The largest value in each window; the border is padded with -inf, a tie's gradient goes to the first position.
+
+    Args:
+      x: (N, H, W, C) float.
+      window, stride, padding: for both axes; padding at most window // 2.
+
+    Returns:
+      (N, (H + 2·padding - window) // stride + 1, the same of W, C).
+
+    Raises:
+      ValueError: for other ranks, a padding over half the window, or a window that does not fit.
+    """
+    _check_images("max_pool", x)
+    if not 0 <= padding <= window // 2 or stride < 1:
+        raise ValueError(
+            f"max_pool: padding must be within 0 and window // 2 and stride >= 1, "
+            f"got window {window}, stride {stride}, padding {padding}"
+        )
+    if min(x.shape[1:3]) + 2 * padding < window:
+        raise ValueError(f"max_pool: a window of {window} does not fit into images of {x.shape[1]}x{x.shape[2]}")
+    return _max_pool(x, window, stride, padding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: Array, window: int, stride: int, padding: int) -> Array:
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
+
+
+def _max_pool_fwd(x, window, stride, padding):
+    y = _max_pool(x, window, stride, padding)
+    return y, (x, y)
+
+
+def _max_pool_bwd(window, stride, padding, residuals, dy):
+    """Tap by tap: the first tap that equals the maximum takes the gradient (XLA's select-and-scatter is slow)."""
+
+    def taps(x):
+        sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        padded = jnp.pad(x, sides, constant_values=-jnp.inf)
+        return _taps(padded, window, window, stride, *y.shape[1:3])
+
+    x, y = residuals
+    values, scatter = jax.vjp(taps, x)
+    free = jnp.ones(y.shape, bool)
+    gradients = []
+    for value in values:
+        first = free & (value == y)
+        free = free & ~first
+        gradients.append(jnp.where(first, dy, 0))
+    return scatter(gradients)
+
+
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+
+
+def global_avg_pool(x: Array) -> Array:
+    """The mean over height and width, (N, H, W, C) -> (N, C), taken in at least float32."""
+    _check_images("global_avg_pool", x)
+    return _at_least_float32(x).mean((1, 2)).astype(x.dtype)
+
+
+def flatten(x: Array) -> Array:
+    """(N, ...) -> (N, product of the rest), row-major: for images in the order height, width, channel."""
+    return x.reshape(x.shape[0], -1)
+
+
+def dense(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Affine map y = x·W + b: x (N, C), weight (C, K), bias (K,) or None -> (N, K).
+
+    Raises:
+      ValueError: for shapes that do not fit.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
+        raise ValueError(f"dense: x must be (N, C) and weight (C, K), got {x.shape} and {weight.shape}")
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"dense: bias must be ({weight.shape[1]},), got {bias.shape}")
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
+def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[label] per example, in at least float32, stable for any finite logits.
+
+    Args:
+      logits: (N, K) float.
+      labels: (N,) integer class numbers from 0.
+
+    Returns:
+      (N,) losses; the caller takes the mean.
+
+    Raises:
+      ValueError: for shapes that do not fit or labels that are not integers.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"softmax_cross_entropy: logits must be (N, K) and labels (N,), got {logits.shape} and {labels.shape}"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"softmax_cross_entropy: labels must be integer class numbers, got {labels.dtype}")
+    log_probabilities = jax.nn.log_softmax(_at_least_float32(logits))
+    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+
+
+def _check_images(layer: str, x: Array) -> None:
+    if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{layer}: x must be (N, H, W, C) float, got {x.shape} {x.dtype}")

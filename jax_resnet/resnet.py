@@ -1,0 +1,291 @@
+"""ResNet-18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385) as data and one pure function.
+
+A network is a `ResNetConfig` (static, hashable) and two nested dicts of arrays, `params` and `batch_stats`, whose paths
+joined by "." are torchvision's keys: `params["layer1"]["0"]["conv1"]["weight"]` is `layer1.0.conv1.weight`.
+
+>>> import jax, jax.numpy as jnp
+>>> config = resnet18(num_classes=10, in_channels=1)
+>>> params, batch_stats = init(config, jax.random.key(0))
+>>> out = apply(config, params, batch_stats, jnp.zeros((2, 64, 96, 1)), train=False)
+>>> out.logits.shape
+(2, 10)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array, lax
+
+from jax_resnet import layers
+
+MIN_SIZE = 32
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """The architecture: a static argument of jit.
+
+    Attributes:
+      block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with four times the width at its end).
+      stage_sizes: the number of blocks in each of the four stages.
+      num_classes: the number of logits.
+      in_channels: the channels of the images, 3 for RGB, 1 for grey.
+      stride_in: which convolution of a bottleneck has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
+        its first 1x1 (v1, the paper). A basic block has it in its first 3x3 either way.
+      batch_norm: False leaves every BatchNorm out and gives the convolutions a bias, for the ablation.
+      zero_gamma: whether `init` sets the weight of each block's last BatchNorm to 0, so that every block starts as its
+        shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    """
+
+    block: Literal["basic", "bottleneck"]
+    stage_sizes: tuple[int, int, int, int]
+    num_classes: int = 1000
+    in_channels: int = 3
+    stride_in: Literal["conv2", "conv1"] = "conv2"
+    batch_norm: bool = True
+    zero_gamma: bool = False
+
+    def __post_init__(self):
+        if self.block not in ("basic", "bottleneck"):
+            raise ValueError(f'block must be "basic" or "bottleneck", got {self.block!r}')
+        if self.stride_in not in ("conv1", "conv2"):
+            raise ValueError(f'stride_in must be "conv2" (v1.5) or "conv1" (v1), got {self.stride_in!r}')
+        if len(self.stage_sizes) != 4 or min(self.stage_sizes) < 1:
+            raise ValueError(f"stage_sizes must be four numbers >= 1, got {self.stage_sizes}")
+        if self.num_classes < 1 or self.in_channels < 1:
+            raise ValueError(f"num_classes and in_channels must be >= 1, got {self.num_classes}, {self.in_channels}")
+
+
+resnet18 = functools.partial(ResNetConfig, "basic", (2, 2, 2, 2))
+resnet34 = functools.partial(ResNetConfig, "basic", (3, 4, 6, 3))
+resnet50 = functools.partial(ResNetConfig, "bottleneck", (3, 4, 6, 3))
+resnet101 = functools.partial(ResNetConfig, "bottleneck", (3, 4, 23, 3))
+resnet152 = functools.partial(ResNetConfig, "bottleneck", (3, 8, 36, 3))
+
+
+class Output(NamedTuple):
+    """What `apply` returns.
+
+    logits: (N, num_classes), before any softmax.
+    batch_stats: the running statistics after this batch (in evaluation those that were passed in).
+    activations: {} or, with return_activations, {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first
+      block, each block's output, and the pooled vector.
+    """
+
+    logits: Array
+    batch_stats: dict[str, Any]
+    activations: dict[str, Array]
+
+
+class Conv(NamedTuple):
+    """A convolution with the BatchNorm behind it: their names, the kernel's size, channels in and out, stride."""
+
+    name: str
+    norm: str
+    size: int
+    in_channels: int
+    out_channels: int
+    stride: int
+
+
+class Block(NamedTuple):
+    """A residual block: its name ("layer3.10"), its convolutions, and the one in its shortcut or None."""
+
+    name: str
+    convs: tuple[Conv, ...]
+    projection: Conv | None
+
+
+def stem(config: ResNetConfig) -> Conv:
+    return Conv("conv1", "bn1", 7, config.in_channels, STAGE_WIDTHS[0], 2)
+
+
+def blocks(config: ResNetConfig) -> Iterator[Block]:
+    """The residual blocks from the stem to the head.
+
+    Walk these, never the dict of parameters: jit sorts its keys as strings, and "10" comes before "2".
+    """
+    channels = STAGE_WIDTHS[0]
+    for stage, (width, count) in enumerate(zip(STAGE_WIDTHS, config.stage_sizes, strict=True), start=1):
+        for number in range(count):
+            name = f"layer{stage}.{number}"
+            stride = 2 if stage > 1 and number == 0 else 1
+            if config.block == "basic":
+                out = width
+                shapes = [(3, channels, out, stride), (3, out, out, 1)]
+            else:
+                out = 4 * width
+                first, second = (stride, 1) if config.stride_in == "conv1" else (1, stride)
+                shapes = [(1, channels, width, first), (3, width, width, second), (1, width, out, 1)]
+            convs = tuple(Conv(f"{name}.conv{i}", f"{name}.bn{i}", *shape) for i, shape in enumerate(shapes, start=1))
+            projection = None
+            if stride > 1 or channels != out:
+                projection = Conv(f"{name}.downsample.0", f"{name}.downsample.1", 1, channels, out, stride)
+            yield Block(name, convs, projection)
+            channels = out
+
+
+def feature_channels(config: ResNetConfig) -> int:
+    """The length of the pooled vector, the input of the dense layer: 512 or 2048."""
+    return STAGE_WIDTHS[-1] * (4 if config.block == "bottleneck" else 1)
+
+
+def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Draws the parameters and the first running statistics of a network.
+
+    Convolutions are normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out), BatchNorm
+    weights 1 and biases 0, the dense layer uniform within 1/sqrt(in), as PyTorch's Linear. Without BatchNorm that
+    explodes with depth: there convolutions are PyTorch's default, uniform within 1/sqrt(kh·kw·C), their biases too.
+
+    Args:
+      config: the architecture.
+      key: a JAX random key.
+      dtype: of all arrays; JAX's default float type if None.
+
+    Returns:
+      params and batch_stats, nested dicts; batch_stats is {} without BatchNorm.
+    """
+    dtype = jnp.zeros((), dtype).dtype
+    params: dict[str, Any] = {}
+    batch_stats: dict[str, Any] = {}
+
+    def draw(sample: Callable[..., Array], *shape: int) -> Array:
+        nonlocal key
+        key, subkey = jax.random.split(key)
+        return sample(subkey, shape, dtype)
+
+    def add(conv: Conv, gamma: float = 1.0) -> None:
+        size, c_in, c_out = conv.size, conv.in_channels, conv.out_channels
+        if config.batch_norm:
+            deviation = math.sqrt(2 / (size * size * c_out))
+            params[f"{conv.name}.weight"] = draw(jax.random.normal, size, size, c_in, c_out) * deviation
+            params[f"{conv.norm}.weight"] = jnp.full(c_out, gamma, dtype)
+            params[f"{conv.norm}.bias"] = jnp.zeros(c_out, dtype)
+            batch_stats[f"{conv.norm}.running_mean"] = jnp.zeros(c_out, dtype)
+            batch_stats[f"{conv.norm}.running_var"] = jnp.ones(c_out, dtype)
+        else:
+            bound = 1 / math.sqrt(size * size * c_in)
+            params[f"{conv.name}.weight"] = draw(_uniform(bound), size, size, c_in, c_out)
+            params[f"{conv.name}.bias"] = draw(_uniform(bound), c_out)
+
+    add(stem(config))
+    for block in blocks(config):
+        for conv in block.convs:
+            add(conv, gamma=0.0 if config.zero_gamma and conv is block.convs[-1] else 1.0)
+        if block.projection:
+            add(block.projection)
+    params["fc"] = init_dense(config, key, dtype)
+    return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
+
+
+def init_dense(config: ResNetConfig, key: Array, dtype: Any = None) -> dict[str, Array]:
+    """Draws the dense layer alone: {"weight": (features, num_classes), "bias": (num_classes,)}."""
+    sample = _uniform(1 / math.sqrt(feature_channels(config)))
+    weight_key, bias_key = jax.random.split(key)
+    dtype = jnp.zeros((), dtype).dtype
+    return {
+        "weight": sample(weight_key, (feature_channels(config), config.num_classes), dtype),
+        "bias": sample(bias_key, (config.num_classes,), dtype),
+    }
+
+
+def _uniform(bound: float) -> Callable[..., Array]:
+    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
+def apply(
+    config: ResNetConfig,
+    params: Mapping[str, Any],
+    batch_stats: Mapping[str, Any],
+    images: Array,
+    *,
+    train: bool,
+    dtype: Any = None,
+    remat: bool = False,
+    return_activations: bool = False,
+) -> Output:
+    """Runs the network on a batch.
+
+    Args:
+      config: the architecture that params and batch_stats were made for.
+      params, batch_stats: nested dicts as `init` returns them.
+      images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
+      train: True normalizes with the batch's statistics and updates the running ones.
+      dtype: the type of images, kernels and activations (jnp.bfloat16, say); None keeps the given ones. BatchNorm's
+        statistics, the pooled vector and the logits stay at least float32.
+      remat: recompute each block in the backward pass instead of keeping what is inside it: less memory, more time.
+      return_activations: fill Output.activations.
+
+    Returns:
+      Output(logits, batch_stats, activations).
+
+    Raises:
+      ValueError: for images of another rank, type, size or number of channels, or parameters of another network.
+    """
+    _check_images(config, images)
+    weights = flatten_dict(dict(params), sep=".")
+    stats = flatten_dict(dict(batch_stats), sep=".")
+
+    def get(arrays: dict[str, Array], name: str) -> Array:
+        if name not in arrays:
+            raise ValueError(f"params and batch_stats must be those of {config}: there is no {name!r}")
+        return arrays[name]
+
+    def conv_norm(x: Array, conv: Conv) -> tuple[Array, dict[str, Array]]:
+        kernel = get(weights, f"{conv.name}.weight").astype(dtype or jnp.result_type(x, weights[f"{conv.name}.weight"]))
+        bias = None if config.batch_norm else get(weights, f"{conv.name}.bias").astype(kernel.dtype)
+        y = layers.conv2d(x, kernel, bias, stride=conv.stride, padding=conv.size // 2)
+        if not config.batch_norm:
+            return y, {}
+        affine = (get(weights, f"{conv.norm}.weight"), get(weights, f"{conv.norm}.bias"))
+        names = (f"{conv.norm}.running_mean", f"{conv.norm}.running_var")
+        y, *running = layers.batch_norm(y, *affine, *(get(stats, name) for name in names), train=train)
+        return y, dict(zip(names, running, strict=True))
+
+    def residual(block: Block, x: Array) -> tuple[Array, dict[str, Array]]:
+        shortcut, new_stats = conv_norm(x, block.projection) if block.projection else (x, {})
+        for conv in block.convs:
+            x, update = conv_norm(x, conv)
+            new_stats = new_stats | update
+            if conv is not block.convs[-1]:
+                x = layers.relu(x)
+        return _materialize(layers.relu(x + shortcut)), new_stats
+
+    x, new_stats = conv_norm(images if dtype is None else images.astype(dtype), stem(config))
+    x = layers.max_pool(layers.relu(x))
+    activations = {"stem": x}
+    for block in blocks(config):
+        run = functools.partial(residual, block)
+        x, update = jax.checkpoint(run)(x) if remat else run(x)
+        new_stats |= update
+        activations[block.name] = x
+    x = layers.global_avg_pool(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    activations["pool"] = x
+    logits = layers.dense(x, get(weights, "fc.weight"), get(weights, "fc.bias"))
+    return Output(logits, unflatten_dict(new_stats, sep="."), activations if return_activations else {})
+
+
+def _materialize(x: Array) -> Array:
+    """XLA:CPU would fuse the chain of residual sums into each later use and recompute all earlier blocks there."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def _check_images(config: ResNetConfig, images: Array) -> None:
+    if images.ndim != 4 or images.shape[3] != config.in_channels:
+        hint = ": is this NCHW?" if images.ndim == 4 and images.shape[1] == config.in_channels else ""
+        raise ValueError(
+            f"images must be (N, H, W, C) with C = {config.in_channels} (config.in_channels), got {images.shape}{hint}"
+        )
+    if min(images.shape[1:3]) < MIN_SIZE:
+        raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {images.shape[1]}x{images.shape[2]}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be float, got {images.dtype}: convert and normalize them first")

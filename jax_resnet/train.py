@@ -1,0 +1,129 @@
+"""One jitted training step, one evaluation step, and the state they pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from jax_resnet import layers, resnet
+
+Preprocess = Callable[[Array, Array], Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes: step, a () int32 count, params, batch_stats and the optimizer's state."""
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+
+def create_train_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+
+
+def decay_mask(params: Any) -> Any:
+    """True for what weight decay applies to: kernels; not biases, not BatchNorm's weights."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def loss_and_logits(
+    config: resnet.ResNetConfig,
+    params: Any,
+    batch_stats: Any,
+    images: Array,
+    labels: Array,
+    *,
+    label_smoothing: float = 0.0,
+    dtype: Any = None,
+    remat: bool = False,
+) -> tuple[Array, tuple[Array, Any]]:
+    """The mean training loss, and beside it the logits and the new running statistics: for jax.value_and_grad.
+
+    With label smoothing s the target is 1 - s for the label and s / K for each of the K classes on top (Szegedy et al.
+    2016, arXiv:1512.00567).
+    """
+    out = resnet.apply(config, params, batch_stats, images, train=True, dtype=dtype, remat=remat)
+    losses = layers.softmax_cross_entropy(out.logits, labels)
+    if label_smoothing:
+        uniform = -jax.nn.log_softmax(out.logits).mean(-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    return losses.mean(), (out.logits, out.batch_stats)
+
+
+def make_train_step(
+    config: resnet.ResNetConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    label_smoothing: float = 0.0,
+    dtype: Any = None,
+    remat: bool = False,
+    preprocess: Preprocess = lambda images, step: images,
+) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
+
+    Args:
+      config: the architecture.
+      optimizer: an optax transform; a learning rate that changes belongs in it as a schedule.
+      label_smoothing: the share of the target spread over all classes.
+      dtype, remat: as for `resnet.apply`.
+      preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
+
+    Returns:
+      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int32; metrics are
+      scalars, "loss" (of the batch before the update) and "top1" (its share of right answers).
+    """
+
+    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+        def loss_fn(params):
+            return loss_and_logits(
+                config,
+                params,
+                state.batch_stats,
+                preprocess(images, state.step),
+                labels,
+                label_smoothing=label_smoothing,
+                dtype=dtype,
+                remat=remat,
+            )
+
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "top1": (logits.argmax(-1) == labels).mean()}
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(
+    config: resnet.ResNetConfig, *, dtype: Any = None, preprocess: Callable[[Array], Array] = lambda images: images
+) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
+    """Builds the jitted evaluation step.
+
+    Returns:
+      step(params, batch_stats, images, labels) -> per example, each (N,): "loss", "prediction" (int32), "confidence"
+      (the prediction's probability) and "top5" (whether the label is among the five largest logits, or all if there
+      are fewer).
+    """
+
+    def step(params: Any, batch_stats: Any, images: Array, labels: Array) -> dict[str, Array]:
+        logits = resnet.apply(config, params, batch_stats, preprocess(images), train=False, dtype=dtype).logits
+        _, best = jax.lax.top_k(logits, min(5, config.num_classes))
+        return {
+            "loss": layers.softmax_cross_entropy(logits, labels),
+            "prediction": best[:, 0].astype(jnp.int32),
+            "confidence": jax.nn.softmax(logits).max(-1),
+            "top5": (best == labels[:, None]).any(-1),
+        }
+
+    return jax.jit(step)

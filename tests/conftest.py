@@ -1,0 +1,26 @@
+"""Real data for tests that can use it. It is not part of the repository: without it they are skipped."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def folder_or_skip(name: str) -> Path:
+    directory = SHARED_DATA / name
+    if not directory.is_dir():
+        pytest.skip(f"needs the real data in {directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def stanford_cars_dir() -> Path:
+    """Stanford Cars by class: 8,144 + 8,041 crops of 128x128."""
+    return folder_or_skip("stanford_cars")
+
+
+@pytest.fixture(scope="session")
+def devkit_dir() -> Path:
+    """The .mat files of the devkit."""
+    return folder_or_skip("devkit")

@@ -1,0 +1,85 @@
+"""Balanced subsets and the statistics of channels."""
+
+import numpy as np
+import pytest
+
+from experiments.data.dataset import Split, balanced_subset, channel_statistics
+
+
+def split_of(counts):
+    """counts[label] examples of each class, shuffled; an example's picture holds its number."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    np.random.default_rng(0).shuffle(labels)
+    return Split(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
+
+
+SHARES = {
+    "even": ([10, 10, 10], 12, [4, 4, 4]),
+    "with a remainder": ([10, 10, 10], 13, [4, 4, 5]),
+    "fewer than classes": ([10, 10, 10], 2, [0, 1, 1]),
+    "a small class gives all": ([2, 10, 10], 12, [2, 5, 5]),
+    "two small classes": ([1, 3, 20], 20, [1, 3, 16]),
+    "everything": ([2, 5, 9], 16, [2, 5, 9]),
+    "a class without examples": ([4, 0, 4], 4, [0, 2, 2]),
+    "one": ([3, 3], 1, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_classes_share_as_equally_as_they_can(case):
+    counts, count, expected = SHARES[case]
+    split = split_of(counts)
+    subset = balanced_subset(split, count, seed=3)
+    assert sorted(np.bincount(subset.labels, minlength=len(counts))) == expected
+    chosen = subset.images.ravel()
+    assert len(set(chosen)) == count
+    np.testing.assert_array_equal(split.labels[chosen], subset.labels)
+    assert subset.images.dtype == np.uint8
+    assert subset.labels.dtype == np.int32
+
+
+def test_the_seed_decides():
+    split = split_of([40, 40])
+    draws = [balanced_subset(split, 21, seed).images.ravel().tolist() for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_every_example_and_every_remainder_can_be_drawn():
+    """Of 200 seeds: an example is missed with probability (2/3)^200."""
+    split = split_of([3, 3])
+    subsets = [balanced_subset(split, 3, seed) for seed in range(200)]
+    assert {int(number) for subset in subsets for number in subset.images.ravel()} == set(range(6))
+    assert {tuple(np.bincount(subset.labels)) for subset in subsets} == {(1, 2), (2, 1)}
+
+
+@pytest.mark.parametrize("count", [0, -1, 7])
+def test_more_than_there_are_is_refused(count):
+    with pytest.raises(ValueError, match=f"cannot draw {count} examples of 6: ask for 1 to 6"):
+        balanced_subset(split_of([3, 3]), count, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 4, 3), (300, 70, 71, 3)])
+def test_channel_statistics_are_exact(shape):
+    """Against float64 on all pixels at once, 1e-14 relative for the order of its sums; the last case has two chunks."""
+    images = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    images[..., 0] //= 3
+    mean, deviation = channel_statistics(images)
+    scaled = images.reshape(-1, shape[-1]) / 255.0
+    np.testing.assert_allclose(mean, scaled.mean(0), rtol=1e-14 * 10)
+    np.testing.assert_allclose(deviation, scaled.std(0), rtol=1e-12, atol=1e-15)
+    assert mean.dtype == deviation.dtype == np.float64
+
+
+def test_channel_statistics_of_a_constant_are_exactly_so():
+    """Whole numbers: no variance is left over from rounding."""
+    mean, deviation = channel_statistics(np.full((7, 3, 3, 2), 51, np.uint8))
+    assert mean.tolist() == [0.2, 0.2]
+    assert deviation.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3, 3, 1), np.float32), np.zeros((0, 3, 3, 1), np.uint8)]
+)
+def test_channel_statistics_refuse_other_arrays(images):
+    with pytest.raises(ValueError, match=r"images must be \(N, H, W, C\) uint8"):
+        channel_statistics(images)

@@ -1,0 +1,207 @@
+"""One picture at a time: what Pillow may hand over, boxes, and files that are no pictures."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.data.pictures import (
+    Box,
+    BoxOutside,
+    Decoding,
+    Failure,
+    Picture,
+    crop_edges,
+    decode,
+    decode_many,
+    decode_or_explain,
+)
+
+WHOLE = Decoding((4, 6), grey=False, margin=None)
+RED = (200, 40, 30)
+
+
+def encoded(image, file_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bits(value):
+    return Image.fromarray(np.full((8, 12), value, np.uint16))
+
+
+def palette(transparent):
+    image = Image.new("P", (12, 8), 1)
+    image.putpalette([0, 0, 0, *RED])
+    return encoded(image, transparency=1) if transparent else encoded(image)
+
+
+KINDS = {
+    "RGB PNG": (encoded(Image.new("RGB", (12, 8), RED)), RED),
+    "RGB JPEG": (encoded(Image.new("RGB", (12, 8), RED), "JPEG", quality=95), RED),
+    "grey PNG": (encoded(Image.new("L", (12, 8), 77)), (77, 77, 77)),
+    "black and white PNG": (encoded(Image.new("1", (12, 8), 1)), (255, 255, 255)),
+    # Cyan 0, magenta 200, yellow 200, black 0 is a red; read inverted it would be a cyan.
+    "CMYK JPEG": (encoded(Image.new("CMYK", (12, 8), (0, 200, 200, 0)), "JPEG", quality=95), (255, 55, 55)),
+    "palette PNG": (palette(transparent=False), RED),
+    "palette PNG, transparent": (palette(transparent=True), (255, 255, 255)),
+    "RGBA PNG, transparent": (encoded(Image.new("RGBA", (12, 8), (*RED, 0))), (255, 255, 255)),
+    "RGBA PNG, opaque": (encoded(Image.new("RGBA", (12, 8), (*RED, 255))), RED),
+    "grey PNG with half alpha": (encoded(Image.new("LA", (12, 8), (0, 128))), (127, 127, 127)),
+    "16-bit PNG": (encoded(sixteen_bits(77 * 256 + 200)), (77, 77, 77)),
+    "GIF": (encoded(Image.new("RGB", (12, 8), (255, 0, 0)), "GIF"), (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_gives_its_colours(kind):
+    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too."""
+    data, expected = KINDS[kind]
+    pixels = decode(data, None, WHOLE)
+    assert pixels.shape == (4, 6, 3)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(expected, (4, 6, 3)), atol=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grey_is_the_luminance_of_the_colours(kind):
+    """ITU-R 601's weights; two levels as above."""
+    data, expected = KINDS[kind]
+    pixels = decode(data, None, Decoding((4, 6), grey=True, margin=None))
+    assert pixels.shape == (4, 6, 1)
+    np.testing.assert_allclose(pixels.astype(int), np.dot(expected, (0.299, 0.587, 0.114)), atol=2)
+
+
+def test_a_note_of_the_cameras_orientation_is_left_alone():
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, :6] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    data = encoded(Image.fromarray(pixels), exif=exif)
+    decoded = decode(data, None, Decoding((8, 12), grey=False, margin=None))
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+def test_the_aspect_ratio_is_not_kept():
+    """Left half black, right half white stays so, whatever the size: nothing is cut off or padded."""
+    pixels = np.zeros((10, 40, 3), np.uint8)
+    pixels[:, 20:] = 255
+    decoded = decode(encoded(Image.fromarray(pixels)), None, Decoding((20, 8), grey=True, margin=None))
+    assert decoded.shape == (20, 8, 1)
+    np.testing.assert_array_equal(decoded[:, :2], 0)
+    np.testing.assert_array_equal(decoded[:, 6:], 255)
+
+
+EDGES = {
+    "the whole picture": (Box(1, 1, 40, 30), 0, (0, 0, 40, 30)),
+    "a single pixel": (Box(7, 5, 7, 5), 0, (6, 4, 7, 5)),
+    "inside": (Box(5, 3, 24, 22), 0, (4, 2, 24, 22)),
+    "widened": (Box(5, 3, 24, 22), 2, (2, 0, 26, 24)),
+    "widened past all borders": (Box(5, 3, 24, 22), 16, (0, 0, 40, 30)),
+    "relative, as TFDS divides it": (Box(*np.float32([5 / 40, 3 / 30, 24 / 40, 22 / 30]), True), 2, (2, 0, 26, 24)),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_crop_edges(case):
+    box, margin, expected = EDGES[case]
+    assert crop_edges(box, margin, 40, 30) == expected
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        Box(5, 3, 41, 22),
+        Box(5, 3, 24, 31),
+        Box(0, 3, 24, 22),
+        Box(5, 0, 24, 22),
+        Box(24, 3, 5, 22),
+        Box(5, 22, 24, 3),
+        Box(0.1, 0.1, 1.1, 0.9, True),
+    ],
+)
+def test_a_box_outside_its_picture_is_refused(box):
+    with pytest.raises(BoxOutside, match="in a picture of 40x30"):
+        crop_edges(box, 0, 40, 30)
+
+
+def test_a_picture_is_cut_before_it_is_resized():
+    """Nothing of the surroundings may bleed in at the edges."""
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    pixels[2:22, 4:24] = 255
+    decoded = decode(encoded(Image.fromarray(pixels)), Box(5, 3, 24, 22), Decoding((7, 9), grey=False, margin=0))
+    np.testing.assert_array_equal(decoded, 255)
+
+
+def bomb():
+    """A PNG of 20,000x20,000 pixels in half a megabyte: over twice Pillow's limit."""
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    size = (20_000).to_bytes(4, "big")
+    rows = zlib.compress(bytes(20_000 // 8 + 1) * 200)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + size + b"\1\0\0\0\0") + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+BAD = {
+    "empty": (b"", "empty"),
+    "text": (b"<html>404</html>", "not a picture"),
+    "a truncated JPEG": (encoded(NOISE, "JPEG")[:-1500], "truncated"),
+    "a truncated PNG": (encoded(NOISE)[:-5000], "."),
+    "a JPEG's first bytes": (encoded(NOISE, "JPEG")[:20], "."),
+    "a decompression bomb": (bomb(), "decompression bomb"),
+    "floating point": (encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "floating-point"),
+    "32 bits": (encoded(Image.new("I", (8, 8), 1_000_000), "TIFF"), "8 or 16 bits"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_picture_is_explained(case):
+    data, reason = BAD[case]
+    failure = decode_or_explain(Picture("train/a/1.jpg", 0, None, data), WHOLE)
+    assert isinstance(failure, Failure)
+    assert (failure.name, failure.kind) == ("train/a/1.jpg", "picture")
+    assert reason == "." or reason in failure.reason
+
+
+def test_a_missing_file_is_explained(tmp_path):
+    failure = decode_or_explain(Picture("1.jpg", 0, None, tmp_path / "1.jpg"), WHOLE)
+    assert failure == Failure("1.jpg", "file", "No such file or directory")
+
+
+def test_many_pictures_come_in_order_with_the_bad_ones_among_them():
+    """Large and small ones in turn, so that the threads finish out of order."""
+    sources = []
+    for number in range(100):
+        edge = 400 if number % 7 == 0 else 2
+        data = b"" if number % 10 == 3 else encoded(Image.new("L", (edge, edge), number))
+        sources.append(Picture(str(number), number, None, data))
+    results = list(decode_many(iter(sources), Decoding((2, 2), grey=True, margin=None)))
+    assert [picture.label for picture, _ in results] == list(range(100))
+    for picture, result in results:
+        if picture.label % 10 == 3:
+            assert isinstance(result, Failure)
+        else:
+            np.testing.assert_array_equal(result, picture.label)
+
+
+def test_only_a_few_pictures_are_read_ahead():
+    """Bytes of a whole parquet file must not pile up in memory."""
+    read = []
+
+    def pictures():
+        for number in range(10_000):
+            read.append(number)
+            yield Picture(str(number), 0, None, b"")
+
+    results = decode_many(pictures(), WHOLE)
+    next(results)
+    assert len(read) < 5_000
+    results.close()

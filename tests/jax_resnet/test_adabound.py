@@ -1,0 +1,832 @@
+"""jax_resnet.adabound: the recurrence of the paper and its authors, and all that optax asks of an optimizer."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+
+from jax_resnet import adabound as adabound_module
+from jax_resnet.adabound import AdaBoundState, adabound, adaboundw, amsbound, scale_by_adabound, step_sizes
+
+# final_lr is so close to the learning rate, and gamma so large, that both bounds act within a few steps.
+OPTIMIZERS = {
+    "adabound": lambda **kwargs: adabound(0.05, **kwargs),
+    "amsbound": lambda **kwargs: amsbound(0.05, **kwargs),
+    "adaboundw": lambda **kwargs: adaboundw(0.05, **kwargs),
+    "adabound, every option": lambda **kwargs: adabound(
+        **{
+            "learning_rate": optax.linear_schedule(0.0, 0.05, 3),
+            "base_lr": 0.05,
+            "gamma": 0.1,
+            "weight_decay": 1e-3,
+            "eps_root": 1e-10,
+            "mu_dtype": "float32",
+            "amsbound": True,
+            **kwargs,
+        }
+    ),
+}
+ALIASES = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}
+
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+every_alias = pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def params_and_grads(dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    params = {"a": rng.normal(size=(2, 3)), "b": [rng.normal(size=4), rng.normal(size=())]}
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape) * 3, params)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, grads))
+
+
+def dtype_of(x):
+    return x.dtype
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def jitted(optimizer):
+    return optax.GradientTransformation(jax.jit(optimizer.init), jax.jit(optimizer.update))
+
+
+def find_state(opt_state):
+    return optax.tree.get(opt_state, "AdaBoundState")
+
+
+def run(optimizer, params, grads, steps=5):
+    """All updates, one tree per step, and the last state; gradients change from step to step."""
+    state, updates = optimizer.init(params), []
+    for step in range(steps):
+        scaled = jax.tree.map(lambda g, factor=1.0 - 0.3 * step: g * jnp.asarray(factor, g.dtype), grads)
+        update, state = optimizer.update(scaled, state, params)
+        params = optax.apply_updates(params, update)
+        updates.append(update)
+    return updates, state
+
+
+def assert_close(actual, expected, rtol):
+    """Relative to the largest entry of each array; same structure and dtypes."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * np.abs(y).max(initial=0))
+
+
+# The recurrence.
+
+
+def recurrence(
+    param, grads, learning_rates, final_lr, base_lr, b1, b2, eps, gamma, eps_root, l2, decoupled, is_amsbound
+):
+    """The paper's Algorithm 2 with the authors' corrections of bias and their bounds, in NumPy; one array, a list of
+    (update, where it was clipped: -1, 0 or 1), one per step."""
+    m, v, v_max, history = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param), []
+    for t, (grad, learning_rate) in enumerate(zip(grads, learning_rates, strict=True), start=1):
+        g = grad + l2 * param
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        v_max = np.maximum(v_max, v)
+        denominator = np.sqrt((v_max if is_amsbound else v) + eps_root) + eps
+        step_size = learning_rate * np.sqrt(1 - b2**t) / (1 - b1**t) / denominator
+        final = final_lr * learning_rate / base_lr
+        lower, upper = final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t))
+        clipped = np.clip(step_size, lower, upper)
+        update = -clipped * m - learning_rate * decoupled * param
+        param = param + update
+        history.append((update, np.where(step_size < lower, -1, np.where(step_size > upper, 1, 0))))
+    return history
+
+
+def through_zero(t):
+    """From 2e-3 down to 0 at t = 80, 0 until 120, up again; at 80 Adam would be at its end."""
+    return 2e-3 * np.maximum(0.0, np.abs(t - 100.0) - 20.0) / 80.0
+
+
+def warm_up(t):
+    return 1e-3 * np.minimum(1.0, t / 50.0)
+
+
+def as_schedule(function):
+    """The same function of t for JAX, in float64."""
+
+    def schedule(count):
+        t = jnp.asarray(count, jnp.float64)
+        if function is warm_up:
+            return 1e-3 * jnp.minimum(1.0, t / 50.0)
+        return 2e-3 * jnp.maximum(0.0, jnp.abs(t - 100.0) - 20.0) / 80.0
+
+    return schedule
+
+
+CASES = {
+    "adabound": (adabound, {}),
+    "adabound, other hyperparameters": (adabound, {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "gamma": 0.02, "final_lr": 0.3}),
+    "b1 = 0": (adabound, {"b1": 0.0}),
+    "b1 = b2 = 0": (adabound, {"b1": 0.0, "b2": 0.0}),
+    "integer b1": (adabound, {"b1": 0}),
+    "eps_root": (adabound, {"eps_root": 1e-10}),
+    "base_lr": (adabound, {"base_lr": 5e-3}),
+    "amsbound": (amsbound, {}),
+    "amsbound, option": (adabound, {"amsbound": True}),
+    "L2": (adabound, {"weight_decay": 0.3}),
+    "amsbound, L2": (amsbound, {"weight_decay": 0.3}),
+    "adaboundw": (adaboundw, {"weight_decay": 0.3}),
+    "adaboundw, its default decay": (adaboundw, {}),
+    "adaboundw, amsbound": (adaboundw, {"weight_decay": 0.3, "amsbound": True}),
+    "schedule through 0": (adabound, {"learning_rate": through_zero}),
+    "schedule through 0, adaboundw": (adaboundw, {"learning_rate": through_zero, "weight_decay": 0.3}),
+    "schedule from 0": (adabound, {"learning_rate": warm_up, "base_lr": 1e-3}),
+    "schedule from 0, amsbound": (amsbound, {"learning_rate": warm_up, "base_lr": 1e-3, "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize(("alias", "options"), CASES.values(), ids=CASES)
+def test_updates_follow_the_recurrence(alias, options, x64):
+    """Float64, 200 steps, each update within 1e-12 of the largest entry; 1 - 0.999 alone, as the recurrence has it,
+    costs 1e-13. Scales of gradients are apart by 1e8, one scale per array, so that both bounds act and neither does."""
+    steps, rng = 200, np.random.default_rng(0)
+    scales = {"small": 1e-5, "middle": 0.1, "large": 1e3}
+    params = {name: rng.normal(size=6) * min(scale, 10.0) for name, scale in scales.items()}
+    grads = {name: rng.normal(size=(steps, 6)) * scale for name, scale in scales.items()}
+    grads = {name: g * (1 + 5 * (np.arange(steps)[:, None] < 20)) for name, g in grads.items()}  # large, then smaller
+
+    options = {"learning_rate": 1e-3, **options}
+    rate = options["learning_rate"]
+    hyper = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "gamma": 1e-3, "final_lr": 0.1, "eps_root": 0.0}
+    hyper.update({name: value for name, value in options.items() if name in hyper})
+    decay = options.get("weight_decay", 1e-4 if alias is adaboundw else 0.0)
+    hyper.update(l2=0.0 if alias is adaboundw else decay, decoupled=decay if alias is adaboundw else 0.0)
+    rates = [rate(t) if callable(rate) else rate for t in range(steps)]
+    hyper["base_lr"] = options.get("base_lr", rates[0])
+    hyper["is_amsbound"] = alias is amsbound or options.get("amsbound", False)
+    expected = {name: recurrence(params[name], grads[name], rates, **hyper) for name in scales}
+
+    optimizer = alias(**{**options, "learning_rate": as_schedule(rate) if callable(rate) else rate})
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    params = jax.tree.map(jnp.asarray, params)
+    _, updates = jax.lax.scan(step, (params, optimizer.init(params)), jax.tree.map(jnp.asarray, grads))
+
+    seen = set()
+    for name in scales:
+        wanted = np.stack([update for update, _ in expected[name]])
+        error = np.abs(np.asarray(updates[name]) - wanted).max(1)
+        assert updates[name].dtype == np.float64
+        assert (error <= 1e-12 * np.abs(wanted).max(1)).all(), f"{name}: step {error.argmax() + 1}, {error.max()}"
+        seen |= set(np.unique([where for _, where in expected[name]]))
+    assert seen == {-1, 0, 1}
+
+
+def test_amsbound_differs_from_adabound_where_gradients_shrink():
+    params, grads = params_and_grads()
+    small = jax.tree.map(lambda g: g / 1e3, grads)
+
+    def second_update(optimizer):
+        _, state = optimizer.update(grads, optimizer.init(params))
+        return optimizer.update(small, state)[0]["a"]
+
+    # b2 = 0.5 halves v while its maximum stays: the step is smaller by sqrt(2).
+    ratio = second_update(adabound(1e-3, b2=0.5, eps=0.0)) / second_update(amsbound(1e-3, b2=0.5, eps=0.0))
+    np.testing.assert_allclose(ratio, np.sqrt(2), rtol=1e-5)  # float32
+
+
+def test_a_tiny_gamma_is_adam(x64):
+    """With eps = 0, as the eps of AdaBound's authors is not corrected for bias. 1e-12: the order of a few operations,
+    and optax's 1 - b**t, which cancels."""
+    params, grads = params_and_grads(jnp.float64)
+    updates, _ = run(jitted(adabound(0.02, eps=0.0, gamma=1e-12)), params, grads, steps=30)
+    expected, _ = run(jitted(optax.adam(0.02, eps=0.0)), params, grads, steps=30)
+    assert_close(updates, expected, 1e-12)
+
+
+@pytest.mark.parametrize("gamma", [1e20, 1e300])
+def test_a_huge_gamma_is_sgd_with_averaged_momentum_and_final_lr(gamma, x64):
+    """1e-14: rounding. At 1e300 gamma·t is within float64, at 1e38 and float32 see the next test."""
+    params, grads = params_and_grads(jnp.float64)
+    updates, _ = run(jitted(adabound(0.02, final_lr=0.5, gamma=gamma)), params, grads, steps=30)
+    sgd = optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.5))
+    assert_close(updates, run(jitted(sgd), params, grads, steps=30)[0], 1e-14)
+
+
+def test_gamma_times_t_may_overflow():
+    params, grads = params_and_grads()
+    updates, _ = run(adabound(0.02, final_lr=0.5, gamma=3e38), params, grads)  # float32 ends at 3.4e38
+    sgd = optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.5))
+    assert_close(updates, run(sgd, params, grads)[0], 1e-6)
+
+
+# What optax asks of its own.
+
+
+def parabola(params):
+    return jnp.sum((params - jnp.array([1.0, -1.0, 1.0], params.dtype)) ** 2)
+
+
+def rosenbrock(params):
+    return (1.0 - params[0]) ** 2 + 100.0 * (params[1] - params[0] ** 2) ** 2
+
+
+@every_alias
+@pytest.mark.parametrize(
+    ("loss", "start", "end", "final_lr"),
+    [
+        (parabola, (-1.0, 10.0, 1.0), (1.0, -1.0, 1.0), 0.1),
+        (rosenbrock, (0.0, 0.0), (1.0, 1.0), 1e-3),  # curvature 1000: SGD beyond 2e-3 diverges
+    ],
+    ids=["parabola", "rosenbrock"],
+)
+def test_finds_the_minimum(alias, loss, start, end, final_lr):
+    """Within 3e-2 after 10,000 steps, as optax asks of its own."""
+    optimizer = alias(1e-2, final_lr=final_lr)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jnp.array(start, jnp.float32)
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=10_000))((params, optimizer.init(params)))
+    np.testing.assert_allclose(params, end, rtol=3e-2, atol=3e-2)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_of_updates_and_state(make, dtype):
+    """Updates have the gradients' dtype, nu at least float32, and shapes and dtypes of the state never change: scan
+    would refuse. mu has the parameters' dtype unless mu_dtype says otherwise."""
+    with jax.enable_x64(dtype == "float64"):
+        optimizer = make()
+        params, grads = params_and_grads(dtype)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), updates
+
+        (new_params, state), updates = jax.lax.scan(step, (params, optimizer.init(params)), length=3)
+        for tree in (updates, new_params):
+            assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
+        state = find_state(state)
+        assert (state.count.dtype, state.count.shape, int(state.count)) == (jnp.int32, (), 3)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        mu_dtype = jnp.float32 if make is OPTIMIZERS["adabound, every option"] else jnp.dtype(dtype)
+        assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype(mu_dtype)}
+        assert {x.dtype for x in jax.tree.leaves((state.nu, state.nu_max))} == {jnp.dtype(wide)}
+        shapes = jax.tree.map(jnp.shape, params)
+        assert jax.tree.map(jnp.shape, state.mu) == jax.tree.map(jnp.shape, state.nu) == shapes
+        assert (new_params["a"] != params["a"]).any()
+
+
+@every_alias
+@pytest.mark.parametrize("mu_dtype", [jnp.bfloat16, "bfloat16", np.dtype("float32"), None])
+def test_mu_dtype(alias, mu_dtype):
+    params, grads = params_and_grads(jnp.bfloat16)
+    optimizer = alias(1e-3, mu_dtype=mu_dtype)
+    state = optimizer.init(params)
+    _, new_state = optimizer.update(grads, state, params)
+    for mu in jax.tree.leaves((find_state(state).mu, find_state(new_state).mu)):
+        assert mu.dtype == jnp.dtype(mu_dtype or jnp.bfloat16)
+
+
+def test_arrays_of_different_dtypes_in_one_tree(x64):
+    """Each array as if it were alone: the update of a float32 array is computed in float32."""
+    params = {"single": jnp.array([1.0, 2.0], jnp.float32), "double": jnp.array([3.0, 4.0], jnp.float64)}
+    optimizer = adaboundw(0.1, amsbound=True)
+    state = optimizer.init(params)
+    updates, new_state = jax.jit(optimizer.update)(params, state, params)
+    assert (updates["single"].dtype, updates["double"].dtype) == (jnp.float32, jnp.float64)
+    assert jax.tree.map(dtype_of, state) == jax.tree.map(dtype_of, new_state)
+    for name, dtype in (("single", jnp.float32), ("double", jnp.float64)):
+        alone, _ = optimizer.update(params[name], optimizer.init(params[name]), params[name])
+        np.testing.assert_allclose(updates[name], alone, rtol=4 * jnp.finfo(dtype).eps)
+        assert step_sizes(find_state(new_state)).step[name].dtype == dtype
+
+
+def test_weakly_typed_parameters_get_a_state_that_does_not_change_its_type():
+    optimizer = amsbound(1e-3)
+    params = jnp.asarray(1.0)
+    assert params.weak_type
+    state = optimizer.init(params)
+    _, new_state = optimizer.update(params, state)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
+
+
+@every_optimizer
+def test_jit_changes_nothing(make):
+    """1e-5: float32 and XLA's fusion. Every array by its largest entry."""
+    optimizer = make()
+    params, grads = params_and_grads()
+    assert_close(run(jitted(optimizer), params, grads), run(optimizer, params, grads), 1e-5)
+
+
+@every_optimizer
+def test_vmap_is_a_loop(make):
+    """The state too has a leading axis, the count included. 1e-5: float32."""
+    optimizer = make()
+    models = [params_and_grads(seed=seed) for seed in range(3)]
+    params, grads = stack(*models)
+    batched = optax.GradientTransformation(jax.vmap(optimizer.init), jax.vmap(optimizer.update))
+    expected = [run(jitted(optimizer), *model) for model in models]
+    assert_close(run(jitted(batched), params, grads), stack(*expected), 1e-5)
+
+
+@every_alias
+def test_compiles_once_whatever_the_schedule_says(alias):
+    traces = []
+    optimizer = alias(optax.cosine_decay_schedule(0.1, 4))
+
+    @jax.jit
+    def step(params, state, grads):
+        traces.append(1)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    params, grads = params_and_grads()
+    state, sizes = optimizer.init(params), []
+    for _ in range(5):
+        params, state, updates = step(params, state, grads)
+        sizes.append(float(optax.tree.norm(updates)))
+    assert len(traces) == 1
+    assert step._cache_size() == 1
+    assert sizes[-1] == 0  # the schedule was followed to its end
+    assert len(set(sizes)) == 5
+
+
+@every_alias
+def test_a_step_may_donate_its_state(alias):
+    """Two names for one buffer, such as nu_max = nu at the start, would be donated twice: an error."""
+    optimizer = alias(1e-3)
+    params, grads = params_and_grads()
+    state = optimizer.init(params)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    _, state = jax.jit(optimizer.update, donate_argnums=1)(grads, state, params)
+    assert int(find_state(state).count) == 1
+
+
+@every_optimizer
+def test_abstract_parameters_and_explicit_sharding(make):
+    """init takes shapes only; types of the state, with their sharding, are those after update."""
+    optimizer = make()
+    state = optimizer.init(jax.ShapeDtypeStruct((2, 4), jnp.float16))
+    assert find_state(state).mu.shape == (2, 4)
+
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
+        params = jnp.ones((2, 4), jnp.float16, out_sharding=sharding)
+        state = optimizer.init(params)
+        _, new_state = optimizer.update(params, state, params)
+        assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new_state)
+        assert jax.typeof(find_state(state).nu).sharding.spec == jax.P(None, "x")
+
+
+@every_optimizer
+def test_tree_map_params_sees_the_moments_and_not_the_count(make):
+    optimizer = make()
+    params, _ = params_and_grads()
+    state = find_state(optax.tree.map_params(optimizer, lambda x: x + 1, optimizer.init(params)))
+    assert int(state.count) == 0
+    assert all((x == 1).all() for x in jax.tree.leaves((state.mu, state.nu, state.nu_max)))
+
+
+@every_optimizer
+def test_extra_arguments_are_ignored(make):
+    optimizer = make()
+    params, grads = params_and_grads()
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=1.0, something_else=2)
+    assert_close(updates, optimizer.update(grads, optimizer.init(params), params)[0], 0)
+
+
+@every_optimizer
+def test_multi_steps_waits_and_then_takes_the_mean(make):
+    """1e-6: the mean of gradients in float32."""
+    params, grads = params_and_grads()
+    optimizer = make()
+    accumulated = jitted(optax.MultiSteps(optimizer, every_k_schedule=3))
+    state = accumulated.init(params)
+    for factor in (0.5, 1.0):
+        updates, state = accumulated.update(jax.tree.map(lambda g, f=factor: f * g, grads), state, params)
+        assert not any(x.any() for x in jax.tree.leaves(updates))
+    updates, state = accumulated.update(jax.tree.map(lambda g: 1.5 * g, grads), state, params)
+    expected, expected_state = optimizer.update(grads, optimizer.init(params), params)
+    assert_close(updates, expected, 1e-6)
+    assert_close(find_state(state), find_state(expected_state), 1e-6)
+
+
+@every_optimizer
+def test_masked(make):
+    """What is masked out passes through and has no moments, the rest is as if alone."""
+    params, grads = params_and_grads()
+    optimizer = optax.masked(make(), {"a": True, "b": False})
+    updates, state = run(optimizer, params, grads)
+    assert_close(updates[0]["b"], grads["b"], 0)
+    assert jax.tree.leaves(find_state(state).mu["b"]) == []
+    expected, expected_state = run(make(), params["a"], grads["a"])
+    assert_close([update["a"] for update in updates], expected, 0)
+    assert_close(find_state(state).nu["a"], find_state(expected_state).nu, 0)
+
+
+@every_optimizer
+def test_none_is_no_parameter(make):
+    params, grads = params_and_grads()
+    updates, state = run(make(), {**params, "none": None}, {**grads, "none": None})
+    expected, _ = run(make(), params, grads)
+    assert [update.pop("none") for update in updates] == [None] * 5
+    assert_close(updates, expected, 0)
+    assert find_state(state).mu["none"] is None
+
+
+@every_optimizer
+def test_a_missing_gradient_has_no_update_and_leaves_its_moments(make):
+    params, grads = params_and_grads()
+    optimizer = make()
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    updates, new_state = optimizer.update({"a": grads["a"], "b": [None, grads["b"][1]]}, state, params)
+    assert updates["b"][0] is None
+    assert jax.tree.structure(state) == jax.tree.structure(new_state)
+    old, new = find_state(state), find_state(new_state)
+    for before, after in ((old.mu, new.mu), (old.nu, new.nu)):
+        assert (before["b"][0] == after["b"][0]).all()
+        assert (before["a"] != after["a"]).all()
+
+
+@every_optimizer
+@pytest.mark.parametrize("empty", [{}, (), {"a": [], "b": None}], ids=repr)
+def test_an_empty_tree(make, empty):
+    optimizer = make()
+    state = optimizer.init(empty)
+    updates, state = jax.jit(optimizer.update)(empty, state, empty)
+    assert updates == empty
+    assert int(find_state(state).count) == 1
+
+
+@every_alias
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.complex128])
+def test_complex_is_refused(alias, dtype, x64):
+    optimizer = alias(1e-3)
+    real = {"w": jnp.ones(2)}
+    imaginary = {"w": jnp.ones(2, dtype)}
+    with pytest.raises(TypeError, match=f"real parameters and gradients, got {jnp.dtype(dtype)}"):
+        optimizer.init(imaginary)
+    state = optimizer.init(real)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(TypeError, match=f"real parameters and gradients, got {jnp.dtype(dtype)}"):
+            update(imaginary, state, real)
+
+
+# Hyperparameters.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("b1", 1.0),
+        ("b1", -0.1),
+        ("b2", 1),
+        ("b2", -1e-9),
+        ("b2", float("nan")),
+        ("gamma", 0.0),
+        ("gamma", 0),
+        ("gamma", -1e-3),
+        ("eps", -1e-8),
+        ("eps_root", -1e-8),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, value):
+    for optimizer in (scale_by_adabound, *(lambda alias=alias, **kw: alias(1e-3, **kw) for alias in ALIASES.values())):
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got {value}$"):
+            optimizer(**{name: value})
+    with pytest.raises(ValueError, match=r"final_lr_ratio must be >= 0, got -1\.0"):
+        scale_by_adabound(final_lr_ratio=-1.0)
+
+
+@every_alias
+@pytest.mark.parametrize(
+    "learning_rate",
+    [
+        0.0,
+        -1e-3,
+        np.array(1e-3),
+        np.float32(1e-3),
+        jnp.array(1e-3),
+        optax.linear_schedule(0.0, 1e-3, 10),
+        lambda count: -1e-3,
+    ],
+    ids=["0", "negative", "numpy", "scalar", "jax", "schedule from 0", "negative schedule"],
+)
+def test_base_lr_is_asked_for_where_it_cannot_be_inferred(alias, learning_rate):
+    with pytest.raises(ValueError, match=r"base_lr must be a number > 0, .*pass base_lr, .*base_lr=1e-3"):
+        alias(learning_rate)
+    assert alias(learning_rate, base_lr=1e-3).init(jnp.ones(2))
+
+
+@every_alias
+@pytest.mark.parametrize("base_lr", [0.0, -1e-3, float("nan")])
+def test_a_base_lr_that_is_no_rate_is_refused(alias, base_lr):
+    with pytest.raises(ValueError, match=f"base_lr must be a number > 0, got {base_lr}"):
+        alias(1e-3, base_lr=base_lr)
+
+
+@every_alias
+def test_a_traced_learning_rate_is_not_inferred_from(alias):
+    """Neither as it is nor through a schedule that closes over it; a schedule of constants is, even inside jit."""
+    params = jnp.ones(2, jnp.float32)
+
+    def first_update(learning_rate, **kwargs):
+        optimizer = alias(learning_rate, final_lr=1e-4, **kwargs)
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    for make_rate in (lambda x: x, lambda x: lambda count: x):
+        with pytest.raises(ValueError, match="pass base_lr"):
+            jax.jit(lambda x, make_rate=make_rate: first_update(make_rate(x)))(1e-3)
+        assert jax.jit(lambda x, make_rate=make_rate: first_update(make_rate(x), base_lr=1e-3))(1e-3).all()
+
+    schedule = optax.exponential_decay(1e-3, 10, 0.5)
+    np.testing.assert_allclose(jax.jit(lambda: first_update(schedule))(), first_update(schedule), rtol=1e-6)
+
+
+@every_alias
+def test_injected_constants_change_nothing(alias):
+    """1e-4: 1 - b2 of an array is that of 0.999 in float32, wrong by 3e-5."""
+    options = {"learning_rate": 1e-2, "final_lr": 0.5, "gamma": 0.1, "base_lr": 1e-2}
+    params, grads = params_and_grads()
+    updates, state = run(jitted(optax.inject_hyperparams(alias)(**options)), params, grads)
+    expected, expected_state = run(alias(**options), params, grads)
+    assert_close(updates, expected, 1e-4)
+    assert_close(state.inner_state, expected_state, 1e-4)
+
+
+@every_alias
+def test_an_injected_schedule_is_a_schedule(alias, x64):
+    """1e-13: float64. The bounds follow the schedule through base_lr."""
+    schedule = optax.linear_schedule(0.0, 2e-2, 4)
+    params, grads = params_and_grads(jnp.float64)
+    injected = optax.inject_hyperparams(alias)(learning_rate=schedule, final_lr=0.1, base_lr=1e-3)
+    updates, state = run(injected, params, grads)
+    expected, _ = run(alias(schedule, final_lr=0.1, base_lr=1e-3), params, grads)
+    assert not any(x.any() for x in jax.tree.leaves(updates[0]))
+    assert_close(updates, expected, 1e-13)
+    assert find_state(state).count == 5
+
+
+@every_alias
+def test_an_injected_learning_rate_needs_base_lr_and_scales_the_update(alias):
+    params, grads = params_and_grads()
+    with pytest.raises(ValueError, match="pass base_lr"):
+        optax.inject_hyperparams(alias)(learning_rate=1e-3).init(params)
+
+    optimizer = optax.inject_hyperparams(alias)(learning_rate=1e-3, final_lr=1e-3, gamma=10.0, base_lr=1e-3)
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    before, _ = update(grads, state, params)
+    state.hyperparams["learning_rate"] = jnp.float32(5e-4)
+    after, _ = update(grads, state, params)
+    assert_close(after, jax.tree.map(lambda u: u / 2, before), 1e-6)  # clipped at the bounds: final_lr halves as well
+    assert update._cache_size() == 1
+
+
+def test_every_hyperparameter_of_the_transform_can_be_an_array(x64):
+    """1e-12: log(b) of an array is JAX's, of a number Python's."""
+    options = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "gamma": 0.1, "final_lr_ratio": 2.0, "eps_root": 1e-8}
+    params, grads = params_and_grads(jnp.float64)
+    injected = optax.inject_hyperparams(scale_by_adabound)(**options, amsbound=True)
+    arrays = scale_by_adabound(**{name: jnp.array(value) for name, value in options.items()}, amsbound=True)
+    zero = {**options, "b1": 0.0, "b2": 0.0}
+    zero_arrays = scale_by_adabound(**{name: jnp.array(value) for name, value in zero.items()}, amsbound=True)
+    expected, _ = run(scale_by_adabound(**options, amsbound=True), params, grads)
+    assert_close(run(injected, params, grads)[0], expected, 1e-12)
+    assert_close(run(arrays, params, grads)[0], expected, 1e-12)
+    assert_close(run(zero_arrays, params, grads)[0], run(scale_by_adabound(**zero, amsbound=True), params, grads)[0], 0)
+
+
+@every_alias
+def test_arrays_of_another_dtype_do_not_change_that_of_the_updates(alias, x64):
+    options = {"learning_rate": 1e-3, "b1": 0.9, "weight_decay": 0.1, "base_lr": 1e-3}
+    params, grads = params_and_grads(jnp.bfloat16)
+    optimizer = optax.inject_hyperparams(alias, hyperparam_dtype=jnp.float64)(**options)
+    updates, state = run(optimizer, params, grads)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.tree.map(dtype_of, find_state(state)) == jax.tree.map(dtype_of, find_state(optimizer.init(params)))
+
+
+@every_alias
+def test_decay_needs_parameters_and_no_decay_does_not(alias):
+    params, grads = params_and_grads()
+    optimizer = alias(1e-3, weight_decay=0.0)
+    updates, _ = optimizer.update(grads, optimizer.init(params))
+    assert_close(updates, optimizer.update(grads, optimizer.init(params), params)[0], 0)
+    optimizer = alias(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="params"):
+        optimizer.update(grads, optimizer.init(params))
+
+
+@every_alias
+@pytest.mark.parametrize("mask", [{"a": True, "b": False}, lambda p: {"a": True, "b": False}], ids=["tree", "function"])
+def test_decay_is_where_the_mask_says(alias, mask):
+    params, grads = params_and_grads()
+    updates, _ = run(alias(1e-2, weight_decay=0.5, mask=mask), params, grads)
+    with_decay, _ = run(alias(1e-2, weight_decay=0.5), params, grads)
+    without, _ = run(alias(1e-2, weight_decay=0.0), params, grads)
+    assert_close(
+        [(u["a"], u["b"]) for u in updates], [(w["a"], n["b"]) for w, n in zip(with_decay, without, strict=True)], 1e-7
+    )
+    assert not np.allclose(with_decay[1]["a"], without[1]["a"], rtol=1e-4)
+    assert not np.allclose(with_decay[1]["b"][0], without[1]["b"][0], rtol=1e-4)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_bias_correction_keeps_float32s_digits(traced):
+    """1e-6, a few units in the last place; 1 - 0.9999**t in float32 is wrong by 1e-4 at t = 1 (rounded 0.9999 by 3e-4,
+    so an array has to be a power of two away from 1). Steps are 1 / |g| up to eps."""
+    b1, b2 = 1 - 2.0**-6, 1 - 2.0**-12
+    convert = (lambda x: jnp.float32(x)) if traced else (lambda x: x)
+    for t in (1, 2, 10, 1000, 100_000):
+        state = AdaBoundState(jnp.int32(t), jnp.zeros(1), jnp.array([1 - b2**t], jnp.float32), None)
+        step = step_sizes(state, b1=convert(b1), b2=convert(b2), eps=0.0).step
+        np.testing.assert_allclose(step, 1 / (1 - b1**t), rtol=1e-6)
+    if not traced:
+        state = AdaBoundState(jnp.int32(1), jnp.zeros(1), jnp.array([1e-4], jnp.float32), None)
+        np.testing.assert_allclose(step_sizes(state, b1=0.0, b2=0.9999, eps=0.0).step, 1.0, rtol=1e-6)
+
+
+def test_the_count_keeps_float64(x64):
+    """1e-13 at a count where float32 would round t, and its logarithm's product, by 1e-8."""
+    t = 16_777_217
+    b2 = 1 - 1e-8
+    state = AdaBoundState(jnp.int32(t), jnp.zeros(1), jnp.ones(1), None)
+    sizes = step_sizes(state, b1=0.0, b2=b2, eps=0.0, gamma=1e-8, final_lr_ratio=1.0)
+    np.testing.assert_allclose(sizes.step, np.sqrt(-np.expm1(t * np.log(b2))), rtol=1e-13)
+    np.testing.assert_allclose(sizes.lower, 1e-8 * t / (1e-8 * t + 1), rtol=1e-13)
+    np.testing.assert_allclose(sizes.upper, (1e-8 * t + 1) / (1e-8 * t), rtol=1e-13)
+
+
+@every_alias
+def test_the_count_stops_at_its_largest_value(alias):
+    params, grads = params_and_grads()
+    optimizer = alias(1e-3)
+    state = optax.tree.set(optimizer.init(params), count=jnp.int32(2**31 - 1))
+    updates, state = optimizer.update(grads, state, params)
+    assert find_state(state).count == 2**31 - 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+
+
+@every_alias
+@pytest.mark.parametrize("count", [0, 1_000_000], ids=["first", "late"])
+def test_float16_neither_overflows_nor_loses_the_step(alias, count):
+    """The same as float32 up to float16's rounding, from its smallest number to its largest, at the first step (where
+    the upper bound is 1e5, and the square of a gradient 4e9) and late (where 100 times a gradient is 6e6)."""
+    grads = jnp.array([0.0, 6e-8, 1e-4, -1.0, 300.0, 6e4, -6e4], jnp.float16)
+    optimizer = alias(1e-3, mu_dtype=jnp.float32)
+
+    def update(grads):
+        state = optimizer.init(grads)
+        if count:
+            state = optax.tree.set(state, count=jnp.int32(count))
+        return optimizer.update(grads, state, grads * 0)[0]
+
+    updates, expected = update(grads), update(grads.astype(jnp.float32))
+    assert np.isfinite(updates).all()
+    assert expected[-1] > 1e-4
+    np.testing.assert_array_equal(updates, expected.astype(jnp.float16))
+
+
+@every_alias
+def test_bfloat16_second_moment_decays_and_parameters_stay_bfloat16(alias):
+    """1e-4: 300 roundings of float32. In bfloat16 0.999 is 1 and nu would stay."""
+    optimizer = alias(1e-3)
+    params = jnp.ones(3, jnp.bfloat16)
+    _, state = optimizer.update(jnp.ones(3, jnp.bfloat16), optimizer.init(params), params)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jnp.zeros(3, jnp.bfloat16), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), length=300)
+    assert params.dtype == jnp.bfloat16
+    np.testing.assert_allclose(find_state(state).nu, 1e-3 * 0.999**300, rtol=1e-4)
+
+
+@every_alias
+def test_low_precision_is_rounded_once(alias):
+    """A bfloat16 update is the float32 one, rounded: decay and learning rate come before the rounding."""
+    params, grads = params_and_grads(jnp.bfloat16)
+    optimizer = alias(3e-3, weight_decay=0.3, mu_dtype=jnp.float32)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    grads, params = jax.tree.map(lambda x: x.astype(jnp.float32), (grads, params))
+    expected, _ = optimizer.update(grads, optimizer.init(params), params)
+    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y.astype(jnp.bfloat16))
+
+
+def test_a_moment_kept_in_bfloat16_is_computed_in_float32():
+    """mu_dtype rounds what is stored and nothing else: neither its decay nor the update; 1e-6: float32."""
+    optimizer = scale_by_adabound(mu_dtype=jnp.bfloat16, gamma=1e10, final_lr_ratio=1.0)  # both bounds at 1
+    grads = jnp.linspace(-1.0, 1.0, 100, dtype=jnp.float32)
+    _, state = optimizer.update(grads, optimizer.init(grads))
+    assert state.mu.dtype == jnp.bfloat16
+    updates, _ = optimizer.update(grads, state)
+    np.testing.assert_allclose(updates, 0.9 * np.asarray(state.mu, np.float64) + 0.1 * grads, rtol=1e-6)
+
+
+def test_eps_root_lets_gradients_through_the_update():
+    """At a gradient of 0 the root has an infinite derivative."""
+
+    def updated(gradient, eps_root):
+        optimizer = adabound(0.1, eps_root=eps_root)
+        return optimizer.update(gradient, optimizer.init(gradient))[0]
+
+    derivative = jax.grad(updated)
+    assert np.isnan(derivative(0.0, 0.0))
+    assert -np.inf < derivative(0.0, 1e-8) < 0
+
+
+# Looking inside, and the state elsewhere.
+
+
+@every_alias
+def test_step_sizes_explain_the_update(alias):
+    """update = -learning_rate · clip(step, lower, upper) · mu of the new state; 1e-6: float32. Shares are exact."""
+    options = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "gamma": 1.0, "eps_root": 1e-10}
+    optimizer = alias(0.1, final_lr=0.2, weight_decay=0.0, **options)
+    params = {"w": jnp.array([1e-3, 0.5, 2.0, 80.0], jnp.float32), "b": jnp.array([1e3, 1e3], jnp.float32)}
+    updates, state = optimizer.update(params, optimizer.init(params))
+    state = find_state(state)
+    sizes = step_sizes(state, final_lr_ratio=2.0, **options)
+    np.testing.assert_allclose((sizes.lower, sizes.upper), (1.0, 4.0), rtol=1e-6)  # r · 1/2 and r · 2 at t = 1
+    for name in params:
+        np.testing.assert_allclose(
+            updates[name], -0.1 * np.clip(sizes.step[name], sizes.lower, sizes.upper) * state.mu[name], rtol=1e-6
+        )
+    # At t = 1 the root of v is that of its correction times |g|, and 5 = 1 / (1 - b1); eps and eps_root cost 2%.
+    np.testing.assert_allclose(sizes.step["w"], 5 / params["w"], rtol=2e-2)
+    assert jax.tree.map(float, sizes.at_upper) == {"w": 0.5, "b": 0.0}
+    assert jax.tree.map(float, sizes.at_lower) == {"w": 0.25, "b": 1.0}
+
+
+def test_step_sizes_use_the_maximum_of_amsbound():
+    nu, nu_max = {"w": jnp.array([1.0, 4.0])}, {"w": jnp.array([4.0, 4.0])}
+    state = AdaBoundState(jnp.int32(100_000), nu, nu, nu_max)
+    np.testing.assert_allclose(step_sizes(state).step["w"], [0.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(step_sizes(state._replace(nu_max=None)).step["w"], [1.0, 0.5], rtol=1e-6)
+
+
+@every_optimizer
+def test_the_state_is_found_in_every_wrapper(make):
+    params, grads = params_and_grads()
+    for optimizer in (
+        make(),
+        optax.chain(optax.clip(1.0), make()),
+        optax.masked(make(), {"a": True, "b": False}),
+        optax.MultiSteps(make(), 1),
+        optax.inject_hyperparams(adabound)(1e-3, base_lr=1e-3),
+    ):
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        found = find_state(state)
+        assert isinstance(found, AdaBoundState)
+        assert np.isfinite(jax.jit(step_sizes)(found).step["a"]).all()
+
+
+@every_optimizer
+def test_the_state_survives_orbax(make, tmp_path):
+    """Structure, dtypes and every bit; the next update is the same."""
+    params, grads = params_and_grads(jnp.bfloat16)
+    optimizer = make()
+    _, state = run(optimizer, params, grads, steps=3)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", optimizer.init(params))
+    assert_close(restored, state, 0)
+    assert (find_state(restored).nu_max is None) == (find_state(state).nu_max is None)
+    updates, restored_updates = (optimizer.update(grads, s, params)[0] for s in (state, restored))
+    assert_close(restored_updates, updates, 0)
+
+
+def test_the_examples_in_the_docstrings():
+    results = doctest.testmod(adabound_module)
+    assert results.failed == 0
+    documented = {test.name for test in doctest.DocTestFinder().find(adabound_module) if test.examples}
+    names = ("scale_by_adabound", "step_sizes", "adabound", "amsbound", "adaboundw")
+    assert documented == {f"jax_resnet.adabound.{name}" for name in names}
