@@ -11,9 +11,8 @@ With t counted from 1, for every entry of a parameter, whose gradient is g:
 
 Early on the bounds are wide and this is Adam; later both tend to r and it is SGD with momentum and learning rate
 :math:`r \alpha_t`. AMSBound has the largest v so far in the place of v. These are the rules of the authors' code
-(https://github.com/Luolc/AdaBound); the paper's Algorithm 2 does not correct the moments' bias, and decays
-:math:`\alpha` by the square root of t. No learning rate is inside the clip, since to clip a product with it is to
-multiply what was clipped: so the bounds follow any schedule, also through 0.
+(https://github.com/Luolc/AdaBound); the paper's Algorithm 2 does not correct the moments' bias, and decays the learning
+rate by the root of t. As clip(a·s, a·l, a·u) = a·clip(s, l, u), bounds and learning rate are separate matters here.
 """
 
 import functools
@@ -157,9 +156,10 @@ def step_sizes(
       >>> _, opt_state = optimizer.update(params, optimizer.init(params))
       >>> sizes = step_sizes(optax.tree.get(opt_state, "AdaBoundState"), final_lr_ratio=0.1 / 1e-3)
       >>> for name, step in sizes.step.items():
-      ...     print(name, 1e-3 * jnp.clip(step, sizes.lower, sizes.upper), sizes.at_upper[name])
-      conv1 [0.01  0.005] 0.0
-      fc [1.001e+02 2.500e-04] 0.5
+      ...     median = jnp.median(1e-3 * jnp.clip(step, sizes.lower, sizes.upper))
+      ...     print(f"{name}: {median:.4f}, at the upper bound {sizes.at_upper[name]:.0%}")
+      conv1: 0.0075, at the upper bound 0%
+      fc: 50.0501, at the upper bound 50%
     """
     steps, lower, upper = _steps_and_bounds(state, b1, b2, eps, gamma, final_lr_ratio, eps_root)
     at_lower = jax.tree.map(lambda s: jnp.mean(s <= lower), steps)
@@ -378,7 +378,7 @@ def _decayed_weights(weight_decay, mask):
 
 
 def _chain_in_float32(*transforms):
-    """Chain that computes in at least float32: float16 may hold learning_rate · 100 · g, and not 100 · g."""
+    """Chain that computes in at least float32: float16 may hold learning_rate · 100 · g, but not 100 · g."""
     chain = optax.chain(*transforms)
 
     def update_fn(updates, state, params=None, **extra_args):

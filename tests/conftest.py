@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -24,3 +25,10 @@ def stanford_cars_dir() -> Path:
 def devkit_dir() -> Path:
     """The .mat files of the devkit."""
     return folder_or_skip("devkit")
+
+
+@pytest.fixture
+def x64():
+    """JAX with 64-bit types, for this test only."""
+    with jax.enable_x64(True):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import struct
@@ -45,6 +46,11 @@ def tfds(root: Path) -> PictureFolder | None:
     file_format = builder.info.file_format.value
     if file_format not in ("tfrecord", "array_record"):
         raise DataError(f"{root} is in TFDS's format {file_format}: expected tfrecord or array_record")
+    if file_format == "array_record":
+        try:
+            importlib.import_module("array_record.python.array_record_module")  # TFDS imports it at the first picture
+        except ImportError as error:
+            raise DataError(f'{root} needs a package that is missing ({error}): pip install "array-record"') from error
     if absent := [split for split in SPLITS if split not in splits]:
         raise DataError(f"{root} has no split {absent[0]!r} but {sorted(splits)}: prepare the data set again")
     files = {split: [Path(path) for path in splits[split].filepaths] for split in SPLITS}
@@ -70,8 +76,6 @@ def tfds(root: Path) -> PictureFolder | None:
                 yield Picture(f"{split} {name}", label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
         except DataError:
             raise
-        except ImportError as error:
-            raise DataError(f'{root} needs a package that is missing ({error}): pip install "array-record"') from error
         except Exception as error:  # array_record and protobuf raise types of their own
             raise DataError(f"{root} is damaged after {number + 1:,} {split} pictures ({error})") from error
         if number + 1 != splits[split].num_examples:

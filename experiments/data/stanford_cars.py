@@ -195,7 +195,8 @@ def refuse_bad_pictures(failures: list[Failure], folder: PictureFolder, skip_bad
     if outside:
         raise DataError(
             f"{len(outside):,} of {total:,} pictures in {folder.directory} do not contain their box: "
-            f"{listed(outside)}. Boxes refer to the original photographs: have these been cut out or resized already? Then sort them by "
+            f"{listed(outside)}. "
+            "Boxes refer to the original photographs: have these been cut out or resized already? Then sort them by "
             "class and take the devkit's .mat files out of the folder"
         )
     if failures and not skip_bad:

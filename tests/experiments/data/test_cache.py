@@ -207,7 +207,7 @@ PROGRAM = textwrap.dedent(
             if number == 3:
                 images.file.flush()
                 print("started", flush=True)
-            time.sleep(pause)
+                time.sleep(pause)
         return {}
     entry = cache.load_or_make(root, "cars", {}, 300, make)
     assert entry.directory is not None and entry.notes == (), entry
@@ -221,7 +221,7 @@ def start(root, pause):
 
 
 def test_several_processes_at_once_make_one_entry(tmp_path):
-    programs = [start(tmp_path, 0.01) for _ in range(4)]
+    programs = [start(tmp_path, 0.5) for _ in range(4)]
     for program in programs:
         program.communicate(timeout=60)
     assert [program.returncode for program in programs] == [0] * 4

@@ -1,0 +1,309 @@
+"""jax_resnet.layers against central differences, against cases worked by hand, and against formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_resnet import layers
+
+
+def random(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+def check_gradients(function, *arrays, rng):
+    """d/de <w, f(x + e·u)> by central differences = <w, f'(x)·u> by jax.vjp, for random u and w, float64.
+
+    A step of 1e-6 leaves 1e-9 of truncation and rounding for functions of order 1.
+    """
+    y, vjp = jax.vjp(function, *arrays)
+    w = random(rng, *y.shape)
+    directions = [random(rng, *a.shape) for a in arrays]
+    step = 1e-6
+    ahead, behind = (function(*[a + s * u for a, u in zip(arrays, directions)]) for s in (step, -step))
+    numeric = float(jnp.vdot(w, ahead - behind)) / (2 * step)
+    analytic = sum(float(jnp.vdot(g, u)) for g, u in zip(vjp(w), directions))
+    assert analytic == pytest.approx(numeric, rel=1e-7, abs=1e-7)
+
+
+CONVOLUTIONS = [  # N, H, W, C, K, kernel height, kernel width, stride, padding
+    (2, 8, 8, 3, 4, 1, 1, 1, 0),
+    (2, 8, 7, 3, 4, 1, 1, 2, 0),
+    (2, 8, 8, 3, 4, 3, 3, 1, 1),
+    (2, 8, 8, 3, 4, 3, 3, 2, 1),
+    (2, 9, 7, 3, 4, 3, 3, 2, 1),
+    (1, 5, 6, 1, 2, 3, 3, 1, 0),
+    (1, 3, 5, 4, 2, 3, 3, 1, 3),
+    (2, 15, 12, 3, 5, 7, 7, 2, 3),
+    (2, 6, 6, 2, 3, 2, 3, 3, 1),
+    (1, 4, 4, 2, 1, 3, 3, 2, 0),
+]
+
+
+def convolution(case, rng, dtype="float64"):
+    n, h, w, c, k, kh, kw, stride, padding = case
+    x, weight, bias = random(rng, n, h, w, c), random(rng, kh, kw, c, k), random(rng, k)
+    return functools.partial(layers.conv2d, stride=stride, padding=padding), (x, weight, bias)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv2d_is_its_formula(case, x64):
+    """1e-13 leaves room for the order of summation only."""
+    conv, (x, weight, bias) = convolution(case, np.random.default_rng(0))
+    *_, kh, kw, s, p = case
+    padded = np.pad(np.asarray(x), ((0, 0), (p, p), (p, p), (0, 0)))
+    h, w = (padded.shape[1] - kh) // s + 1, (padded.shape[2] - kw) // s + 1
+    expected = np.zeros((len(x), h, w, weight.shape[3]))
+    for i in range(h):
+        for j in range(w):
+            patch = padded[:, s * i : s * i + kh, s * j : s * j + kw]
+            expected[:, i, j] = np.tensordot(patch, np.asarray(weight), 3) + np.asarray(bias)
+    np.testing.assert_allclose(conv(x, weight, bias), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv2d_gradients(case, x64):
+    rng = np.random.default_rng(1)
+    conv, arrays = convolution(case, rng)
+    check_gradients(conv, *arrays, rng=rng)
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_both_forms_of_conv2d_are_one_function(case, x64):
+    """What a GPU or TPU would run (XLA's convolution) against what a CPU runs, with gradients; 1e-13 for rounding."""
+    rng = np.random.default_rng(2)
+    *_, stride, padding = case
+    _, (x, weight, _) = convolution(case, rng)
+    direct = functools.partial(layers._conv2d_direct, stride=stride, padding=padding)
+    y, vjp = jax.vjp(direct, x, weight)
+    dy = random(rng, *y.shape)
+    matmul = layers._conv2d_matmul(x, weight, stride=stride, padding=padding)
+    np.testing.assert_allclose(matmul, y, rtol=1e-13, atol=1e-13)
+    gradients = layers._conv2d_matmul_vjp(x, weight, dy, stride=stride, padding=padding)
+    for ours, theirs in zip(gradients, vjp(dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_conv2d_by_hand():
+    """A 2x2 picture under a 3x3 kernel of 1 to 9: cross-correlation, not flipped, zeros outside."""
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    kernel = jnp.arange(1.0, 10.0).reshape(3, 3, 1, 1)
+    y = layers.conv2d(x, kernel, padding=1)[0, :, :, 0]
+    # top left: 1·5 + 2·6 + 3·8 + 4·9
+    np.testing.assert_array_equal(y, [[77, 67], [47, 37]])
+
+
+def test_stride_2_pads_symmetrically():
+    """On 4x4 with stride 2 torch's padding of 1 centres the kernel on rows 0 and 2, "SAME" would on 1 and 3."""
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    centre = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    np.testing.assert_array_equal(layers.conv2d(x, centre, stride=2, padding=1)[0, :, :, 0], [[0, 2], [8, 10]])
+
+
+def norm_arguments(rng, channels):
+    return random(rng, channels) + 1.5, random(rng, channels), random(rng, channels), jnp.abs(random(rng, channels)) + 1
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 3), (4, 5, 3, 2), (8, 1, 1, 1), (3, 7)], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_gradients(shape, train, x64):
+    rng = np.random.default_rng(0)
+    weight, bias, mean, var = norm_arguments(rng, shape[-1])
+
+    def normalize(x, weight, bias):
+        return layers.batch_norm(x, weight, bias, mean, var, train=train)[0]
+
+    if train and shape[0] == 2:  # two values become ±1 whatever they are: keep them from rounding to equal
+        x = jnp.stack([jnp.zeros(shape[1:]), jnp.ones(shape[1:]) * 0.01])
+    else:
+        x = random(rng, *shape)
+    check_gradients(normalize, x, weight, bias, rng=rng)
+
+
+def test_batch_norm_by_formula(x64):
+    """Normalized with the biased variance, the running variance from the unbiased one, momentum 0.1."""
+    rng = np.random.default_rng(1)
+    x = np.asarray(random(rng, 4, 3, 2, 5)) * 3 + 2
+    weight, bias, running_mean, running_var = (np.asarray(a) for a in norm_arguments(rng, 5))
+    y, new_mean, new_var = layers.batch_norm(x, weight, bias, running_mean, running_var, train=True)
+    rows = x.reshape(-1, 5)
+    expected = (x - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) * weight + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(new_mean, 0.9 * running_mean + 0.1 * rows.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(new_var, 0.9 * running_var + 0.1 * rows.var(0, ddof=1), rtol=1e-13)
+    y, same_mean, same_var = layers.batch_norm(x, weight, bias, running_mean, running_var, train=False)
+    np.testing.assert_allclose(y, (x - running_mean) / np.sqrt(running_var + 1e-5) * weight + bias, rtol=1e-12)
+    np.testing.assert_array_equal(same_mean, running_mean)
+    np.testing.assert_array_equal(same_var, running_var)
+
+
+def test_batch_norm_by_hand():
+    """The values 1, 2, 3, 6: mean 3, biased variance 3.5, unbiased 14/3."""
+    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(4, 1)
+    one, zero = jnp.ones(1), jnp.zeros(1)
+    y, mean, var = layers.batch_norm(x, one, zero, zero, one, train=True, momentum=1.0, eps=0.0)
+    np.testing.assert_allclose(y[:, 0], np.array([-2, -1, 0, 3]) / np.sqrt(3.5), rtol=1e-6)
+    np.testing.assert_allclose([mean[0], var[0]], [3, 14 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["typical", "outlier"])
+def test_batch_norm_survives_a_large_mean(first):
+    """Mean 1e3 and deviation 1 in float32: within 1e-3 of float64, where unshifted one-pass moments are off by
+    percents. Also when the value that shifts the moments is itself ten deviations off."""
+    rng = np.random.default_rng(2)
+    x = (1e3 + rng.standard_normal((8, 12, 12, 16))).astype(np.float32)
+    if first == "outlier":
+        x[0, 0, 0] += 10
+    dy = rng.standard_normal(x.shape)
+    weight, bias = rng.uniform(0.5, 1.5, 16), rng.standard_normal(16)
+
+    def run(dtype):
+        arrays = [jnp.asarray(a, dtype) for a in (x, weight, bias)]
+        zero, one = jnp.zeros(16, dtype), jnp.ones(16, dtype)
+
+        def norm(x, weight, bias):
+            return layers.batch_norm(x, weight, bias, zero, one, train=True, momentum=1.0)
+
+        (y, mean, var), vjp = jax.vjp(norm, *arrays)
+        return y, mean, var, *vjp((jnp.asarray(dy, dtype), jnp.zeros_like(mean), jnp.zeros_like(var)))
+
+    single = run(jnp.float32)
+    with jax.enable_x64(True):
+        double = [np.asarray(a) for a in run(jnp.float64)]
+    for name, ours, exact in zip(("y", "mean", "var", "dx", "dweight", "dbias"), single, double, strict=True):
+        error = np.abs(ours - exact).max() / np.abs(exact).max()
+        assert error < 1e-3, name
+
+
+def test_batch_norm_statistics_carry_no_gradient():
+    x = jnp.arange(6.0).reshape(3, 2)
+    one, zero = jnp.ones(2), jnp.zeros(2)
+
+    def running(x):
+        _, mean, var = layers.batch_norm(x, one, zero, zero, one, train=True)
+        return mean.sum() + var.sum()
+
+    np.testing.assert_array_equal(jax.grad(running)(x), 0)
+
+
+def test_batch_norm_takes_its_statistics_in_float32():
+    """4,096 ones in bfloat16 (8 bits) would add up to 256; their mean must be 1 and their deviation 0."""
+    x = jnp.ones((4096, 1), jnp.bfloat16)
+    one, zero = jnp.ones(1), jnp.zeros(1)
+    y, mean, var = layers.batch_norm(x, one, zero, zero, one, train=True, momentum=1.0)
+    assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    np.testing.assert_array_equal([y[0, 0], mean[0], var[0]], [0, 1, 0])
+
+
+POOLS = [(8, 8, 3, 2, 1), (7, 9, 3, 2, 1), (6, 6, 2, 2, 0), (5, 5, 3, 1, 1), (9, 8, 3, 3, 0)]
+
+
+@pytest.mark.parametrize("case", POOLS, ids=str)
+def test_max_pool(case, x64):
+    """Against its definition, and its gradient against central differences, on values without ties."""
+    h, w, window, stride, padding = case
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.permutation(2 * h * w * 3).reshape(2, h, w, 3) - 100.0) / 100  # negative at the border too
+    pool = functools.partial(layers.max_pool, window=window, stride=stride, padding=padding)
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window), (1, 2))[:, ::stride, ::stride]
+    np.testing.assert_array_equal(pool(x), windows.max((-2, -1)))
+    check_gradients(pool, x, rng=rng)
+
+
+def test_a_tie_belongs_to_the_first_position():
+    """2x2 windows of equal values: row-major first. A maximum of slices would split it."""
+    gradient = jax.grad(lambda x: layers.max_pool(x, window=2, stride=2, padding=0).sum())(jnp.ones((1, 4, 4, 1)))
+    np.testing.assert_array_equal(gradient[0, :, :, 0], np.kron(np.ones((2, 2)), [[1, 0], [0, 0]]))
+
+
+def test_relu_by_hand():
+    """The gradient at 0 is 0, as torch's; jnp.maximum has 1/2 there."""
+    x = jnp.array([-1.0, 0.0, 2.0])
+    np.testing.assert_array_equal(layers.relu(x), [0, 0, 2])
+    np.testing.assert_array_equal(jax.grad(lambda x: layers.relu(x).sum())(x), [0, 0, 1])
+
+
+def test_sigmoid_by_hand():
+    np.testing.assert_allclose(layers.sigmoid(jnp.array([-1e4, 0.0, np.log(3.0), 1e4])), [0, 0.5, 0.75, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(layers.relu, (4, 5)), (layers.sigmoid, (4, 5)), (layers.global_avg_pool, (2, 3, 5, 4)), (layers.flatten, (2, 3, 4, 2))],
+    ids=["relu", "sigmoid", "global_avg_pool", "flatten"],
+)
+def test_gradients_of_the_small_layers(layer, shape, x64):
+    rng = np.random.default_rng(0)
+    check_gradients(layer, random(rng, *shape), rng=rng)
+
+
+def test_global_avg_pool_and_flatten_by_hand():
+    x = jnp.arange(8.0).reshape(1, 2, 2, 2)
+    np.testing.assert_array_equal(layers.global_avg_pool(x), [[3, 4]])
+    np.testing.assert_array_equal(layers.flatten(x), [[0, 1, 2, 3, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_dense(with_bias, x64):
+    rng = np.random.default_rng(0)
+    arrays = [random(rng, 3, 4), random(rng, 4, 5), *([random(rng, 5)] if with_bias else [])]
+    expected = np.asarray(arrays[0]) @ np.asarray(arrays[1]) + (np.asarray(arrays[2]) if with_bias else 0)
+    np.testing.assert_allclose(layers.dense(*arrays), expected, rtol=1e-13)
+    check_gradients(layers.dense, *arrays, rng=rng)
+
+
+def test_softmax_cross_entropy(x64):
+    """By hand: logits log 1, log 2, log 5 are probabilities 1/8, 1/4, 5/8. Then gradients."""
+    logits = jnp.log(jnp.array([[1.0, 2.0, 5.0], [5.0, 2.0, 1.0]]))
+    losses = layers.softmax_cross_entropy(logits, jnp.array([1, 0]))
+    np.testing.assert_allclose(losses, [np.log(4), np.log(8 / 5)], rtol=1e-14)
+    rng = np.random.default_rng(0)
+    labels = jnp.array([0, 2, 1, 1])
+    check_gradients(lambda x: layers.softmax_cross_entropy(x, labels), random(rng, 4, 3), rng=rng)
+
+
+def test_softmax_cross_entropy_is_stable():
+    """Logits of ±1e4 in float32: the loss is their difference, its gradient finite."""
+    logits = jnp.array([[1e4, -1e4], [-1e4, 1e4]])
+    labels = jnp.array([1, 1])
+    np.testing.assert_array_equal(layers.softmax_cross_entropy(logits, labels), [2e4, 0])
+    gradient = jax.grad(lambda x: layers.softmax_cross_entropy(x, labels).sum())(logits)
+    np.testing.assert_array_equal(gradient, [[1, -1], [0, 0]])
+
+
+X = jnp.ones((2, 8, 8, 3))
+VECTOR = jnp.ones(3)
+MISTAKES = {
+    "rank": (lambda: layers.conv2d(X[0], jnp.ones((3, 3, 3, 4))), r"x must be \(N, H, W, C\) float"),
+    "integer": (lambda: layers.conv2d(X.astype(int), jnp.ones((3, 3, 3, 4))), r"float, got \(2, 8, 8, 3\) int32"),
+    "channels": (lambda: layers.conv2d(X, jnp.ones((3, 3, 4, 4))), r"\(kh, kw, C, K\) with C = 3"),
+    "kernel": (lambda: layers.conv2d(X, jnp.ones((9, 9, 3, 4))), "a 9x9 kernel does not fit into images of 8x8"),
+    "bias": (lambda: layers.conv2d(X, jnp.ones((3, 3, 3, 4)), VECTOR), r"bias must be \(4,\)"),
+    "stride": (lambda: layers.conv2d(X, jnp.ones((3, 3, 3, 4)), stride=0), "stride must be >= 1"),
+    "one value": (
+        lambda: layers.batch_norm(X[:1, :1, :1], VECTOR, VECTOR, VECTOR, VECTOR, train=True),
+        "more than one value per channel",
+    ),
+    "vector": (
+        lambda: layers.batch_norm(X, VECTOR, jnp.ones(4), VECTOR, VECTOR, train=True),
+        r"bias must be \(3,\)",
+    ),
+    "padding": (lambda: layers.max_pool(X, window=3, padding=2), "padding must be within 0 and window // 2"),
+    "window": (lambda: layers.max_pool(X, window=9, padding=0), "a window of 9 does not fit"),
+    "dense": (lambda: layers.dense(jnp.ones((2, 3)), jnp.ones((4, 5))), r"x must be \(N, C\) and weight \(C, K\)"),
+    "labels": (
+        lambda: layers.softmax_cross_entropy(jnp.ones((2, 3)), jnp.ones(2)),
+        "labels must be integer class numbers",
+    ),
+    "logits": (lambda: layers.softmax_cross_entropy(jnp.ones((2, 3)), jnp.ones(3, int)), r"logits must be \(N, K\)"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

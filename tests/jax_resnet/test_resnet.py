@@ -1,0 +1,269 @@
+"""jax_resnet.resnet: the published sizes, the order of blocks, the options, and what bad input gets to hear."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jax_resnet import layers, resnet
+
+PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+
+
+def shapes(config):
+    params, batch_stats = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
+    return flatten_dict(params, sep="."), flatten_dict(batch_stats, sep=".")
+
+
+def randomized(config, seed=0, dtype=np.float64):
+    """Parameters and statistics with no 0 or 1 among them: with the initial ones half of all mistakes are invisible."""
+    rng = np.random.default_rng(seed)
+    params, batch_stats = shapes(config)
+
+    def draw(name, shape):
+        if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
+            return rng.uniform(0.5, 1.5, shape).astype(dtype)
+        scale = 0.2 if len(shape) == 1 else np.sqrt(2 / np.prod(shape[:-1]))
+        return (rng.standard_normal(shape) * scale).astype(dtype)
+
+    return tuple(
+        unflatten_dict({name: jnp.asarray(draw(name, spec.shape)) for name, spec in tree.items()}, sep=".")
+        for tree in (params, batch_stats)
+    )
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_parameter_counts(arch):
+    params, batch_stats = shapes(getattr(resnet, arch)())
+    assert sum(spec.size for spec in params.values()) == PUBLISHED[arch]
+    norms = [name for name in params if name.endswith("weight") and params[name].ndim == 1]
+    assert len(batch_stats) == 2 * len(norms)
+
+
+def test_names_and_shapes_of_a_bottleneck():
+    params, batch_stats = shapes(resnet.resnet50(num_classes=10, in_channels=1))
+    assert params["conv1.weight"].shape == (7, 7, 1, 64)
+    assert params["layer2.0.conv2.weight"].shape == (3, 3, 128, 128)
+    assert params["layer2.0.downsample.0.weight"].shape == (1, 1, 256, 512)
+    assert params["fc.weight"].shape == (2048, 10)
+    assert batch_stats["layer2.0.downsample.1.running_var"].shape == (512,)
+    assert "layer2.1.downsample.0.weight" not in params
+
+
+def plain_forward(config, params, batch_stats, images):
+    """The same network in evaluation from its table, block by block, written without the walk of resnet.py."""
+    w = flatten_dict(params, sep=".") | flatten_dict(batch_stats, sep=".")
+
+    def conv_bn(x, conv, bn, stride, padding):
+        x = layers.conv2d(x, w[f"{conv}.weight"], stride=stride, padding=padding)
+        names = ("weight", "bias", "running_mean", "running_var")
+        return layers.batch_norm(x, *(w[f"{bn}.{n}"] for n in names), train=False)[0]
+
+    x = layers.max_pool(layers.relu(conv_bn(images, "conv1", "bn1", 2, 3)))
+    activations = {"stem": x}
+    for stage in (1, 2, 3, 4):
+        for i in range(config.stage_sizes[stage - 1]):
+            block, stride = f"layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
+            shortcut = x
+            if f"{block}.downsample.0.weight" in w:
+                shortcut = conv_bn(x, f"{block}.downsample.0", f"{block}.downsample.1", stride, 0)
+            if config.block == "basic":
+                y = layers.relu(conv_bn(x, f"{block}.conv1", f"{block}.bn1", stride, 1))
+                y = conv_bn(y, f"{block}.conv2", f"{block}.bn2", 1, 1)
+            else:
+                first, second = (stride, 1) if config.stride_in == "conv1" else (1, stride)
+                y = layers.relu(conv_bn(x, f"{block}.conv1", f"{block}.bn1", first, 0))
+                y = layers.relu(conv_bn(y, f"{block}.conv2", f"{block}.bn2", second, 1))
+                y = conv_bn(y, f"{block}.conv3", f"{block}.bn3", 1, 0)
+            x = activations[block] = layers.relu(y + shortcut)
+    activations["pool"] = x = layers.global_avg_pool(x)
+    return layers.dense(x, w["fc.weight"], w["fc.bias"]), activations
+
+
+@pytest.mark.parametrize("stride_in", ["conv2", "conv1"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet101"])
+def test_network_is_its_table(arch, stride_in, x64):
+    """Under jit, which sorts the keys "0", "1", "10", "11", ..., "2": ResNet-101 has 23 blocks in a stage and tells.
+
+    Relative to the largest entry 1e-12, for the order of operations in 101 layers of float64.
+    """
+    config = getattr(resnet, arch)(num_classes=7, in_channels=1, stride_in=stride_in)
+    params, batch_stats = randomized(config)
+    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 33, 40, 1)))
+    run = jax.jit(functools.partial(resnet.apply, config, train=False, return_activations=True))
+    out = run(params, batch_stats, images)
+    logits, activations = plain_forward(config, params, batch_stats, images)
+    assert set(out.activations) == set(activations)
+    for name, expected in (activations | {"logits": logits}).items():
+        ours = out.logits if name == "logits" else out.activations[name]
+        assert np.abs(ours - expected).max() <= 1e-12 * np.abs(expected).max(), name
+
+
+def loss(config, params, batch_stats, images, labels, **options):
+    out = resnet.apply(config, params, batch_stats, images, train=True, **options)
+    return layers.softmax_cross_entropy(out.logits, labels).mean(), out.batch_stats
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_gradients_of_a_network(batch_norm, x64):
+    """A ResNet-18's gradient by every parameter and by the images, against central differences along random
+    directions, one for each array (those with a kink within the step are why it is 1e-5 and not 1e-8)."""
+    config = resnet.resnet18(num_classes=3, in_channels=1, batch_norm=batch_norm)
+    params, batch_stats = randomized(config)
+    rng = np.random.default_rng(2)
+    images, labels = jnp.asarray(rng.standard_normal((8, 64, 64, 1))), jnp.asarray(rng.integers(0, 3, 8))
+    value = jax.jit(lambda p, x: loss(config, p, batch_stats, x, labels)[0])
+    gradients = jax.jit(jax.grad(value, (0, 1)))(params, images)
+    flat = flatten_dict(gradients[0], sep=".")
+    names = ["conv1.weight", "layer1.1.conv2.weight", "layer2.0.downsample.0.weight", "layer4.1.conv1.weight", "fc.bias"]
+    names += ["bn1.weight", "layer3.0.bn2.bias"] if batch_norm else ["conv1.bias", "layer3.0.conv2.bias"]
+    step = 1e-6
+    for name in [*names, "images"]:
+        gradient = gradients[1] if name == "images" else flat[name]
+        direction = rng.standard_normal(gradient.shape)
+        direction /= np.linalg.norm(direction)
+
+        def moved(by):
+            if name == "images":
+                return value(params, images + by * direction)
+            arrays = flatten_dict(params, sep=".")
+            return value(unflatten_dict(arrays | {name: arrays[name] + by * direction}, sep="."), images)
+
+        numeric = float(moved(step) - moved(-step)) / (2 * step)
+        scale = float(jnp.linalg.norm(gradient))
+        assert float(jnp.vdot(gradient, direction)) == pytest.approx(numeric, rel=1e-5, abs=1e-6 * scale), name
+
+
+def test_running_statistics_of_a_network(x64):
+    """The stem's, by formula; and in evaluation they come back as they are."""
+    config = resnet.resnet18(num_classes=3)
+    params, batch_stats = randomized(config)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)))
+    out = resnet.apply(config, params, batch_stats, images, train=True)
+    x = layers.conv2d(images, params["conv1"]["weight"], stride=2, padding=3).reshape(-1, 64)
+    old, new = batch_stats["bn1"], out.batch_stats["bn1"]
+    np.testing.assert_allclose(new["running_mean"], 0.9 * old["running_mean"] + 0.1 * x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(new["running_var"], 0.9 * old["running_var"] + 0.1 * x.var(0, ddof=1), rtol=1e-12)
+    assert jax.tree.structure(out.batch_stats) == jax.tree.structure(batch_stats)
+    assert out.activations == {}
+    same = resnet.apply(config, params, batch_stats, images, train=False).batch_stats
+    jax.tree.map(np.testing.assert_array_equal, same, batch_stats)
+
+
+def test_remat_changes_nothing(x64):
+    """Recomputed blocks give the same gradients and statistics; 1e-13 for what the compiler reorders."""
+    config = resnet.resnet18(num_classes=3)
+    params, batch_stats = randomized(config)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)))
+    labels = jnp.array([0, 1, 2, 1])
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, config, remat=remat), has_aux=True))(
+            params, batch_stats, images, labels
+        )
+        for remat in (False, True)
+    ]
+    for plain, again in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(again, plain, rtol=1e-10, atol=1e-13 * np.abs(plain).max())
+
+
+def test_bfloat16_activations():
+    """Activations take the type, logits, pooled vector and statistics stay float32, and all stays near float32."""
+    config = resnet.resnet18(num_classes=10)
+    params, batch_stats = randomized(config, dtype=np.float32)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), jnp.float32)
+    run = functools.partial(resnet.apply, config, params, batch_stats, images, train=True, return_activations=True)
+    half, single = run(dtype=jnp.bfloat16), run()
+    assert {half.activations[name].dtype for name in ("stem", "layer4.1")} == {jnp.dtype(jnp.bfloat16)}
+    assert {half.logits.dtype, half.activations["pool"].dtype} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.batch_stats)} == {jnp.dtype(jnp.float32)}
+    # 8 bits a value, and some 20 layers whose errors are independent: a few percent of the largest logit.
+    assert np.abs(half.logits - single.logits).max() < 0.1 * np.abs(single.logits).max()
+
+
+def test_initial_weights():
+    """Deviations as published, BatchNorm 1 and 0, dense uniform within 1/sqrt(in); the key decides."""
+    config = resnet.resnet18()
+    params, batch_stats = resnet.init(config, jax.random.key(0))
+    kernel = params["layer3"]["0"]["conv2"]["weight"]
+    assert float(kernel.std()) == pytest.approx(np.sqrt(2 / (9 * 256)), rel=0.01)
+    assert float(jnp.abs(params["fc"]["weight"]).max()) == pytest.approx(1 / np.sqrt(512), rel=1e-3)
+    assert float(params["layer1"]["0"]["bn2"]["weight"].min()) == 1
+    np.testing.assert_array_equal(batch_stats["bn1"]["running_var"], 1)
+    again, _ = resnet.init(config, jax.random.key(0))
+    other, _ = resnet.init(config, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    assert not np.array_equal(other["conv1"]["weight"], params["conv1"]["weight"])
+
+
+def test_zero_gamma_makes_each_block_its_shortcut():
+    config = resnet.resnet50(zero_gamma=True)
+    params, batch_stats = resnet.init(config, jax.random.key(0))
+    assert float(jnp.abs(params["layer3"]["2"]["bn3"]["weight"]).max()) == 0
+    assert float(params["layer3"]["2"]["bn2"]["weight"].min()) == 1
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    out = resnet.apply(config, params, batch_stats, images, train=True, return_activations=True)
+    np.testing.assert_array_equal(out.activations["layer3.2"], out.activations["layer3.0"])
+
+
+def test_no_batch_norm_keeps_its_scale():
+    """The ablation: no statistics, biased convolutions, activations that neither explode nor vanish over 34 layers."""
+    config = resnet.resnet34(num_classes=5, in_channels=1, batch_norm=False)
+    params, batch_stats = resnet.init(config, jax.random.key(0))
+    flat = flatten_dict(params, sep=".")
+    assert batch_stats == {}
+    assert not [name for name in flat if "bn" in name or "downsample.1" in name]
+    assert flat["layer2.0.downsample.0.bias"].shape == (128,)
+    images = jax.random.normal(jax.random.key(1), (4, 64, 64, 1))
+    out = resnet.apply(config, params, batch_stats, images, train=True, return_activations=True)
+    assert out.batch_stats == {}
+    assert 1e-2 < float(out.activations["layer4.2"].std()) < 1e2
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_any_size_from_32_works(arch):
+    config = getattr(resnet, arch)(num_classes=3, in_channels=1)
+    params, batch_stats = resnet.init(config, jax.random.key(0))
+    for size in [(32, 32), (33, 47), (64, 96)]:
+        out = resnet.apply(config, params, batch_stats, jnp.ones((2, *size, 1)), train=False)
+        assert out.logits.shape == (2, 3)
+        assert bool(jnp.isfinite(out.logits).all())
+
+
+MISTAKES = {
+    "NCHW": ((8, 3, 96, 96), jnp.float32, r"C = 3 \(config.in_channels\), got \(8, 3, 96, 96\): is this NCHW\?"),
+    "rank": ((96, 96, 3), jnp.float32, r"images must be \(N, H, W, C\)"),
+    "channels": ((8, 96, 96, 1), jnp.float32, r"C = 3 .* got \(8, 96, 96, 1\)$"),
+    "small": ((8, 96, 31, 3), jnp.float32, "at least 32x32, got 96x31"),
+    "integer": ((8, 96, 96, 3), jnp.uint8, "images must be float, got uint8"),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_bad_images_are_named(shape, dtype, message):
+    config = resnet.resnet18()
+    with pytest.raises(ValueError, match=message):
+        resnet.apply(config, {}, {}, jnp.ones(shape, dtype), train=True)
+
+
+def test_weights_of_another_network_are_named():
+    small, large = resnet.resnet18(), resnet.resnet34()
+    params, batch_stats = resnet.init(small, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"there is no 'layer1.2.conv1.weight'"):
+        resnet.apply(large, params, batch_stats, jnp.ones((1, 32, 32, 3)), train=False)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(stride_in="conv3"), dict(num_classes=0), dict(in_channels=0), dict(stage_sizes=(1, 2, 3))], ids=str
+)
+def test_bad_configs_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        resnet.ResNetConfig(**{"block": "basic", "stage_sizes": (2, 2, 2, 2), **options})
