@@ -11,149 +11,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
 from experiments.data.dataset import Dataset, balanced_subset, channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import load_stanford_cars
 from experiments.malloc import keep_freed_memory
-from experiments.optimizers import LEARNING_RATES, OptimizerName, ScheduleName, make_optimizer, make_schedule
+from experiments.optimizers import make_optimizer, make_schedule
 from experiments.plots import plot_curves, plot_predictions
 from experiments.run_folder import METRICS, RunFolder, read_metrics
+from experiments.settings import Settings, parse_image_size, parse_settings
 from experiments.training import DivergedError, Results, fit
 from jax_resnet import resnet, weights
 from jax_resnet.train import TrainState, create_train_state, make_eval_step, make_train_step
 
-DATA_VARIABLE = "STANFORD_CARS_DIR"
+DRAWINGS = dict(train_count=1500, test_count=600)
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is the shell's for Ctrl-C
 PICTURES_SHOWN = 24
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """ "96" -> (96, 96), "64x96" -> (64, 96): height, then width, at least 32."""
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < resnet.MIN_SIZE:
-        raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, at least {resnet.MIN_SIZE}, got {text!r}")
-    return sides[0], sides[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Train a ResNet on pictures of cars."""
-
-    opt: OptimizerName = "adabound"
-    """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
-    preset: Literal["demo", "cars96", "cars224"] | None = None
-    """Where the other settings' defaults come from; demo without data, cars96 with. See PRESETS in this file."""
-    data: Path | None = None
-    """Folder of Stanford Cars in one of the layouts that people have [default: $STANFORD_CARS_DIR]."""
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
-    """The network."""
-    zero_gamma: bool = False
-    """Start each block as its shortcut: the weight of its last BatchNorm is 0."""
-    image_size: str = "96"
-    """A side, or HEIGHTxWIDTH: 96, 64x96."""
-    grey: bool = True
-    """Grey pictures instead of colour."""
-    augmentation: Literal["shift", "crop", "none"] = "shift"
-    """Flips, brightness, contrast and: shifts by up to 10%, or random resized crops. none: no change at all."""
-    epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float | None = None
-    """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
-    schedule: ScheduleName = "cosine"
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up before the schedule."""
-    final_lr: float = 0.1
-    """AdaBound: the SGD rate at which it ends."""
-    gamma: float = 1e-3
-    """AdaBound: how fast its bounds close."""
-    momentum: float = 0.9
-    """SGD's momentum; b1 of all others."""
-    dampening: float = 0.0
-    """SGD takes (1 - dampening) of the gradient into its momentum; equal to --momentum it is AdaBound's limit."""
-    weight_decay: float = 5e-4
-    """Of kernels only, not of biases and BatchNorm."""
-    label_smoothing: float = 0.1
-    seed: int = 0
-    """Of the weights, the order of pictures and their augmentation."""
-    init: Path | None = None
-    """Weights to start from, .safetensors or .npz; another number of classes draws a new dense layer."""
-    limit: int | None = None
-    """Train on this many pictures only, drawn by --seed, balanced by class."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read."""
-    log_every: int = 20
-    """Steps between two lines of metrics.jsonl within an epoch."""
-    out: Path | None = None
-    """The run's folder [default: runs/ and a name made of settings and time]."""
-    overwrite: bool = False
-    """Replace an earlier run in --out."""
-
-    def __post_init__(self):
-        parse_image_size(self.image_size)
-        for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        for name in ("momentum", "dampening", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be within 0 and 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "final_lr", "gamma"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-
-
-# demo: no data needed. cars96: the crops of the project's origins. cars224: for fine-tuning from --init; built and
-# tested as plumbing, no accuracy is claimed for it.
-PRESETS = {
-    "demo": Settings(
-        preset="demo",
-        image_size="64",
-        zero_gamma=True,
-        epochs=2,
-        schedule="cosine",
-        label_smoothing=0.0,
-        weight_decay=0.0,
-    ),
-    "cars96": Settings(preset="cars96"),
-    "cars224": Settings(
-        preset="cars224", image_size="224", grey=False, augmentation="crop", epochs=20, warmup_epochs=1.0
-    ),
-}
-DRAWINGS = dict(train_count=1500, test_count=600)
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Reads the command line; what it does not name comes from the preset.
-
-    Raises:
-      ValueError: for values out of range or that contradict one another.
-    """
-    named = tyro.cli(Settings, args=arguments, description=__doc__)
-    data = named.data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
-    preset = named.preset or ("cars96" if data else "demo")
-    if preset == "demo" and named.data:
-        raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")
-    settings = tyro.cli(Settings, args=arguments, default=PRESETS[preset])
-    learning_rate = settings.learning_rate or LEARNING_RATES[settings.opt]
-    return dataclasses.replace(settings, data=None if preset == "demo" else data, learning_rate=learning_rate)
 
 
 def load_data(settings: Settings) -> Dataset:

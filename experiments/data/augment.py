@@ -30,6 +30,10 @@ class Augmentation:
     brightness: float = 0.1
     contrast: float = 0.2
 
+    def __post_init__(self):
+        if self.place not in ("shift", "crop", "none"):
+            raise ValueError(f"place must be shift, crop or none, got {self.place!r}")
+
 
 def to_unit_range(images: Array) -> Array:
     """uint8 (N, H, W, C) -> float32 in [0, 1]."""

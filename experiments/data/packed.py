@@ -110,7 +110,7 @@ def tfrecords(path: Path) -> Iterator[bytes]:
             if length is None or length > path.stat().st_size:
                 raise DataError(f"{path} is truncated or damaged at byte {file.tell():,}: prepare the data set again")
             record, checksum = file.read(length), file.read(4)
-            if len(record) < length or len(checksum) < 4:
+            if len(checksum) < 4:
                 raise DataError(f"{path} ends inside a record: prepare the data set again")
             yield record
 

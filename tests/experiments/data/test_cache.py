@@ -107,6 +107,21 @@ def test_a_damaged_entry_is_made_again_and_said_so(tmp_path, damage):
     assert load(tmp_path, make).notes == ()
 
 
+def test_a_short_file_is_told_by_its_size(tmp_path):
+    directory = load(tmp_path, Maker()).directory
+    os.truncate(directory / "images.npy", 140)
+    assert "images.npy has 140 bytes, written were 158" in load(tmp_path, Maker()).notes[0]
+
+
+def test_of_two_that_make_an_entry_the_first_one_stays(tmp_path):
+    def slow(create):
+        load(tmp_path, Maker())  # meanwhile another one is faster
+        return {**Maker()(create), "slow": True}
+
+    check(load(tmp_path, slow))
+    check(load(tmp_path, slow))
+
+
 def test_a_large_file_is_checked_at_its_beginning_end_and_in_between(tmp_path):
     path = tmp_path / "large"
     path.write_bytes(bytes(1_000_000))

@@ -97,6 +97,14 @@ def test_the_aspect_ratio_is_not_kept():
     assert decoded[:, 4:].min() > 215
 
 
+def test_fine_patterns_become_their_mean():
+    """A resize that picks pixels, in place of weighing them, would give black or white."""
+    checkerboard = np.indices((60, 60)).sum(0) % 2 * np.uint8(255)
+    data = encoded(Image.fromarray(checkerboard.astype(np.uint8)))
+    decoded = decode(data, None, Decoding((6, 6), grey=True, margin=None))
+    np.testing.assert_allclose(decoded.astype(int), 127.5, atol=3)
+
+
 EDGES = {
     "the whole picture": (Box(1, 1, 40, 30), 0, (0, 0, 40, 30)),
     "a single pixel": (Box(7, 5, 7, 5), 0, (6, 4, 7, 5)),

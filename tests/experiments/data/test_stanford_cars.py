@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,6 +415,7 @@ INCOMPLETE = {
     "TFDS: no features of their own": (write(make_tfds, "features.json", b"{"), "cannot be read as a TFDS data set"),
     "TFDS: a missing file": (spoil(make_tfds, TFDS_TRAIN), f"1 of 2 files .* are missing, first {TFDS_TRAIN}"),
     "TFDS: a truncated file": (cut(make_tfds, TFDS_TRAIN, -30), "ends inside a record"),
+    "TFDS: a file without its last byte": (cut(make_tfds, TFDS_TRAIN, -1), "ends inside a record"),
     "TFDS: a file that ends in a header": (cut(make_tfds, TFDS_TRAIN, 5), "truncated or damaged at byte 5"),
     "TFDS: another file": (write(make_tfds, TFDS_TRAIN, b"x" * 100), "truncated or damaged at byte 12"),
     "TFDS: an array_record that is none": (
@@ -498,6 +501,12 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, make
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError, match=re.escape(command)):
         load(tmp_path / "found", tmp_path)
+
+
+def test_of_several_versions_the_newest_is_read(tmp_path):
+    for version in ("2.0.1", "2.1.0", "2.0.0"):
+        make_tfds(tmp_path / "found" / "cars196" / version)
+    assert load(tmp_path / "found", tmp_path).source["directory"].endswith("cars196/2.1.0")
 
 
 def test_tfrecords_are_read_without_tensorflow(tmp_path, monkeypatch):
@@ -649,6 +658,10 @@ def touched(root):
     Image.new("RGB", (WIDTH, HEIGHT), "red").save(path)
 
 
+def replaced_by_one_of_the_same_size(root):
+    os.utime(root / "cars_test" / "00001.png", (1, 1))
+
+
 def moved_box(root):
     make_devkit(root / "devkit", bbox_x1=6)
 
@@ -661,7 +674,9 @@ def other_class_names(root):
     scipy.io.savemat(root / "devkit/cars_meta.mat", {"class_names": np.array(["a", "b", "c"], object)})
 
 
-@pytest.mark.parametrize("change", [touched, moved_box, other_label, other_class_names])
+@pytest.mark.parametrize(
+    "change", [touched, replaced_by_one_of_the_same_size, moved_box, other_label, other_class_names]
+)
 def test_a_changed_folder_is_decoded_again(tmp_path, change):
     root = make_original(tmp_path / "found")
     load(root, tmp_path)
@@ -691,6 +706,13 @@ def test_the_entry_says_what_it_is(tmp_path):
     description = json.loads((entries(tmp_path)[0] / "entry.json").read_text())
     assert description["facts"]["directory"] == str(root)
     assert description["arrays"]["train-images"]["shape"] == [4, 20, 20, 3]
+
+
+@pytest.mark.parametrize(("missing", "cached"), [(0, True), (1, False)])
+def test_the_space_needed_is_known_beforehand(tmp_path, monkeypatch, missing, cached):
+    free = 7 * 20 * 20 * 3 - missing
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert bool(load(make_by_class(tmp_path / "found"), tmp_path).source["cache"]) == cached
 
 
 def test_no_place_for_the_cache_is_a_warning(tmp_path, capsys):

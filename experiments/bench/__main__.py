@@ -1,0 +1,24 @@
+"""Measures this machine: `python -m experiments.bench step`."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from experiments.bench.step import StepBench, run_step_bench
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    bench = tyro.extras.subcommand_cli_from_dict({"step": StepBench}, args=arguments, description=__doc__)
+    try:
+        run_step_bench(bench)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The step size that each weight gets, layer by layer: where AdaBound's bounds act, and against which scale.
+
+Adam, AdaBound and SGD all move a weight by -step · m, m the moving average of its gradients. Adam's step is
+learning_rate / sqrt(v); AdaBound clips that; SGD with learning rate a and momentum b has a / (1 - b) everywhere, since
+its momentum adds up gradients instead of averaging them. In this unit the three can be compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from matplotlib import pyplot as plt
+
+from jax_resnet.adabound import AdaBoundState, step_sizes
+
+ADABOUNDS = ("adabound", "amsbound", "adaboundw")
+KNOWN = (*ADABOUNDS, "adam", "adamw")
+SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
+
+
+def layer_steps(
+    opt_state: Any, *, opt: str, learning_rate: float, base_lr: float, final_lr: float, gamma: float, b1: float
+) -> dict[str, Any]:
+    """Reads the step sizes of the latest update from an optimizer's state.
+
+    Args:
+      opt_state: after at least one update.
+      opt: one of KNOWN.
+      learning_rate: of the latest update.
+      base_lr, final_lr, gamma, b1: AdaBound's settings; for Adam they give the bounds it would have had.
+
+    Returns:
+      "update" (the count of updates), "lower" and "upper" (the bounds), and "layers": for each kernel its "name", the
+      5th, 50th and 95th percentile of the step before clipping ("low", "median", "high"), and the shares of its
+      entries that are at the bounds ("at_lower", "at_upper"). All steps include the learning rate.
+    """
+    if opt in ADABOUNDS:
+        state = optax.tree.get(opt_state, "AdaBoundState")
+    else:
+        adam = optax.tree.get(opt_state, "ScaleByAdamState")
+        state = AdaBoundState(adam.count, adam.mu, adam.nu, None)
+    sizes = step_sizes(state, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
+    layers = []
+    for name, step in steps.items():
+        if step.ndim > 1:
+            low, median, high = np.percentile(np.asarray(step), [5, 50, 95]) * learning_rate
+            shares = {"at_lower": float(at_lower[name]), "at_upper": float(at_upper[name])}
+            layers.append({"name": name, "low": low, "median": median, "high": high} | shares)
+    return {
+        "update": int(state.count),
+        "lower": float(sizes.lower) * learning_rate,
+        "upper": float(sizes.upper) * learning_rate,
+        "layers": sorted(layers, key=lambda layer: [int(p) if p.isdigit() else p for p in _parts(layer["name"])]),
+    }
+
+
+def _parts(name: str) -> list[str]:
+    """In the order of the network: the stem, the stages, the blocks by number, the dense layer."""
+    return (["0"] if name.startswith("conv1") else ["2"] if name.startswith("fc") else ["1"]) + name.split(".")[:-1]
+
+
+def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
+    """Draws what `layer_steps` returns: each layer's steps before clipping, the bounds, and SGD's step."""
+    layers = steps["layers"]
+    x = np.arange(len(layers))
+    figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
+    axis.fill_between(
+        x, [la["low"] for la in layers], [la["high"] for la in layers], alpha=0.3, label="Adam's step, 5%-95% of a layer"
+    )
+    axis.plot(x, [la["median"] for la in layers], label="Adam's step, median of a layer")
+    axis.axhspan(steps["lower"], steps["upper"], color="tab:orange", alpha=0.15)
+    axis.axhline(steps["upper"], color="tab:orange", label=f"AdaBound's upper bound, {steps['upper']:.3g}")
+    axis.axhline(steps["lower"], color="tab:orange", ls="--", label=f"AdaBound's lower bound, {steps['lower']:.3g}")
+    axis.axhline(SGD_STEP, color="tab:green", ls=":", label=f"SGD's step, 0.05 at momentum 0.9: {SGD_STEP:.3g}")
+    axis.set_yscale("log")
+    ticks = x[:: max(1, len(x) // 26)]
+    names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
+    axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
+    axis.set(ylabel="step on the averaged gradient", title=f"{title}, update {steps['update']:,}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

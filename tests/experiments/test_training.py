@@ -1,0 +1,139 @@
+"""The shared training loop: batches, evaluation, rows, and how it ends."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.data.dataset import Dataset, Split
+from experiments.metrics import macro_f1
+from experiments.run_folder import RunFolder, read_metrics
+from experiments.training import DivergedError, epoch_batches, evaluate, fit
+
+
+def split(n):
+    return Split(np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1), np.arange(n, dtype=np.int32) % 3)
+
+
+class State:
+    params = batch_stats = None
+
+
+def right_eval_step(params, batch_stats, images, labels):
+    return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
+
+
+def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None):
+    """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows."""
+    reports, losses = [], iter(losses)
+    seen = []
+
+    def train_step(state, images, labels):
+        seen.append(images.reshape(-1).tolist())
+        if len(seen) == interrupt_at:
+            raise KeyboardInterrupt
+        return state, {"loss": next(losses), "top1": 0.5}
+
+    dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
+    folder = RunFolder(tmp_path / "run")
+    finished = fit(
+        State(),
+        train_step,
+        right_eval_step,
+        dataset,
+        folder,
+        epochs=epochs,
+        batch_size=3,
+        seed=0,
+        log_every=log_every,
+        report=lambda state, results: reports.append(results),
+    )
+    folder.close()
+    return finished, reports, read_metrics(tmp_path / "run"), seen
+
+
+def test_batches_are_a_permutation_that_seed_and_epoch_decide():
+    first = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=0)]
+    assert [len(batch) for batch in first] == [3, 3, 3]  # the tenth is left out
+    assert len(set(sum(first, []))) == 9
+    again = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=0)]
+    other = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=1)]
+    assert first == again
+    assert first != other
+    for images, labels in epoch_batches(split(10), 3, seed=1, epoch=0):
+        np.testing.assert_array_equal(images.reshape(-1) % 3, labels)
+
+
+def test_evaluation_covers_the_last_partial_batch():
+    shapes = []
+
+    def eval_step(params, batch_stats, images, labels):
+        shapes.append(images.shape)
+        return right_eval_step(params, batch_stats, images, labels)
+
+    data = split(7)
+    results = evaluate(eval_step, State(), data, 3)
+    np.testing.assert_array_equal(results["prediction"], data.labels)
+    assert set(shapes) == {(3, 1, 1, 1)}
+
+
+def test_rows_of_a_run(tmp_path):
+    finished, reports, rows, _ = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert finished
+    assert len(reports) == 1  # at the end; the run is shorter than the time between two
+    assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
+    assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
+    ends = [row for row in rows if "test_loss" in row]
+    assert [row["step"] for row in ends] == [3, 6]
+    labels = split(7).labels
+    assert ends[0]["test_loss"] == pytest.approx(float(np.mean(labels * 0.5)))
+    assert (ends[0]["test_top1"], ends[0]["test_top5"], ends[0]["test_macro_f1"]) == (1, 1, 1)
+    assert all(row["images_per_second"] > 0 and row["seconds"] >= 0 for row in rows)
+
+
+def test_ctrl_c_ends_with_a_report(tmp_path):
+    finished, reports, rows, _ = run(tmp_path, [6.0, 5.0, 4.0, 3.0], interrupt_at=5)
+    assert not finished
+    assert len(reports) == 1
+    assert reports[0] is not None
+    assert [row["step"] for row in rows if "test_loss" in row] == [3]
+
+
+def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
+    finished, reports, _, _ = run(tmp_path, [6.0], interrupt_at=2)
+    assert not finished
+    assert reports == [None]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 5 \(epoch 2\)"):
+        run(tmp_path, [6.0, 5.0, 4.0, 3.0, float("nan"), 1.0])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config({"a": 1})
+    folder.log({"step": 1, "train_loss": 0.5})
+    folder.close()
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, overwrite=True).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_config_names_versions_device_and_commit(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config({"a": "é"})
+    folder.close()
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["a"] == "é"
+    assert {"jax", "optax", "python"} <= set(config["versions"])
+    assert config["device"]["platform"] in ("cpu", "gpu", "tpu")
+    assert "git_commit" in config
+
+
+def test_macro_f1_by_hand():
+    """Class 0: 2 of 3 found, 2 of 2 predicted right: F1 4/5. Class 1: 1 of 1, 1 of 2: 2/3. Class 2 never occurs."""
+    labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    assert macro_f1(labels, predictions) == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert macro_f1(np.array([0, 0]), np.array([3, 3])) == 0
