@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import step_sizes
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
 from experiments.data.dataset import Dataset, balanced_subset, channel_statistics
 from experiments.data.drawn_cars import drawn_cars
@@ -133,13 +134,34 @@ def prepare(settings: Settings, dataset: Dataset, folder: RunFolder):
     return state, train_step, make_eval_step(config, preprocess=preprocess_test), description
 
 
+def title_of(settings: Settings, dataset: Dataset) -> str:
+    return f"{settings.arch} with {settings.opt} on {dataset.title}"
+
+
 def write_report(
-    path: Path, title: str, dataset: Dataset, description: dict[str, Any], state: TrainState, results: Results | None
+    folder: RunFolder,
+    settings: Settings,
+    dataset: Dataset,
+    description: dict[str, Any],
+    state: TrainState,
+    results: Results | None,
 ) -> None:
-    """Writes curves.png, predictions.png (once there are test results) and weights.safetensors into a run's folder."""
+    """Writes the weights and the pictures of a run: curves, step sizes, and predictions once there are test results."""
+    path, title = folder.path, title_of(settings, dataset)
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in description.items()}
     weights.save(path / "weights.safetensors", state.params, state.batch_stats, metadata=metadata)
     plot_curves(path / "curves.png", read_metrics(path), title)
+    if settings.opt in step_sizes.KNOWN and int(state.step):
+        steps = step_sizes.layer_steps(
+            state.opt_state,
+            opt=settings.opt,
+            base_lr=settings.learning_rate,
+            final_lr=settings.final_lr,
+            gamma=settings.gamma,
+            b1=settings.momentum,
+        )
+        (path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+        step_sizes.plot_layer_steps(path / "step_sizes.png", steps, title)
     if results is None:
         return
     test = dataset.test
@@ -166,7 +188,7 @@ def run(settings: Settings) -> bool:
     name = f"{dataset.title.replace(' ', '-').lower()}-{settings.arch}-{settings.opt}"
     out = settings.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(out, overwrite=settings.overwrite)
-    title = f"{settings.arch} with {settings.opt} on {dataset.title}"
+    title = title_of(settings, dataset)
     state, train_step, eval_step, description = prepare(settings, dataset, folder)
     print(f"{title}: {len(dataset.train):,} pictures, {settings.epochs} epochs; the first step compiles")
     finished = fit(
@@ -179,7 +201,7 @@ def run(settings: Settings) -> bool:
         batch_size=settings.batch_size,
         seed=settings.seed,
         log_every=settings.log_every,
-        report=functools.partial(write_report, out, title, dataset, description),
+        report=functools.partial(write_report, folder, settings, dataset, description),
     )
     folder.close()
     tested = [row for row in read_metrics(out) if "test_top1" in row]

@@ -108,7 +108,7 @@ PRESETS = {
         label_smoothing=0.0,
         weight_decay=0.0,
     ),
-    "cars96": Settings(preset="cars96"),
+    "cars96": Settings(preset="cars96", batch_size=16, zero_gamma=True),
     "cars224": Settings(
         preset="cars224", image_size="224", grey=False, augmentation="crop", epochs=20, warmup_epochs=1.0
     ),

@@ -23,20 +23,20 @@ SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
 def layer_steps(
-    opt_state: Any, *, opt: str, learning_rate: float, base_lr: float, final_lr: float, gamma: float, b1: float
+    opt_state: Any, *, opt: str, base_lr: float, final_lr: float, gamma: float, b1: float
 ) -> dict[str, Any]:
     """Reads the step sizes of the latest update from an optimizer's state.
 
     Args:
       opt_state: after at least one update.
       opt: one of KNOWN.
-      learning_rate: of the latest update.
-      base_lr, final_lr, gamma, b1: AdaBound's settings; for Adam they give the bounds it would have had.
+      base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
+      final_lr, gamma, b1: AdaBound's settings; for Adam they give the bounds it would have had.
 
     Returns:
       "update" (the count of updates), "lower" and "upper" (the bounds), and "layers": for each kernel its "name", the
       5th, 50th and 95th percentile of the step before clipping ("low", "median", "high"), and the shares of its
-      entries that are at the bounds ("at_lower", "at_upper"). All steps include the learning rate.
+      entries that are at the bounds ("at_lower", "at_upper"). All steps and bounds include base_lr.
     """
     if opt in ADABOUNDS:
         state = optax.tree.get(opt_state, "AdaBoundState")
@@ -48,13 +48,13 @@ def layer_steps(
     layers = []
     for name, step in steps.items():
         if step.ndim > 1:
-            low, median, high = np.percentile(np.asarray(step), [5, 50, 95]) * learning_rate
+            low, median, high = np.percentile(np.asarray(step), [5, 50, 95]) * base_lr
             shares = {"at_lower": float(at_lower[name]), "at_upper": float(at_upper[name])}
             layers.append({"name": name, "low": low, "median": median, "high": high} | shares)
     return {
         "update": int(state.count),
-        "lower": float(sizes.lower) * learning_rate,
-        "upper": float(sizes.upper) * learning_rate,
+        "lower": float(sizes.lower) * base_lr,
+        "upper": float(sizes.upper) * base_lr,
         "layers": sorted(layers, key=lambda layer: [int(p) if p.isdigit() else p for p in _parts(layer["name"])]),
     }
 
@@ -70,7 +70,11 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     x = np.arange(len(layers))
     figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
     axis.fill_between(
-        x, [la["low"] for la in layers], [la["high"] for la in layers], alpha=0.3, label="Adam's step, 5%-95% of a layer"
+        x,
+        [la["low"] for la in layers],
+        [la["high"] for la in layers],
+        alpha=0.3,
+        label="Adam's step, 5%-95% of a layer",
     )
     axis.plot(x, [la["median"] for la in layers], label="Adam's step, median of a layer")
     axis.axhspan(steps["lower"], steps["upper"], color="tab:orange", alpha=0.15)
@@ -81,7 +85,9 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     ticks = x[:: max(1, len(x) // 26)]
     names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
     axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
-    axis.set(ylabel="step on the averaged gradient", title=f"{title}, update {steps['update']:,}")
+    axis.set(
+        ylabel="step on the averaged gradient", title=f"{title}, update {steps['update']:,}, at the peak learning rate"
+    )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
