@@ -22,14 +22,14 @@ import numpy as np
 
 from experiments import step_sizes
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
-from experiments.data.dataset import Dataset, balanced_subset, channel_statistics
+from experiments.data.dataset import DataError, Dataset, balanced_subset, channel_statistics
 from experiments.data.drawn_cars import drawn_cars
-from experiments.data.stanford_cars import load_stanford_cars
+from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.plots import plot_curves, plot_predictions
 from experiments.run_folder import METRICS, RunFolder, read_metrics
-from experiments.settings import Settings, parse_image_size, parse_settings
+from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
 from experiments.training import DivergedError, Results, fit
 from jax_resnet import resnet, weights
 from jax_resnet.train import TrainState, create_train_state, make_eval_step, make_train_step
@@ -49,6 +49,8 @@ def load_data(settings: Settings) -> Dataset:
     size = parse_image_size(settings.image_size)
     if settings.preset == "demo":
         dataset = drawn_cars(size, **DRAWINGS, grey=settings.grey, seed=settings.seed)
+    elif settings.data is None:
+        raise DataError(f"--preset {settings.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. {LAYOUTS}")
     else:
         dataset = load_stanford_cars(settings.data, size, settings.grey, skip_bad=settings.skip_bad)
     if settings.limit is None:

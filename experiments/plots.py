@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 matplotlib.use("Agg")  # files only; no window system is needed
-from matplotlib import pyplot as plt
 
 PANELS = {
     "loss": ("train_loss", "test_loss"),
@@ -39,9 +40,34 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axis.set(xlabel="epoch", title=name)
         axis.set_ylim(bottom=0)
         if name != "loss":
-            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
         axis.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]], title: str) -> None:
+    """Lays the curves of several runs over one another: training loss by step, test loss and test top-1 by epoch.
+
+    Args:
+      path: the picture to write.
+      runs: the rows of metrics.jsonl by the name of the run.
+      title: what they have in common.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for axis, (key, marker) in zip(axes, {"train_loss": "", "test_loss": "o-", "test_top1": "o-"}.items(), strict=True):
+        for name, rows in runs.items():
+            # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
+            between = [row for row in rows if "test_loss" not in row] if key == "train_loss" else []
+            shown = between or [row for row in rows if key in row]
+            axis.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker, ms=4, label=name)
+        axis.set(xlabel="epoch", title=key.replace("_", " "))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[2].set_ylim(bottom=0)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

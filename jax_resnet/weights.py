@@ -73,7 +73,8 @@ def save(path: str | os.PathLike, params: Any, batch_stats: Any, *, metadata: Ma
         if path.suffix == ".npz":
             np.savez(aside, **arrays)
         else:
-            safetensors.numpy.save_file(arrays, aside, metadata=dict(metadata or {}))
+            # Not save_file, whose files only their owner may read.
+            aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
         os.replace(aside, path)
 
 

@@ -53,7 +53,8 @@ def test_dampened_sgd_is_adabounds_limit():
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs"), [("adam", optax.adam(0.1)), ("adamw", optax.adamw(0.1, weight_decay=0.0)), ("amsgrad", optax.amsgrad(0.1))]
+    ("name", "theirs"),
+    [("adam", optax.adam(0.1)), ("adamw", optax.adamw(0.1, weight_decay=0.0)), ("amsgrad", optax.amsgrad(0.1))],
 )
 def test_adams_are_optaxs(name, theirs):
     params = jnp.array([[3.0, -2.0]])

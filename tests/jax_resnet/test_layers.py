@@ -23,9 +23,9 @@ def check_gradients(function, *arrays, rng):
     w = random(rng, *y.shape)
     directions = [random(rng, *a.shape) for a in arrays]
     step = 1e-6
-    ahead, behind = (function(*[a + s * u for a, u in zip(arrays, directions)]) for s in (step, -step))
+    ahead, behind = (function(*[a + s * u for a, u in zip(arrays, directions, strict=True)]) for s in (step, -step))
     numeric = float(jnp.vdot(w, ahead - behind)) / (2 * step)
-    analytic = sum(float(jnp.vdot(g, u)) for g, u in zip(vjp(w), directions))
+    analytic = sum(float(jnp.vdot(g, u)) for g, u in zip(vjp(w), directions, strict=True))
     assert analytic == pytest.approx(numeric, rel=1e-7, abs=1e-7)
 
 
@@ -233,7 +233,12 @@ def test_sigmoid_by_hand():
 
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(layers.relu, (4, 5)), (layers.sigmoid, (4, 5)), (layers.global_avg_pool, (2, 3, 5, 4)), (layers.flatten, (2, 3, 4, 2))],
+    [
+        (layers.relu, (4, 5)),
+        (layers.sigmoid, (4, 5)),
+        (layers.global_avg_pool, (2, 3, 5, 4)),
+        (layers.flatten, (2, 3, 4, 2)),
+    ],
     ids=["relu", "sigmoid", "global_avg_pool", "flatten"],
 )
 def test_gradients_of_the_small_layers(layer, shape, x64):

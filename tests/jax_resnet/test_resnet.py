@@ -124,23 +124,31 @@ def test_gradients_of_a_network(batch_norm, x64):
     value = jax.jit(lambda p, x: loss(config, p, batch_stats, x, labels)[0])
     gradients = jax.jit(jax.grad(value, (0, 1)))(params, images)
     flat = flatten_dict(gradients[0], sep=".")
-    names = ["conv1.weight", "layer1.1.conv2.weight", "layer2.0.downsample.0.weight", "layer4.1.conv1.weight", "fc.bias"]
+    names = [
+        "conv1.weight",
+        "layer1.1.conv2.weight",
+        "layer2.0.downsample.0.weight",
+        "layer4.1.conv1.weight",
+        "fc.bias",
+    ]
     names += ["bn1.weight", "layer3.0.bn2.bias"] if batch_norm else ["conv1.bias", "layer3.0.conv2.bias"]
     step = 1e-6
     for name in [*names, "images"]:
         gradient = gradients[1] if name == "images" else flat[name]
         direction = rng.standard_normal(gradient.shape)
         direction /= np.linalg.norm(direction)
-
-        def moved(by):
-            if name == "images":
-                return value(params, images + by * direction)
-            arrays = flatten_dict(params, sep=".")
-            return value(unflatten_dict(arrays | {name: arrays[name] + by * direction}, sep="."), images)
-
-        numeric = float(moved(step) - moved(-step)) / (2 * step)
+        ahead, behind = (value(*moved(params, images, name, by * direction)) for by in (step, -step))
+        numeric = float(ahead - behind) / (2 * step)
         scale = float(jnp.linalg.norm(gradient))
         assert float(jnp.vdot(gradient, direction)) == pytest.approx(numeric, rel=1e-5, abs=1e-6 * scale), name
+
+
+def moved(params, images, name, by):
+    """Parameters and images with one array moved."""
+    if name == "images":
+        return params, images + by
+    arrays = flatten_dict(params, sep=".")
+    return unflatten_dict(arrays | {name: arrays[name] + by}, sep="."), images
 
 
 def test_running_statistics_of_a_network(x64):

@@ -1,0 +1,269 @@
+"""The command `python -m experiments.cars`: end to end on tiny runs, its files, its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from logistic_regression import pixel_accuracy
+from PIL import Image
+
+from experiments import cars, compare
+from experiments.data.drawn_cars import drawn_cars
+from experiments.run_folder import read_metrics
+from experiments.settings import DATA_VARIABLE, PRESETS, parse_image_size, parse_settings
+from jax_resnet import resnet, weights
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--arch", "resnet18", "--image-size", "32", "--limit", "60", "--batch-size", "12", "--log-every", "2"]
+METRICS = {"epoch", "step", "train_loss", "train_top1", "images_per_second", "seconds"}
+TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
+
+
+@pytest.fixture(autouse=True)
+def no_data_by_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def cars_folder(root, per_class=6, size=48):
+    """Stanford Cars in miniature, by class: three classes of noise around a grey of their own."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number, name in enumerate(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Audi S4 Sedan 2012"]):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.normal(60 + 60 * number, 15, (size, size, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:05}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A tiny run of the demo, done twice: the folders and what was printed."""
+    folders, printed = [], []
+    for name in ("first", "second"):
+        folder = tmp_path_factory.mktemp("runs") / name
+        command = [sys.executable, "-m", "experiments.cars", "--epochs", "2", *TINY, "--out", str(folder)]
+        environment = {k: v for k, v in os.environ.items() if k != DATA_VARIABLE}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        folders.append(folder)
+        printed.append(done.stderr + done.stdout)
+    return folders, printed
+
+
+def test_demo_leaves_its_files(demo):
+    (folder, _), (printed, _) = demo
+    names = {file.name for file in folder.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "curves.png", "predictions.png", "weights.safetensors"}
+    assert expected | {"step_sizes.png", "step_sizes.json"} <= names
+    assert [name for name in names if name.startswith("events.out.tfevents")]
+    for name in ("curves.png", "predictions.png", "step_sizes.png"):
+        assert np.asarray(Image.open(folder / name).convert("L")).std() > 5, f"{name} is blank"
+    assert "top-1" in printed.splitlines()[-1]
+    assert str(folder) in printed.splitlines()[-1]
+
+
+def test_demo_says_drawn_cars_everywhere(demo):
+    (folder, _), (printed, _) = demo
+    assert "Stanford" not in printed
+    told = [line for line in printed.splitlines() if "top-1" in line or "pictures" in line]
+    assert told
+    assert all("drawn cars" in line for line in told)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["title"] == "drawn cars"
+    assert weights.read_metadata(folder / "weights.safetensors")["data"] == '"drawn cars"'
+
+
+def test_metrics_are_flat_fractions(demo):
+    rows = read_metrics(demo[0][0])
+    assert [row["step"] for row in rows] == [2, 4, 5, 7, 9, 10]
+    for row in rows:
+        ends = row["step"] in (5, 10)
+        assert set(row) == METRICS | (TEST_METRICS if ends else set())
+        assert all(isinstance(value, int | float) for value in row.values())
+        assert all(0 <= row[name] <= 1 for name in row if "top" in name or "f1" in name)
+
+
+def test_the_same_seed_gives_the_same_run(demo):
+    """Bit for bit, times aside, and weights too: two processes."""
+    first, second = (
+        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_metrics(folder)]
+        for folder in demo[0]
+    )
+    assert first == second
+    ours, theirs = (weights.read_arrays(folder / "weights.safetensors") for folder in demo[0])
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_folder_alone_classifies(demo):
+    """The test accuracy of the last row, from weights.safetensors and its metadata and nothing else of the run."""
+    folder = demo[0][0]
+    metadata = {k: json.loads(v) for k, v in weights.read_metadata(folder / "weights.safetensors").items()}
+    config = getattr(resnet, metadata["arch"])(num_classes=len(metadata["class_names"]), in_channels=1)
+    params, batch_stats = weights.load(folder / "weights.safetensors", config)
+    test = drawn_cars(tuple(metadata["image_size"]), **cars.DRAWINGS, grey=metadata["grey"], seed=0).test
+    images = (test.images / np.float32(255) - np.float32(metadata["mean"])) / np.float32(metadata["std"])
+    logits = jax.jit(lambda x: resnet.apply(config, params, batch_stats, x, train=False).logits)(images)
+    top1 = float((np.argmax(logits, -1) == test.labels).mean())
+    # A picture at the border of two classes may fall on either side in a batch of another size.
+    assert top1 == pytest.approx(read_metrics(folder)[-1]["test_top1"], abs=2 / len(test))
+
+
+def test_stanford_cars_by_class_and_fine_tuning(tmp_path, capsys):
+    """A folder of cars, colour, not square; then from its weights with --init, grey and with another head."""
+    data = cars_folder(tmp_path / "cars")
+    common = ["--data", str(data), "--arch", "resnet18", "--epochs", "1", "--batch-size", "6"]
+    first = tmp_path / "colour"
+    arguments = [
+        *common,
+        "--opt",
+        "adam",
+        "--no-grey",
+        "--image-size",
+        "32x48",
+        "--preset",
+        "cars224",
+        "--out",
+        str(first),
+    ]
+    assert cars.main([*arguments, "--warmup-epochs", "0.5"]) == 0
+    config = json.loads((first / "config.json").read_text())
+    assert config["input"]["image_size"] == [32, 48]
+    assert config["settings"]["augmentation"] == "crop"
+    assert config["data"]["layout"] == "by class"
+    assert config["input"]["class_names"][0] == "AM General Hummer SUV 2000"
+    assert weights.read_arrays(first / "weights.safetensors")["conv1.weight"].shape == (64, 3, 7, 7)
+    second = tmp_path / "grey"
+    init = ["--init", str(first / "weights.safetensors")]
+    assert cars.main([*common, *init, "--opt", "sgd", "--image-size", "32", "--out", str(second)]) == 0
+    assert "summed into one for grey" in capsys.readouterr().out
+    third = tmp_path / "drawn"
+    assert cars.main([*TINY, *init, "--epochs", "1", "--out", str(third)]) == 0
+    assert "has 3 classes: a new dense layer is drawn for 6" in capsys.readouterr().out
+    assert compare.main([str(first), str(second), "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").is_file()
+    assert "colour: test top-1" in capsys.readouterr().out
+
+
+def test_presets_and_what_overrides_them(monkeypatch):
+    demo = parse_settings([])
+    assert (demo.preset, demo.arch, demo.image_size, demo.opt) == ("demo", "resnet101", "64", "adabound")
+    assert demo.learning_rate == 1e-3
+    real = parse_settings(["--data", "somewhere"])
+    assert (real.preset, real.image_size, real.grey) == ("cars96", "96", True)
+    monkeypatch.setenv(DATA_VARIABLE, "elsewhere")
+    assert parse_settings([]).data == Path("elsewhere")
+    assert parse_settings(["--preset", "demo"]).data is None
+    large = parse_settings(["--preset", "cars224", "--grey", "--epochs", "3", "--opt", "sgd"])
+    assert (large.grey, large.epochs, large.learning_rate, large.image_size) == (True, 3, 0.05, "224")
+    assert PRESETS["cars224"].grey is False
+
+
+def test_image_sizes():
+    assert parse_image_size("96") == (96, 96)
+    assert parse_image_size("64x96") == (64, 96)
+
+
+MISTAKES = {
+    "no data": (["--data", "nowhere"], "train/<Class Name>"),
+    "cars96 without data": (["--preset", "cars96"], "--data"),
+    "demo with data": (["--preset", "demo", "--data", "x"], "leave --data out"),
+    "image size": (["--image-size", "16"], "--image-size"),
+    "image size words": (["--image-size", "big"], "--image-size"),
+    "epochs": (["--epochs", "0"], "--epochs must be at least 1"),
+    "batch": ([*TINY, "--batch-size", "61"], "--batch-size 61 exceeds the 60 training pictures"),
+    "limit": (["--limit", "100000"], "cannot draw 100,000"),
+    "momentum": (["--momentum", "1.5"], "--momentum must be within 0 and 1"),
+    "learning rate": (["--learning-rate", "-1"], "--learning-rate must be positive"),
+    "onecycle": ([*TINY, "--schedule", "onecycle", "--warmup-epochs", "1"], "leave --warmup-epochs at 0"),
+    "init": ([*TINY, "--init", "nothing.npz"], "no weight file nothing.npz"),
+    "option": (["--optimizer", "adam"], "--optimizer"),
+    "choice": (["--opt", "adamax"], "adamax"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_bad_input_is_exit_code_2_and_one_clear_message(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cars.main([*arguments, "--out", str(tmp_path / "run")])
+    except SystemExit as stop:  # the parser's own
+        code = stop.code
+    assert code == 2
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+    assert "Traceback" not in printed.out + printed.err
+
+
+def test_no_data_lists_every_layout_in_a_process(tmp_path):
+    command = [sys.executable, "-m", "experiments.cars", "--data", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for layout in ("train/<Class Name>", "cars_train", "tfds", "parquet"):
+        assert layout.lower() in done.stderr.lower()
+
+
+def test_bad_pictures_stop_the_run_unless_skipped(tmp_path, capsys):
+    data = cars_folder(tmp_path / "cars")
+    bad = data / "train" / "Acura RL Sedan 2012" / "00003.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    arguments = ["--data", str(data), "--arch", "resnet18", "--epochs", "1", "--batch-size", "6", "--image-size", "32"]
+    assert cars.main([*arguments, "--out", str(tmp_path / "a")]) == 2
+    printed = capsys.readouterr().err
+    assert "00003.jpg" in printed
+    assert "--skip-bad" in printed
+    assert cars.main([*arguments, "--out", str(tmp_path / "b"), "--skip-bad"]) == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["data"]["train"] == 17
+
+
+def test_an_earlier_run_is_kept(demo, capsys):
+    folder = demo[0][0]
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert cars.main([*TINY, "--out", str(folder)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
+    arguments = [*TINY, "--opt", "sgd", "--learning-rate", "1e30", "--epochs", "2", "--out", str(tmp_path / "run")]
+    assert cars.main(arguments) == 1
+    assert "the loss is" in capsys.readouterr().err
+
+
+def test_main_path_needs_no_torch(tmp_path):
+    """With torch and torchvision made impossible to import everything still imports."""
+    blocked = "import sys; sys.modules.update(torch=None, torchvision=None); import experiments.cars"
+    assert subprocess.run([sys.executable, "-c", blocked], cwd=ROOT).returncode == 0
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, jax_resnet; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_stanford_cars_by_the_command(stanford_cars_dir, tmp_path):
+    """The real pictures through the real command, a small draw of them for training, the whole test set."""
+    arguments = ["--data", str(stanford_cars_dir), "--arch", "resnet18", "--image-size", "32", "--limit", "196"]
+    assert cars.main([*arguments, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["data"]["train"], config["data"]["test"], len(config["input"]["class_names"])) == (8144, 8041, 196)
+    assert config["data"]["title"] == "Stanford Cars"
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 12
+
+
+@pytest.mark.slow
+def test_demo_learns_what_logistic_regression_does_not(tmp_path):
+    """The README's first command: ResNet-101 with AdaBound reaches 70% of held-out drawings, far above pixels."""
+    assert cars.main(["--opt", "adabound", "--out", str(tmp_path / "run")]) == 0
+    reached = read_metrics(tmp_path / "run")[-1]["test_top1"]
+    linear = pixel_accuracy(drawn_cars((64, 64), **cars.DRAWINGS, grey=True, seed=0))
+    assert reached >= 0.7
+    assert reached >= linear + 0.2
