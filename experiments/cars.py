@@ -50,7 +50,9 @@ def load_data(settings: Settings) -> Dataset:
     if settings.preset == "demo":
         dataset = drawn_cars(size, **DRAWINGS, grey=settings.grey, seed=settings.seed)
     elif settings.data is None:
-        raise DataError(f"--preset {settings.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. {LAYOUTS}")
+        raise DataError(
+            f"--preset {settings.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. Layouts:\n{LAYOUTS}"
+        )
     else:
         dataset = load_stanford_cars(settings.data, size, settings.grey, skip_bad=settings.skip_bad)
     if settings.limit is None:

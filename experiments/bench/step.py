@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments.bench.contestants import Case, Contestant, available
 from experiments.settings import parse_image_size
@@ -51,12 +52,18 @@ def run_step_bench(bench: StepBench) -> None:
 
 
 def measure(case: Case, names: list[str], rounds: int, steps: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The seconds of each contestant's first step, and of all steps measured, (rounds, steps)."""
+    """The seconds of each contestant's first step, and of all steps measured, (rounds, steps).
+
+    Contestants that cannot run (no PyTorch, no compiler for torch.compile) are named and left out.
+    """
     contestants = []
     try:
         for name in names:  # one after the other: compiling needs all cores
-            contestants.append(Contestant(name, case))
-        times = [[c.measure(steps) for c in contestants] for _ in range(rounds)]
+            try:
+                contestants.append(Contestant(name, case))
+            except RuntimeError as error:
+                print(f"left out: {error}")
+        times = [[c.measure(steps) for c in contestants] for _ in tqdm(range(rounds), desc="rounds", leave=False)]
     finally:
         for contestant in contestants:
             contestant.close()
