@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,14 +38,21 @@ def epoch_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Itera
         yield split.images[chosen], split.labels[chosen]
 
 
-def evaluate(eval_step: Callable[..., Any], state: TrainState, split: Split, batch_size: int) -> Results:
-    """Runs the evaluation step over a whole split, in its order.
+def evaluate(
+    eval_step: Callable[..., Any],
+    state: TrainState,
+    split: Split,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> Results:
+    """Runs the evaluation step over a whole split, in its order, with a progress bar; calls `check` between batches.
 
     Returns:
       per picture, each (N,): "loss", "prediction", "confidence", "top5".
     """
     results = []
-    for start in range(0, len(split), batch_size):
+    for start in tqdm(range(0, len(split), batch_size), desc="testing", leave=False, dynamic_ncols=True):
+        check()
         # The last batch is filled up with the first picture: one shape, one compilation.
         chosen = np.arange(start, start + batch_size)
         chosen[chosen >= len(split)] = 0
@@ -95,11 +104,13 @@ def fit(
     results = None
     reported = started = time.perf_counter()
     bar = tqdm(total=epochs * steps_per_epoch * batch_size, unit=" img", unit_scale=True, dynamic_ncols=True)
+    stop = StopRequest()
     try:
         for epoch in range(1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
             meter = Meter(epoch, steps_per_epoch, batch_size, started)
             for images, labels in epoch_batches(dataset.train, batch_size, seed, epoch - 1):
+                stop.check()
                 state, metrics = train_step(state, images, labels)
                 for _ in range(meter.add(metrics)):  # steps that have ended; the newest one is still running
                     bar.update(batch_size)
@@ -108,7 +119,7 @@ def fit(
                         folder.log(meter.row(log_every))
             bar.update(batch_size * meter.finish())
             row = meter.row(steps_per_epoch)
-            results = evaluate(eval_step, state, dataset.test, batch_size)
+            results = evaluate(eval_step, state, dataset.test, batch_size, stop.check)
             row |= summarize(results, dataset.test.labels) | {"seconds": round(time.perf_counter() - started, 3)}
             folder.log(row)
             bar.write(
@@ -124,9 +135,37 @@ def fit(
     except KeyboardInterrupt:
         finished = False
     finally:
+        stop.close()
         bar.close()
     report(state, results)
     return finished
+
+
+class StopRequest:
+    """Turns Ctrl-C into a KeyboardInterrupt at `check`, until closed; a second Ctrl-C acts at once.
+
+    Python would raise it anywhere, also between a step's end and the assignment of its result. By then the step has
+    consumed the old state, and nothing would be left to report.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._previous = None
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self.close()
+
+    def check(self) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
 
 class Meter:

@@ -1,6 +1,8 @@
 """The shared training loop: batches, evaluation, rows, and how it ends."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None):
     def train_step(state, images, labels):
         seen.append(images.reshape(-1).tolist())
         if len(seen) == interrupt_at:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return state, {"loss": next(losses), "top1": 0.5}
 
     dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
@@ -92,15 +94,18 @@ def test_rows_of_a_run(tmp_path):
 
 
 def test_ctrl_c_ends_with_a_report(tmp_path):
-    finished, reports, rows, _ = run(tmp_path, [6.0, 5.0, 4.0, 3.0], interrupt_at=5)
+    """The step under way ends first (its state is what is reported), then nothing more is run."""
+    finished, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=5)
     assert not finished
+    assert len(seen) == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(reports) == 1
     assert reports[0] is not None
     assert [row["step"] for row in rows if "test_loss" in row] == [3]
 
 
 def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
-    finished, reports, _, _ = run(tmp_path, [6.0], interrupt_at=2)
+    finished, reports, _, _ = run(tmp_path, [6.0, 5.0], interrupt_at=2)
     assert not finished
     assert reports == [None]
 
