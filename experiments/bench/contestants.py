@@ -132,6 +132,8 @@ class Contestant:
         return answer
 
     def close(self) -> None:
+        self._connection.close()  # which ends the process by itself, unless it hangs
+        self._process.join(timeout=10)
         self._process.kill()
         self._process.join()
 
