@@ -46,7 +46,7 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        tyro.cli(compare, args=arguments)
+        tyro.cli(compare, args=arguments, prog="python -m experiments.compare")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

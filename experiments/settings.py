@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -28,12 +29,13 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Train a ResNet on pictures of cars."""
+    """Train a ResNet on pictures of cars: drawn ones, or Stanford Cars with --data. All defaults depend on --preset."""
 
     opt: OptimizerName = "adabound"
     """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
-    preset: Literal["demo", "cars96", "cars224"] | None = None
-    """Where the other settings' defaults come from; demo without data, cars96 with. See PRESETS in this file."""
+    preset: Literal["demo", "cars96", "cars224"] = "demo"
+    """Where all other defaults come from: demo draws its own cars, cars96 (what --data alone selects) and cars224 need
+    pictures. `--preset NAME --help` shows its defaults."""
     data: Path | None = None
     """Folder of Stanford Cars in one of the layouts that people have [default: $STANFORD_CARS_DIR]."""
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
@@ -47,10 +49,13 @@ class Settings:
     augmentation: Literal["shift", "crop", "none"] = "shift"
     """Flips, brightness, contrast and: shifts by up to 10%, or random resized crops. none: no change at all."""
     epochs: int = 30
+    """Passes over the training pictures."""
     batch_size: int = 32
+    """Pictures a step; a last, partial batch of an epoch is left out."""
     learning_rate: float | None = None
     """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
     schedule: ScheduleName = "cosine"
+    """Of the learning rate: cosine to 0, step (a tenth after one half and after three quarters), onecycle, constant."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the schedule."""
     final_lr: float = 0.1
@@ -64,6 +69,7 @@ class Settings:
     weight_decay: float = 0.0
     """Of kernels only, not of biases and BatchNorm."""
     label_smoothing: float = 0.1
+    """The share of each target that is spread over all classes."""
     seed: int = 0
     """Of the weights, the order of pictures and their augmentation."""
     init: Path | None = None
@@ -130,11 +136,17 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     Raises:
       ValueError: for values out of range or that contradict one another.
     """
-    named = tyro.cli(Settings, args=arguments)
-    data = named.data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--data")
+    named, _ = first.parse_known_args(arguments)
+    data = named.data or os.environ.get(DATA_VARIABLE) or None
     preset = named.preset or ("cars96" if data else "demo")
+    # Read again in full, so that --help shows the preset's defaults; a preset that there is not is refused there.
+    program = "python -m experiments.cars"
+    settings = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset, PRESETS["demo"]), prog=program)
     if preset == "demo" and named.data:
         raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")
-    settings = tyro.cli(Settings, args=arguments, default=PRESETS[preset])
     learning_rate = settings.learning_rate or LEARNING_RATES[settings.opt]
-    return dataclasses.replace(settings, data=None if preset == "demo" else data, learning_rate=learning_rate)
+    folder = Path(data) if data and preset != "demo" else None
+    return dataclasses.replace(settings, data=folder, learning_rate=learning_rate)

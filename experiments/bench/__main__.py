@@ -11,7 +11,9 @@ from experiments.bench.step import StepBench, run_step_bench
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    bench = tyro.extras.subcommand_cli_from_dict({"step": StepBench}, args=arguments, description=__doc__)
+    bench = tyro.extras.subcommand_cli_from_dict(
+        {"step": StepBench}, args=arguments, description=__doc__, prog="python -m experiments.bench"
+    )
     try:
         run_step_bench(bench)
     except ValueError as error:

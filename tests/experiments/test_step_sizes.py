@@ -1,0 +1,37 @@
+"""Step sizes by layer, by hand."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from experiments.step_sizes import layer_steps, plot_layer_steps
+from jax_resnet.adabound import adabound
+
+SETTINGS = dict(base_lr=1e-3, final_lr=0.1, gamma=1e-3, b1=0.9)
+GRADIENTS = {"conv1.weight": 1e-5, "layer1.2.conv1.weight": 0.5, "layer1.10.conv1.weight": 1e3, "fc.weight": 2.0}
+
+
+def after_one_update(optimizer):
+    grads = unflatten_dict({name: jnp.full((2, 3), g) for name, g in GRADIENTS.items()} | {"fc.bias": jnp.ones(3)}, ".")
+    return optimizer.update(grads, optimizer.init(grads))[1]
+
+
+@pytest.mark.parametrize(("opt", "optimizer"), [("adam", optax.adam(1e-3)), ("adabound", adabound(1e-3))])
+def test_first_update_by_hand(opt, optimizer, tmp_path):
+    """m = 0.1·g and Adam moves by learning_rate · sign(g): its step on m is learning_rate / (0.1·|g|).
+
+    The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. Kernels only, in the network's order.
+    """
+    steps = layer_steps(after_one_update(optimizer), opt=opt, **SETTINGS)
+    assert [layer["name"] for layer in steps["layers"]] == list(GRADIENTS)
+    for layer, gradient in zip(steps["layers"], GRADIENTS.values(), strict=True):
+        for name in ("low", "median", "high"):
+            # eps = 1e-8 is a thousandth of the smallest gradient, and counts sqrt(1000) times as much before correction
+            assert layer[name] == pytest.approx(1e-3 / (0.1 * gradient), rel=0.04 if gradient == 1e-5 else 1e-3)
+    assert (steps["update"], steps["lower"]) == (1, pytest.approx(0.1 * 0.001 / 1.001))
+    assert steps["upper"] == pytest.approx(100.1)
+    assert [layer["at_upper"] for layer in steps["layers"]] == [1, 0, 0, 0]
+    assert [layer["at_lower"] for layer in steps["layers"]] == [0, 0, 1, 0]
+    plot_layer_steps(tmp_path / "steps.png", steps, "by hand")
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
