@@ -22,9 +22,11 @@ class StepBench:
     """Time a training step; without --arch two cases: ResNet-101 (8 of 96x96) and ResNet-18 (32 of 64x64)."""
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] | None = None
-    batch_size: int = 8
-    image_size: str = "96"
-    """A side, or HEIGHTxWIDTH."""
+    """The network, instead of the two cases."""
+    batch_size: int | None = None
+    """With --arch [default: 8]."""
+    image_size: str | None = None
+    """With --arch: a side, or HEIGHTxWIDTH [default: 96]."""
     contestants: tuple[Literal["jax", "torch", "torch.compile"], ...] = ()
     """Who takes part [default: all that are installed]."""
     rounds: int = 7
@@ -39,10 +41,14 @@ def run_step_bench(bench: StepBench) -> None:
     Raises:
       ValueError: for settings that make no sense.
     """
-    if min(bench.rounds, bench.steps, bench.batch_size) < 1:
+    if min(bench.rounds, bench.steps, 1 if bench.batch_size is None else bench.batch_size) < 1:
         raise ValueError("--rounds, --steps and --batch-size must be at least 1")
+    if bench.arch is None and (bench.batch_size, bench.image_size) != (None, None):
+        raise ValueError("--batch-size and --image-size go with --arch")
     contestants = list(bench.contestants) or available()
-    cases = CASES if bench.arch is None else (Case(bench.arch, bench.batch_size, *parse_image_size(bench.image_size)),)
+    cases = CASES
+    if bench.arch is not None:
+        cases = (Case(bench.arch, bench.batch_size or 8, *parse_image_size(bench.image_size or "96")),)
     print(describe_machine())
     print(f"{bench.rounds} rounds in turns, {bench.steps} steps a turn after one to warm up; times in ms")
     for case in cases:

@@ -19,11 +19,17 @@ def test_step_prints_its_table(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--rounds", "0"], "at least 1"), (["--image-size", "8"], "--image-size")]
+    ("options", "message"),
+    [(["--rounds", "0"], "at least 1"), (["--batch-size", "0"], "at least 1"), (["--image-size", "8"], "--image-size")],
 )
 def test_bad_settings_are_exit_code_2(options, message, capsys):
     assert main([*TINY, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_size_without_a_network_is_refused(capsys):
+    assert main(["step", "--image-size", "64"]) == 2
+    assert "go with --arch" in capsys.readouterr().err
 
 
 def test_a_contestant_that_fails_is_left_out(capsys):
