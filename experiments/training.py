@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -50,13 +51,17 @@ def evaluate(
     Returns:
       per picture, each (N,): "loss", "prediction", "confidence", "top5".
     """
-    results = []
+    results, running = [], None
     for start in tqdm(range(0, len(split), batch_size), desc="testing", leave=False, dynamic_ncols=True):
         check()
         # The last batch is filled up with the first picture: one shape, one compilation.
         chosen = np.arange(start, start + batch_size)
         chosen[chosen >= len(split)] = 0
-        results.append(eval_step(state.params, state.batch_stats, split.images[chosen], split.labels[chosen]))
+        ended = running
+        running = eval_step(state.params, state.batch_stats, split.images[chosen], split.labels[chosen])
+        if ended is not None:  # read one batch late; read at the end, dozens would run, and take memory, at once
+            results.append(jax.device_get(ended))
+    results.append(jax.device_get(running))
     return {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
 
 
