@@ -28,7 +28,17 @@ from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_optimizer, make_schedule
 from experiments.plots import plot_curves, plot_predictions
-from experiments.run_folder import METRICS, RunFolder, read_metrics
+from experiments.run_folder import (
+    CONFIG,
+    CURVES,
+    METRICS,
+    PREDICTIONS,
+    STEP_SIZES,
+    WEIGHTS,
+    RunFolder,
+    earlier_run,
+    read_metrics,
+)
 from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
 from experiments.training import DivergedError, Results, fit
 from jax_resnet import resnet, weights
@@ -65,9 +75,11 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     if settings.init is None:
         return resnet.init(config, key)
     arrays = weights.read_arrays(settings.init)
-    dense, kernel = arrays.get("fc.weight"), arrays.get("conv1.weight")
-    head = "strict" if dense is None or len(dense) == config.num_classes else "new"
-    stem = "grey" if kernel is not None and config.in_channels == 1 and kernel.shape[1] == 3 else "strict"
+    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{settings.init} holds values that are not finite, in {len(bad)} arrays: {bad[0]}, ...")
+    dense, kernel = arrays.get("fc.weight", np.empty(0)), arrays.get("conv1.weight", np.empty(0))
+    head = "new" if dense.ndim == 2 and len(dense) != config.num_classes else "strict"
+    stem = "grey" if kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1 else "strict"
     if head == "new":
         print(f"{settings.init} has {len(dense)} classes: a new dense layer is drawn for {config.num_classes}")
     if stem == "grey":
@@ -76,11 +88,11 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), loaded)
 
 
-def prepare(settings: Settings, dataset: Dataset, folder: RunFolder):
-    """Network, optimizer and the two jitted steps for a run; writes its config.json.
+def prepare(settings: Settings, dataset: Dataset):
+    """Network, optimizer and the two jitted steps for a run.
 
     Returns:
-      state, train_step, eval_step, and what a weight file must tell about its network and its input.
+      state, train_step, eval_step, what a weight file must tell about its network and its input, and the config.json.
     """
     steps_per_epoch = len(dataset.train) // settings.batch_size
     if steps_per_epoch == 0:
@@ -122,24 +134,23 @@ def prepare(settings: Settings, dataset: Dataset, folder: RunFolder):
         "mean": mean.tolist(),
         "std": std.tolist(),
     }
-    folder.write_config(
-        {
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-            "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
-            "input": description,
-            "parameters": sum(p.size for p in jax.tree.leaves(params)),
-            "steps_per_epoch": steps_per_epoch,
-        }
-    )
+    run_config = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
+        "input": description,
+        "parameters": sum(p.size for p in jax.tree.leaves(params)),
+        "steps_per_epoch": steps_per_epoch,
+    }
     state = create_train_state(params, batch_stats, optimizer)
     train_step = make_train_step(
         config, optimizer, label_smoothing=settings.label_smoothing, preprocess=preprocess_train
     )
-    return state, train_step, make_eval_step(config, preprocess=preprocess_test), description
+    return state, train_step, make_eval_step(config, preprocess=preprocess_test), description, run_config
 
 
 def title_of(settings: Settings, dataset: Dataset) -> str:
-    return f"{settings.arch} with {settings.opt} on {dataset.title}"
+    part = "" if settings.limit is None else f" ({len(dataset.train):,} training pictures of {dataset.title}'s)"
+    return f"{settings.arch} with {settings.opt} on {dataset.title}{part}"
 
 
 def write_report(
@@ -153,8 +164,8 @@ def write_report(
     """Writes the weights and the pictures of a run: curves, step sizes, and predictions once there are test results."""
     path, title = folder.path, title_of(settings, dataset)
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in description.items()}
-    weights.save(path / "weights.safetensors", state.params, state.batch_stats, metadata=metadata)
-    plot_curves(path / "curves.png", read_metrics(path), title)
+    weights.save(path / WEIGHTS, state.params, state.batch_stats, metadata=metadata)
+    plot_curves(path / CURVES, read_metrics(path), title)
     if settings.opt in step_sizes.KNOWN and int(state.step):
         steps = step_sizes.layer_steps(
             state.opt_state,
@@ -165,13 +176,13 @@ def write_report(
             b1=settings.momentum,
         )
         (path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
-        step_sizes.plot_layer_steps(path / "step_sizes.png", steps, title)
+        step_sizes.plot_layer_steps(path / STEP_SIZES, steps, title)
     if results is None:
         return
     test = dataset.test
     chosen = np.random.default_rng(0).permutation(len(test))[:PICTURES_SHOWN]
     plot_predictions(
-        path / "predictions.png",
+        path / PREDICTIONS,
         test.images[chosen],
         [dataset.class_names[i] for i in test.labels[chosen]],
         [dataset.class_names[i] for i in results["prediction"][chosen]],
@@ -188,12 +199,15 @@ def run(settings: Settings) -> bool:
       DivergedError: when the loss is not finite.
     """
     started = time.perf_counter()
+    if settings.out and not settings.overwrite and earlier_run(settings.out):
+        raise ValueError(f"{settings.out} holds an earlier run: choose another --out, or pass --overwrite")
     dataset = load_data(settings)
+    title = title_of(settings, dataset)
+    state, train_step, eval_step, description, run_config = prepare(settings, dataset)
     name = f"{dataset.title.replace(' ', '-').lower()}-{settings.arch}-{settings.opt}"
     out = settings.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(out, overwrite=settings.overwrite)
-    title = title_of(settings, dataset)
-    state, train_step, eval_step, description = prepare(settings, dataset, folder)
+    folder = RunFolder(out)  # only now, when nothing in the input can be wrong any more
+    folder.write_config(run_config)
     print(f"{title}: {len(dataset.train):,} pictures, {settings.epochs} epochs; the first step compiles")
     finished = fit(
         state,
@@ -211,9 +225,10 @@ def run(settings: Settings) -> bool:
     tested = [row for row in read_metrics(out) if "test_top1" in row]
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     took = time.perf_counter() - started
+    files = ", ".join(n for n in (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS) if (out / n).exists())
     print(
         f"{title}: {reached} after {len(tested)} of {settings.epochs} epochs, {took // 60:.0f} min {took % 60:.0f} s; "
-        f"settings, {METRICS}, curves.png, predictions.png and weights.safetensors are in {out}"
+        f"in {out} are {files}"
     )
     return finished
 
@@ -222,6 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
         return 0 if run(parse_settings(arguments)) else INTERRUPTED
+    except KeyboardInterrupt:
+        print("stopped before the training began", file=sys.stderr)
+        return INTERRUPTED
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED

@@ -27,9 +27,13 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
     for run in runs:
         if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
             raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
-    rows = {run.name: read_metrics(run) for run in runs}
+    names = [run.name for run in runs]
+    rows = {str(run) if names.count(run.name) > 1 else run.name: read_metrics(run) for run in runs}
     configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
-    titles = {f"{config['settings']['arch']} on {config['data']['title']}" for config in configs}
+    try:
+        titles = {f"{config['settings']['arch']} on {config['data']['title']}" for config in configs}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a {CONFIG} is not one of experiments.cars: it has no {error}") from error
     plot_comparison(out, rows, ", ".join(sorted(titles)))
     for name, run_rows in rows.items():
         tested = [row for row in run_rows if "test_top1" in row]

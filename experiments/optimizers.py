@@ -41,7 +41,7 @@ def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int
     elif name == "cosine":
         after = optax.cosine_decay_schedule(peak, rest)
     elif name == "step":
-        after = optax.piecewise_constant_schedule(peak, {rest // 2: 0.1, rest * 3 // 4: 0.1})
+        after = optax.piecewise_constant_schedule(peak, {max(1, rest // 2): 0.1, max(2, rest * 3 // 4): 0.1})
     else:
         after = optax.cosine_onecycle_schedule(steps, peak)
     if not warmup_steps:

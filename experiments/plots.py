@@ -43,7 +43,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -57,18 +57,20 @@ def plot_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]], ti
       title: what they have in common.
     """
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, (key, marker) in zip(axes, {"train_loss": "", "test_loss": "o-", "test_top1": "o-"}.items(), strict=True):
+    for axis, (key, marker) in zip(
+        axes, {"train_loss": ".-", "test_loss": "o-", "test_top1": "o-"}.items(), strict=True
+    ):
         for name, rows in runs.items():
             # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
             between = [row for row in rows if "test_loss" not in row] if key == "train_loss" else []
             shown = between or [row for row in rows if key in row]
-            axis.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker, ms=4, label=name)
+            axis.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker, ms=4, lw=1, label=name)
         axis.set(xlabel="epoch", title=key.replace("_", " "))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[2].set_ylim(bottom=0)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -103,9 +105,10 @@ def plot_predictions(
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
         for spine in axis.spines.values():
             spine.set(color="tab:green" if right else "tab:red", linewidth=2.5)
-        text = f"{_short(true)}\n{confidence:.0%} sure" if right else f"{_short(true)}\nnot {_short(predicted)}"
-        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red")
-    figure.suptitle(title)
+        text = f"{_short(true)}\n{confidence:.0%} sure" if right else f"{_short(true)}\ntaken for {_short(predicted)}"
+        # Class names are other people's: a $ in one is no formula.
+        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red", parse_math=False)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,30 +13,36 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-CONFIG, METRICS = "config.json", "metrics.jsonl"
+CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
+CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
+FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PREDICTIONS, STEP_SIZES, "step_sizes.json", "events.out.tfevents.*")
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow")
+
+
+def earlier_run(path: Path) -> list[Path]:
+    """The files of a run that are in a folder, [] if there are none.
+
+    Raises:
+      ValueError: if the path is no folder, or one that cannot be made or written.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {path} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+    return [file for pattern in FILES for file in path.glob(pattern)]
 
 
 class RunFolder:
     """Writes a run's files as the run goes; every line is on disk when `log` returns.
 
     Args:
-      path: the folder; made if it is not there.
-      overwrite: whether an earlier run in it may be replaced.
-
-    Raises:
-      FileExistsError: if it holds an earlier run and overwrite is False.
-      OSError: if it cannot be written.
+      path: the folder; made if it is not there. The files of an earlier run in it are removed.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False):
+    def __init__(self, path: Path):
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        earlier = [path / CONFIG, path / METRICS, *path.glob("events.out.tfevents.*")]
-        if not overwrite and any(file.exists() for file in earlier):
-            raise FileExistsError(f"{path} holds an earlier run: choose another --out, or pass --overwrite")
-        for file in earlier:
-            file.unlink(missing_ok=True)
+        for file in earlier_run(path):
+            file.unlink()
         self._metrics = open(path / METRICS, "w", encoding="utf-8")
         self._board = SummaryWriter(str(path))
 

@@ -14,6 +14,7 @@ from experiments.optimizers import LEARNING_RATES, OptimizerName, ScheduleName
 from jax_resnet.resnet import MIN_SIZE
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
+MAX_SIZE = 4096  # more is a slip of the finger
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -22,8 +23,8 @@ def parse_image_size(text: str) -> tuple[int, int]:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
         sides = []
-    if len(sides) not in (1, 2) or min(sides) < MIN_SIZE:
-        raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, at least {MIN_SIZE}, got {text!r}")
+    if len(sides) not in (1, 2) or not MIN_SIZE <= min(sides) <= max(sides) <= MAX_SIZE:
+        raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, each {MIN_SIZE} to {MAX_SIZE}, got {text!r}")
     return sides[0], sides[-1]
 
 
@@ -91,6 +92,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2^32, got {self.seed}")
+        if self.dampening and self.opt != "sgd":
+            raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
+        if self.momentum == 1:
+            raise ValueError("--momentum must be below 1: at 1 no gradient would be forgotten")
         for name in ("momentum", "dampening", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be within 0 and 1, got {getattr(self, name)}")
@@ -137,8 +144,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
       ValueError: for values out of range or that contradict one another.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--data")
+    first.add_argument("--preset", nargs="?")  # without a value: tyro says what is missing
+    first.add_argument("--data", nargs="?")
     named, _ = first.parse_known_args(arguments)
     data = named.data or os.environ.get(DATA_VARIABLE) or None
     preset = named.preset or ("cars96" if data else "demo")

@@ -85,9 +85,8 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     ticks = x[:: max(1, len(x) // 26)]
     names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
     axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
-    axis.set(
-        ylabel="step on the averaged gradient", title=f"{title}, update {steps['update']:,}, at the peak learning rate"
-    )
+    axis.set_ylabel("step on the averaged gradient")
+    axis.set_title(f"{title}, update {steps['update']:,}, at the peak learning rate", parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def evaluate(
       per picture, each (N,): "loss", "prediction", "confidence", "top5".
     """
     results, running = [], None
-    for start in tqdm(range(0, len(split), batch_size), desc="testing", leave=False, dynamic_ncols=True):
+    for start in tqdm(range(0, len(split), batch_size), desc="testing", leave=False, dynamic_ncols=True, disable=None):
         check()
         # The last batch is filled up with the first picture: one shape, one compilation.
         chosen = np.arange(start, start + batch_size)
@@ -108,11 +109,13 @@ def fit(
     steps_per_epoch = len(dataset.train) // batch_size
     results = None
     reported = started = time.perf_counter()
-    bar = tqdm(total=epochs * steps_per_epoch * batch_size, unit=" img", unit_scale=True, dynamic_ncols=True)
+    seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
+    images = epochs * steps_per_epoch * batch_size
+    bar = tqdm(total=images, unit=" img", unit_scale=True, dynamic_ncols=True, mininterval=seldom)
     stop = StopRequest()
     try:
         for epoch in range(1, epochs + 1):
-            bar.set_description(f"epoch {epoch}/{epochs}")
+            bar.set_description(f"{dataset.title}, epoch {epoch}/{epochs}")
             meter = Meter(epoch, steps_per_epoch, batch_size, started)
             for images, labels in epoch_batches(dataset.train, batch_size, seed, epoch - 1):
                 stop.check()
@@ -161,6 +164,7 @@ class StopRequest:
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
+        tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.close()
 
     def check(self) -> None:

@@ -314,7 +314,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     Args:
       logits: (N, K) float.
-      labels: (N,) integer class numbers from 0.
+      labels: (N,) integer class numbers from 0 to K - 1; traced values cannot be checked: others give nonsense.
 
     Returns:
       (N,) losses; the caller takes the mean.

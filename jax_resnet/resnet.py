@@ -149,12 +149,12 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
     Args:
       config: the architecture.
       key: a JAX random key.
-      dtype: of all arrays; JAX's default float type if None.
+      dtype: of all arrays, promoted to at least float32; JAX's default float type if None.
 
     Returns:
       params and batch_stats, nested dicts; batch_stats is {} without BatchNorm.
     """
-    dtype = jnp.zeros((), dtype).dtype
+    dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
     params: dict[str, Any] = {}
     batch_stats: dict[str, Any] = {}
 
@@ -191,7 +191,7 @@ def init_dense(config: ResNetConfig, key: Array, dtype: Any = None) -> dict[str,
     """Draws the dense layer alone: {"weight": (features, num_classes), "bias": (num_classes,)}."""
     sample = _uniform(1 / math.sqrt(feature_channels(config)))
     weight_key, bias_key = jax.random.split(key)
-    dtype = jnp.zeros((), dtype).dtype
+    dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
     return {
         "weight": sample(weight_key, (feature_channels(config), config.num_classes), dtype),
         "bias": sample(bias_key, (config.num_classes,), dtype),

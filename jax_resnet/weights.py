@@ -125,7 +125,7 @@ def load(
         if name in arrays and arrays[name].shape != shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit {config}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
     return from_torch(arrays)
 
 

@@ -69,6 +69,8 @@ def measure(case: Case, names: list[str], rounds: int, steps: int) -> tuple[dict
                 contestants.append(Contestant(name, case))
             except RuntimeError as error:
                 print(f"left out: {error}")
+        if not contestants:
+            raise ValueError("nobody is left to measure")
         times = [[c.measure(steps) for c in contestants] for _ in tqdm(range(rounds), desc="rounds", leave=False)]
     finally:
         for contestant in contestants:

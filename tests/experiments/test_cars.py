@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from experiments import cars, compare
 from experiments.data.drawn_cars import drawn_cars
+from experiments.plots import plot_predictions
 from experiments.run_folder import read_metrics
 from experiments.settings import DATA_VARIABLE, PRESETS, parse_image_size, parse_settings
 from jax_resnet import resnet, weights
@@ -184,6 +186,11 @@ MISTAKES = {
     "learning rate": (["--learning-rate", "-1"], "--learning-rate must be positive"),
     "onecycle": ([*TINY, "--schedule", "onecycle", "--warmup-epochs", "1"], "leave --warmup-epochs at 0"),
     "init": ([*TINY, "--init", "nothing.npz"], "no weight file nothing.npz"),
+    "dampening": (["--opt", "adam", "--dampening", "0.9"], "--dampening is SGD's"),
+    "momentum 1": (["--momentum", "1"], "--momentum must be below 1"),
+    "seed": (["--seed", "99999999999999999999"], "--seed must be below 2^32"),
+    "huge": (["--image-size", "999999"], "each 32 to 4096"),
+    "no value": (["--data"], "--data"),
     "option": (["--optimizer", "adam"], "--optimizer"),
     "choice": (["--opt", "adamax"], "adamax"),
 }
@@ -229,7 +236,55 @@ def test_an_earlier_run_is_kept(demo, capsys):
     before = (folder / "metrics.jsonl").read_bytes()
     assert cars.main([*TINY, "--out", str(folder)]) == 2
     assert "--overwrite" in capsys.readouterr().err
+    # Nor is it lost to a start that fails.
+    assert cars.main([*TINY, "--batch-size", "61", "--overwrite", "--out", str(folder)]) == 2
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    assert cars.main([*TINY, "--batch-size", "61", "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cars, "drawn_cars", interrupted)
+    assert cars.main(["--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "stopped before the training began\n"
+
+
+BAD_WEIGHTS = {
+    "vector for a kernel": ({"conv1.weight": np.ones(3, np.float32)}, "conv1.weight: expected (64, 1, 7, 7)"),
+    "number for a matrix": ({"fc.weight": np.float32(1)}, "fc.weight: expected (6, 512), the file has ()"),
+    "nan": ({"bn1.weight": np.full(64, np.nan, np.float32)}, "not finite, in 1 arrays: bn1.weight"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_bad_weights_are_named(changes, message, demo, tmp_path, capsys):
+    np.savez(tmp_path / "bad.npz", **(weights.read_arrays(demo[0][0] / "weights.safetensors") | changes))
+    assert cars.main([*TINY, "--init", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_class_name_is_no_formula(tmp_path):
+    names = ["A $x_{$ car", "B car"]
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    plot_predictions(tmp_path / "a.png", images, names, names[::-1], [0.5, 0.5], "cars of $ {")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_compared_runs_of_one_name_are_told_apart(demo, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(demo[0][0], tmp_path / name / "run")
+    assert compare.main([str(tmp_path / n / "run") for n in "ab"] + ["--out", str(tmp_path / "c.png")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/a/run: test top-1" in printed
+    assert f"{tmp_path}/b/run: test top-1" in printed
+    (tmp_path / "a" / "run" / "config.json").write_text("{}")
+    assert compare.main([str(tmp_path / "a" / "run")]) == 2
 
 
 def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):

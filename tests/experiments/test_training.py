@@ -9,7 +9,7 @@ import pytest
 
 from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
-from experiments.run_folder import RunFolder, read_metrics
+from experiments.run_folder import RunFolder, earlier_run, read_metrics
 from experiments.training import DivergedError, epoch_batches, evaluate, fit
 
 
@@ -115,15 +115,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         run(tmp_path, [6.0, 5.0, 4.0, 3.0, float("nan"), 1.0])
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+def test_an_earlier_run_is_found_and_replaced(tmp_path):
+    assert earlier_run(tmp_path / "not" / "there") == []
     folder = RunFolder(tmp_path)
     folder.write_config({"a": 1})
     folder.log({"step": 1, "train_loss": 0.5})
     folder.close()
-    with pytest.raises(FileExistsError, match="pass --overwrite"):
-        RunFolder(tmp_path)
-    RunFolder(tmp_path, overwrite=True).close()
+    (tmp_path / "weights.safetensors").touch()
+    (tmp_path / "notes.txt").touch()
+    assert {"config.json", "metrics.jsonl", "weights.safetensors"} <= {file.name for file in earlier_run(tmp_path)}
+    RunFolder(tmp_path).close()
     assert read_metrics(tmp_path) == []
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert (tmp_path / "notes.txt").exists()
+    with pytest.raises(ValueError, match=r"cannot be written: .*notes.txt is a file"):
+        earlier_run(tmp_path / "notes.txt" / "run")
 
 
 def test_config_names_versions_device_and_commit(tmp_path):

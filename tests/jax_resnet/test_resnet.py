@@ -212,6 +212,11 @@ def test_initial_weights():
     assert not np.array_equal(other["conv1"]["weight"], params["conv1"]["weight"])
 
 
+def test_weights_are_at_least_float32():
+    params, batch_stats = resnet.init(resnet.resnet18(), jax.random.key(0), jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, batch_stats))} == {jnp.dtype(jnp.float32)}
+
+
 def test_zero_gamma_makes_each_block_its_shortcut():
     config = resnet.resnet50(zero_gamma=True)
     params, batch_stats = resnet.init(config, jax.random.key(0))
