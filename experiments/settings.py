@@ -110,8 +110,9 @@ class Settings:
 
 
 PRESETS = {
-    # Runs anywhere, on drawn cars. AdaBound's final_lr is 1.0 since it averages gradients where SGD adds them up: that
-    # is SGD at 0.1 with momentum 0.9, and the usual 0.1 would be SGD at 0.01.
+    # python -m experiments.cars: runs anywhere, on drawn cars; 86% of 600 test drawings in 2.5 to 4 minutes on two cores.
+    # AdaBound's final_lr is 1.0 since it averages gradients where SGD adds them up: that is SGD at 0.1 with momentum
+    # 0.9, and the usual 0.1 would be SGD at 0.01 (72% here).
     "demo": Settings(
         preset="demo",
         image_size="64",
@@ -121,10 +122,12 @@ PRESETS = {
         final_lr=1.0,
         label_smoothing=0.0,
     ),
-    # The grey 96x96 box crops of the project's origins. No weight decay: as L2 it is as large as the gradients of a
-    # network with BatchNorm (about 1e-5), and what Adam makes of that is decay instead of learning.
+    # python -m experiments.cars --data DIR: the grey 96x96 box crops of the project's origins; an epoch takes some ten
+    # minutes on two cores, and two of them reach 0.6% to 0.9% from scratch. The 30 have not been run. No weight decay:
+    # as L2 it would be as large as the gradients, which are 1e-5 and less in most layers and which Adam divides by.
     "cars96": Settings(preset="cars96", batch_size=16, zero_gamma=True),
-    # For fine-tuning from --init. Built and tested as plumbing: no accuracy is claimed for it.
+    # python -m experiments.cars --preset cars224 --data DIR --init FILE: for fine-tuning. Built and tested as plumbing,
+    # no accuracy is claimed for it.
     "cars224": Settings(
         preset="cars224",
         image_size="224",
