@@ -110,7 +110,7 @@ class Settings:
 
 
 PRESETS = {
-    # python -m experiments.cars: runs anywhere, on drawn cars; 86% of 600 test drawings in 2.5 to 4 minutes on two cores.
+    # python -m experiments.cars: runs anywhere, on drawn cars; 86% of 600 drawings in 2.5 to 4 minutes on two cores.
     # AdaBound's final_lr is 1.0 since it averages gradients where SGD adds them up: that is SGD at 0.1 with momentum
     # 0.9, and the usual 0.1 would be SGD at 0.01 (72% here).
     "demo": Settings(
