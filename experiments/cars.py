@@ -149,7 +149,7 @@ def prepare(settings: Settings, dataset: Dataset):
 
 
 def title_of(settings: Settings, dataset: Dataset) -> str:
-    part = "" if settings.limit is None else f" ({len(dataset.train):,} training pictures of {dataset.title}'s)"
+    part = "" if settings.limit is None else f", {len(dataset.train):,} training pictures"
     return f"{settings.arch} with {settings.opt} on {dataset.title}{part}"
 
 
@@ -208,7 +208,7 @@ def run(settings: Settings) -> bool:
     out = settings.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(out)  # only now, when nothing in the input can be wrong any more
     folder.write_config(run_config)
-    print(f"{title}: {len(dataset.train):,} pictures, {settings.epochs} epochs; the first step compiles")
+    print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs; the first step compiles")
     finished = fit(
         state,
         train_step,
