@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return 0 if run(parse_settings(arguments)) else INTERRUPTED
     except KeyboardInterrupt:
-        print("stopped before the training began", file=sys.stderr)
+        print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
     except DivergedError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -263,7 +263,7 @@ def _max_pool_fwd(x, window, stride, padding):
 
 
 def _max_pool_bwd(window, stride, padding, residuals, dy):
-    """Tap by tap: the first tap that equals the maximum takes the gradient (XLA's select-and-scatter is slow)."""
+    """Tap by tap: the first tap that equals the maximum takes the gradient."""
 
     def taps(x):
         sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))

@@ -252,7 +252,7 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(cars, "drawn_cars", interrupted)
     assert cars.main(["--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == "stopped before the training began\n"
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 
 BAD_WEIGHTS = {

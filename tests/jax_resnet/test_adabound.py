@@ -36,12 +36,6 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 every_alias = pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def params_and_grads(dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     params = {"a": rng.normal(size=(2, 3)), "b": [rng.normal(size=4), rng.normal(size=())]}
