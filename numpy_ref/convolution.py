@@ -1,0 +1,244 @@
+"""2-D convolution in plain NumPy, three times with one meaning.
+
+Read `conv2d_loops` first, which is the definition; `conv2d_unfolded` says it as one matrix product; `conv2d` is the one
+to use, which does that in blocks and keeps no copy of its input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy import ndarray as Array
+
+Vjp = Callable[..., tuple[Any, ...]]
+
+# A block of unfolded images should stay in a core's cache, yet feed the matrix product with enough rows.
+BLOCK_BYTES, BLOCK_ROWS = 2**20, 256
+
+
+def conv2d_loops(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
+) -> tuple[Array, Vjp]:
+    """2-D cross-correlation by its definition, in loops; arguments and results as `conv2d`. Slow: to be read.
+
+    y[n, i, j, k] = bias[k] + sum over u, v, c of x[n, s·i + u - p, s·j + v - p, c] · weight[u, v, c, k], where x is 0
+    outside of the image. Each product x·weight in that sum gives dy·weight to dx and dy·x to dweight.
+    """
+    _check_conv2d(x, weight, bias, stride, padding)
+    out_h, out_w = output_size(x, weight.shape, stride, padding)
+    dtype = np.result_type(x, weight)
+
+    def products() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """The index into y, x and weight of every product that the definition sums."""
+        kh, kw, channels, filters = weight.shape
+        for n, i, j, k in itertools.product(range(len(x)), range(out_h), range(out_w), range(filters)):
+            for u, v in itertools.product(range(kh), range(kw)):
+                row, column = stride * i + u - padding, stride * j + v - padding
+                if 0 <= row < x.shape[1] and 0 <= column < x.shape[2]:
+                    for c in range(channels):
+                        yield (n, i, j, k), (n, row, column, c), (u, v, c, k)
+
+    y = np.zeros((len(x), out_h, out_w, weight.shape[3]), dtype)
+    for at_y, at_x, at_weight in products():
+        y[at_y] += x[at_x] * weight[at_weight]
+
+    def vjp(dy: Array) -> tuple[Array, Array, Array | None]:
+        dx, dweight = np.zeros(x.shape, dtype), np.zeros(weight.shape, dtype)
+        for at_y, at_x, at_weight in products():
+            dx[at_x] += dy[at_y] * weight[at_weight]
+            dweight[at_weight] += dy[at_y] * x[at_x]
+        return dx, dweight, _bias_gradient(bias, dy)
+
+    return _add_bias(y, bias), vjp
+
+
+def conv2d_unfolded(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
+) -> tuple[Array, Vjp]:
+    """2-D cross-correlation as one matrix product (im2col); arguments and results as `conv2d`.
+
+    Each output pixel sees a patch of x. With all patches as rows, y = patches·weight is a dense layer, and so is its
+    gradient; dx adds up what overlapping patches say of the same pixel. The patches, kept for the gradient, take kh·kw
+    times the memory of x (at stride 1).
+    """
+    _check_conv2d(x, weight, bias, stride, padding)
+    kh, kw, _, filters = weight.shape
+    matrix = weight.reshape(-1, filters)
+    patches = unfold(x, kh, kw, stride, padding)
+    y = (patches @ matrix).reshape(len(x), *output_size(x, weight.shape, stride, padding), filters)
+
+    def vjp(dy: Array) -> tuple[Array, Array, Array | None]:
+        dy_rows = dy.reshape(-1, filters)
+        dx = fold(dy_rows @ matrix.T, x.shape, kh, kw, stride, padding)
+        dweight = (patches.T @ dy_rows).reshape(weight.shape)
+        return dx, dweight, _bias_gradient(bias, dy)
+
+    return _add_bias(y, bias), vjp
+
+
+def conv2d(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
+) -> tuple[Array, Vjp]:
+    """2-D cross-correlation, `conv2d_unfolded` a block of images at a time; nothing but x and weight is kept.
+
+    Unfolding a block again in the backward pass, into memory that is in the cache, costs less than writing all patches
+    to memory and reading them back.
+
+    Args:
+      x: (N, H, W, C) float.
+      weight: (kh, kw, C, K).
+      bias: (K,) or None.
+      stride: s, for both axes.
+      padding: p, zeros added on each of the four sides.
+
+    Returns:
+      y, (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), and vjp: dy like y -> (dx, dweight, dbias).
+
+    Raises:
+      ValueError: for arrays of other ranks, channels that do not fit, or a kernel larger than the padded image.
+    """
+    _check_conv2d(x, weight, bias, stride, padding)
+    dtype = np.result_type(x, weight)
+    x, weight = x.astype(dtype, copy=False), weight.astype(dtype, copy=False)
+    if weight.shape[:2] == (1, 1) and padding == 0:
+        y, vjp = _conv2d_1x1(x, weight, stride)
+    else:
+        y, vjp = _conv2d_blocks(x, weight, stride, padding)
+    return _add_bias(y, bias), lambda dy: (*vjp(dy), _bias_gradient(bias, dy))
+
+
+def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
+    """A dense layer of each pixel: there is nothing to unfold."""
+    pixels = x[:, ::stride, ::stride]
+    rows, matrix = pixels.reshape(-1, x.shape[3]), weight[0, 0]
+
+    def vjp(dy: Array) -> tuple[Array, Array]:
+        dy_rows = dy.reshape(-1, matrix.shape[1])
+        dpixels = (dy_rows @ matrix.T).reshape(pixels.shape)
+        dweight = (rows.T @ dy_rows).reshape(weight.shape)
+        if stride == 1:
+            return dpixels, dweight
+        dx = np.zeros(x.shape, dpixels.dtype)
+        dx[:, ::stride, ::stride] = dpixels
+        return dx, dweight
+
+    return (rows @ matrix).reshape(*pixels.shape[:3], -1), vjp
+
+
+def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[Array, Vjp]:
+    kh, kw, channels, filters = weight.shape
+    matrix = weight.reshape(-1, filters)
+    out_h, out_w = output_size(x, weight.shape, stride, padding)
+    y = np.empty((len(x), out_h, out_w, filters), x.dtype)
+    for block, patches in _unfolded_blocks(x, kh, kw, stride, (padding, padding)):
+        np.matmul(patches, matrix, out=y[block].reshape(-1, filters))
+
+    def vjp_strided(dy: Array) -> tuple[Array, Array]:
+        dx, dweight = np.empty(x.shape, y.dtype), np.zeros(matrix.shape, y.dtype)
+        for block, patches in _unfolded_blocks(x, kh, kw, stride, (padding, padding)):
+            dy_rows = dy[block].reshape(-1, filters)
+            dweight += patches.T @ dy_rows
+            dx[block] = fold(np.matmul(dy_rows, matrix.T, out=patches), x[block].shape, kh, kw, stride, padding)
+        return dx, dweight.reshape(weight.shape)
+
+    def vjp_stride_1(dy: Array) -> tuple[Array, Array]:
+        """At stride 1 a pixel of x meets a patch of dy, the kernel turned by 180°: one unfolding gives both."""
+        turned = weight[::-1, ::-1].swapaxes(2, 3).reshape(-1, channels)
+        dx, dturned = np.empty(x.shape, y.dtype), np.zeros((channels, kh * kw * filters), y.dtype)
+        for block, patches in _unfolded_blocks(dy, kh, kw, 1, (kh - 1 - padding, kw - 1 - padding)):
+            np.matmul(patches, turned, out=dx[block].reshape(-1, channels))
+            dturned += x[block].reshape(-1, channels).T @ patches
+        dweight = dturned.reshape(channels, kh, kw, filters)[:, ::-1, ::-1]
+        return dx, dweight.transpose(1, 2, 0, 3)
+
+    return y, vjp_stride_1 if stride == 1 else vjp_strided
+
+
+def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """The patches that a kernel sees (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
+    ((_, patches),) = _unfolded_blocks(x, kh, kw, stride, (padding, padding), images=len(x))
+    return patches
+
+
+def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, padding: int) -> Array:
+    """The gradient of `unfold`: each pixel of the (N, H, W, C) images receives the sum of its copies in the patches."""
+    n, h, w, channels = shape
+    x = np.zeros((n, h + 2 * padding, w + 2 * padding, channels), patches.dtype)
+    copies = patches.reshape(n, *output_size(x, (kh, kw), stride, 0), kh * kw, channels)
+    for number, tap in enumerate(taps(x, kh, kw, stride)):
+        tap += copies[:, :, :, number]
+    return x[:, padding : padding + h, padding : padding + w]
+
+
+def _unfolded_blocks(
+    x: Array, kh: int, kw: int, stride: int, padding: tuple[int, int], images: int | None = None
+) -> Iterator[tuple[slice, Array]]:
+    """The patches of some images at a time: which images, and (images·H'·W', kh·kw·C), valid until the next block.
+
+    padding is that of height and width; a negative one cuts the border off.
+    """
+    ph, pw = padding
+    x = x[:, max(-ph, 0) : x.shape[1] - max(-ph, 0), max(-pw, 0) : x.shape[2] - max(-pw, 0)]
+    ph, pw = max(ph, 0), max(pw, 0)
+    n, h, w, channels = x.shape
+    out_h, out_w = (h + 2 * ph - kh) // stride + 1, (w + 2 * pw - kw) // stride + 1
+    row_bytes = kh * kw * channels * x.itemsize
+    rows = max(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
+    images = images or min(n, -(-rows // (out_h * out_w)))
+    padded = np.zeros((images, h + 2 * ph, w + 2 * pw, channels), x.dtype)
+    patches = np.empty((images, out_h, out_w, kh, kw, channels), x.dtype)
+    # The same memory seen as patches: moving by one in H' or W' is moving by the stride in the image.
+    step_n, step_h, step_w, step_c = padded.strides
+    strides = (step_n, stride * step_h, stride * step_w, step_h, step_w, step_c)
+    windows = np.ndarray(patches.shape, x.dtype, padded, strides=strides)
+    for start in range(0, n, images):
+        count = min(images, n - start)
+        block = slice(start, start + count)
+        padded[:count, ph : ph + h, pw : pw + w] = x[block]
+        patches[:count] = windows[:count]
+        yield block, patches[:count].reshape(count * out_h * out_w, -1)
+
+
+def taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
+    """For each tap (u, v) of a kernel, row-major, the values of padded images that it meets: views (N, H', W', C)."""
+    out_h, out_w = output_size(x, (kh, kw), stride, 0)
+    return [
+        x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
+        for u, v in itertools.product(range(kh), range(kw))
+    ]
+
+
+def output_size(x: Array, window: tuple[int, ...], stride: int, padding: int) -> tuple[int, int]:
+    """H' and W' for images (N, H, W, C) under a window of (height, width, ...)."""
+    return (x.shape[1] + 2 * padding - window[0]) // stride + 1, (x.shape[2] + 2 * padding - window[1]) // stride + 1
+
+
+def _add_bias(y: Array, bias: Array | None) -> Array:
+    return y if bias is None else np.add(y, bias, out=y)
+
+
+def _bias_gradient(bias: Array | None, dy: Array) -> Array | None:
+    return None if bias is None else dy.reshape(-1, len(bias)).sum(0)
+
+
+def check_images(layer: str, x: Array) -> None:
+    """Raises a ValueError that names the layer unless x is (N, H, W, C) float."""
+    if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"{layer}: x must be (N, H, W, C) float, got {x.shape} {x.dtype}")
+
+
+def _check_conv2d(x: Array, weight: Array, bias: Array | None, stride: int, padding: int) -> None:
+    check_images("conv2d", x)
+    if weight.ndim != 4 or weight.shape[2] != x.shape[3]:
+        raise ValueError(
+            f"conv2d: weight must be (kh, kw, C, K) and x (N, H, W, C) with one C, got {weight.shape} and {x.shape}"
+        )
+    if stride < 1 or padding < 0:
+        raise ValueError(f"conv2d: stride must be >= 1 and padding >= 0, got stride {stride}, padding {padding}")
+    if min(output_size(x, weight.shape, stride, padding)) < 1:
+        raise ValueError(f"conv2d: a kernel {weight.shape} does not fit into x {x.shape} with padding {padding}")
+    if bias is not None and bias.shape != weight.shape[3:]:
+        raise ValueError(f"conv2d: bias must be ({weight.shape[3]},), got {bias.shape}")
