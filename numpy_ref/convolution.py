@@ -146,13 +146,13 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
 
     def vjp_stride_1(dy: Array) -> tuple[Array, Array]:
         """At stride 1 a pixel of x meets a patch of dy, the kernel turned by 180°: one unfolding gives both."""
-        turned = weight[::-1, ::-1].swapaxes(2, 3).reshape(-1, channels)
-        dx, dturned = np.empty(x.shape, y.dtype), np.zeros((channels, kh * kw * filters), y.dtype)
+        turned = weight[::-1, ::-1].transpose(2, 0, 1, 3).reshape(channels, -1)
+        dx, dturned = np.empty(x.shape, y.dtype), np.zeros(turned.shape, y.dtype)
         for block, patches in _unfolded_blocks(dy, kh, kw, 1, (kh - 1 - padding, kw - 1 - padding)):
-            np.matmul(patches, turned, out=dx[block].reshape(-1, channels))
+            np.matmul(patches, turned.T, out=dx[block].reshape(-1, channels))
             dturned += x[block].reshape(-1, channels).T @ patches
-        dweight = dturned.reshape(channels, kh, kw, filters)[:, ::-1, ::-1]
-        return dx, dweight.transpose(1, 2, 0, 3)
+        dweight = dturned.reshape(channels, kh, kw, filters)[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+        return dx, np.ascontiguousarray(dweight)
 
     return y, vjp_stride_1 if stride == 1 else vjp_strided
 

@@ -50,45 +50,49 @@ def batch_norm_relu(
     n, dtype = x.size // x.shape[-1], x.dtype
     new_mean, new_var = running_mean, running_var
     if train:
-        mean = _mean(x)
-        var = np.zeros_like(mean)
+        # Both moments in one pass, around one value of each channel: around 0 they cancel where |mean| >> deviation.
+        origin = x.reshape(-1, x.shape[-1])[0].copy()
+        first, second = np.zeros_like(origin), np.zeros_like(origin)
         for block, scratch in _blocks(x):
-            block -= mean
-            var += _column_sums(np.multiply(block, block, out=scratch)) / n
-        new_mean = (1 - momentum) * running_mean + momentum * mean
+            block -= origin
+            first += _column_sums(block)
+            second += _column_sums(np.multiply(block, block, out=scratch))
+        mean = first / n  # of x as it is now
+        var = np.maximum(second / n - mean * mean, 0)
+        new_mean = (1 - momentum) * running_mean + momentum * (origin + mean)
         new_var = (1 - momentum) * running_var + momentum * (n / (n - 1)) * var
     else:
-        x -= running_mean.astype(dtype)
-        var = running_var
-    centred = x
+        mean, var = running_mean.astype(dtype), running_var
     inverse_deviation = (1 / np.sqrt(var + eps)).astype(dtype)
     scale = weight * inverse_deviation
+    offset = bias - mean * scale
     y = np.empty(x.shape, dtype)
-    for y_block, centred_block, shortcut_block, _ in _blocks(y, centred, shortcut):
-        np.multiply(centred_block, scale, out=y_block)
-        y_block += bias
+    for y_block, x_block, shortcut_block, _ in _blocks(y, x, shortcut):
+        np.multiply(x_block, scale, out=y_block)
+        y_block += offset
         if shortcut is not None:
             y_block += shortcut_block
         if relu:
-            np.maximum(y_block, 0, out=y_block)
+            np.clip(y_block, 0, np.inf, out=y_block)  # as maximum(y, 0), in less than half the time
 
     def vjp(dy: Array) -> tuple[Array, Array, Array, Array | None]:
         dy = np.ascontiguousarray(dy)
         dbias, dweight = np.zeros_like(weight), np.zeros_like(weight)
-        for dy_block, y_block, centred_block, scratch in _blocks(dy, y, centred):
+        for dy_block, y_block, x_block, scratch in _blocks(dy, y, x):
             if relu:
                 dy_block *= y_block > 0
             dbias += _column_sums(dy_block)
-            dweight += _column_sums(np.multiply(dy_block, centred_block, out=scratch))
-        dweight *= inverse_deviation
-        slope, offset = -scale * inverse_deviation * dweight / n, -scale * dbias / n
+            dweight += _column_sums(np.multiply(dy_block, x_block, out=scratch))
+        dweight = (dweight - mean * dbias) * inverse_deviation
+        # layers.batch_norm's dx as scale · dy + slope · x + offset
+        slope = -scale * inverse_deviation * dweight / n
+        offset = -scale * dbias / n - slope * mean
         dx = dy if shortcut is None else np.empty_like(dy)
-        for dx_block, dy_block, centred_block, scratch in _blocks(dx, dy, centred):
+        for dx_block, dy_block, x_block, scratch in _blocks(dx, dy, x):
             np.multiply(dy_block, scale, out=dx_block)
             if train:
-                np.multiply(centred_block, slope, out=scratch)
-                scratch += offset
-                dx_block += scratch
+                dx_block += np.multiply(x_block, slope, out=scratch)
+                dx_block += offset
         return dx, dweight, dbias, None if shortcut is None else dy
 
     return (y, new_mean, new_var), vjp
@@ -109,15 +113,6 @@ def add_relu(x: Array, shortcut: Array | None = None, *, relu: bool = True) -> t
         return dy, None if shortcut is None else dy
 
     return y, vjp
-
-
-def _mean(x: Array) -> Array:
-    """The mean of each channel, taken around one of its values: sums in float32 lose digits where it is large."""
-    shift = x.reshape(-1, x.shape[-1])[0].copy()
-    total = np.zeros_like(shift)
-    for block, scratch in _blocks(x):
-        total += _column_sums(np.subtract(block, shift, out=scratch))
-    return shift + total / (x.size // x.shape[-1])
 
 
 def _column_sums(block: Array) -> Array:

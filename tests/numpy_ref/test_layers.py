@@ -1,0 +1,371 @@
+"""numpy_ref.layers against central differences, against jax_resnet.layers, and against one another, in float64."""
+
+import functools
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_resnet import layers as jax_layers
+from numpy_ref import convolution, fused, layers
+
+CONVOLUTIONS = [  # N, H, W, C, K, kernel height, kernel width, stride, padding
+    (2, 8, 8, 3, 4, 1, 1, 1, 0),
+    (2, 8, 7, 3, 4, 1, 1, 2, 0),
+    (2, 4, 5, 3, 4, 1, 1, 1, 2),
+    (2, 8, 8, 3, 4, 3, 3, 1, 1),
+    (2, 8, 8, 3, 4, 3, 3, 2, 1),
+    (2, 9, 7, 3, 4, 3, 3, 2, 1),
+    (1, 5, 6, 1, 2, 3, 3, 1, 0),
+    (8, 3, 5, 4, 2, 3, 3, 1, 3),
+    (2, 15, 12, 3, 5, 7, 7, 2, 3),
+    (1, 15, 13, 1, 1, 7, 7, 1, 3),
+    (2, 6, 6, 2, 3, 2, 3, 3, 1),
+    (3, 6, 5, 2, 3, 3, 2, 1, 2),
+    (1, 4, 4, 2, 1, 3, 3, 2, 0),
+    (1, 3, 3, 1, 1, 3, 3, 1, 0),
+]
+POOLINGS = [  # N, H, W, C, window, stride, padding
+    (2, 8, 8, 3, 3, 2, 1),
+    (2, 9, 7, 2, 3, 2, 1),
+    (1, 5, 6, 1, 2, 2, 0),
+    (2, 5, 5, 2, 3, 1, 1),
+    (1, 7, 6, 2, 2, 3, 1),
+]
+NORMS = [(2, 3, 1, 3), (4, 5, 3, 2), (8, 1, 1, 1), (3, 7), (1, 4, 4, 2)]  # x
+DENSES = [(4, 3, 2), (1, 1, 1), (2, 5, 1)]  # N, C, K
+
+
+def convolution_case(rng, case, bias):
+    n, h, w, c, k, kh, kw, stride, padding = case
+    arrays = [rng.standard_normal((n, h, w, c)), rng.standard_normal((kh, kw, c, k))]
+    return arrays + [rng.standard_normal(k)] * bias, dict(stride=stride, padding=padding)
+
+
+def norm_case(rng, shape):
+    c = shape[-1]
+    affine = [rng.standard_normal(c) + 1.5, rng.standard_normal(c)]
+    return [2 * rng.standard_normal(shape) + 3, *affine], (rng.standard_normal(c), rng.random(c) + 0.5)
+
+
+def cases():
+    """id -> name of the layer, the arrays that it has gradients for, its other arrays, its options."""
+    rng = np.random.default_rng(0)
+    table = {}
+    for case in CONVOLUTIONS:
+        for bias in (True, False):
+            arrays, options = convolution_case(rng, case, bias)
+            for name in ("conv2d", "conv2d_unfolded", "conv2d_loops"):
+                table[f"{name} {case}{' bias' * bias}"] = name, arrays, (), options
+    for shape in NORMS:
+        arrays, running = norm_case(rng, shape)
+        for train in (True, False):
+            table[f"batch_norm {shape} train={train}"] = "batch_norm", arrays, running, dict(train=train)
+    for case in POOLINGS:
+        options = dict(zip(("window", "stride", "padding"), case[4:], strict=True))
+        table[f"max_pool {case}"] = "max_pool", [rng.standard_normal(case[:4])], (), options
+    for n, c, k in DENSES:
+        arrays = [rng.standard_normal((n, c)), rng.standard_normal((c, k)), rng.standard_normal(k)]
+        table[f"dense {n, c, k} bias"] = "dense", arrays, (), {}
+        table[f"dense {n, c, k}"] = "dense", arrays[:2], (), {}
+    image = rng.standard_normal((2, 3, 5, 4))
+    for name in ("relu", "sigmoid", "global_avg_pool", "flatten"):
+        table[name] = name, [image], (), {}
+    for scale in (1, 30):
+        logits, labels = scale * rng.standard_normal((5, 4)), np.array([0, 3, 1, 1, 2])
+        table[f"softmax_cross_entropy x{scale}"] = "softmax_cross_entropy", [logits], (labels,), {}
+    return table
+
+
+CASES = cases()
+over_cases = pytest.mark.parametrize("case", CASES)
+
+
+def run(case, arrays=None):
+    """y and vjp of a case in NumPy, perhaps for other arrays."""
+    name, own_arrays, others, options = CASES[case]
+    output, vjp = getattr(layers, name)(*(arrays or own_arrays), *others, **options)
+    return (output[0] if name == "batch_norm" else output), vjp
+
+
+def relative(ours, theirs):
+    """The largest difference over the largest entry."""
+    assert np.shape(ours) == np.shape(theirs)
+    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
+
+
+@over_cases
+def test_vjp_against_central_differences(case):
+    """d/de <w, f(x + e·u)> = <w, f'(x)·u> for random w and u.
+
+    A step of 1e-6 leaves 1e-9 of truncation and rounding for functions of order 1; the sharpest of the softmaxes, with
+    logits of ±30, are of order 30.
+    """
+    rng = np.random.default_rng(1)
+    arrays = CASES[case][1]
+    y, vjp = run(case)
+    w = rng.standard_normal(y.shape)
+    directions = [rng.standard_normal(a.shape) for a in arrays]
+    step = 1e-6
+    ahead, behind = (run(case, [a + s * u for a, u in zip(arrays, directions, strict=True)])[0] for s in (step, -step))
+    numeric = np.vdot(w, ahead - behind) / (2 * step)
+    analytic = sum(np.vdot(g, u) for g, u in zip(vjp(w), directions, strict=False))
+    assert analytic == pytest.approx(numeric, rel=1e-7, abs=1e-6)
+
+
+@over_cases
+def test_layer_is_jax_layer(case, x64):
+    """Outputs and gradients; 1e-12 leaves room for the order of summation only."""
+    name, arrays, others, options = CASES[case]
+    layer = getattr(jax_layers, name.removesuffix("_loops").removesuffix("_unfolded"))
+
+    def function(*arrays):
+        output = layer(*arrays, *others, **options)
+        return (output[0], output[1:]) if name == "batch_norm" else (output, ())
+
+    expected, jax_vjp, statistics = jax.vjp(function, *map(jnp.asarray, arrays), has_aux=True)
+    y, vjp = run(case)
+    assert relative(y, expected) < 1e-12
+    dy = np.random.default_rng(2).standard_normal(y.shape)
+    gradients = vjp(dy)
+    assert isinstance(gradients, tuple)
+    if name in ("dense", "conv2d", "conv2d_unfolded", "conv2d_loops") and len(arrays) == 2:
+        assert gradients[2] is None  # of the absent bias
+    for ours, theirs in zip(gradients, jax_vjp(jnp.asarray(dy)), strict=False):
+        assert relative(ours, np.asarray(theirs)) < 1e-12
+    if statistics:
+        (_, *ours), _ = layers.batch_norm(*arrays, *others, **options)
+        for mine, theirs in zip(ours, statistics, strict=True):
+            assert relative(mine, np.asarray(theirs)) < 1e-12
+
+
+@over_cases
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layers_are_pure_and_keep_the_type(case, dtype):
+    name, arrays, others, options = CASES[case]
+    arrays = [a.astype(dtype) for a in arrays]
+    others = tuple(a.astype(dtype) if a.dtype.kind == "f" else a for a in others)
+    before = [a.copy() for a in (*arrays, *others)]
+    output, vjp = getattr(layers, name)(*arrays, *others, **options)
+    outputs = output if name == "batch_norm" else (output,)
+    dy = np.random.default_rng(3).standard_normal(outputs[0].shape).astype(dtype)
+    kept, dy_before = [a.copy() for a in outputs], dy.copy()
+    first, second = vjp(dy), vjp(dy)
+    for a, b in zip((*arrays, *others, *outputs, dy), (*before, *kept, dy_before), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(first, second, strict=True):
+        if a is not None:
+            np.testing.assert_array_equal(a, b)
+            assert a.dtype == dtype
+    assert all(a.dtype == dtype for a in outputs)
+
+
+@st.composite
+def convolutions(draw):
+    """Any small convolution that has an output."""
+    kh, kw, padding = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(0, 4))
+    h = draw(st.integers(max(1, kh - 2 * padding), 7))
+    w = draw(st.integers(max(1, kw - 2 * padding), 7))
+    n, c, k, stride = (draw(st.integers(1, 3)) for _ in range(4))
+    return n, h, w, c, k, kh, kw, stride, padding
+
+
+@given(convolutions(), st.booleans(), st.integers(0, 2**32 - 1), st.integers(1, 200))
+@settings(deadline=None, max_examples=60)
+def test_three_convolutions_are_one(case, bias, seed, block_rows):
+    """Outputs and gradients, for any shape and for blocks of any size; 1e-12 is for the order of summation."""
+    rng = np.random.default_rng(seed)
+    arrays, options = convolution_case(rng, case, bias)
+    expected, vjp_loops = layers.conv2d_loops(*arrays, **options)
+    dy = rng.standard_normal(expected.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "BLOCK_ROWS", block_rows)
+        patch.setattr(convolution, "BLOCK_BYTES", 1)
+        results = [(expected, *vjp_loops(dy))]
+        for layer in (layers.conv2d, layers.conv2d_unfolded):
+            y, vjp = layer(*arrays, **options)
+            results.append((y, *vjp(dy)))
+    for ours in results[1:]:
+        for mine, theirs in zip(ours, results[0], strict=True):
+            if theirs is None:
+                assert mine is None
+            else:
+                np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_max_pool_gives_each_gradient_to_the_first_maximum(n, h, w, c, window, stride):
+    """By the definition, window by window, on whole numbers with many ties: exact."""
+    padding = window // 2
+    rng = np.random.default_rng([n, h, w, c, window, stride])
+    x = rng.integers(0, 3, (n, h, w, c)).astype(float)
+    if min(h, w) + 2 * padding < window:
+        return
+    y, vjp = layers.max_pool(x, window=window, stride=stride, padding=padding)
+    dy = rng.integers(1, 9, y.shape).astype(float)
+    expected_y, expected_dx = np.full(y.shape, -np.inf), np.zeros(x.shape)
+    for at in np.ndindex(y.shape):
+        best = None
+        for u, v in np.ndindex(window, window):
+            row, column = at[1] * stride + u - padding, at[2] * stride + v - padding
+            if 0 <= row < h and 0 <= column < w and x[at[0], row, column, at[3]] > expected_y[at]:
+                best = (at[0], row, column, at[3])
+                expected_y[at] = x[best]
+        expected_dx[best] += dy[at]
+    np.testing.assert_array_equal(y, expected_y)
+    np.testing.assert_array_equal(vjp(dy)[0], expected_dx)
+
+
+def test_relu_has_gradient_0_at_0():
+    y, vjp = layers.relu(np.array([-1.0, 0.0, -0.0, 2.0]))
+    np.testing.assert_array_equal(y, [0, 0, 0, 2])
+    np.testing.assert_array_equal(vjp(np.ones(4))[0], [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_cross_entropy_of_huge_logits(dtype):
+    """A certain right answer costs 0, a certain wrong one the difference of the logits."""
+    logits = np.array([[1e4, -1e4], [-1e4, 1e4], [1e4, 1e4]], dtype)
+    losses, vjp = layers.softmax_cross_entropy(logits, np.array([0, 0, 1]))
+    np.testing.assert_allclose(losses, [0, 2e4, np.log(2)], rtol=1e-6)
+    np.testing.assert_allclose(vjp(np.ones(3, dtype))[0], [[0, 0], [-1, 1], [0.5, -0.5]], atol=1e-6)
+
+
+def test_sigmoid_of_huge_values():
+    with np.errstate(all="raise", under="ignore"):
+        y, vjp = layers.sigmoid(np.array([-1e4, -100.0, 0.0, 1e4]))
+        np.testing.assert_allclose(y, [0, np.exp(-100.0), 0.5, 1], rtol=1e-15)
+        np.testing.assert_allclose(vjp(np.ones(4))[0], [0, np.exp(-100.0), 0.25, 0], rtol=1e-15)
+
+
+def test_conv2d_keeps_no_unfolded_input():
+    """Between forward and backward only y is new for conv2d; the plain form keeps patches nine times the size of x."""
+    x, weight = np.ones((4, 32, 32, 16), np.float32), np.ones((3, 3, 16, 16), np.float32)
+    held = {}
+    for layer in (layers.conv2d, layers.conv2d_unfolded):
+        tracemalloc.start()
+        y, vjp = layer(x, weight, padding=1)
+        held[layer] = tracemalloc.get_traced_memory()[0] - y.nbytes
+        tracemalloc.stop()
+        vjp(y)
+    assert held[layers.conv2d] < 0.1 * x.nbytes
+    assert 9 * x.nbytes <= held[layers.conv2d_unfolded] < 9.1 * x.nbytes
+
+
+def test_sequential_is_the_chain_rule(x64):
+    """The MNIST network against jax.vjp of the same layers; 1e-12 is for the order of summation."""
+    rng = np.random.default_rng(5)
+    x, w, b, w2 = (rng.standard_normal(s) for s in [(2, 6, 6, 1), (3, 3, 1, 4), (4,), (144, 3)])
+    steps = [(functools.partial(layers.conv2d, padding=1), w, b), (layers.relu,), (layers.flatten,), (layers.dense, w2)]
+    y, vjp = layers.sequential(x, *steps)
+
+    def network(x, w, b, w2):
+        x = jax_layers.relu(jax_layers.conv2d(x, w, b, padding=1))
+        return jax_layers.dense(jax_layers.flatten(x), w2)
+
+    expected, jax_vjp = jax.vjp(network, *map(jnp.asarray, (x, w, b, w2)))
+    assert relative(y, np.asarray(expected)) < 1e-12
+    dy = rng.standard_normal(y.shape)
+    dx, (dw, db), of_relu, of_flatten, (dw2,) = vjp(dy)
+    assert of_relu == of_flatten == ()
+    for ours, theirs in zip((dx, dw, db, dw2), jax_vjp(jnp.asarray(dy)), strict=True):
+        assert relative(ours, np.asarray(theirs)) < 1e-12
+
+
+# What a ResNet uses in their place: numpy_ref.fused.
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**18])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("has_shortcut", [True, False])
+def test_fused_is_the_plain_layers(train, relu, has_shortcut, block_bytes, monkeypatch):
+    """batch_norm, sum and relu one by one, forward and backward; 1e-12 is for the order of summation."""
+    monkeypatch.setattr(fused, "BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(6)
+    (x, weight, bias), running = norm_case(rng, (3, 4, 5, 6))
+    shortcut, dy = rng.standard_normal(x.shape) if has_shortcut else None, rng.standard_normal(x.shape)
+
+    (y, *statistics), vjp_norm = layers.batch_norm(x, weight, bias, *running, train=train)
+    y = y + shortcut if has_shortcut else y
+    y, vjp_relu = layers.relu(y) if relu else (y, lambda dy: (dy,))
+    (dsum,) = vjp_relu(dy)
+    expected = (y, *statistics, *vjp_norm(dsum), dsum if has_shortcut else None)
+
+    (y, *statistics), vjp = fused.batch_norm_relu(x, weight, bias, *running, shortcut, train=train, relu=relu)
+    y_before = y.copy()
+    again = vjp(dy.copy())
+    ours = (y, *statistics, *vjp(dy))
+    np.testing.assert_array_equal(y, y_before)
+    np.testing.assert_array_equal(again[0], ours[3])
+    for mine, theirs in zip(ours, expected, strict=True):
+        if theirs is None:
+            assert mine is None
+        else:
+            assert relative(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("function", [layers.batch_norm, fused.batch_norm_relu])
+def test_moments_do_not_cancel_where_the_mean_is_large(function):
+    """float32, mean 1000, deviation 1. x itself is rounded to 3e-5, and so is what comes out; E[x²] - E[x]² around 0
+    would be off by percents."""
+    x = (1000 + np.random.default_rng(7).standard_normal((8, 24, 24, 4))).astype(np.float32)
+    exact = x.astype(np.float64).reshape(-1, 4)
+    one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)
+    relu = {} if function is layers.batch_norm else {"relu": False}
+    (y, _, var), _ = function(x.copy(), one, zero, zero, one, train=True, momentum=1.0, **relu)
+    np.testing.assert_allclose(var, exact.var(0, ddof=1), rtol=1e-5)
+    expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(y.reshape(-1, 4), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("function", [layers.relu, lambda x: fused.add_relu(x.copy())])
+def test_relu_lets_nan_through(function):
+    """A training that diverges must show it."""
+    assert np.isnan(function(np.array([np.nan, -np.nan, 1.0]))[0]).tolist() == [True, True, False]
+
+
+def test_fused_lets_nan_through():
+    x = np.zeros((2, 1, 1, 1))
+    x[0] = np.nan
+    one = np.ones(1)
+    for train in (True, False):
+        (y, _, _), _ = fused.batch_norm_relu(x.copy(), one, one, one, one, train=train)
+        assert np.isnan(y[0]).all()
+
+
+IMAGE = np.zeros((2, 4, 4, 3))
+VECTOR = np.zeros(3)
+BAD_CALLS = {
+    "conv2d rank": (layers.conv2d, (IMAGE[0], IMAGE), {}, "must be .N, H, W, C. float"),
+    "conv2d integers": (layers.conv2d, (IMAGE.astype(int), IMAGE), {}, "int64"),
+    "conv2d channels": (layers.conv2d, (IMAGE, np.zeros((1, 1, 2, 3))), {}, "with one C, got .1, 1, 2, 3."),
+    "conv2d stride": (layers.conv2d, (IMAGE, np.zeros((1, 1, 3, 3))), dict(stride=0), "stride must be >= 1"),
+    "conv2d kernel": (layers.conv2d, (IMAGE, np.zeros((5, 5, 3, 3))), {}, "does not fit"),
+    "conv2d bias": (layers.conv2d, (IMAGE, np.zeros((1, 1, 3, 2)), VECTOR), {}, r"bias must be \(2,\)"),
+    "loops kernel": (layers.conv2d_loops, (IMAGE, np.zeros((5, 5, 3, 3))), {}, "does not fit"),
+    "unfolded kernel": (layers.conv2d_unfolded, (IMAGE, np.zeros((5, 5, 3, 3))), {}, "does not fit"),
+    "batch_norm vector": (layers.batch_norm, (IMAGE, *[np.zeros(2)] * 4), dict(train=True), r"weight must be \(3,\)"),
+    "batch_norm one": (layers.batch_norm, (IMAGE[:1, :1, :1], *[VECTOR] * 4), dict(train=True), "more than one value"),
+    "max_pool padding": (layers.max_pool, (IMAGE,), dict(padding=2), "window // 2"),
+    "max_pool window": (layers.max_pool, (IMAGE,), dict(window=9, padding=0), "does not fit"),
+    "global_avg_pool": (layers.global_avg_pool, (VECTOR,), {}, "must be .N, H, W, C. float"),
+    "dense": (layers.dense, (np.zeros((2, 3)), np.zeros((2, 3))), {}, "dense: x must be"),
+    "dense bias": (layers.dense, (np.zeros((2, 3)), np.zeros((3, 2)), VECTOR), {}, r"bias must be \(2,\)"),
+    "labels shape": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.zeros(3, int)), {}, "labels"),
+    "labels type": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.zeros(2)), {}, "integers"),
+    "labels range": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, 3])), {}, "within 0 and 2"),
+    "labels negative": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, -1])), {}, "within 0 and 2"),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_bad_arguments_are_named(call):
+    function, arrays, options, message = BAD_CALLS[call]
+    with pytest.raises(ValueError, match=message):
+        function(*arrays, **options)

@@ -1,0 +1,441 @@
+"""numpy_ref.optim: every optimizer against optax and jax_resnet, alone and in the training of a ResNet."""
+
+import copy
+import doctest
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import optimizers
+from jax_resnet import adabound as jax_adabound
+from jax_resnet import resnet as jax_resnet
+from jax_resnet import train
+from numpy_ref import layers, optim, resnet
+
+
+def jax_sgd(learning_rate, momentum=0.0, nesterov=False, dampening=0.0):
+    """The chain of experiments.optimizers, which has no Nesterov."""
+    if nesterov:
+        return optax.sgd(learning_rate, momentum, nesterov=True)
+    unused = {"base_lr": 1.0, "final_lr": 1.0, "gamma": 1.0, "weight_decay": 0.0}
+    return optimizers.make_optimizer("sgd", learning_rate, momentum=momentum, dampening=dampening, **unused)
+
+
+ALIASES = {
+    "sgd": (optim.sgd, jax_sgd),
+    "adam": (optim.adam, optax.adam),
+    "adamw": (optim.adamw, optax.adamw),
+    "adabound": (optim.adabound, jax_adabound.adabound),
+    "amsbound": (optim.amsbound, jax_adabound.amsbound),
+}
+STATES = {"sgd": "TraceState", "adam": "ScaleByAdamState", "adamw": "ScaleByAdamState"}
+
+every_optimizer = pytest.mark.parametrize("name", ALIASES)
+
+
+def as_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def numpy_state(name, opt_state, count):
+    """The state that optax has after `count` updates as numpy_ref's, field by field."""
+    state = optax.tree.get(opt_state, STATES.get(name, "AdaBoundState"))
+    fields = {field: as_numpy(value) for field, value in state._asdict().items()} | {"count": count}
+    if "count" in state._fields:
+        assert state.count == count
+    cls = {"sgd": optim.SgdState, "adam": optim.AdamState, "adamw": optim.AdamState}.get(name, optim.AdaBoundState)
+    return cls(**fields)
+
+
+def relative_errors(actual, expected):
+    """The largest difference over the largest entry, by array; inf if all entries are 0 and the others are not."""
+    actual, expected = leaves(actual), leaves(expected)
+    assert actual.keys() == expected.keys()
+    errors = {}
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape
+        assert actual[name].dtype == value.dtype
+        largest, difference = np.abs(value).max(initial=0), np.abs(actual[name] - value).max(initial=0)
+        errors[name] = difference / largest if largest else (math.inf if difference else 0.0)
+    return errors
+
+
+def assert_close(actual, expected, tolerance):
+    errors = relative_errors(actual, expected)
+    assert not {name: error for name, error in errors.items() if not error <= tolerance}
+
+
+def small_tree(rng, scale=1.0, dtype=np.float64):
+    """Several ranks, an empty array, an empty dict."""
+    shapes = {"conv1": {"weight": (2, 3, 4)}, "layer1": {"0": {"bias": (3,), "gain": ()}, "1": {}}, "fc": (0, 2)}
+    return jax.tree.map(
+        lambda shape: np.asarray(rng.normal(size=shape) * scale, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+# Against optax and jax_resnet.
+
+
+def falling(count):
+    """A schedule for both: plain arithmetic, in float64 under x64."""
+    return 0.05 / (1.0 + 0.2 * count)
+
+
+def warm_up(count):
+    return 0.01 * count
+
+
+def only_kernels(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+# float64 holds their squares with all digits; below 1e-154 it would not, and XLA rounds such numbers to 0.
+SCALES = {"zero": 0.0, "tiny": 1e-140, "small": 1e-6, "middle": 1.0, "huge": 1e140}
+MASK = {"conv1": {"weight": True}, "layer1": {"0": {"bias": False, "gain": True}, "1": {}}, "fc": False}
+MASK = dict.fromkeys(SCALES, MASK)
+
+CASES = {
+    "sgd": ("sgd", {}),
+    "sgd, momentum": ("sgd", {"momentum": 0.9}),
+    "sgd, dampening": ("sgd", {"momentum": 0.9, "dampening": 0.9}),
+    "sgd, nesterov": ("sgd", {"momentum": 0.9, "nesterov": True}),
+    "sgd, schedule": ("sgd", {"momentum": 0.9, "learning_rate": falling}),
+    "adam": ("adam", {}),
+    "adam, b1 = 0": ("adam", {"b1": 0.0}),
+    "adam, b1 = b2 = 0": ("adam", {"b1": 0.0, "b2": 0.0}),
+    "adam, eps": ("adam", {"b1": 0.8, "b2": 0.95, "eps": 1e-3}),
+    "adam, eps_root": ("adam", {"eps_root": 1e-6}),
+    "adam, schedule": ("adam", {"learning_rate": falling}),
+    "adam, schedule from 0": ("adam", {"learning_rate": warm_up}),
+    "adamw": ("adamw", {}),
+    "adamw, decay": ("adamw", {"weight_decay": 0.3, "learning_rate": falling}),
+    "adamw, mask": ("adamw", {"weight_decay": 0.3, "mask": MASK}),
+    "adamw, mask function": ("adamw", {"weight_decay": 0.3, "mask": only_kernels}),
+    "adabound": ("adabound", {}),
+    "adabound, hyperparameters": ("adabound", {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "gamma": 0.02, "final_lr": 0.3}),
+    "adabound, b1 = b2 = 0": ("adabound", {"b1": 0.0, "b2": 0.0}),
+    "adabound, eps = 0": ("adabound", {"eps": 0.0}),
+    "adabound, eps_root": ("adabound", {"eps_root": 1e-6}),
+    "adabound, shut": ("adabound", {"gamma": math.inf}),
+    "adabound, wide open": ("adabound", {"gamma": 1e-12}),
+    "adabound, final_lr = 0": ("adabound", {"final_lr": 0.0}),
+    "adabound, schedule": ("adabound", {"learning_rate": falling}),
+    "adabound, schedule from 0": ("adabound", {"learning_rate": warm_up, "base_lr": 0.05}),
+    "adabound, decay": ("adabound", {"weight_decay": 0.3}),
+    "adabound, mask": ("adabound", {"weight_decay": 0.3, "mask": MASK}),
+    "adabound, mask function": ("adabound", {"weight_decay": 0.3, "mask": only_kernels}),
+    "adabound, option": ("adabound", {"amsbound": True}),
+    "amsbound": ("amsbound", {}),
+    "amsbound, everything": (
+        "amsbound",
+        {"learning_rate": falling, "base_lr": 0.1, "weight_decay": 0.3, "mask": MASK, "eps_root": 1e-6, "gamma": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
+def test_updates_are_those_of_jax(name, options, x64):
+    """Float64, 60 updates, each from the state that JAX has then, with gradients of all scales, which shrink a
+    thousandfold on the way. Updates and moments within 1e-12 of each array's largest entry: rounding, of which most is
+    optax's 1 - 0.999**t, which cancels (1e-13 at t = 1)."""
+    options = {"learning_rate": 0.05} | options
+    ours, theirs = (alias(**options) for alias in ALIASES[name])
+    rng = np.random.default_rng(0)
+    params = {scale: small_tree(rng) for scale in SCALES}
+    opt_state = theirs.init(params)
+    assert_close(ours.init(params), numpy_state(name, opt_state, 0), 0.0)
+    jax_update = jax.jit(theirs.update)
+    for count in range(60):
+        grads = {name: small_tree(rng, scale * 10 ** (-count / 20)) for name, scale in SCALES.items()}
+        updates, state = ours.update(grads, numpy_state(name, opt_state, count), params)
+        jax_updates, opt_state = jax_update(grads, opt_state, params)
+        assert_close(updates, as_numpy(jax_updates), 1e-12)
+        assert_close(state, numpy_state(name, opt_state, count + 1), 1e-12)
+        new_params = optim.apply_updates(params, as_numpy(jax_updates))
+        assert_close(new_params, as_numpy(optax.apply_updates(params, jax_updates)), 0.0)
+        params = new_params
+
+
+@every_optimizer
+def test_one_array_is_a_tree(name):
+    optimizer = ALIASES[name][0](0.1)
+    params = np.array([1.0, -2.0])
+    updates, _ = optimizer.update(2 * params, optimizer.init(params), params)
+    assert (np.sign(updates) == [-1, 1]).all()
+
+
+# In the training of a ResNet.
+
+SETTINGS = {"num_classes": 5, "in_channels": 1}
+TRAINING = {
+    "sgd": {"learning_rate": falling, "momentum": 0.9, "dampening": 0.5},
+    "adam": {"learning_rate": 1e-3},
+    "adamw": {"learning_rate": 1e-3, "weight_decay": 0.1, "mask": train.decay_mask},
+    "adabound": {"learning_rate": 1e-3, "weight_decay": 1e-2, "mask": train.decay_mask, "gamma": 0.1},
+    "amsbound": {"learning_rate": falling, "final_lr": 0.05},
+}
+
+
+@functools.cache  # compiled once for all optimizers
+def jax_gradients():
+    loss = functools.partial(train.loss_and_logits, jax_resnet.resnet18(**SETTINGS))
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+
+def numpy_gradients(params, batch_stats, images, labels):
+    out, vjp = resnet.apply(resnet.resnet18(**SETTINGS), params, batch_stats, images, train=True)
+    losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels)
+    grads, _ = vjp(*vjp_loss(np.full_like(losses, 1 / len(losses))))
+    return grads, out.batch_stats
+
+
+def randomized(tree, rng):
+    """Moves every array by random numbers: BatchNorm's 1 and 0 would hide mistakes."""
+
+    def moved(x):
+        shift = 0.1 if x.ndim == 1 else 0.0
+        return x * rng.uniform(0.5, 1.5, x.shape) + rng.uniform(0, shift, x.shape)
+
+    return jax.tree.map(moved, tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_steps_of_a_resnet_are_those_of_jax(name, x64):
+    """float64, ResNet-18 on 8 grey images of 33x33 (in the last stage 32 values per channel), 20 steps, each from the
+    state that JAX has then. By the largest entry of each array:
+
+    - moments and running statistics 1e-12, a hundred times what was seen, which is rounding in the network;
+    - parameters 1e-9. Seen: 2e-11 in the first step of Adam and of AdamW, 1e-12 and less elsewhere. That step is
+      g / (|g| + 1e-8): where g is 2e-9 and differs by 4e-17, which is rounding beside the array's largest of 0.03, the
+      update differs by 3e-9 (allowed: 1e-8), and the learning rate makes it small again.
+    """
+    ours, theirs = (alias(**TRAINING[name]) for alias in ALIASES[name])
+
+    @jax.jit
+    def jax_step(grads, opt_state, params):
+        updates, opt_state = theirs.update(grads, opt_state, params)
+        return updates, opt_state, optax.apply_updates(params, updates)
+
+    rng = np.random.default_rng(0)
+    params, batch_stats = randomized(resnet.init(resnet.resnet18(**SETTINGS), rng, np.float64), rng)
+    opt_state = theirs.init(params)
+    for count in range(20):
+        images, labels = rng.normal(size=(8, 33, 33, 1)), rng.integers(0, 5, 8).astype(np.int32)
+        grads, new_stats = numpy_gradients(params, batch_stats, images, labels)
+        updates, state = ours.update(grads, numpy_state(name, opt_state, count), params)
+        new_params = optim.apply_updates(params, updates)
+
+        jax_grads, (_, batch_stats) = as_numpy(jax_gradients()(params, batch_stats, images, labels))
+        jax_updates, opt_state, params = jax_step(jax_grads, opt_state, params)
+        params = as_numpy(params)
+        assert_close(new_params, params, 1e-9)
+        assert_close(updates, as_numpy(jax_updates), 1e-8)
+        assert_close(state, numpy_state(name, opt_state, count + 1), 1e-12)
+        assert_close(new_stats, batch_stats, 1e-12)
+
+
+# Types, and what is left alone.
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_dtypes(name, dtype):
+    """Updates in the gradients' type, parameters in theirs, moments in at least float32."""
+    optimizer = ALIASES[name][0](0.1)
+    params = small_tree(np.random.default_rng(0), dtype=dtype)
+    state = optimizer.init(params)
+    for _ in range(2):
+        updates, state = optimizer.update(params, state, params)
+        params = optim.apply_updates(params, updates)
+        assert {leaf.dtype for leaf in jax.tree.leaves((updates, params))} == {np.dtype(dtype)}
+        assert {m.dtype for m in jax.tree.leaves(state[1:])} == {np.promote_types(dtype, np.float32)}
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((updates, params, state[1:])))
+
+
+@every_optimizer
+def test_a_float64_learning_rate_does_not_widen_float32(name):
+    """A NumPy number makes NumPy compute in its own type; every bit must be as with a Python number."""
+    grads = np.random.default_rng(0).normal(size=100).astype(np.float32)
+
+    def update(learning_rate):
+        optimizer = ALIASES[name][0](learning_rate)
+        return optimizer.update(grads, optimizer.init(grads), grads)[0]
+
+    for learning_rate in (np.float64(0.1), lambda count: np.float64(0.1)):
+        np.testing.assert_array_equal(update(learning_rate), update(0.1))
+
+
+def test_gradients_and_parameters_of_different_dtypes():
+    optimizer = optim.adamw(0.1)
+    params = {"a": np.ones(3, np.float32)}
+    updates, state = optimizer.update({"a": np.ones(3, np.float16)}, optimizer.init(params), params)
+    assert (updates["a"].dtype, state.nu["a"].dtype) == (np.float16, np.float32)
+    assert optim.apply_updates(params, updates)["a"].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["adabound", "amsbound"])
+def test_float16_does_not_overflow(name):
+    """At t = 1 the upper bound is 1001 · final_lr / learning_rate = 1e5, more than float16 holds; the squares of 6e-4
+    and of 6e4 are beyond it too. The update is the same as in float32, rounded: 2^-11 relative."""
+    grads = np.array([6e-4, -1.0, 6e4])
+    optimizer = ALIASES[name][0](1e-3)
+    updates = {}
+    for dtype in (np.float16, np.float32):
+        state = optimizer.init(grads.astype(dtype))
+        updates[dtype], _ = optimizer.update(grads.astype(np.float16).astype(dtype), state)
+    assert np.isfinite(updates[np.float16]).all()
+    np.testing.assert_allclose(updates[np.float16], updates[np.float32], rtol=2**-11)
+
+
+@every_optimizer
+def test_nothing_is_changed_and_nothing_is_shared(name):
+    options = {"weight_decay": 0.1} if name not in ("sgd", "adam") else {}
+    optimizer = ALIASES[name][0](0.1, **options)
+    params = small_tree(np.random.default_rng(0))
+    grads = small_tree(np.random.default_rng(1))
+    state = optimizer.init(params)
+    _, state = optimizer.update(grads, state, params)
+    before = copy.deepcopy((grads, state, params))
+    results = optimizer.update(grads, state, params)
+    new_params = optim.apply_updates(params, results[0])
+    assert_close((grads, state, params), before, 0.0)
+    for result in jax.tree.leaves((results, new_params)):
+        assert not any(np.shares_memory(result, given) for given in jax.tree.leaves((grads, state, params)))
+
+
+@every_optimizer
+def test_memory_order_does_not_matter(name):
+    optimizer = ALIASES[name][0](0.1)
+    params = {"a": np.random.default_rng(0).normal(size=(3, 4, 5))}
+    turned = {"a": np.asfortranarray(params["a"])}
+    expected, _ = optimizer.update(params, optimizer.init(params), params)
+    assert_close(optimizer.update(turned, optimizer.init(params), params)[0], expected, 0.0)
+
+
+@pytest.mark.parametrize("b2", [0.999, 1 - 1e-10])
+def test_the_bias_correction_keeps_its_digits(b2):
+    """With one gradient all along v / (1 - b2^t) is its square, and Adam's update the learning rate. 2e-15: ten
+    roundings of v; 1 - b2**t would cost 1e-14 and 1e-7."""
+    optimizer = optim.adam(1.0, b1=0.0, b2=b2, eps=0.0)
+    grads = np.array([-2.0, 0.3])
+    state = optimizer.init(grads)
+    for _ in range(10):
+        updates, state = optimizer.update(grads, state)
+        np.testing.assert_allclose(updates, [1.0, -1.0], rtol=2e-15)
+
+
+# AdaBound's bounds.
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    gradients=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8),
+    learning_rate=st.floats(1e-6, 1e3),
+    final_lr=st.floats(0, 1e3),
+    base_lr=st.none() | st.floats(1e-6, 1e3),
+    b1=st.floats(0, 0.99),
+    b2=st.floats(0, 0.9999),
+    eps=st.sampled_from([0.0, 1e-8, 1.0]),
+    gamma=st.floats(1e-6, 1e6),
+    amsbound=st.booleans(),
+)
+def test_the_step_is_within_its_bounds(gradients, learning_rate, final_lr, base_lr, gamma, amsbound, **options):
+    """It goes against the moment, and its size is within learning_rate · [lower, upper] · |m|; 1e-14 for the rounding
+    of the products, 1e-300 for those that are too small for all digits."""
+    optimizer = optim.adabound(learning_rate, final_lr, base_lr=base_lr, amsbound=amsbound, gamma=gamma, **options)
+    state = optimizer.init(np.zeros(()))
+    ratio = final_lr / (learning_rate if base_lr is None else base_lr)
+    for t, g in enumerate(gradients, start=1):
+        update, state = optimizer.update(np.array(g), state)
+        lower, upper = ratio * gamma * t / (gamma * t + 1), ratio * (gamma * t + 1) / (gamma * t)
+        size = learning_rate * np.array([lower, upper]) * abs(state.mu)
+        assert size[0] * (1 - 1e-14) - 1e-300 <= abs(update) <= size[1] * (1 + 1e-14) + 1e-300
+        assert np.sign(update) in (0, -np.sign(state.mu))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: optim.sgd(0.1, momentum=-0.1), "momentum must be >= 0, got -0.1"),
+        (lambda: optim.sgd(0.1, nesterov=True), "nesterov needs a momentum > 0 and no dampening, got momentum 0.0"),
+        (lambda: optim.sgd(0.1, 0.9, nesterov=True, dampening=0.5), "no dampening, got momentum 0.9 and dampening 0.5"),
+        (lambda: optim.adam(0.1, b1=1.0), r"b1 must be in \[0, 1\), got 1.0"),
+        (lambda: optim.adamw(0.1, b2=-0.1), r"b2 must be in \[0, 1\), got -0.1"),
+        (lambda: optim.adam(0.1, b2=math.nan), r"b2 must be in \[0, 1\), got nan"),
+        (lambda: optim.adam(0.1, eps=-1e-8), "eps must be >= 0, got -1e-08"),
+        (lambda: optim.adamw(0.1, eps_root=-1.0), "eps_root must be >= 0, got -1.0"),
+        (lambda: optim.adabound(0.1, b1=1), r"b1 must be in \[0, 1\), got 1"),
+        (lambda: optim.amsbound(0.1, b2=1.5), r"b2 must be in \[0, 1\), got 1.5"),
+        (lambda: optim.adabound(0.1, gamma=0.0), "gamma must be > 0, got 0.0"),
+        (lambda: optim.amsbound(0.1, gamma=-1e-3), "gamma must be > 0, got -0.001"),
+        (lambda: optim.adabound(0.1, final_lr=-0.1), "final_lr must be >= 0, got -0.1"),
+        (lambda: optim.adabound(0.1, eps=-1.0), "eps must be >= 0, got -1.0"),
+        (lambda: optim.adabound(0.0), "the learning rate starts as 0.0: pass base_lr"),
+        (lambda: optim.adabound(warm_up), "the learning rate starts as 0.0: pass base_lr"),
+        (lambda: optim.amsbound(np.array(0.1)), r"the learning rate starts as array\(0.1\): pass base_lr"),
+        (lambda: optim.adabound(0.1, base_lr=0.0), "base_lr must be a number > 0, got 0.0"),
+        (lambda: optim.adabound(0.1, base_lr=-1.0), "base_lr must be a number > 0, got -1.0"),
+        (lambda: optim.adabound(0.1, base_lr=falling), "base_lr must be a number > 0, got <function falling"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_array_as_learning_rate_needs_base_lr():
+    given = optim.adabound(np.array(0.1), base_lr=0.1)
+    number = optim.adabound(0.1)
+    grads = np.array([1e-4, 1.0])
+    assert_close(given.update(grads, given.init(grads))[0], number.update(grads, number.init(grads))[0], 0.0)
+
+
+@every_optimizer
+def test_complex_numbers_are_refused(name):
+    optimizer = ALIASES[name][0](0.1)
+    params = {"a": np.ones(2)}
+    for call in (
+        lambda: optimizer.init({"a": np.ones(2, np.complex64)}),
+        lambda: optimizer.update({"a": np.ones(2, np.complex64)}, optimizer.init(params), params),
+    ):
+        with pytest.raises(TypeError, match="real parameters and gradients, got complex64"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adabound", "amsbound"])
+def test_weight_decay_needs_the_parameters(name):
+    optimizer = ALIASES[name][0](0.1, weight_decay=0.1)
+    grads = {"a": np.ones(2)}
+    with pytest.raises(ValueError, match=r"weight_decay is 0\.1: pass the parameters"):
+        optimizer.update(grads, optimizer.init(grads))
+
+
+def test_trees_that_do_not_fit_are_refused():
+    params = {"fc": {"bias": np.ones(2)}}
+    optimizer = optim.adamw(0.1, mask={"fc": True})
+    state = optimizer.init(params)
+    with pytest.raises(ValueError, match=r"the same names, at fc they have \['weight'\] and \['bias'\]"):
+        optim.apply_updates({"fc": {"weight": np.ones(2)}}, params)
+    with pytest.raises(ValueError, match=r"at fc they have \['bias'\] and an array"):
+        optimizer.update(params, state, params)
+    with pytest.raises(ValueError, match=r"must have one shape, got \[\(1, 2\), \(2,\), \(2,\), \(2,\)\]"):
+        optim.adamw(0.1).update({"fc": {"bias": np.ones((1, 2))}}, state, params)
+
+
+def test_the_example_runs():
+    results = doctest.testmod(optim)
+    assert (results.attempted > 0, results.failed) == (True, 0)

@@ -1,0 +1,107 @@
+"""numpy_ref.train: the steps of jax_resnet.train in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jax_resnet.resnet
+import jax_resnet.train
+from numpy_ref import optim, resnet
+from numpy_ref.train import create_train_state, make_eval_step, make_train_step
+
+CONFIG = resnet.resnet18(num_classes=7, in_channels=1)
+JAX_CONFIG = jax_resnet.resnet.resnet18(num_classes=7, in_channels=1)
+
+
+def batch(n=8, size=32):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((n, size, size, 1)), rng.integers(0, 7, n).astype(np.int32)
+
+
+def leaves(*trees):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(trees)]
+
+
+def test_a_step_is_jaxs_and_leaves_its_input_alone(x64):
+    """SGD in float64, preprocessed by the step's number; 1e-9 of an array's largest entry leaves room for rounding."""
+    images, labels = batch()
+    params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
+    before = [leaf.copy() for leaf in leaves(params, batch_stats)]
+    results = {}
+    for train, config, optimizer, array in (
+        (None, CONFIG, optim.sgd(0.1, 0.9), np.asarray),
+        (jax_resnet.train, JAX_CONFIG, optax.sgd(0.1, 0.9), jnp.array),
+    ):
+        create, make = (
+            (train.create_train_state, train.make_train_step) if train else (create_train_state, make_train_step)
+        )
+        step = make(config, optimizer, preprocess=lambda images, step: images * (1 + step))
+        state = create(*jax.tree.map(array, (params, batch_stats)), optimizer)
+        for _ in range(2):
+            state, metrics = step(state, images, labels)
+        results[config] = state, metrics
+    (ours, our_metrics), (theirs, their_metrics) = results.values()
+    assert int(ours.step) == int(theirs.step) == 2
+    assert set(our_metrics) == set(their_metrics)
+    assert float(our_metrics["loss"]) == pytest.approx(float(their_metrics["loss"]), rel=1e-9)
+    assert float(our_metrics["top1"]) == float(their_metrics["top1"])
+    np.testing.assert_array_equal(our_metrics["prediction"], their_metrics["prediction"])
+    pairs = zip(leaves(ours.params, ours.batch_stats), leaves(theirs.params, theirs.batch_stats), strict=True)
+    for our, their in pairs:
+        np.testing.assert_allclose(our, their, rtol=0, atol=1e-9 * np.abs(their).max())
+    for leaf, kept in zip(leaves(params, batch_stats), before, strict=True):
+        np.testing.assert_array_equal(leaf, kept)
+
+
+def test_eval_step_is_jaxs(x64):
+    """The eighth picture is black and the head without bias: all logits are equal, and the first ones win."""
+    images, labels = batch()
+    images[7] = 0
+    params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
+    params["fc"]["bias"][:] = 0
+    ours = make_eval_step(CONFIG, preprocess=lambda x: 2 * x)(params, batch_stats, images, labels)
+    theirs = jax_resnet.train.make_eval_step(JAX_CONFIG, preprocess=lambda x: 2 * x)(
+        *jax.tree.map(jnp.asarray, (params, batch_stats)), images, labels
+    )
+    assert set(ours) == set(theirs)
+    for name in ("loss", "confidence"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-9)
+    for name in ("prediction", "top5"):
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert ours["prediction"][7] == 0
+    assert ours["confidence"][7] == pytest.approx(1 / 7)
+
+
+def test_fewer_than_five_classes_have_a_top5():
+    config = resnet.resnet18(num_classes=3, in_channels=1)
+    images, _ = batch(n=3)
+    params, batch_stats = resnet.init(config, np.random.default_rng(0))
+    result = make_eval_step(config)(params, batch_stats, images.astype(np.float32), np.array([0, 1, 2]))
+    assert result["top5"].all()
+
+
+def test_training_learns_a_batch_in_float32():
+    """Ten steps of Adam on one batch: the loss falls to less than a fifth, and float32 stays float32."""
+    images, labels = batch()
+    optimizer = optim.adam(1e-3)
+    state = create_train_state(*resnet.init(CONFIG, np.random.default_rng(0)), optimizer)
+    step = make_train_step(CONFIG, optimizer)
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, images.astype(np.float32), labels)
+        losses.append(metrics["loss"])
+    assert losses[-1] < losses[0] / 5
+    assert {leaf.dtype for leaf in leaves(state.params, state.batch_stats)} == {np.dtype(np.float32)}
+
+
+def test_an_overflow_shows_in_the_loss_alone(recwarn):
+    images, labels = batch()
+    optimizer = optim.sgd(1e30)
+    state = create_train_state(*resnet.init(CONFIG, np.random.default_rng(0)), optimizer)
+    step = make_train_step(CONFIG, optimizer)
+    for _ in range(2):
+        state, metrics = step(state, images.astype(np.float32), labels)
+    assert not np.isfinite(metrics["loss"])
+    assert not recwarn.list
