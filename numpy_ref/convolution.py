@@ -112,11 +112,11 @@ def conv2d(
 
 def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
     """A dense layer of each pixel: there is nothing to unfold."""
-    pixels = x[:, ::stride, ::stride]
-    rows, matrix = pixels.reshape(-1, x.shape[3]), weight[0, 0]
+    matrix = weight[0, 0]
+    pixels = x[:, ::stride, ::stride]  # a view: as rows it is x itself at stride 1, and else a copy, not to be kept
 
     def vjp(dy: Array) -> tuple[Array, Array]:
-        dy_rows = dy.reshape(-1, matrix.shape[1])
+        rows, dy_rows = pixels.reshape(-1, x.shape[3]), dy.reshape(-1, matrix.shape[1])
         dpixels = (dy_rows @ matrix.T).reshape(pixels.shape)
         dweight = (rows.T @ dy_rows).reshape(weight.shape)
         if stride == 1:
@@ -125,41 +125,32 @@ def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
         dx[:, ::stride, ::stride] = dpixels
         return dx, dweight
 
-    return (rows @ matrix).reshape(*pixels.shape[:3], -1), vjp
+    return (pixels.reshape(-1, x.shape[3]) @ matrix).reshape(*pixels.shape[:3], -1), vjp
 
 
 def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[Array, Vjp]:
-    kh, kw, channels, filters = weight.shape
+    kh, kw, _, filters = weight.shape
     matrix = weight.reshape(-1, filters)
     out_h, out_w = output_size(x, weight.shape, stride, padding)
     y = np.empty((len(x), out_h, out_w, filters), x.dtype)
-    for block, patches in _unfolded_blocks(x, kh, kw, stride, (padding, padding)):
+    for block, patches in _unfolded_blocks(x, kh, kw, stride, padding):
         np.matmul(patches, matrix, out=y[block].reshape(-1, filters))
 
-    def vjp_strided(dy: Array) -> tuple[Array, Array]:
-        dx, dweight = np.empty(x.shape, y.dtype), np.zeros(matrix.shape, y.dtype)
-        for block, patches in _unfolded_blocks(x, kh, kw, stride, (padding, padding)):
+    def vjp(dy: Array) -> tuple[Array, Array]:
+        dx, dweight = np.empty(x.shape, y.dtype), None
+        for block, patches in _unfolded_blocks(x, kh, kw, stride, padding):
             dy_rows = dy[block].reshape(-1, filters)
-            dweight += patches.T @ dy_rows
+            of_block = patches.T @ dy_rows
+            dweight = of_block if dweight is None else np.add(dweight, of_block, out=dweight)
             dx[block] = fold(np.matmul(dy_rows, matrix.T, out=patches), x[block].shape, kh, kw, stride, padding)
         return dx, dweight.reshape(weight.shape)
 
-    def vjp_stride_1(dy: Array) -> tuple[Array, Array]:
-        """At stride 1 a pixel of x meets a patch of dy, the kernel turned by 180°: one unfolding gives both."""
-        turned = weight[::-1, ::-1].transpose(2, 0, 1, 3).reshape(channels, -1)
-        dx, dturned = np.empty(x.shape, y.dtype), np.zeros(turned.shape, y.dtype)
-        for block, patches in _unfolded_blocks(dy, kh, kw, 1, (kh - 1 - padding, kw - 1 - padding)):
-            np.matmul(patches, turned.T, out=dx[block].reshape(-1, channels))
-            dturned += x[block].reshape(-1, channels).T @ patches
-        dweight = dturned.reshape(channels, kh, kw, filters)[:, ::-1, ::-1].transpose(1, 2, 0, 3)
-        return dx, np.ascontiguousarray(dweight)
-
-    return y, vjp_stride_1 if stride == 1 else vjp_strided
+    return y, vjp
 
 
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """The patches that a kernel sees (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
-    ((_, patches),) = _unfolded_blocks(x, kh, kw, stride, (padding, padding), images=len(x))
+    ((_, patches),) = _unfolded_blocks(x, kh, kw, stride, padding, images=len(x))
     return patches
 
 
@@ -174,21 +165,14 @@ def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, 
 
 
 def _unfolded_blocks(
-    x: Array, kh: int, kw: int, stride: int, padding: tuple[int, int], images: int | None = None
+    x: Array, kh: int, kw: int, stride: int, padding: int, images: int | None = None
 ) -> Iterator[tuple[slice, Array]]:
-    """The patches of some images at a time: which images, and (images·H'·W', kh·kw·C), valid until the next block.
-
-    padding is that of height and width; a negative one cuts the border off.
-    """
-    ph, pw = padding
-    x = x[:, max(-ph, 0) : x.shape[1] - max(-ph, 0), max(-pw, 0) : x.shape[2] - max(-pw, 0)]
-    ph, pw = max(ph, 0), max(pw, 0)
+    """The patches of some images at a time: which images, and (images·H'·W', kh·kw·C), valid until the next block."""
     n, h, w, channels = x.shape
-    out_h, out_w = (h + 2 * ph - kh) // stride + 1, (w + 2 * pw - kw) // stride + 1
-    row_bytes = kh * kw * channels * x.itemsize
-    rows = max(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
+    out_h, out_w = output_size(x, (kh, kw), stride, padding)
+    rows = max(BLOCK_ROWS, BLOCK_BYTES // (kh * kw * channels * x.itemsize))
     images = images or min(n, -(-rows // (out_h * out_w)))
-    padded = np.zeros((images, h + 2 * ph, w + 2 * pw, channels), x.dtype)
+    padded = np.zeros((images, h + 2 * padding, w + 2 * padding, channels), x.dtype)
     patches = np.empty((images, out_h, out_w, kh, kw, channels), x.dtype)
     # The same memory seen as patches: moving by one in H' or W' is moving by the stride in the image.
     step_n, step_h, step_w, step_c = padded.strides
@@ -197,7 +181,7 @@ def _unfolded_blocks(
     for start in range(0, n, images):
         count = min(images, n - start)
         block = slice(start, start + count)
-        padded[:count, ph : ph + h, pw : pw + w] = x[block]
+        padded[:count, padding : padding + h, padding : padding + w] = x[block]
         patches[:count] = windows[:count]
         yield block, patches[:count].reshape(count * out_h * out_w, -1)
 

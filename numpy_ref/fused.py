@@ -17,6 +17,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from numpy_ref.convolution import Vjp
+from numpy_ref.threads import Gather, alone
 
 BLOCK_BYTES = 2**18
 
@@ -33,6 +34,7 @@ def batch_norm_relu(
     relu: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    gather: Gather = alone,
 ) -> tuple[tuple[Array, Array, Array], Vjp]:
     """relu(batch_norm(x) + shortcut), which takes over the memory of x, and its vjp that of dy.
 
@@ -41,6 +43,8 @@ def batch_norm_relu(
       weight, bias, running_mean, running_var, train, momentum, eps: as in `layers.batch_norm`.
       shortcut: like x, or None to add nothing.
       relu: False leaves the ReLU out.
+      gather: collects a value from all threads that share a batch (see `numpy_ref.threads`): statistics are those of
+        the whole batch, gradients of weight and bias those of the images here.
 
     Returns:
       (y, new running mean, new running variance), and vjp: dy like y, overwritten -> (dx, dweight, dbias, dshortcut),
@@ -57,10 +61,13 @@ def batch_norm_relu(
             block -= origin
             first += _column_sums(block)
             second += _column_sums(np.multiply(block, block, out=scratch))
-        mean = first / n  # of x as it is now
-        var = np.maximum(second / n - mean * mean, 0)
-        new_mean = (1 - momentum) * running_mean + momentum * (origin + mean)
+        parts = gather((n, origin + first / n, np.maximum(second - first * first / n, 0)))
+        n = sum(count for count, _, _ in parts)
+        mean = sum(count * part_mean for count, part_mean, _ in parts) / n
+        var = sum(squares + count * (part_mean - mean) ** 2 for count, part_mean, squares in parts) / n
+        new_mean = (1 - momentum) * running_mean + momentum * mean
         new_var = (1 - momentum) * running_var + momentum * (n / (n - 1)) * var
+        mean = mean - origin  # of x as it is now
     else:
         mean, var = running_mean.astype(dtype), running_var
     inverse_deviation = (1 / np.sqrt(var + eps)).astype(dtype)
@@ -85,8 +92,9 @@ def batch_norm_relu(
             dweight += _column_sums(np.multiply(dy_block, x_block, out=scratch))
         dweight = (dweight - mean * dbias) * inverse_deviation
         # layers.batch_norm's dx as scale · dy + slope · x + offset
-        slope = -scale * inverse_deviation * dweight / n
-        offset = -scale * dbias / n - slope * mean
+        all_dbias, all_dweight = (sum(of_parts) for of_parts in zip(*gather((dbias, dweight)), strict=True))
+        slope = -scale * inverse_deviation * all_dweight / n
+        offset = -scale * all_dbias / n - slope * mean
         dx = dy if shortcut is None else np.empty_like(dy)
         for dx_block, dy_block, x_block, scratch in _blocks(dx, dy, x):
             np.multiply(dy_block, scale, out=dx_block)

@@ -25,6 +25,7 @@ from numpy import ndarray as Array
 
 from numpy_ref import layers
 from numpy_ref.fused import add_relu, batch_norm_relu
+from numpy_ref.threads import Gather, Team, alone, cores
 
 MIN_SIZE = 32
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -96,6 +97,7 @@ def apply(
     *,
     train: bool,
     return_activations: bool = False,
+    threads: int | None = None,
 ) -> tuple[Output, layers.Vjp]:
     """Runs the network on a batch.
 
@@ -105,6 +107,7 @@ def apply(
       images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
       train: True normalizes with the batch's statistics and updates the running ones.
       return_activations: fill Output.activations.
+      threads: that share the batch, at most one for two images [default: one per core].
 
     Returns:
       Output(logits, batch_stats, activations), and vjp: dlogits (N, num_classes) -> (dparams, dimages), dparams a
@@ -115,12 +118,61 @@ def apply(
     """
     _check_images(config, images)
     _check_trees(config, params, batch_stats)
-    x, new_stats, vjp_stem = stem(params, batch_stats, images, train=train)
+    size = min(cores() if threads is None else threads, len(images) // 2)
+    if size <= 1:
+        return _apply(config, params, batch_stats, images, train, return_activations, alone)
+    team, parts = Team(size), np.array_split(images, size)
+    runs = [
+        functools.partial(_apply, config, params, batch_stats, part, train, return_activations, gather)
+        for part, gather in zip(parts, team.gathers, strict=True)
+    ]
+    outs, vjps = zip(*team.run(runs), strict=True)
+    logits = np.concatenate([out.logits for out in outs])
+    activations = {name: np.concatenate([out.activations[name] for out in outs]) for name in outs[0].activations}
+
+    def vjp(dlogits: Array) -> tuple[Tree, Array]:
+        runs = [functools.partial(*of_part) for of_part in zip(vjps, np.array_split(dlogits, size), strict=True)]
+        dparams, dimages = zip(*team.run(runs), strict=True)
+        layers_of_all = list(zip(*map(_layers, dparams), strict=True))
+        team.run([functools.partial(_add_to_first, layers_of_all[i::size]) for i in range(size)])
+        return dparams[0], np.concatenate(dimages)
+
+    return Output(logits, outs[0].batch_stats, activations), vjp
+
+
+def _layers(tree: Tree) -> Iterator[dict[str, Array]]:
+    """The dicts of arrays in a tree, in an order that its names alone decide."""
+    if all(isinstance(value, dict) for value in tree.values()):
+        for name in sorted(tree):
+            yield from _layers(tree[name])
+    else:
+        yield tree
+
+
+def _add_to_first(layers_of_all: list[tuple[dict[str, Array], ...]]) -> None:
+    for first, *others in layers_of_all:
+        for other in others:
+            for name in first:
+                first[name] += other[name]
+
+
+def _apply(
+    config: ResNetConfig,
+    params: Tree,
+    batch_stats: Tree,
+    images: Array,
+    train: bool,
+    return_activations: bool,
+    gather: Gather,
+) -> tuple[Output, layers.Vjp]:
+    """`apply` to the images of one thread."""
+    x, new_stats, vjp_stem = stem(params, batch_stats, images, train=train, gather=gather)
     activations, vjps = {"stem": x}, []
     for stage, number, stride in blocks(config):
         p = params[stage][number]
         stats = batch_stats[stage][number] if config.batch_norm else {}
-        x, new_stats.setdefault(stage, {})[number], vjp = residual_block(config, p, stats, x, stride, train=train)
+        x, update, vjp = residual_block(config, p, stats, x, stride, train=train, gather=gather)
+        new_stats.setdefault(stage, {})[number] = update
         activations[f"{stage}.{number}"] = x
         vjps.append((stage, number, vjp))
     pooled, vjp_pool = layers.global_avg_pool(x)
@@ -147,19 +199,28 @@ def blocks(config: ResNetConfig) -> Iterator[tuple[str, str, int]]:
             yield f"layer{stage}", str(number), 2 if stage > 1 and number == 0 else 1
 
 
-def stem(params: Tree, batch_stats: Tree, images: Array, *, train: bool) -> tuple[Array, Tree, layers.Vjp]:
+def stem(
+    params: Tree, batch_stats: Tree, images: Array, *, train: bool, gather: Gather = alone
+) -> tuple[Array, Tree, layers.Vjp]:
     """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2.
 
     Returns:
       the input of the first block, the new running statistics, and vjp: dx -> (dparams, dimages).
     """
-    x, new_stats, vjp_conv = _conv_norm(params, batch_stats, "conv1", "bn1", images, 2, train=train)
+    x, new_stats, vjp_conv = _conv_norm(params, batch_stats, "conv1", "bn1", images, 2, train=train, gather=gather)
     x, vjp_pool = layers.max_pool(x)
     return x, new_stats, lambda dx: vjp_conv(*vjp_pool(dx))
 
 
 def residual_block(
-    config: ResNetConfig, params: Tree, batch_stats: Tree, x: Array, stride: int, *, train: bool
+    config: ResNetConfig,
+    params: Tree,
+    batch_stats: Tree,
+    x: Array,
+    stride: int,
+    *,
+    train: bool,
+    gather: Gather = alone,
 ) -> tuple[Array, Tree, layers.Vjp]:
     """relu(branch(x) + shortcut(x)); the shortcut is x itself or, where shapes differ, its 1x1 projection.
 
@@ -169,6 +230,7 @@ def residual_block(
       x: (N, H, W, C).
       stride: of the block.
       train: as in `apply`.
+      gather: of the threads that share the batch (see `numpy_ref.threads`).
 
     Returns:
       the output (N, H', W', C'), the new running statistics, and vjp: dy -> (dparams, dx).
@@ -180,13 +242,15 @@ def residual_block(
     if "downsample" in params:
         stats = batch_stats.get("downsample", {})
         shortcut, new_downsample, vjp_shortcut = _conv_norm(
-            params["downsample"], stats, "0", "1", x, stride, train=train, relu=False
+            params["downsample"], stats, "0", "1", x, stride, train=train, relu=False, gather=gather
         )
         new_stats["downsample"] = new_downsample
     branch, vjps = x, []
     for conv, norm, conv_stride in names:
         last = shortcut if conv == names[-1][0] else None
-        branch, update, vjp = _conv_norm(params, batch_stats, conv, norm, branch, conv_stride, last, train=train)
+        branch, update, vjp = _conv_norm(
+            params, batch_stats, conv, norm, branch, conv_stride, last, train=train, gather=gather
+        )
         new_stats |= update
         vjps.append(vjp)
 
@@ -213,6 +277,7 @@ def _conv_norm(
     *,
     train: bool,
     relu: bool = True,
+    gather: Gather = alone,
 ) -> tuple[Array, Tree, layers.Vjp]:
     """relu(norm(conv(x)) + shortcut), the norm only where params has one.
 
@@ -226,7 +291,7 @@ def _conv_norm(
     if norm in params:
         affine, running = params[norm], batch_stats[norm]
         arrays = (affine["weight"], affine["bias"], running["running_mean"], running["running_var"])
-        (y, mean, var), vjp_norm = batch_norm_relu(y, *arrays, shortcut, train=train, relu=relu)
+        (y, mean, var), vjp_norm = batch_norm_relu(y, *arrays, shortcut, train=train, relu=relu, gather=gather)
         new_stats[norm] = {"running_mean": mean, "running_var": var}
     else:
         y, vjp_relu = add_relu(y, shortcut, relu=relu)

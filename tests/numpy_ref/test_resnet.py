@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_resnet import layers as jax_layers
 from jax_resnet import resnet as jax_resnet
-from numpy_ref import layers, resnet
+from numpy_ref import layers, resnet, threads
 
 
 def randomized(rng, tree):
@@ -271,6 +271,46 @@ def test_apply_is_pure(train, batch_norm):
             np.testing.assert_array_equal(value, copy[name])
     for name, value in out.activations.items():
         np.testing.assert_array_equal(value, activations[name])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", [{}, dict(batch_norm=False)], ids=str)
+def test_threads_change_nothing(train, options):
+    """One thread or several, equal shares or not: one BatchNorm over the whole batch; 1e-11 is for rounding."""
+    config, _, params, batch_stats = network("resnet50", **options)
+    images, _ = batch((11, 48, 48))
+    results = {}
+    for count in (1, 2, 4, 100):  # at most one for two images: 5
+        out, vjp = resnet.apply(
+            config, params, batch_stats, images, train=train, return_activations=True, threads=count
+        )
+        dparams, dimages = vjp(np.random.default_rng(2).standard_normal(out.logits.shape))
+        results[count] = {"out": dict(out._asdict()), "dparams": dparams, "dimages": dimages}
+    for count in (2, 4, 100):
+        assert max(errors(results[count], results[1]).values()) < 1e-11
+
+
+def test_an_error_in_one_thread_ends_all():
+    """The others would wait for it forever."""
+    team = threads.Team(2)
+
+    def fails():
+        team.gathers[0]("a")
+        raise FloatingPointError("here")
+
+    def waits():
+        return team.gathers[1]("b"), team.gathers[1]("b")
+
+    with pytest.raises(FloatingPointError, match="here"):
+        team.run([fails, waits])
+    assert team.run([lambda: team.gathers[0](0), lambda: team.gathers[1](1)]) == [[0, 1], [0, 1]]  # and then go on
+
+
+def test_gather_hands_over_the_values_of_all_threads_in_their_order():
+    team = threads.Team(3)
+    runs = [lambda i=i: [team.gathers[i]((i, turn)) for turn in range(200)] for i in range(3)]
+    expected = [[(i, turn) for i in range(3)] for turn in range(200)]
+    assert team.run(runs) == [expected] * 3
 
 
 def test_float32_stays_float32():
