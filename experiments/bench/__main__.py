@@ -1,4 +1,4 @@
-"""Measures this machine: `python -m experiments.bench step`."""
+"""Measures this machine: `python -m experiments.bench step`, `python -m experiments.bench conv2d`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import sys
 
 import tyro
 
+from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
 from experiments.bench.step import StepBench, run_step_bench
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     bench = tyro.extras.subcommand_cli_from_dict(
-        {"step": StepBench}, args=arguments, description=__doc__, prog="python -m experiments.bench"
+        {"step": StepBench, "conv2d": Conv2dBench},
+        args=arguments,
+        description=__doc__,
+        prog="python -m experiments.bench",
     )
     try:
-        run_step_bench(bench)
+        if isinstance(bench, StepBench):
+            run_step_bench(bench)
+        else:
+            run_conv2d_bench(bench)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,30 +1,26 @@
-"""What is compared in a benchmark: the same training step in JAX and in PyTorch, each in a process of its own.
-
-Processes of their own, since thread pools and malloc's settings would get into one another's way. A contestant measures
-when it is told to, so that the contestants take turns.
-"""
+"""What `bench step` compares: the same network in NumPy, in JAX and in PyTorch, in training and in inference."""
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
-import time
+import functools
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-Step = Callable[[], None]
+from experiments.bench.processes import Step
+
+Task = Literal["training", "inference"]
 
 
 class Case(NamedTuple):
-    """A network and its input: images (batch_size, height, width, channels), float32."""
+    """A network, its input, images (batch_size, height, width, channels) in float32, and what is done with it."""
 
     arch: str
     batch_size: int
     height: int
     width: int
+    task: Task = "training"
     channels: int = 3
     num_classes: int = 196
 
@@ -39,11 +35,30 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, case.num_classes, case.batch_size)
 
 
-def jax_step(case: Case) -> Step:
-    """This project's network under jit: loss, gradients and running statistics."""
-    from experiments.malloc import keep_freed_memory
+def numpy_step(case: Case) -> Step:
+    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits."""
+    from numpy_ref import layers, resnet
 
-    keep_freed_memory()  # as experiments.cars does
+    config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
+    params, batch_stats = resnet.init(config, np.random.default_rng(0))
+    images, labels = batch(case)
+
+    def training():
+        out, vjp = resnet.apply(config, params, batch_stats, images, train=True)
+        losses, loss_vjp = layers.softmax_cross_entropy(out.logits, labels)
+        (dlogits,) = loss_vjp(np.full_like(losses, 1 / len(losses)))
+        grads, _ = vjp(dlogits)
+        return losses.mean(), out.batch_stats, grads
+
+    def inference():
+        out, _ = resnet.apply(config, params, batch_stats, images, train=False)
+        return out.logits
+
+    return {"training": training, "inference": inference}[case.task]
+
+
+def jax_step(case: Case) -> Step:
+    """jax_resnet's network under jit. Training returns (loss, running statistics, gradients), inference the logits."""
     import jax
     import jax.numpy as jnp
 
@@ -55,104 +70,60 @@ def jax_step(case: Case) -> Step:
     images, labels = (jnp.asarray(a) for a in batch(case))
 
     @jax.jit
-    def step(params, batch_stats, images, labels):
+    def training(params, batch_stats, images, labels):
         def loss(params):
             return loss_and_logits(config, params, batch_stats, images, labels)
 
         (value, (_, new_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, new_stats, grads
 
-    return lambda: jax.block_until_ready(step(params, batch_stats, images, labels))
+    @jax.jit
+    def inference(params, batch_stats, images, labels):
+        return resnet.apply(config, params, batch_stats, images, train=False).logits
+
+    function = {"training": training, "inference": inference}[case.task]
+    return lambda: jax.block_until_ready(function(params, batch_stats, images, labels))
 
 
-def torch_step(case: Case, *, compiled: bool = False) -> Step:
-    """torchvision's network, eager or by torch.compile: loss, gradients and running statistics."""
+def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
+    """torchvision's network. Training returns (loss, running statistics, gradients), inference the logits.
+
+    Args:
+      case: what to build.
+      channels_last: the layout of kernels and images in memory; their shapes are OIHW and NCHW either way.
+      compiled: by torch.compile in place of eager.
+    """
     import torch
     import torchvision
 
     model = getattr(torchvision.models, case.arch)(num_classes=case.num_classes)
     if case.channels != 3:
         model.conv1 = torch.nn.Conv2d(case.channels, 64, 7, 2, 3, bias=False)
-    model.train()
+    model.train(case.task == "training")
     images, labels = batch(case)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=memory_format)
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format)
     labels = torch.from_numpy(labels)
     forward = torch.compile(model) if compiled else model
 
-    def step() -> None:
+    def training():
         model.zero_grad()
-        torch.nn.functional.cross_entropy(forward(images), labels).backward()
+        loss = torch.nn.functional.cross_entropy(forward(images), labels)
+        loss.backward()
+        return loss.detach(), dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()}
 
-    return step
+    @torch.inference_mode()
+    def inference():
+        return forward(images)
+
+    return {"training": training, "inference": inference}[case.task]
 
 
-CONTESTANTS: dict[str, Callable[[Case], Step]] = {
+CONTESTANTS: dict[str, Callable[..., Step]] = {
+    "numpy": numpy_step,
     "jax": jax_step,
     "torch": torch_step,
-    "torch.compile": lambda case: torch_step(case, compiled=True),
+    "torch.channels_last": functools.partial(torch_step, channels_last=True),
+    "torch.compile": functools.partial(torch_step, compiled=True),
 }
-
-
-def available() -> list[str]:
-    """The contestants that can run here: PyTorch's only where torch and torchvision are installed."""
-    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "torchvision"))
-    return [name for name in CONTESTANTS if has_torch or not name.startswith("torch")]
-
-
-class Contestant:
-    """A contestant in its process.
-
-    first_seconds: what the first step took, compilation included.
-
-    Raises:
-      RuntimeError: if it fails, with its message.
-    """
-
-    def __init__(self, name: str, case: Case):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, case), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.name = name
-        self.first_seconds = self._receive()
-
-    def measure(self, steps: int) -> list[float]:
-        """Runs one step to warm up again after the others' turns, then some; returns the seconds of each of those."""
-        self._connection.send(steps)
-        return self._receive()
-
-    def _receive(self):
-        try:
-            answer = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"{self.name} ended without a word") from None
-        if isinstance(answer, Exception):
-            raise RuntimeError(f"{self.name}: {answer}")
-        return answer
-
-    def close(self) -> None:
-        self._connection.close()  # which ends the process by itself, unless it hangs
-        self._process.join(timeout=10)
-        self._process.kill()
-        self._process.join()
-
-
-def _serve(connection: Connection, name: str, case: Case) -> None:
-    try:
-        step = CONTESTANTS[name](case)
-        connection.send(_seconds(step))
-        while True:
-            steps = connection.recv()
-            step()
-            connection.send([_seconds(step) for _ in range(steps)])
-    except EOFError:  # the parent is gone
-        pass
-    except Exception as error:
-        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start

@@ -1,42 +1,58 @@
-"""A training step (loss, gradients, running statistics; no optimizer) of this project's ResNet and of PyTorch's."""
+"""A training step (loss, gradients, running statistics; no optimizer) and inference of this project's ResNets and of
+PyTorch's.
+
+Memory is counted by process: "peak memory" is the most that a contestant's process has held, its libraries, weights,
+gradients and activations together, "above libraries" what of it came after the libraries were imported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
+import functools
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from experiments.bench.contestants import Case, Contestant, available
+from experiments.bench.contestants import CONTESTANTS, Case
+from experiments.bench.processes import Result, available, compete, started
+from experiments.bench.tables import describe_machine, print_table, ratios_to_best_torch, time_columns
 from experiments.settings import parse_image_size
 
 CASES = (Case("resnet101", 8, 96, 96), Case("resnet18", 32, 64, 64))
+TASKS = {"training": "training step: loss, gradients, running statistics", "inference": "inference: logits"}
+CONTESTANTS_BY_FRAMEWORK = {
+    "jax": ("jax", "torch", "torch.compile"),
+    "numpy": ("numpy", "torch", "torch.channels_last"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBench:
-    """Time a training step; without --arch two cases: ResNet-101 (8 of 96x96) and ResNet-18 (32 of 64x64)."""
+    """Time training steps and inference; without --arch in two cases: ResNet-101 (8 of 96x96), ResNet-18 (32 of 64x64).
 
+    Ratios are to the fastest form of PyTorch in the table. Memory, in MB, is that of a contestant's process: the most
+    it has held, libraries, weights and all, and what of it came after its libraries were imported.
+    """
+
+    framework: Literal["jax", "numpy"] | None = None
+    """Whose network runs against PyTorch's: jax against eager and compiled, numpy against eager and channels_last
+    [default: jax]."""
+    contestants: tuple[Literal["numpy", "jax", "torch", "torch.channels_last", "torch.compile"], ...] = ()
+    """Who takes part, in place of --framework."""
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] | None = None
     """The network, instead of the two cases."""
     batch_size: int | None = None
     """With --arch [default: 8]."""
     image_size: str | None = None
     """With --arch: a side, or HEIGHTxWIDTH [default: 96]."""
-    contestants: tuple[Literal["jax", "torch", "torch.compile"], ...] = ()
-    """Who takes part [default: all that are installed]."""
     rounds: int = 7
     """The contestants take turns this often."""
     steps: int = 3
-    """Steps a turn, after one to warm up."""
+    """Steps a turn, after a tenth of them, at least one, to warm up."""
 
 
 def run_step_bench(bench: StepBench) -> None:
-    """Runs the benchmark and prints a table per case.
+    """Runs the benchmark and prints two tables per case: training and inference.
 
     Raises:
       ValueError: for settings that make no sense.
@@ -45,63 +61,33 @@ def run_step_bench(bench: StepBench) -> None:
         raise ValueError("--rounds, --steps and --batch-size must be at least 1")
     if bench.arch is None and (bench.batch_size, bench.image_size) != (None, None):
         raise ValueError("--batch-size and --image-size go with --arch")
-    contestants = list(bench.contestants) or available()
+    if bench.framework and bench.contestants:
+        raise ValueError("--framework chooses the contestants and --contestants names them: pass one of the two")
     cases = CASES
     if bench.arch is not None:
         cases = (Case(bench.arch, bench.batch_size or 8, *parse_image_size(bench.image_size or "96")),)
     print(describe_machine())
-    print(f"{bench.rounds} rounds in turns, {bench.steps} steps a turn after one to warm up; times in ms")
+    names = available(bench.contestants or CONTESTANTS_BY_FRAMEWORK[bench.framework or "jax"])
+    print(
+        f"{bench.rounds} rounds in turns, {bench.steps} steps a turn after warming up; times in ms, memory in MB, "
+        "ratio to the best torch"
+    )
     for case in cases:
-        print(f"\n{case}: loss, gradients, running statistics")
-        first, times = measure(case, contestants, bench.rounds, bench.steps)
-        print_table(first, times)
+        for task, contents in TASKS.items():
+            print(f"\n{case}, {contents}")
+            make_steps = {name: functools.partial(CONTESTANTS[name], case._replace(task=task)) for name in names}
+            with started(names) as contestants:  # new processes for each table: peaks of memory only grow
+                print_table(table(compete(contestants, make_steps, bench.rounds, bench.steps)))
 
 
-def measure(case: Case, names: list[str], rounds: int, steps: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The seconds of each contestant's first step, and of all steps measured, (rounds, steps).
-
-    Contestants that cannot run (no PyTorch, no compiler for torch.compile) are named and left out.
-    """
-    contestants = []
-    try:
-        for name in names:  # one after the other: compiling needs all cores
-            try:
-                contestants.append(Contestant(name, case))
-            except RuntimeError as error:
-                print(f"left out: {error}")
-        if not contestants:
-            raise ValueError("nobody is left to measure")
-        times = [[c.measure(steps) for c in contestants] for _ in tqdm(range(rounds), desc="rounds", leave=False)]
-    finally:
-        for contestant in contestants:
-            contestant.close()
-    first = {c.name: c.first_seconds for c in contestants}
-    return first, {c.name: np.array([row[i] for row in times]) for i, c in enumerate(contestants)}
-
-
-def print_table(first: dict[str, float], times: dict[str, np.ndarray]) -> None:
-    """Prints medians, quartiles and the ratio to torch eager: the median over rounds of the ratio within a round."""
-    print(f"{'':14}{'ratio':>7}{'median':>9}{'quartiles':>15}{'first step':>13}")
-    for name, seconds in times.items():
-        ratio = ""
-        if "torch" in times:
-            ratio = f"{np.median(np.median(seconds, 1) / np.median(times['torch'], 1)):.2f}"
-        low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1e3
-        print(f"{name:14}{ratio:>7}{middle:9.0f}{f'{low:.0f}-{high:.0f}':>15}{first[name]:11.1f} s")
-
-
-def describe_machine() -> str:
-    """Processor, cores and versions, in a line."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    except OSError:
-        pass
-    packages = []
-    for name in ("jax", "torch", "torchvision"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            packages.append(f"no {name}")
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}; {', '.join(packages)}"
+def table(results: dict[str, Result]) -> dict[str, dict[str, str]]:
+    """The rows of a table; ratios are between medians of a round."""
+    ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
+    rows = {}
+    for name, result in results.items():
+        rows[name] = {"ratio": f"{ratios[name]:.2f}"} if ratios else {}
+        rows[name] |= time_columns(result.seconds, decimals=0)
+        rows[name]["first step"] = f"{result.first_step:.1f} s"
+        rows[name]["peak memory"] = f"{result.peak_memory:.0f}"
+        rows[name]["above libraries"] = f"{result.peak_memory - result.memory_before:.0f}"
+    return rows
