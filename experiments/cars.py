@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,21 @@ from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_optimizer, make_schedule
-from experiments.plots import plot_curves, plot_predictions
-from experiments.run_folder import (
-    CONFIG,
-    CURVES,
-    METRICS,
-    PREDICTIONS,
-    STEP_SIZES,
-    WEIGHTS,
-    RunFolder,
-    earlier_run,
-    read_metrics,
-)
+from experiments.run_folder import STEP_SIZES, jax_device, refuse_earlier_run
 from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
-from experiments.training import DivergedError, Results, fit
+from experiments.training import Results, count_steps
+from experiments.training_run import (
+    describe_input,
+    exit_code,
+    plot_report,
+    title_of,
+    train_and_report,
+    write_weights,
+)
 from jax_resnet import resnet, weights
 from jax_resnet.train import TrainState, create_train_state, make_eval_step, make_train_step
 
 DRAWINGS = dict(train_count=1500, test_count=600)
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is the shell's for Ctrl-C
-PICTURES_SHOWN = 24
 
 
 def load_data(settings: Settings) -> Dataset:
@@ -92,11 +86,9 @@ def prepare(settings: Settings, dataset: Dataset):
     """Network, optimizer and the two jitted steps for a run.
 
     Returns:
-      state, train_step, eval_step, what a weight file must tell about its network and its input, and the config.json.
+      state, train_step, eval_step, and what a weight file must tell about its network and its input.
     """
-    steps_per_epoch = len(dataset.train) // settings.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"--batch-size {settings.batch_size} exceeds the {len(dataset.train)} training pictures")
+    steps_per_epoch = count_steps(dataset.train, settings.batch_size)
     warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
     optimizer = make_optimizer(
         settings.opt,
@@ -125,47 +117,26 @@ def prepare(settings: Settings, dataset: Dataset):
         key = jax.random.fold_in(augment_key, step)  # by the step: a resumed run sees the same pictures
         return normalize(augment(changes, key, to_unit_range(images)), mean, std)
 
-    description = {
-        "arch": settings.arch,
-        "class_names": dataset.class_names,
-        "data": dataset.title,
-        "image_size": parse_image_size(settings.image_size),
-        "grey": settings.grey,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-    }
-    run_config = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-        "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
-        "input": description,
-        "parameters": sum(p.size for p in jax.tree.leaves(params)),
-        "steps_per_epoch": steps_per_epoch,
-    }
     state = create_train_state(params, batch_stats, optimizer)
     train_step = make_train_step(
         config, optimizer, label_smoothing=settings.label_smoothing, preprocess=preprocess_train
     )
-    return state, train_step, make_eval_step(config, preprocess=preprocess_test), description, run_config
-
-
-def title_of(settings: Settings, dataset: Dataset) -> str:
-    part = "" if settings.limit is None else f", {len(dataset.train):,} training pictures"
-    return f"{settings.arch} with {settings.opt} on {dataset.title}{part}"
+    eval_step = make_eval_step(config, preprocess=preprocess_test)
+    return state, train_step, eval_step, describe_input(settings.arch, dataset, mean, std)
 
 
 def write_report(
-    folder: RunFolder,
     settings: Settings,
     dataset: Dataset,
+    title: str,
     description: dict[str, Any],
+    path: Path,
     state: TrainState,
     results: Results | None,
 ) -> None:
-    """Writes the weights and the pictures of a run: curves, step sizes, and predictions once there are test results."""
-    path, title = folder.path, title_of(settings, dataset)
-    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in description.items()}
-    weights.save(path / WEIGHTS, state.params, state.batch_stats, metadata=metadata)
-    plot_curves(path / CURVES, read_metrics(path), title)
+    """Writes the weights and the pictures of a run into its folder: curves, predictions, and step sizes."""
+    write_weights(path, weights.save, state.params, state.batch_stats, description)
+    plot_report(path, title, dataset, results)
     if settings.opt in step_sizes.KNOWN and int(state.step):
         steps = step_sizes.layer_steps(
             state.opt_state,
@@ -177,18 +148,6 @@ def write_report(
         )
         (path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
         step_sizes.plot_layer_steps(path / STEP_SIZES, steps, title)
-    if results is None:
-        return
-    test = dataset.test
-    chosen = np.random.default_rng(0).permutation(len(test))[:PICTURES_SHOWN]
-    plot_predictions(
-        path / PREDICTIONS,
-        test.images[chosen],
-        [dataset.class_names[i] for i in test.labels[chosen]],
-        [dataset.class_names[i] for i in results["prediction"][chosen]],
-        results["confidence"][chosen],
-        f"{title}: {len(chosen)} of {len(test):,} test pictures",
-    )
 
 
 def run(settings: Settings) -> bool:
@@ -198,54 +157,28 @@ def run(settings: Settings) -> bool:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss is not finite.
     """
-    started = time.perf_counter()
-    if settings.out and not settings.overwrite and earlier_run(settings.out):
-        raise ValueError(f"{settings.out} holds an earlier run: choose another --out, or pass --overwrite")
+    refuse_earlier_run(settings.out, settings.overwrite)
     dataset = load_data(settings)
-    title = title_of(settings, dataset)
-    state, train_step, eval_step, description, run_config = prepare(settings, dataset)
-    name = f"{dataset.title.replace(' ', '-').lower()}-{settings.arch}-{settings.opt}"
-    out = settings.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(out)  # only now, when nothing in the input can be wrong any more
-    folder.write_config(run_config)
+    title = title_of(settings.arch, settings.opt, dataset, settings.limit)
+    state, train_step, eval_step, description = prepare(settings, dataset)
     print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs; the first step compiles")
-    finished = fit(
+    return train_and_report(
+        settings,
+        dataset,
         state,
         train_step,
         eval_step,
-        dataset,
-        folder,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        log_every=settings.log_every,
-        report=functools.partial(write_report, folder, settings, dataset, description),
+        title=title,
+        name=f"{dataset.title}-{settings.arch}-{settings.opt}",
+        description=description,
+        device=jax_device(),
+        write_report=functools.partial(write_report, settings, dataset, title, description),
     )
-    folder.close()
-    tested = [row for row in read_metrics(out) if "test_top1" in row]
-    reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
-    took = time.perf_counter() - started
-    files = ", ".join(n for n in (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS) if (out / n).exists())
-    print(
-        f"{title}: {reached} after {len(tested)} of {settings.epochs} epochs, {took // 60:.0f} min {took % 60:.0f} s; "
-        f"in {out} are {files}"
-    )
-    return finished
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return 0 if run(parse_settings(arguments)) else INTERRUPTED
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return INTERRUPTED
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    return exit_code(lambda: run(parse_settings(arguments)))
 
 
 if __name__ == "__main__":

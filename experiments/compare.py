@@ -16,7 +16,7 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
     """Compare runs.
 
     Args:
-      runs: folders that experiments.cars left.
+      runs: folders that experiments.cars or experiments.mnist left.
       out: the picture to write.
 
     Raises:
@@ -31,9 +31,9 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
     rows = {str(run) if names.count(run.name) > 1 else run.name: read_metrics(run) for run in runs}
     configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
     try:
-        titles = {f"{config['settings']['arch']} on {config['data']['title']}" for config in configs}
+        titles = {f"{config['input']['arch']} on {config['data']['title']}" for config in configs}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"a {CONFIG} is not one of experiments.cars: it has no {error}") from error
+        raise ValueError(f"a {CONFIG} is not that of a training run: it has no {error}") from error
     plot_comparison(out, rows, ", ".join(sorted(titles)))
     for name, run_rows in rows.items():
         tested = [row for row in run_rows if "test_top1" in row]

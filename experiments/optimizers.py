@@ -1,15 +1,19 @@
-"""The optimizers and learning rate schedules that `experiments.cars` offers by name."""
+"""The optimizers and learning rate schedules that the experiments offer by name."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import optax
 
 from jax_resnet.adabound import adabound, adaboundw, amsbound
 from jax_resnet.train import decay_mask
+from numpy_ref import optim
 
 OptimizerName = Literal["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad", "sgd"]
+NumpyOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]
 ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
 
 LEARNING_RATES: dict[str, float] = dict.fromkeys(
@@ -92,3 +96,29 @@ def make_optimizer(
         return optax.chain(l2, trace, optax.scale_by_learning_rate(learning_rate))
     alias = {"adam": optax.adam, "amsgrad": optax.amsgrad}[name]
     return optax.chain(l2, alias(learning_rate, b1=momentum))
+
+
+def cosine_decay(peak: float, steps: int) -> Callable[[int], float]:
+    """`make_schedule("cosine", peak, steps, 0)` as a function of plain numbers, for `numpy_ref.optim`."""
+    return lambda step: peak * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+
+
+def make_numpy_optimizer(
+    name: NumpyOptimizerName,
+    learning_rate: Callable[[int], float],
+    *,
+    base_lr: float,
+    final_lr: float,
+    gamma: float,
+    momentum: float,
+    weight_decay: float,
+) -> optim.GradientTransformation:
+    """One of the optimizers that numpy_ref has; arguments as for `make_optimizer`, but adamw alone decays weights."""
+    if name in ("adabound", "amsbound"):
+        alias = {"adabound": optim.adabound, "amsbound": optim.amsbound}[name]
+        return alias(learning_rate, final_lr, b1=momentum, gamma=gamma, base_lr=base_lr)
+    if name == "adamw":
+        return optim.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
+    if name == "sgd":
+        return optim.sgd(learning_rate, momentum)
+    return optim.adam(learning_rate, b1=momentum)

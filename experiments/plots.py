@@ -14,14 +14,15 @@ from matplotlib.ticker import PercentFormatter
 matplotlib.use("Agg")  # files only; no window system is needed
 
 PANELS = {
-    "loss": ("train_loss", "test_loss"),
-    "top-1 accuracy": ("train_top1", "test_top1"),
-    "top-5 accuracy and macro-F1": ("test_top5", "test_macro_f1"),
+    "loss": {"train": "train_loss", "test": "test_loss"},
+    "accuracy": {"train": "train_top1", "test": "test_top1", "test, top-5": "test_top5"},
+    "macro-F1": {"train": "train_macro_f1", "test": "test_macro_f1"},
 }
+COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
 
 def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draws loss, top-1, and top-5 with macro-F1, by epoch.
+    """Draws loss, accuracy and macro-F1 of training and test pictures by epoch.
 
     Args:
       path: the picture to write.
@@ -31,15 +32,19 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
     ends = [row for row in rows if "test_loss" in row]
     between = [row for row in rows if "test_loss" not in row]
-    for axis, (name, keys) in zip(axes, PANELS.items(), strict=True):
-        for key, colour in zip(keys, ("tab:blue", "tab:orange"), strict=True):
-            label = key.replace("_", " ")
-            axis.plot([r["epoch"] for r in ends], [r[key] for r in ends], "o-", ms=4, color=colour, label=label)
+    for axis, (name, curves) in zip(axes, PANELS.items(), strict=True):
+        for (label, key), colour in zip(curves.items(), COLOURS, strict=False):
             if between and key in between[0]:
-                axis.plot([r["epoch"] for r in between], [r[key] for r in between], lw=0.7, alpha=0.6, color=colour)
+                x, y = [row["epoch"] for row in between], [row[key] for row in between]
+                axis.plot(x, y, lw=0.7, alpha=0.6, color=colour, label=f"{label}, within epochs")
+            x, y = [row["epoch"] for row in ends], [row[key] for row in ends]
+            axis.plot(x, y, "o-", ms=4, color=colour, label=label)
         axis.set(xlabel="epoch", title=name)
         axis.set_ylim(bottom=0)
         if name != "loss":
+            # Where nearly everything is right the first steps would take up the whole height: some of them may leave.
+            values = [row[key] for row in rows for key in curves.values() if key in row]
+            axis.set_ylim(bottom=max(0.0, 1 - 1.5 * (1 - np.quantile(values, 0.05))))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
         axis.legend()

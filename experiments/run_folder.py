@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PREDICTIONS, STEP_SIZES, "step_sizes.json", "events.out.tfevents.*")
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow")
+
+
+def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
+    """Raises a ValueError if a run's folder cannot be made, or holds an earlier run that may not be replaced."""
+    if out and earlier_run(out) and not overwrite:
+        raise ValueError(f"{out} holds an earlier run: choose another --out, or pass --overwrite")
 
 
 def earlier_run(path: Path) -> list[Path]:
@@ -47,7 +54,7 @@ class RunFolder:
         self._board = SummaryWriter(str(path))
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes config.json: `config` and what this machine adds (versions, git commit, device)."""
+        """Writes config.json: `config` and what this machine adds (versions, git commit)."""
         text = json.dumps(config | environment(), indent=2, ensure_ascii=False)
         (self.path / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -71,15 +78,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and device, as plain JSON values."""
-    device = jax.devices()[0]
+    """Versions, git commit and machine, as plain JSON values."""
     return {
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
-        "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def jax_device() -> dict[str, Any]:
+    """Where JAX computes, as plain JSON values."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+
+
+def numpy_device() -> dict[str, Any]:
+    """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": os.cpu_count()}
 
 
 def _git_commit() -> str | None:

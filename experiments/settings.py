@@ -1,4 +1,4 @@
-"""What `experiments.cars` can be told: one dataclass, which is also the command line, and its presets."""
+"""What the programs that train can be told, and `experiments.cars`: dataclasses, which are also the command lines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,45 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RunSettings:
+    """What every program that trains can be told."""
+
+    epochs: int = 1
+    """Passes over the training pictures."""
+    batch_size: int = 32
+    """Pictures a step; a last, partial batch of an epoch is left out."""
+    learning_rate: float | None = None
+    """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
+    seed: int = 0
+    """Of all that is random: the weights, the order of the pictures and their augmentation, --limit."""
+    limit: int | None = None
+    """Train on this many pictures only, drawn by --seed, balanced by class."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl within an epoch."""
+    out: Path | None = None
+    """The run's folder [default: runs/ and a name made of settings and time]."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    def __post_init__(self):
+        for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2^32, got {self.seed}")
+        require_positive(self, "learning_rate")
+
+
+def require_positive(settings: RunSettings, *names: str) -> None:
+    """Raises a ValueError if one of the named settings is given and not positive."""
+    for name in names:
+        if getattr(settings, name) is not None and not getattr(settings, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(RunSettings):
     """Train a ResNet on pictures of cars: drawn ones, or Stanford Cars with --data. All defaults depend on --preset."""
 
     opt: OptimizerName = "adabound"
@@ -49,12 +87,6 @@ class Settings:
     """Grey pictures instead of colour."""
     augmentation: Literal["shift", "crop", "none"] = "shift"
     """Flips, brightness, contrast and: shifts by up to 10%, or random resized crops. none: no change at all."""
-    epochs: int = 30
-    """Passes over the training pictures."""
-    batch_size: int = 32
-    """Pictures a step; a last, partial batch of an epoch is left out."""
-    learning_rate: float | None = None
-    """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
     schedule: ScheduleName = "cosine"
     """Of the learning rate: cosine to 0, step (a tenth after one half and after three quarters), onecycle, constant."""
     warmup_epochs: float = 0.0
@@ -71,29 +103,14 @@ class Settings:
     """Of kernels only, not of biases and BatchNorm."""
     label_smoothing: float = 0.1
     """The share of each target that is spread over all classes."""
-    seed: int = 0
-    """Of the weights, the order of pictures and their augmentation."""
     init: Path | None = None
     """Weights to start from, .safetensors or .npz; another number of classes draws a new dense layer."""
-    limit: int | None = None
-    """Train on this many pictures only, drawn by --seed, balanced by class."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
-    log_every: int = 20
-    """Steps between two lines of metrics.jsonl within an epoch."""
-    out: Path | None = None
-    """The run's folder [default: runs/ and a name made of settings and time]."""
-    overwrite: bool = False
-    """Replace an earlier run in --out."""
 
     def __post_init__(self):
+        super().__post_init__()
         parse_image_size(self.image_size)
-        for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2^32, got {self.seed}")
         if self.dampening and self.opt != "sgd":
             raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
         if self.momentum == 1:
@@ -104,9 +121,7 @@ class Settings:
         for name in ("weight_decay", "warmup_epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "final_lr", "gamma"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        require_positive(self, "final_lr", "gamma")
 
 
 PRESETS = {
@@ -125,7 +140,7 @@ PRESETS = {
     # python -m experiments.cars --data DIR: the grey 96x96 box crops of the project's origins; an epoch takes some ten
     # minutes on two cores, and two of them reach 0.6% to 0.9% from scratch. The 30 have not been run. No weight decay:
     # as L2 it would be as large as the gradients, which are 1e-5 and less in most layers and which Adam divides by.
-    "cars96": Settings(preset="cars96", batch_size=16, zero_gamma=True),
+    "cars96": Settings(preset="cars96", epochs=30, batch_size=16, zero_gamma=True),
     # python -m experiments.cars --preset cars224 --data DIR --init FILE: for fine-tuning. Built and tested as plumbing,
     # no accuracy is claimed for it.
     "cars224": Settings(
@@ -140,20 +155,25 @@ PRESETS = {
 }
 
 
+def read_ahead(arguments: list[str] | None, *names: str) -> argparse.Namespace:
+    """Reads single options ahead of the whole command line, whose defaults, also those in --help, depend on them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?")  # without a value: tyro says what is missing
+    return parser.parse_known_args(arguments)[0]
+
+
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Reads the command line; what it does not name comes from the preset.
 
     Raises:
       ValueError: for values out of range or that contradict one another.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", nargs="?")  # without a value: tyro says what is missing
-    first.add_argument("--data", nargs="?")
-    named, _ = first.parse_known_args(arguments)
+    named = read_ahead(arguments, "preset", "data")
     data = named.data or os.environ.get(DATA_VARIABLE) or None
     preset = named.preset or ("cars96" if data else "demo")
-    # Read again in full, so that --help shows the preset's defaults; a preset that there is not is refused there.
     program = "python -m experiments.cars"
+    # A preset that there is not is refused here.
     settings = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset, PRESETS["demo"]), prog=program)
     if preset == "demo" and named.data:
         raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")

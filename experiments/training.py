@@ -17,8 +17,10 @@ from tqdm import tqdm
 from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
 from experiments.run_folder import RunFolder
-from jax_resnet.train import TrainState
+from jax_resnet import train as jax_train
+from numpy_ref import train as numpy_train
 
+State = jax_train.TrainState | numpy_train.TrainState
 Results = dict[str, np.ndarray]
 
 
@@ -42,7 +44,7 @@ def epoch_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Itera
 
 def evaluate(
     eval_step: Callable[..., Any],
-    state: TrainState,
+    state: State,
     split: Split,
     batch_size: int,
     check: Callable[[], None] = lambda: None,
@@ -76,9 +78,20 @@ def summarize(results: Results, labels: np.ndarray) -> dict[str, float]:
     }
 
 
+def count_steps(split: Split, batch_size: int) -> int:
+    """The steps of an epoch.
+
+    Raises:
+      ValueError: if there is not one.
+    """
+    if batch_size > len(split):
+        raise ValueError(f"--batch-size {batch_size} exceeds the {len(split)} training pictures")
+    return len(split) // batch_size
+
+
 def fit(
-    state: TrainState,
-    train_step: Callable[..., tuple[TrainState, dict[str, Any]]],
+    state: State,
+    train_step: Callable[..., tuple[State, dict[str, Any]]],
     eval_step: Callable[..., Any],
     dataset: Dataset,
     folder: RunFolder,
@@ -87,13 +100,13 @@ def fit(
     batch_size: int,
     seed: int,
     log_every: int,
-    report: Callable[[TrainState, Results | None], None],
+    report: Callable[[State, Results | None], None],
     report_seconds: float = 60.0,
 ) -> bool:
     """Trains, evaluates after each epoch, logs to the run's folder and shows a progress bar.
 
     Args:
-      state, train_step, eval_step: see `jax_resnet.train`; state is consumed.
+      state, train_step, eval_step: see `jax_resnet.train` and `numpy_ref.train`; state is consumed.
       dataset: what to train and to test on.
       folder: takes a row every log_every steps and one at the end of each epoch.
       epochs, batch_size, seed: the batches are `epoch_batches(dataset.train, batch_size, seed, epoch)`.
@@ -106,13 +119,20 @@ def fit(
     Raises:
       DivergedError: when a loss is not finite.
     """
-    steps_per_epoch = len(dataset.train) // batch_size
+    steps_per_epoch = count_steps(dataset.train, batch_size)
     results = None
     reported = started = time.perf_counter()
     seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
     images = epochs * steps_per_epoch * batch_size
     bar = tqdm(total=images, unit=" img", unit_scale=True, dynamic_ncols=True, mininterval=seldom)
     stop = StopRequest()
+
+    def show_step() -> None:
+        bar.update(batch_size)
+        bar.set_postfix(loss=f"{meter.loss:.3f}", top1=f"{meter.top1:.1%}", refresh=False)
+        if meter.steps % log_every == 0:
+            folder.log(meter.row(log_every))
+
     try:
         for epoch in range(1, epochs + 1):
             bar.set_description(f"{dataset.title}, epoch {epoch}/{epochs}")
@@ -120,18 +140,17 @@ def fit(
             for images, labels in epoch_batches(dataset.train, batch_size, seed, epoch - 1):
                 stop.check()
                 state, metrics = train_step(state, images, labels)
-                for _ in range(meter.add(metrics)):  # steps that have ended; the newest one is still running
-                    bar.update(batch_size)
-                    bar.set_postfix(loss=f"{meter.loss:.3f}", top1=f"{meter.top1:.1%}", refresh=False)
-                    if meter.steps % log_every == 0:
-                        folder.log(meter.row(log_every))
-            bar.update(batch_size * meter.finish())
+                if meter.add(metrics, labels):
+                    show_step()
+            if meter.finish():
+                show_step()
             row = meter.row(steps_per_epoch)
             results = evaluate(eval_step, state, dataset.test, batch_size, stop.check)
             row |= summarize(results, dataset.test.labels) | {"seconds": round(time.perf_counter() - started, 3)}
             folder.log(row)
             bar.write(
-                f"epoch {epoch}/{epochs}: train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} | "
+                f"epoch {epoch}/{epochs}: train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} "
+                f"macro-F1 {row['train_macro_f1']:.1%} | "
                 f"{dataset.title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%} "
                 f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%} | "
                 f"{row['images_per_second']:.1f} images/s"
@@ -178,14 +197,16 @@ class StopRequest:
 
 
 class Meter:
-    """Adds up the metrics of an epoch, reading each step's one step late so that the device never waits for us."""
+    """Collects the metrics of an epoch; JAX's are read one step late, so that the device never waits for us."""
 
     def __init__(self, epoch: int, steps_per_epoch: int, batch_size: int, started: float):
         self.epoch, self.steps_per_epoch, self.batch_size, self.started = epoch, steps_per_epoch, batch_size, started
         self.steps = 0
-        self._running: dict[str, Any] | None = None
+        self._running: tuple[dict[str, Any], np.ndarray] | None = None
         self._losses: list[float] = []
         self._top1s: list[float] = []
+        self._labels: list[np.ndarray] = []
+        self._predictions: list[np.ndarray] = []
         self._times = [time.perf_counter()]
 
     @property
@@ -196,26 +217,30 @@ class Meter:
     def top1(self) -> float:
         return float(np.mean(self._top1s[-20:]))
 
-    def add(self, metrics: dict[str, Any]) -> int:
-        """Takes a step's metrics, still being computed; waits for those before; returns how many steps have ended."""
+    def add(self, metrics: dict[str, Any], labels: np.ndarray) -> bool:
+        """Takes a step's metrics, which may still be computed; returns whether a step, this or the last, has ended."""
         ended = self.finish()
-        self._running = metrics
-        return ended
+        self._running = metrics, labels
+        # NumPy's step has ended when it returns.
+        return ended if isinstance(metrics["loss"], jax.Array) else self.finish()
 
-    def finish(self) -> int:
-        """Waits for the step that is running, if any; returns how many have ended by that, 0 or 1."""
+    def finish(self) -> bool:
+        """Waits for the step that is running, if any; returns whether there was one."""
         if self._running is None:
-            return 0
-        loss, top1 = float(self._running["loss"]), float(self._running["top1"])
+            return False
+        metrics, labels = self._running
+        loss = float(metrics["loss"])
         self._running = None
         self.steps += 1
         if not math.isfinite(loss):
             step = (self.epoch - 1) * self.steps_per_epoch + self.steps
             raise DivergedError(f"the loss is {loss} at step {step} (epoch {self.epoch}): try a lower --learning-rate")
         self._losses.append(loss)
-        self._top1s.append(top1)
+        self._top1s.append(float(metrics["top1"]))
+        self._labels.append(labels)
+        self._predictions.append(np.asarray(metrics["prediction"]))
         self._times.append(time.perf_counter())
-        return 1
+        return True
 
     def row(self, last: int) -> dict[str, float]:
         """The means over the last steps, as a row of metrics.jsonl. The first step of all, which compiles, is no part
@@ -229,6 +254,7 @@ class Meter:
             "step": done,
             "train_loss": float(np.mean(self._losses[-last:])),
             "train_top1": float(np.mean(self._top1s[-last:])),
+            "train_macro_f1": macro_f1(np.concatenate(self._labels[-last:]), np.concatenate(self._predictions[-last:])),
             "images_per_second": round((len(times) - 1) * self.batch_size / (times[-1] - times[0]), 2),
             "seconds": round(times[-1] - self.started, 3),
         }

@@ -14,6 +14,7 @@ from jax import Array
 from jax_resnet import layers, resnet
 
 Preprocess = Callable[[Array, Array], Array]
+Apply = Callable[..., resnet.Output]
 
 
 @flax.struct.dataclass
@@ -37,22 +38,22 @@ def decay_mask(params: Any) -> Any:
 
 
 def loss_and_logits(
-    config: resnet.ResNetConfig,
+    config: Any,
     params: Any,
     batch_stats: Any,
     images: Array,
     labels: Array,
     *,
     label_smoothing: float = 0.0,
-    dtype: Any = None,
-    remat: bool = False,
+    apply: Apply = resnet.apply,
+    **options: Any,
 ) -> tuple[Array, tuple[Array, Any]]:
     """The mean training loss, and beside it the logits and the new running statistics: for jax.value_and_grad.
 
     With label smoothing s the target is 1 - s for the label and s / K for each of the K classes on top (Szegedy et al.
     2016, arXiv:1512.00567).
     """
-    out = resnet.apply(config, params, batch_stats, images, train=True, dtype=dtype, remat=remat)
+    out = apply(config, params, batch_stats, images, train=True, **options)
     losses = layers.softmax_cross_entropy(out.logits, labels)
     if label_smoothing:
         uniform = -jax.nn.log_softmax(out.logits).mean(-1)
@@ -61,13 +62,13 @@ def loss_and_logits(
 
 
 def make_train_step(
-    config: resnet.ResNetConfig,
+    config: Any,
     optimizer: optax.GradientTransformation,
     *,
     label_smoothing: float = 0.0,
-    dtype: Any = None,
-    remat: bool = False,
     preprocess: Preprocess = lambda images, step: images,
+    apply: Apply = resnet.apply,
+    **options: Any,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
 
@@ -75,12 +76,14 @@ def make_train_step(
       config: the architecture.
       optimizer: an optax transform; a learning rate that changes belongs in it as a schedule.
       label_smoothing: the share of the target spread over all classes.
-      dtype, remat: as for `resnet.apply`.
       preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
+      apply: the network, `resnet.apply` or another function of that form.
+      options: for `apply`: dtype and remat of `resnet.apply`.
 
     Returns:
-      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int32; metrics are
-      scalars, "loss" (of the batch before the update) and "top1" (its share of right answers).
+      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int32; metrics,
+      of the batch before the update, are "loss" and "top1" (the share of right answers), scalars, and "prediction",
+      (N,) int32.
     """
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -92,23 +95,28 @@ def make_train_step(
                 preprocess(images, state.step),
                 labels,
                 label_smoothing=label_smoothing,
-                dtype=dtype,
-                remat=remat,
+                apply=apply,
+                **options,
             )
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "top1": (logits.argmax(-1) == labels).mean()}
+        prediction = logits.argmax(-1).astype(jnp.int32)
+        metrics = {"loss": loss, "top1": (prediction == labels).mean(), "prediction": prediction}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(
-    config: resnet.ResNetConfig, *, dtype: Any = None, preprocess: Callable[[Array], Array] = lambda images: images
+    config: Any,
+    *,
+    preprocess: Callable[[Array], Array] = lambda images: images,
+    apply: Apply = resnet.apply,
+    **options: Any,
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """Builds the jitted evaluation step.
+    """Builds the jitted evaluation step; arguments as for `make_train_step`, but `preprocess` takes images alone.
 
     Returns:
       step(params, batch_stats, images, labels) -> per example, each (N,): "loss", "prediction" (int32), "confidence"
@@ -117,8 +125,8 @@ def make_eval_step(
     """
 
     def step(params: Any, batch_stats: Any, images: Array, labels: Array) -> dict[str, Array]:
-        logits = resnet.apply(config, params, batch_stats, preprocess(images), train=False, dtype=dtype).logits
-        _, best = jax.lax.top_k(logits, min(5, config.num_classes))
+        logits = apply(config, params, batch_stats, preprocess(images), train=False, **options).logits
+        _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
         return {
             "loss": layers.softmax_cross_entropy(logits, labels),
             "prediction": best[:, 0].astype(jnp.int32),

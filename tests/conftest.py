@@ -27,6 +27,12 @@ def devkit_dir() -> Path:
     return folder_or_skip("devkit")
 
 
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """MNIST's four idx files, .gz: 60,000 + 10,000 digits of 28x28."""
+    return folder_or_skip("mnist")
+
+
 @pytest.fixture
 def x64():
     """JAX with 64-bit types, for this test only."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Augmentation:
             raise ValueError(f"place must be shift, crop or none, got {self.place!r}")
 
 
-def to_unit_range(images: Array) -> Array:
-    """uint8 (N, H, W, C) -> float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
+def to_unit_range(images: AnyArray) -> AnyArray:
+    """uint8 (N, H, W, C) -> float32 in [0, 1]; NumPy's arrays or JAX's."""
+    return images.astype(np.float32) / 255
 
 
-def normalize(images: Array, mean: Array, std: Array) -> Array:
-    """(images - mean) / std by channel: images (N, H, W, C) in [0, 1], mean and std (C,) in the same unit."""
-    return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+def normalize(images: AnyArray, mean: np.ndarray, std: np.ndarray) -> AnyArray:
+    """(images - mean) / std by channel: images (N, H, W, C) in [0, 1], NumPy's or JAX's; mean and std (C,) likewise."""
+    return (images - np.asarray(mean, images.dtype)) / np.asarray(std, images.dtype)
 
 
 def augment(augmentation: Augmentation, key: Array, images: Array) -> Array:

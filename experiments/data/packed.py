@@ -1,4 +1,4 @@
-"""Stanford Cars packed into a few large files: a prepared TFDS cars196, and Hugging Face's parquet files."""
+"""Pictures packed into a few large files: a data set that TFDS prepared, and Hugging Face's parquet files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from experiments.data.pictures import SPLITS, Box, Picture, PictureFolder
 PARQUET_PATTERNS = ("*{split}*.parquet", "data/*{split}*.parquet", "{split}/*.parquet", "default/{split}/*.parquet")
 
 
-def tfds(root: Path) -> PictureFolder | None:
+def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder | None:
     """Reads a folder that TFDS prepared (cars196/2.1.0/), or returns None where there is no dataset_info.json.
 
     Both of TFDS's file formats are read without TensorFlow.
 
+    Args:
+      root: the folder.
+      name: of the data set that must be in it.
+      boxes: whether its pictures have boxes.
+
     Raises:
-      DataError: another data set than cars196, tensorflow_datasets missing, or files missing or damaged.
+      DataError: another data set than that, tensorflow_datasets missing, or files missing or damaged.
     """
     if not (root / "dataset_info.json").is_file() or not (root / "features.json").is_file():
         return None
@@ -38,10 +43,11 @@ def tfds(root: Path) -> PictureFolder | None:
         features, splits = builder.info.features, builder.info.splits
     except Exception as error:  # TFDS passes on what its parsers raise
         raise DataError(f"{root} cannot be read as a TFDS data set ({error})") from error
-    if builder.name != "cars196" or not {"image", "label", "bbox"} <= set(features):
+    expected = {"image", "label"} | ({"bbox"} if boxes else set())
+    if builder.name != name or not expected <= set(features):
         raise DataError(
             f"{root} holds the TFDS data set {builder.name!r} with {sorted(features)}: "
-            "expected 'cars196' with image, label and bbox"
+            f"expected {name!r} with {sorted(expected)}"
         )
     file_format = builder.info.file_format.value
     if file_format not in ("tfrecord", "array_record"):
@@ -70,10 +76,13 @@ def tfds(root: Path) -> PictureFolder | None:
         number = -1
         try:
             for number, example in enumerate(examples(split)):
-                name = example["id"].decode() if "id" in example else str(number)
-                ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
-                label = checked_label(int(example["label"]), class_names, f"{split} {name} of {root}")
-                yield Picture(f"{split} {name}", label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
+                picture = f"{split} {example['id'].decode() if 'id' in example else number}"
+                label = checked_label(int(example["label"]), class_names, f"{picture} of {root}")
+                box = None
+                if boxes:
+                    ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
+                    box = Box(xmin, ymin, xmax, ymax, relative=True)
+                yield Picture(picture, label, box, example["image"])
         except DataError:
             raise
         except Exception as error:  # array_record and protobuf raise types of their own
@@ -85,11 +94,11 @@ def tfds(root: Path) -> PictureFolder | None:
             )
 
     return PictureFolder(
-        layout=f"TFDS cars196 ({file_format})",
+        layout=f"TFDS {name} ({file_format})",
         directory=root,
         class_names=class_names,
         counts={split: splits[split].num_examples for split in SPLITS},
-        boxes=True,
+        boxes=boxes,
         identity=identity(files),
         notes=(),
         pictures=pictures,

@@ -22,7 +22,7 @@ from jax_resnet import resnet, weights
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--arch", "resnet18", "--image-size", "32", "--limit", "60", "--batch-size", "12", "--log-every", "2"]
-METRICS = {"epoch", "step", "train_loss", "train_top1", "images_per_second", "seconds"}
+METRICS = {"epoch", "step", "train_loss", "train_top1", "train_macro_f1", "images_per_second", "seconds"}
 TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
 
 

@@ -1,12 +1,22 @@
 """The optimizers and schedules by name, against formulas and against optax."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments.optimizers import LEARNING_RATES, make_optimizer, make_schedule
+from experiments.optimizers import (
+    LEARNING_RATES,
+    NumpyOptimizerName,
+    cosine_decay,
+    make_numpy_optimizer,
+    make_optimizer,
+    make_schedule,
+)
+from numpy_ref import optim
 
 OPTIONS = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.0)
 
@@ -63,6 +73,32 @@ def test_adams_are_optaxs(name, theirs):
         updates, state = theirs.update(params - 1.0, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(path(name)["kernel"], params, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", get_args(NumpyOptimizerName))
+def test_numpys_optimizers_are_jaxs(name, x64):
+    """Twenty steps along a cosine in float64; 1e-12 for the order in which factors are multiplied."""
+    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=0.1 if name == "adamw" else 0.0)
+    params = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
+    ours = make_numpy_optimizer(name, cosine_decay(0.1, 20), **options)
+    theirs = make_optimizer(name, make_schedule("cosine", 0.1, 20, 0), **options, dampening=0.0)
+    expected = jax.tree.map(jnp.asarray, params)
+    state, expected_state = ours.init(params), theirs.init(expected)
+    for _ in range(20):
+        updates, state = ours.update(jax.tree.map(lambda w: w - 1.0, params), state, params)
+        params = optim.apply_updates(params, updates)
+        updates, expected_state = theirs.update(jax.tree.map(lambda w: w - 1.0, expected), expected_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for leaf in params:
+        np.testing.assert_allclose(params[leaf], expected[leaf], rtol=1e-12)
+
+
+def test_cosine_decay_is_the_cosine_schedule():
+    """float32's rounding of the schedule, relative to its peak."""
+    for step in (0, 1, 50, 99, 100, 150):
+        assert cosine_decay(0.1, 100)(step) == pytest.approx(
+            float(make_schedule("cosine", 0.1, 100, 0)(step)), abs=1e-8
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import json
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
-from experiments.run_folder import RunFolder, earlier_run, read_metrics
+from experiments.run_folder import RunFolder, earlier_run, jax_device, numpy_device, read_metrics
 from experiments.training import DivergedError, epoch_batches, evaluate, fit
 
 
@@ -25,8 +27,11 @@ def right_eval_step(params, batch_stats, images, labels):
     return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
 
 
-def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None):
-    """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows."""
+def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray):
+    """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows.
+
+    It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
+    """
     reports, losses = [], iter(losses)
     seen = []
 
@@ -34,7 +39,9 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None):
         seen.append(images.reshape(-1).tolist())
         if len(seen) == interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return state, {"loss": next(losses), "top1": 0.5}
+        prediction = np.minimum(labels, 1)
+        metrics = {"loss": next(losses), "top1": (prediction == labels).mean(), "prediction": prediction}
+        return state, {name: array(value) for name, value in metrics.items()}
 
     dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
     folder = RunFolder(tmp_path / "run")
@@ -79,14 +86,21 @@ def test_evaluation_covers_the_last_partial_batch():
     assert set(shapes) == {(3, 1, 1, 1)}
 
 
-def test_rows_of_a_run(tmp_path):
-    finished, reports, rows, _ = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_rows_of_a_run(array, tmp_path):
+    """Metrics in NumPy, which have been computed, and in JAX, which are read a step later."""
+    finished, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
     assert finished
     assert len(reports) == 1  # at the end; the run is shorter than the time between two
     assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
     assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
+    for row, batches in zip(rows, (seen[:2], seen[:3], seen[3:5], seen[3:6]), strict=True):
+        labels = np.concatenate(batches) % 3
+        assert row["train_top1"] == pytest.approx((labels < 2).mean())
+        assert row["train_macro_f1"] == pytest.approx(macro_f1(labels, np.minimum(labels, 1)))
     ends = [row for row in rows if "test_loss" in row]
     assert [row["step"] for row in ends] == [3, 6]
+    assert 0 < rows[0]["train_macro_f1"] < 1
     labels = split(7).labels
     assert ends[0]["test_loss"] == pytest.approx(float(np.mean(labels * 0.5)))
     assert (ends[0]["test_top1"], ends[0]["test_top5"], ends[0]["test_macro_f1"]) == (1, 1, 1)
@@ -132,15 +146,20 @@ def test_an_earlier_run_is_found_and_replaced(tmp_path):
         earlier_run(tmp_path / "notes.txt" / "run")
 
 
-def test_config_names_versions_device_and_commit(tmp_path):
+def test_config_names_versions_and_commit(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_config({"a": "é"})
     folder.close()
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["a"] == "é"
-    assert {"jax", "optax", "python"} <= set(config["versions"])
-    assert config["device"]["platform"] in ("cpu", "gpu", "tpu")
+    assert {"jax", "numpy", "optax", "python"} <= set(config["versions"])
     assert "git_commit" in config
+
+
+def test_devices_are_plain_values():
+    assert jax_device()["platform"] == jax.default_backend()
+    assert numpy_device()["count"] == os.cpu_count()
+    assert json.loads(json.dumps(numpy_device())) == numpy_device()
 
 
 def test_macro_f1_by_hand():

@@ -60,6 +60,7 @@ def test_a_step_is_gradient_optimizer_update(x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-12)
     assert float(metrics["top1"]) == np.mean(np.argmax(logits, -1) == labels)
+    np.testing.assert_array_equal(metrics["prediction"], np.argmax(logits, -1))
 
 
 def test_label_smoothing_is_cross_entropy_with_smoothed_targets(x64):
@@ -80,6 +81,24 @@ def test_training_learns_a_batch():
         state, metrics = step(state, *batch(n=8))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] / 5
+
+
+def test_steps_take_any_network_of_that_form():
+    """A dense layer on the pixels, with an option of its own."""
+
+    def apply(config, params, batch_stats, images, *, train, scale):
+        return resnet.Output(scale * images.reshape(len(images), -1) @ params["weight"], batch_stats, {})
+
+    images, labels = batch()
+    params = {"weight": 0.01 * jax.random.normal(jax.random.key(0), (32 * 32, 7))}
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(None, optimizer, apply=apply, scale=2.0)
+    result = make_eval_step(None, apply=apply, scale=2.0)(params, {}, images, labels)
+    logits = 2 * images.reshape(4, -1) @ params["weight"]
+    _, metrics = step(create_train_state(params, {}, optimizer), images, labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(result["loss"], losses, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)
 
 
 def test_decay_mask_takes_kernels_alone():

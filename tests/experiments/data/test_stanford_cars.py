@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.io
 from PIL import Image
+from tfds_folder import feature, image_feature, label_feature, write_tfds
 
 from experiments.data import folders, stanford_cars
 from experiments.data.dataset import DataError
@@ -91,64 +91,28 @@ def make_original(root, devkit="devkit", test_annotations=None, nested=False):
 
 
 FEATURES = {
-    "bbox": {
-        "pythonClassName": "tensorflow_datasets.core.features.bounding_boxes.BBoxFeature",
-        "boundingBox": {"shape": {"dimensions": ["4"]}, "dtype": "float32", "bboxFormat": "REL_YXYX"},
-    },
-    "id": {"pythonClassName": "tensorflow_datasets.core.features.text_feature.Text", "text": {}},
-    "image": {
-        "pythonClassName": "tensorflow_datasets.core.features.image_feature.Image",
-        "image": {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"},
-    },
-    "label": {
-        "pythonClassName": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
-        "classLabel": {"numClasses": str(len(CLASSES))},
-    },
+    "bbox": feature(
+        "bounding_boxes.BBoxFeature",
+        boundingBox={"shape": {"dimensions": ["4"]}, "dtype": "float32", "bboxFormat": "REL_YXYX"},
+    ),
+    "id": feature("text_feature.Text", text={}),
+    "image": image_feature(-1, -1, 3),
+    "label": label_feature(CLASSES),
 }
 
 
 def make_tfds(root, file_format="tfrecord", name="cars196"):
-    """The files that TFDS writes, made without TensorFlow; the boxes are divided as TFDS's cars196 does it."""
-    pytest.importorskip("tensorflow_datasets", reason="needs the extra tfds")
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    root.mkdir(parents=True)
+    """The files that TFDS writes; the boxes are divided as TFDS's cars196 does it."""
     x1, y1, x2, y2 = BOX
-    for split in LABELS:
-        records = []
-        for file_name, label, photograph in photographs(split):
-            example = tf_example_pb2.Example()
-            feature = example.features.feature
-            feature["image"].bytes_list.value.append(png(photograph))
-            feature["label"].int64_list.value.append(label)
-            feature["id"].bytes_list.value.append(file_name[:5].encode())
-            feature["bbox"].float_list.value.extend([y1 / HEIGHT, x1 / WIDTH, y2 / HEIGHT, x2 / WIDTH])
-            records.append(example.SerializeToString())
-        path = root / f"{name}-{split}.{file_format}-00000-of-00001"
-        if file_format == "tfrecord":
-            path.write_bytes(b"".join(struct.pack("<Q4x", len(record)) + record + bytes(4) for record in records))
-        else:
-            from array_record.python import array_record_module
-
-            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-            for record in records:
-                writer.write(record)
-            writer.close()
-    splits = [
-        {
-            "name": split,
-            "shardLengths": [str(len(labels))],
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        }
-        for split, labels in LABELS.items()
-    ]
-    info = {"name": name, "version": "2.1.0", "fileFormat": file_format, "splits": splits}
-    (root / "dataset_info.json").write_text(json.dumps(info))
-    features_dict = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
-    content = {"pythonClassName": features_dict, "featuresDict": {"features": FEATURES}}
-    (root / "features.json").write_text(json.dumps(content))
-    (root / "label.labels.txt").write_text("\n".join(CLASSES) + "\n")
-    return root
+    bbox = [y1 / HEIGHT, x1 / WIDTH, y2 / HEIGHT, x2 / WIDTH]
+    examples = {
+        split: [
+            {"image": png(photograph), "label": label, "id": file_name[:5].encode(), "bbox": bbox}
+            for file_name, label, photograph in photographs(split)
+        ]
+        for split in LABELS
+    }
+    return write_tfds(root, name, "2.1.0", FEATURES, CLASSES, examples, file_format)
 
 
 README = """---

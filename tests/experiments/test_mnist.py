@@ -1,0 +1,274 @@
+"""The command `python -m experiments.mnist`: end to end on tiny runs in both frameworks, its files, its exit codes."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+import scipy.signal
+from idx_files import write_mnist
+from PIL import Image
+
+import jax_resnet.resnet
+import jax_resnet.weights
+import numpy_ref.resnet
+import numpy_ref.weights
+from experiments import compare, mnist
+from experiments.data.mnist import load_mnist
+from experiments.optimizers import NumpyOptimizerName
+from experiments.run_folder import read_metrics
+from experiments.training import epoch_batches
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "cnn": ["--limit", "320", "--epochs", "2", "--batch-size", "32", "--log-every", "4"],
+    "resnet18": ["--model", "resnet18", "--limit", "80", "--batch-size", "16"],
+}
+METRICS = {"epoch", "step", "train_loss", "train_top1", "train_macro_f1", "images_per_second", "seconds"}
+TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """400 + 50 pictures whose digit is easy to see."""
+    return write_mnist(tmp_path_factory.mktemp("data"), train=400, test=50)
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Runs a model in a framework, once: the function (model, framework) -> folder."""
+    root, done = tmp_path_factory.mktemp("runs"), {}
+
+    def run(model, framework):
+        folder = root / f"{model}-{framework}"
+        if folder not in done:
+            arguments = [*TINY[model], "--framework", framework, "--data", str(data), "--out", str(folder)]
+            done[folder] = mnist.main(arguments)
+        assert done[folder] == 0
+        return folder
+
+    return run
+
+
+EVERY_RUN = [(model, framework) for model in TINY for framework in mnist.FRAMEWORKS]
+
+
+@pytest.mark.parametrize(("model", "framework"), EVERY_RUN)
+def test_a_run_leaves_its_files(model, framework, runs):
+    folder = runs(model, framework)
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "curves.png", "predictions.png", "weights.safetensors"} <= names
+    assert [name for name in names if name.startswith("events.out.tfevents")]
+    for name in ("curves.png", "predictions.png"):
+        assert np.asarray(Image.open(folder / name).convert("L")).std() > 5, f"{name} is blank"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["title"] == "MNIST"
+    assert (config["data"]["train"], config["data"]["test"]) == (400, 50)
+    assert {"jax", "numpy"} <= set(config["versions"])
+    assert config["settings"]["seed"] == 0
+    assert "git_commit" in config
+    assert config["device"]["platform"] == ("cpu" if framework == "numpy" else jax.default_backend())
+    assert config["input"]["image_size"] == ([28, 28] if model == "cnn" else [32, 32])
+    rows = read_metrics(folder)
+    ends = [row for row in rows if "test_loss" in row]
+    assert [row["step"] for row in rows] == ([4, 8, 10, 14, 18, 20] if model == "cnn" else [1, 2, 3, 4, 5, 5])
+    assert [row["step"] for row in ends] == ([10, 20] if model == "cnn" else [5])
+    for row in rows:
+        assert set(row) == METRICS | (TEST_METRICS if row in ends else set())
+        assert all(0 <= row[name] <= 1 for name in row if "top" in name or "f1" in name)
+
+
+def losses(data, *arguments, steps=5):
+    """The training losses of the first steps, without a run folder."""
+    settings = mnist.parse_settings(["--data", str(data), *arguments])
+    dataset = mnist.load_data(settings)
+    state, train_step, _, _ = mnist.prepare(settings, dataset)
+    found = []
+    for images, labels in itertools.islice(epoch_batches(dataset.train, settings.batch_size, settings.seed, 0), steps):
+        state, metrics = train_step(state, images, labels)
+        found.append(float(metrics["loss"]))
+    return found
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_both_frameworks_give_one_curve(model, runs):
+    """The same weights and batches in float32, where Adam enlarges rounding: it divides by gradients, however tiny.
+
+    Before the first update 1e-6 leaves room for rounding alone. After it the losses of the small network differ by 4e-5
+    at most in 20 steps, those of the ResNet, whose BatchNorm sees 16 values per channel, by 4e-4 in 5 (measured). The
+    same in float64, to 1e-9, is in tests/numpy_ref/test_train.py.
+    """
+    ours, theirs = ([row["train_loss"] for row in read_metrics(runs(model, name))] for name in mnist.FRAMEWORKS)
+    np.testing.assert_allclose(ours, theirs, rtol={"cnn": 2e-4, "resnet18": 2e-3}[model])
+    if model == "resnet18":  # a row for each step
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("opt", get_args(NumpyOptimizerName))
+def test_every_optimizer_gives_one_curve(opt, data):
+    """Five steps in float32; 1e-4, or 1e-6 where SGD has brought the loss near 0, leaves room for rounding."""
+    ours, theirs = (losses(data, *TINY["cnn"], "--opt", opt, "--framework", name) for name in mnist.FRAMEWORKS)
+    assert ours[4] < ours[0] / 2
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_both_frameworks_start_from_one_draw_of_weights(model, data):
+    states = []
+    for framework in mnist.FRAMEWORKS:
+        settings = mnist.parse_settings([*TINY[model], "--data", str(data), "--framework", framework])
+        states.append(mnist.prepare(settings, mnist.load_data(settings))[0])
+    ours, theirs = (jax.tree.leaves((state.params, state.batch_stats)) for state in states)
+    assert {leaf.dtype for leaf in ours} == {np.dtype(np.float32)}
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(our, their)
+
+
+def test_numpy_compiles_nothing(data, tmp_path):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        assert mnist.main([*TINY["resnet18"], "--data", str(data), "--out", str(tmp_path / "run")]) == 0
+        assert not compiled
+        jax.jit(lambda x: x + 1)(1)
+        assert compiled  # what would have been noticed
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
+def test_the_cnns_file_is_pytorchs(framework, runs, data):
+    """Conv2d, ReLU, Flatten and Linear in PyTorch's layout, by SciPy: the accuracy of the run's last row."""
+    folder = runs("cnn", framework)
+    arrays = jax_resnet.weights.read_arrays(folder / "weights.safetensors")
+    shapes = {name: value.shape for name, value in arrays.items()}
+    assert shapes == {
+        "conv.weight": (32, 1, 5, 5),
+        "conv.bias": (32,),
+        "fc.weight": (10, 32 * 14 * 14),
+        "fc.bias": (10,),
+    }
+    metadata = {k: json.loads(v) for k, v in jax_resnet.weights.read_metadata(folder / "weights.safetensors").items()}
+    test = load_mnist(data).test
+    images = np.pad((test.images[..., 0] / 255 - metadata["mean"]) / metadata["std"], ((0, 0), (2, 2), (2, 2)))
+    right = []
+    for image, label in zip(images, test.labels, strict=True):
+        channels = [scipy.signal.correlate2d(image, kernel[0], "valid")[::2, ::2] for kernel in arrays["conv.weight"]]
+        features = np.maximum(np.stack(channels) + arrays["conv.bias"][:, None, None], 0)
+        logits = arrays["fc.weight"] @ features.reshape(-1) + arrays["fc.bias"]
+        right.append(metadata["class_names"][logits.argmax()] == str(label))
+    assert np.mean(right) == read_metrics(folder)[-1]["test_top1"]
+
+
+@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
+def test_a_resnets_file_loads_in_either_framework(framework, runs):
+    path = runs("resnet18", framework) / "weights.safetensors"
+    loaded = (
+        numpy_ref.weights.load(path, numpy_ref.resnet.resnet18(num_classes=10, in_channels=1)),
+        jax_resnet.weights.load(path, jax_resnet.resnet.resnet18(num_classes=10, in_channels=1)),
+    )
+    ours, theirs = (jax.tree.leaves(trees) for trees in loaded)
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(our, their)
+
+
+def test_the_small_network_learns(runs):
+    """The bar's place is easy to see: after 20 steps all of 50 test pictures but a few are right; guessing gets 10%."""
+    assert read_metrics(runs("cnn", "numpy"))[-1]["test_top1"] >= 0.9
+
+
+def test_runs_of_both_frameworks_are_compared(runs, tmp_path, capsys):
+    folders = [str(runs("cnn", framework)) for framework in mnist.FRAMEWORKS]
+    assert compare.main([*folders, "--out", str(tmp_path / "both.png")]) == 0
+    assert "cnn-jax: test top-1" in capsys.readouterr().out
+
+
+def test_defaults_depend_on_the_model():
+    small, large = mnist.parse_settings([]), mnist.parse_settings(["--model", "resnet101", "--opt", "sgd"])
+    assert (small.model, small.framework, small.opt, small.epochs, small.limit) == ("cnn", "numpy", "adam", 3, None)
+    assert (large.epochs, large.limit, large.log_every) == (1, 6000, 1)
+    assert (small.learning_rate, large.learning_rate) == (1e-3, 0.05)
+    changed = mnist.parse_settings(["--model=resnet50", "--limit", "100", "--epochs", "2"])
+    assert (changed.model, changed.limit, changed.epochs) == ("resnet50", 100, 2)
+
+
+MISTAKES = {
+    "no folder": (["--data", "nowhere"], "--data nowhere does not exist: pass --data DIR with the four idx files"),
+    "model": (["--model", "resnet20"], "resnet20"),
+    "framework": (["--framework", "torch"], "torch"),
+    "optimizer": (["--opt", "amsgrad"], "amsgrad"),
+    "epochs": (["--epochs", "0"], "--epochs must be at least 1"),
+    "learning rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "limit": (["--limit", "401"], "cannot draw 401 examples of 400"),
+    "batch": (["--batch-size", "401"], "--batch-size 401 exceeds the 400 training pictures"),
+    "no value": (["--model"], "--model"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_bad_input_is_exit_code_2_and_one_clear_message(arguments, message, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = mnist.main(["--data", str(data), "--out", str(tmp_path / "run"), *arguments])
+    except SystemExit as stop:  # the parser's own
+        code = stop.code
+    assert code == 2
+    assert message in " ".join("".join(capsys.readouterr()).split())  # the parser breaks lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_offline_is_exit_code_2_in_a_process(tmp_path):
+    """Nothing is listening where the proxy is said to be; TFDS's own folder is empty."""
+    pytest.importorskip("tensorflow_datasets", reason="needs the extra tfds")
+    offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    environment = os.environ | offline | {"TFDS_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "experiments.mnist", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert "MNIST cannot be downloaded" in done.stderr
+    assert "pass --data DIR with the four idx files train-images-idx3-ubyte, " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(data, tmp_path, capsys):
+    arguments = [*TINY["cnn"], "--data", str(data), "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert mnist.main(arguments) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert mnist.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert mnist.main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != before  # other times
+
+
+@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
+def test_a_diverging_run_ends_with_exit_code_1(framework, data, tmp_path, capsys):
+    arguments = [*TINY["cnn"], "--opt", "sgd", "--learning-rate", "1e30", "--framework", framework]
+    assert mnist.main([*arguments, "--data", str(data), "--out", str(tmp_path / "run")]) == 1
+    assert "error: the loss is" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch():
+    """With torch and torchvision made impossible to import everything still imports."""
+    blocked = "import sys; sys.modules.update(torch=None, torchvision=None); import experiments.mnist"
+    assert subprocess.run([sys.executable, "-c", blocked], cwd=ROOT).returncode == 0
+
+
+def test_a_few_real_digits(mnist_dir, tmp_path):
+    """The real files through the real command: 3,000 digits once reach 85% of the 10,000 (guessing: 10%)."""
+    arguments = ["--data", str(mnist_dir), "--limit", "3000", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert mnist.main(arguments) == 0
+    assert read_metrics(tmp_path / "run")[-1]["test_top1"] >= 0.85
+
+
+@pytest.mark.slow
+def test_the_cnn_reaches_98_percent(mnist_dir, tmp_path):
+    """The command of the README, in NumPy: 3 epochs of Adam."""
+    assert mnist.main(["--model", "cnn", "--data", str(mnist_dir), "--out", str(tmp_path / "run")]) == 0
+    assert read_metrics(tmp_path / "run")[-1]["test_top1"] >= 0.98
