@@ -84,8 +84,8 @@ def conv2d(
 ) -> tuple[Array, Vjp]:
     """2-D cross-correlation, `conv2d_unfolded` a block of images at a time; nothing but x and weight is kept.
 
-    Unfolding a block again in the backward pass, into memory that is in the cache, costs less than writing all patches
-    to memory and reading them back.
+    A block's patches stay in the cache, and unfolding them again in the backward pass takes about as long as reading
+    them all back from memory would.
 
     Args:
       x: (N, H, W, C) float.
@@ -209,9 +209,9 @@ def _bias_gradient(bias: Array | None, dy: Array) -> Array | None:
 
 
 def check_images(layer: str, x: Array) -> None:
-    """Raises a ValueError that names the layer unless x is (N, H, W, C) float."""
-    if x.ndim != 4 or not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"{layer}: x must be (N, H, W, C) float, got {x.shape} {x.dtype}")
+    """Raises a ValueError that names the layer unless x is (N, H, W, C) float, with N >= 1."""
+    if x.ndim != 4 or not len(x) or not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"{layer}: x must be (N, H, W, C) float with N >= 1, got {x.shape} {x.dtype}")
 
 
 def _check_conv2d(x: Array, weight: Array, bias: Array | None, stride: int, padding: int) -> None:

@@ -63,6 +63,8 @@ def batch_norm_relu(
             second += _column_sums(np.multiply(block, block, out=scratch))
         parts = gather((n, origin + first / n, np.maximum(second - first * first / n, 0)))
         n = sum(count for count, _, _ in parts)
+        if n < 2:
+            raise ValueError(f"batch_norm: training needs more than one value per channel, got x {x.shape}")
         mean = sum(count * part_mean for count, part_mean, _ in parts) / n
         var = sum(squares + count * (part_mean - mean) ** 2 for count, part_mean, squares in parts) / n
         new_mean = (1 - momentum) * running_mean + momentum * mean

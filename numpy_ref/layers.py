@@ -262,9 +262,9 @@ def _check_batch_norm(
 
 def _check_max_pool(x: Array, window: int, stride: int, padding: int) -> None:
     check_images("max_pool", x)
-    if not 0 <= padding <= window // 2 or stride < 1:
+    if window < 1 or not 0 <= padding <= window // 2 or stride < 1:
         raise ValueError(
-            f"max_pool: padding must be within 0 and window // 2 and stride >= 1, "
+            f"max_pool: window and stride must be >= 1 and padding within 0 and window // 2, "
             f"got window {window}, stride {stride}, padding {padding}"
         )
     if min(output_size(x, (window, window), stride, padding)) < 1:

@@ -81,7 +81,7 @@ class Output(NamedTuple):
     logits: (N, num_classes), before any softmax.
     batch_stats: the running statistics after this batch (in evaluation those that were passed in).
     activations: {} or, with return_activations, {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first
-      block, each block's output, and the pooled vector.
+      block, each block's output, and the pooled vector. The vjp reads them too: copy one before you change it.
     """
 
     logits: Array
@@ -118,6 +118,8 @@ def apply(
     """
     _check_images(config, images)
     _check_trees(config, params, batch_stats)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     size = min(cores() if threads is None else threads, len(images) // 2)
     if size <= 1:
         return _apply(config, params, batch_stats, images, train, return_activations, alone)
@@ -166,12 +168,12 @@ def _apply(
     gather: Gather,
 ) -> tuple[Output, layers.Vjp]:
     """`apply` to the images of one thread."""
-    x, new_stats, vjp_stem = stem(params, batch_stats, images, train=train, gather=gather)
+    (x, new_stats), vjp_stem = stem(params, batch_stats, images, train=train, gather=gather)
     activations, vjps = {"stem": x}, []
     for stage, number, stride in blocks(config):
         p = params[stage][number]
         stats = batch_stats[stage][number] if config.batch_norm else {}
-        x, update, vjp = residual_block(config, p, stats, x, stride, train=train, gather=gather)
+        (x, update), vjp = residual_block(config, p, stats, x, stride, train=train, gather=gather)
         new_stats.setdefault(stage, {})[number] = update
         activations[f"{stage}.{number}"] = x
         vjps.append((stage, number, vjp))
@@ -201,15 +203,15 @@ def blocks(config: ResNetConfig) -> Iterator[tuple[str, str, int]]:
 
 def stem(
     params: Tree, batch_stats: Tree, images: Array, *, train: bool, gather: Gather = alone
-) -> tuple[Array, Tree, layers.Vjp]:
+) -> tuple[tuple[Array, Tree], layers.Vjp]:
     """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2.
 
     Returns:
-      the input of the first block, the new running statistics, and vjp: dx -> (dparams, dimages).
+      (the input of the first block, the new running statistics), and vjp: dx -> (dparams, dimages).
     """
     x, new_stats, vjp_conv = _conv_norm(params, batch_stats, "conv1", "bn1", images, 2, train=train, gather=gather)
     x, vjp_pool = layers.max_pool(x)
-    return x, new_stats, lambda dx: vjp_conv(*vjp_pool(dx))
+    return (x, new_stats), lambda dx: vjp_conv(*vjp_pool(dx))
 
 
 def residual_block(
@@ -221,7 +223,7 @@ def residual_block(
     *,
     train: bool,
     gather: Gather = alone,
-) -> tuple[Array, Tree, layers.Vjp]:
+) -> tuple[tuple[Array, Tree], layers.Vjp]:
     """relu(branch(x) + shortcut(x)); the shortcut is x itself or, where shapes differ, its 1x1 projection.
 
     Args:
@@ -233,7 +235,7 @@ def residual_block(
       gather: of the threads that share the batch (see `numpy_ref.threads`).
 
     Returns:
-      the output (N, H', W', C'), the new running statistics, and vjp: dy -> (dparams, dx).
+      (the output (N, H', W', C'), the new running statistics), and vjp: dy, overwritten -> (dparams, dx).
     """
     count = 2 if config.block == "basic" else 3
     strided = "conv1" if config.block == "basic" else config.stride_in
@@ -263,7 +265,7 @@ def residual_block(
             dparams["downsample"], dshortcut = vjp_shortcut(dshortcut)
         return dparams, np.add(dx, dshortcut, out=dx)
 
-    return branch, new_stats, vjp
+    return (branch, new_stats), vjp
 
 
 def _conv_norm(
@@ -391,10 +393,11 @@ def _cast(tree: Tree, dtype: Any) -> Tree:
 
 
 def _check_images(config: ResNetConfig, images: Array) -> None:
-    if images.ndim != 4 or images.shape[3] != config.in_channels:
+    if images.ndim != 4 or images.shape[3] != config.in_channels or not len(images):
         hint = ": is this NCHW?" if images.ndim == 4 and images.shape[1] == config.in_channels else ""
         raise ValueError(
-            f"images must be (N, H, W, C) with C = {config.in_channels} (config.in_channels), got {images.shape}{hint}"
+            f"images must be (N, H, W, C) with N >= 1 and C = {config.in_channels} (config.in_channels), "
+            f"got {images.shape}{hint}"
         )
     if min(images.shape[1:3]) < MIN_SIZE:
         raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {images.shape[1]}x{images.shape[2]}")

@@ -31,12 +31,13 @@ class Team:
       it. All threads must call it equally often.
     """
 
+    _one_at_a_time = threading.Lock()  # for all teams: they share the cores, and BLAS has one setting for the process
+
     def __init__(self, size: int):
         self._barrier = threading.Barrier(size)
         # Two rounds of values: who is ahead writes the next round while others still read this one.
         self._values: list[list[Any]] = [[None] * size, [None] * size]
         self._rounds = [0] * size
-        self._lock = threading.Lock()
         self.gathers: list[Gather] = [self._make_gather(number) for number in range(size)]
 
     def _make_gather(self, number: int) -> Gather:
@@ -59,10 +60,10 @@ class Team:
                 self._barrier.abort()  # or the others would wait forever
                 raise
 
-        with self._lock, _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(len(functions)) as pool:
+        with self._one_at_a_time, _blas().limit(limits=1, user_api="blas"):
             self._barrier.reset()  # an earlier run may have failed
             self._rounds = [0] * len(self.gathers)
-            futures = [pool.submit(guarded, function) for function in functions]
+            futures = [_pool(len(functions)).submit(guarded, function) for function in functions]
             errors = [error for future in futures if (error := future.exception())]
             # The others' errors only say that one has left.
             for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
@@ -73,6 +74,11 @@ class Team:
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, "numpy_ref")  # kept: malloc gives new threads new memory to start from
 
 
 @functools.cache

@@ -5,10 +5,13 @@ Errors are the largest difference over the largest entry, array by array: gradie
 in the directions that it removes.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 from flax.traverse_util import flatten_dict
 
 from jax_resnet import layers as jax_layers
@@ -156,7 +159,7 @@ def test_block_is_jax_block(name, options, stage, number, train, x64):
     rng = np.random.default_rng(2)
     channels = params["conv1"]["weight"].shape[2]
     x = rng.standard_normal((8, 4, 4, channels))
-    y, _, vjp = resnet.residual_block(config, params, batch_stats, x, stride, train=train)
+    (y, _), vjp = resnet.residual_block(config, params, batch_stats, x, stride, train=train)
     expected, jax_vjp = jax.vjp(
         lambda p, x: jax_block(config, p, batch_stats, x, stride, train), params, jnp.asarray(x)
     )
@@ -228,7 +231,7 @@ def test_what_breaks_gradients_through_batch_norm():
     BatchNorm's own gradients are still right, and everything before it is wrong by a good part of its size.
     """
     config, params, batch_stats, x, dy = bottleneck_case()
-    right = flatten_dict(resnet.residual_block(config, params, batch_stats, x, 1, train=True)[2](dy.copy())[0], sep=".")
+    right = flatten_dict(resnet.residual_block(config, params, batch_stats, x, 1, train=True)[1](dy.copy())[0], sep=".")
     plain = flatten_dict(plain_bottleneck(params, batch_stats, x, 0.1)[2](dy)[0], sep=".")
     wrong = flatten_dict(plain_bottleneck(params, batch_stats, x, 0.1, statistics_as_constants)[2](dy)[0], sep=".")
     assert max(relative(plain[name], right[name]) for name in right) < 1e-12
@@ -306,6 +309,26 @@ def test_an_error_in_one_thread_ends_all():
     assert team.run([lambda: team.gathers[0](0), lambda: team.gathers[1](1)]) == [[0, 1], [0, 1]]  # and then go on
 
 
+def test_blas_gets_its_threads_back():
+    """Also when several threads of a program run networks at once: the setting is the whole process's."""
+
+    def blas_threads():
+        return [library["num_threads"] for library in threadpoolctl.threadpool_info() if "numpy" in library["filepath"]]
+
+    config = resnet.resnet18(num_classes=2, in_channels=1)
+    params, batch_stats = resnet.init(config, np.random.default_rng(0))
+    images, inside, before = np.zeros((4, 32, 32, 1), np.float32), [], blas_threads()
+
+    def run(_):
+        resnet.apply(config, params, batch_stats, images, train=True, threads=2)
+        threads.Team(2).run([lambda: inside.append(blas_threads())] * 2)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(6)))
+    assert blas_threads() == before
+    assert {count for counts in inside for count in counts} == {1}
+
+
 def test_gather_hands_over_the_values_of_all_threads_in_their_order():
     team = threads.Team(3)
     runs = [lambda i=i: [team.gathers[i]((i, turn)) for turn in range(200)] for i in range(3)]
@@ -367,10 +390,11 @@ def test_bad_input_is_named():
     params, batch_stats = resnet.init(config, np.random.default_rng(0))
     images = np.zeros((2, 32, 32, 1), np.float32)
     for bad, message in [
-        (images[0], "must be .N, H, W, C. with C = 1"),
+        (images[0], "must be .N, H, W, C. with N >= 1 and C = 1"),
         (images.transpose(0, 3, 1, 2), "NCHW"),
         (images[:, :31], "at least 32x32, got 31x32"),
         (images.astype(np.uint8), "float, got uint8"),
+        (images[:0], "N >= 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             resnet.apply(config, params, batch_stats, bad, train=False)
@@ -382,6 +406,10 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             resnet.apply(config, bad, batch_stats, images, train=False)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        resnet.apply(config, params, batch_stats, images, train=False, threads=0)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        resnet.apply(config, params, batch_stats, images[:1], train=True)
     for options, message in [
         (dict(num_classes=0), "num_classes"),
         (dict(stride_in="conv3"), "stride_in"),
