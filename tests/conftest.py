@@ -33,6 +33,12 @@ def mnist_dir() -> Path:
     return folder_or_skip("mnist")
 
 
+@pytest.fixture(scope="session")
+def photos_dir() -> Path:
+    """Six photographs of ImageNet, their class in the file's name; one of them is grey."""
+    return folder_or_skip("photos")
+
+
 @pytest.fixture
 def x64():
     """JAX with 64-bit types, for this test only."""

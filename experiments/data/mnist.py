@@ -208,5 +208,5 @@ def download(builder: Any, downloads: Path) -> dict[str, tuple[Path, Path]]:
         paths = iter([Path(path) for path in manager.download(urls)])
     except Exception as error:  # TFDS passes on what its downloader raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"MNIST cannot be downloaded to {downloads} ({reason}): {HINT}") from error
+        raise DataError(f"MNIST cannot be downloaded: {HINT}. To {downloads}: {reason}") from error
     return {split: (next(paths), next(paths)) for split in FILES}

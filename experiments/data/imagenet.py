@@ -1,0 +1,112 @@
+"""ImageNet as torchvision's weights know it: how a picture is prepared, the 1,000 classes' names, the weight files.
+
+PyTorch and torchvision are needed for downloading alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import importlib.resources
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from experiments.data.pictures import to_rgb
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = 224
+V1_RESIZE, V2_RESIZE = 256, 232  # the shorter side before the crop
+
+# The files of IMAGENET1K_V2, as torchvision names them; ResNet-18 and 34 have none.
+V2_FILES = ("resnet50-11ad3fa6", "resnet101-cd907fc2", "resnet152-f82ba261")
+
+
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """The 1,000 classes by number, in torchvision's words."""
+    text = (importlib.resources.files(__package__) / "imagenet_classes.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+def resize_for(path: Path) -> int:
+    """The shorter side that belongs to a weight file, by its name: V2's where it is torchvision's, V1's for others."""
+    return V2_RESIZE if path.name.startswith(V2_FILES) else V1_RESIZE
+
+
+def decode(data: bytes, resize: int) -> np.ndarray:
+    """A picture as torchvision's pil_loader and ImageClassification(crop_size=224, resize_size=resize) see it.
+
+    Its shorter side becomes `resize` by Pillow's bilinear filter (which is antialiased), then the middle is cut out. As
+    in torchvision transparency is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike there,
+    pictures of 16 bits keep their upper 8: cut off at 255 they would be white.
+
+    Args:
+      data: the file, in any format that Pillow reads; of several frames the first.
+      resize: at least 224.
+
+    Returns:
+      (224, 224, 3) uint8.
+
+    Raises:
+      Exception: the picture cannot be decoded, or is too elongated to be resized.
+    """
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a picture in any format that Pillow reads") from None
+    with opened as image:
+        colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
+    short, long = sorted(colours.size)
+    long = int(resize * long / short)
+    if resize * long > Image.MAX_IMAGE_PIXELS:
+        width, height = colours.size
+        raise ValueError(f"{width}x{height} pixels are too elongated: resized it would have {resize * long:,}")
+    width, height = (resize, long) if colours.width <= colours.height else (long, resize)
+    left, top = round((width - CROP) / 2), round((height - CROP) / 2)  # half to even, as torchvision
+    resized = colours.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
+
+
+def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple[Path, int]:
+    """torchvision's ImageNet weights, from torch.hub's folder of checkpoints; downloaded into it if they are not there.
+
+    Args:
+      arch: a network's name.
+      version: V1 or V2 [default: torchvision's own].
+
+    Returns:
+      the file, and the shorter side to which pictures are resized for it.
+
+    Raises:
+      ValueError: where torchvision is missing or has no such version, or the file cannot be downloaded.
+    """
+    try:
+        import torch
+        import torchvision
+    except ImportError as error:
+        raise ValueError(
+            f'--weights torchvision needs torchvision, which is missing ({error}): pip install -e ".[torch]", or pass '
+            "--weights FILE"
+        ) from error
+    known = torchvision.models.get_model_weights(arch)
+    name = known.DEFAULT.name if version is None else f"IMAGENET1K_{version}"
+    if name not in known.__members__:
+        raise ValueError(f"torchvision has no {version} weights of {arch}: it has {', '.join(known.__members__)}")
+    choice = known[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / choice.url.rpartition("/")[2]
+    if not path.exists():
+        print(f"downloading {choice.url} to {path}", file=sys.stderr)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(choice.url, str(path), re.search("-([0-9a-f]+)", path.stem)[1])
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
+            raise ValueError(
+                f"{choice.url} cannot be downloaded ({error}): put the file at {path}, or pass --weights FILE"
+            ) from error
+    return path, choice.transforms().resize_size[0]

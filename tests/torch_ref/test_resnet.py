@@ -1,0 +1,289 @@
+"""torch_ref.resnet against torchvision: names, weights, outputs, every gradient; and what torchvision does not have."""
+
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the extra torch")
+torchvision = pytest.importorskip("torchvision", reason="needs the extra torch")
+
+from torch_ref import resnet  # noqa: E402 (it imports torch)
+
+PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+STAGE_SIZES = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+
+every_depth = pytest.mark.parametrize("name", PUBLISHED)
+SLOW = ("resnet34", "resnet152")  # more of the same blocks than resnet18 and resnet101
+run_every_depth = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLISHED]
+)
+
+
+def make(module, name, seed=0, **options):
+    torch.manual_seed(seed)
+    return getattr(module, name)(**options)
+
+
+def theirs(name, **options):
+    return make(torchvision.models, name, **options)
+
+
+def ours(name, **options):
+    return make(resnet, name, **options)
+
+
+@torch.no_grad()
+def randomize(model):
+    """float64, and no 0 or 1 in what BatchNorm holds: with the initial ones half of all mistakes are invisible."""
+    generator = torch.Generator().manual_seed(1)
+    model.double()
+    for tensor in model.state_dict().values():
+        if tensor.ndim == 1:
+            tensor.uniform_(0.3, 1.3, generator=generator)
+    return model
+
+
+def batch(*shape):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    return images, torch.randint(0, 7, shape[:1], generator=generator)
+
+
+def run(model, images, labels):
+    """Everything that a training step computes, by name."""
+    logits = model(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    wanted = {"images": images, **dict(model.named_parameters())}
+    grads = torch.autograd.grad(loss, wanted.values())
+    gradients = {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return {"logits": logits, "loss": loss, **gradients, **dict(model.named_buffers())}
+
+
+# torchvision's network.
+
+
+@every_depth
+def test_state_dict_is_torchvisions(name):
+    """Names, their order, shapes, dtypes; the number of parameters is the published one."""
+    own, other = ours(name), theirs(name)
+    described = [[(key, value.shape, value.dtype) for key, value in m.state_dict().items()] for m in (own, other)]
+    assert described[0] == described[1]
+    assert [key for key, _ in own.named_parameters()] == [key for key, _ in other.named_parameters()]
+    assert sum(p.numel() for p in own.parameters()) == PUBLISHED[name]
+
+
+@every_depth
+def test_same_seed_draws_torchvisions_weights(name):
+    """To the bit: the same distributions, drawn in the same order."""
+    own, other = (make(module, name, num_classes=7).state_dict() for module in (resnet, torchvision.models))
+    assert [key for key, value in other.items() if not torch.equal(value, own[key])] == []
+
+
+def test_weights_move_both_ways():
+    ours("resnet50", seed=1).load_state_dict(theirs("resnet50").state_dict(), strict=True)
+    theirs("resnet50", seed=1).load_state_dict(ours("resnet50").state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@run_every_depth
+def test_network_is_torchvisions(name, train):
+    """Logits, loss, every gradient, running statistics, in float64, bit for bit: the same operations in one order."""
+    other = randomize(theirs(name, num_classes=7))
+    own = ours(name, num_classes=7, seed=1).double()
+    own.load_state_dict(other.state_dict(), strict=True)
+    images, labels = batch(3, 3, 40, 64)
+    before = {key: value.clone() for key, value in other.named_buffers()}
+    expected = run(other.train(train), images, labels)
+    actual = run(own.train(train), images, labels)
+    assert actual.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+    changed = {key for key, value in before.items() if not torch.equal(value, actual[key])}
+    assert changed == (set(before) if train else set())
+
+
+@run_every_depth
+def test_activations_are_torchvisions(name):
+    """Each by its name, bit for bit, and asking for them does not change the logits."""
+    other = randomize(theirs(name)).eval()
+    own = ours(name).double().eval()
+    own.load_state_dict(other.state_dict())
+    seen = {}
+    pairs = [("stem", other.maxpool), ("pool", other.avgpool)]
+    for stage, count in enumerate(STAGE_SIZES[name], start=1):
+        pairs += [(f"layer{stage}.{number}", getattr(other, f"layer{stage}")[number]) for number in range(count)]
+    for key, module in pairs:
+        module.register_forward_hook(lambda _module, _inputs, output, key=key: seen.update({key: output}))
+    images, _ = batch(1, 3, 64, 33)
+    with torch.no_grad():
+        expected = other(images)
+        logits, activations = own(images, return_activations=True)
+        assert torch.equal(own(images), expected)
+    assert torch.equal(logits, expected)
+    assert set(activations) == {"stem", "pool"} | {key for key, _ in pairs}
+    assert list(activations) == ["stem", *(key for key, _ in pairs[2:]), "pool"]
+    assert [key for key in seen if not torch.equal(seen[key].squeeze(), activations[key].squeeze())] == []
+    assert activations["pool"].shape == (1, own.fc.in_features)
+
+
+# The options that torchvision does not have.
+
+
+def strides(model):
+    return {name: module.stride for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_v1_differs_in_the_place_of_the_stride_only(name):
+    """A bottleneck's stride moves from its 3x3 to its first 1x1; a basic block has but one place for it."""
+    v15, v1 = strides(ours(name)), strides(ours(name, stride_in="conv1"))
+    assert v15 == strides(theirs(name))
+    moved = {key: (v15[key], v1[key]) for key in v15 if v15[key] != v1[key]}
+    first_blocks = ["layer2.0", "layer3.0", "layer4.0"] if name == "resnet50" else []
+    expected = {f"{block}.conv1": ((1, 1), (2, 2)) for block in first_blocks}
+    assert moved == expected | {f"{block}.conv2": ((2, 2), (1, 1)) for block in first_blocks}
+
+
+def test_v1_is_torchvisions_network_with_strides_moved():
+    """torchvision's own modules with the strides set by hand; float64, bit for bit."""
+    other = randomize(theirs("resnet50", num_classes=7))
+    for stage in (other.layer2, other.layer3, other.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    own = ours("resnet50", num_classes=7, stride_in="conv1").double()
+    own.load_state_dict(other.state_dict())
+    images, labels = batch(3, 3, 40, 64)
+    expected, actual = run(other, images, labels), run(own, images, labels)
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_without_batch_norm_is_torchvisions_network_without_it(name):
+    """Its BatchNorms replaced and its convolutions given a bias by hand; names, and float64 bit for bit."""
+    other = theirs(name, num_classes=7, norm_layer=lambda channels: torch.nn.Identity()).double()
+    own = ours(name, num_classes=7, batch_norm=False).double()
+    for key, module in other.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.bias = own.get_parameter(f"{key}.bias")
+    other.load_state_dict(own.state_dict(), strict=True)
+    images, labels = batch(2, 3, 33, 40)
+    expected, actual = run(other, images, labels), run(own, images, labels)
+    assert expected.keys() == actual.keys()
+    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+
+
+def test_without_batch_norm_convolutions_start_as_torchs():
+    """To the bit: what every layer's own reset_parameters draws, in the order of the modules."""
+    model, other = (ours("resnet18", batch_norm=False, num_classes=7, seed=seed) for seed in (0, 1))
+    torch.manual_seed(0)
+    for module in other.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.reset_parameters()
+    state, expected = model.state_dict(), other.state_dict()
+    assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("options", [{}, {"stride_in": "conv1"}, {"batch_norm": False}], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_names_and_shapes_are_jax_resnets(name, options):
+    """Grey, in all three forms: the parameters of jax_resnet, kernels transposed, and its activations' shapes."""
+    jax = pytest.importorskip("jax")
+    from flax.traverse_util import flatten_dict
+
+    from jax_resnet import resnet as jax_resnet
+
+    options = {"num_classes": 7, "in_channels": 1, **options}
+    config = getattr(jax_resnet, name)(**options)
+    images = jax.ShapeDtypeStruct((2, 65, 40, 1), "float32")
+
+    def start_and_run(key, images):
+        params, batch_stats = jax_resnet.init(config, key)
+        out = jax_resnet.apply(config, params, batch_stats, images, train=False, return_activations=True)
+        return params, batch_stats, out.activations
+
+    *trees, activations = jax.eval_shape(start_and_run, jax.random.key(0), images)
+    expected = {key: value.shape for tree in trees for key, value in flatten_dict(tree, sep=".").items()}
+    order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+    expected = {key: tuple(shape[axis] for axis in order[len(shape)]) for key, shape in expected.items()}
+    model = ours(name, **options).eval()
+    actual = {key: tuple(v.shape) for key, v in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert actual == expected
+    _, found = model(torch.zeros(2, 1, 65, 40), return_activations=True)
+    nhwc = {key: tuple(value.movedim(1, -1).shape) for key, value in found.items()}
+    assert nhwc == {key: value.shape for key, value in activations.items()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_zero_gamma_makes_blocks_their_shortcuts(name):
+    """The last BatchNorm of each block starts as 0, as torchvision's zero_init_residual has it."""
+    own = ours(name, zero_gamma=True).state_dict()
+    other = theirs(name, zero_init_residual=True).state_dict()
+    assert [key for key in other if not torch.equal(own[key], other[key])] == []
+
+
+def test_batch_norm_is_the_only_thing_that_zero_gamma_concerns():
+    plain, zeroed = (ours("resnet18", batch_norm=False, zero_gamma=zero).state_dict() for zero in (False, True))
+    assert [key for key in plain if not torch.equal(plain[key], zeroed[key])] == []
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (224, 224)], ids=str)
+def test_any_size_from_32(size):
+    assert ours("resnet18", num_classes=7).eval()(torch.zeros(1, 3, *size)).shape == (1, 7)
+
+
+# What bad input gets to hear.
+
+
+BAD_IMAGES = [
+    (torch.zeros(2, 64, 64, 3), r"\(N, C, H, W\) with C = 3 .*, got \(2, 64, 64, 3\): is this NHWC\?"),
+    (torch.zeros(2, 1, 64, 64), r"with C = 3 \(in_channels\), got \(2, 1, 64, 64\)$"),
+    (torch.zeros(3, 64, 64), r"must be \(N, C, H, W\).*got \(3, 64, 64\)$"),
+    (torch.zeros(2, 3, 31, 64), "at least 32x32, got 31x64"),
+    (torch.zeros(2, 3, 64, 31), "at least 32x32, got 64x31"),
+    (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "must be float, got torch.uint8: convert and normalize"),
+]
+
+
+@pytest.mark.parametrize(("images", "message"), BAD_IMAGES, ids=lambda value: str(getattr(value, "shape", "")))
+def test_bad_images(images, message):
+    with pytest.raises(ValueError, match=message):
+        ours("resnet18")(images)
+
+
+BAD_OPTIONS = [
+    ({"stride_in": "conv3"}, r'stride_in must be "conv2" \(v1.5\) or "conv1" \(v1\), got \'conv3\''),
+    ({"num_classes": 0}, "must be >= 1, got 0, 3"),
+    ({"in_channels": 0}, "must be >= 1, got 1000, 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ours("resnet50", **options)
+
+
+def test_one_value_per_channel_in_training_is_an_error():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours("resnet18").train()(torch.zeros(1, 3, 32, 32))
+
+
+def test_torch_ref_imports_torch_only():
+    """Neither torchvision nor the other packages of this project, in a fresh interpreter."""
+    program = "import sys, torch_ref.adabound, torch_ref.resnet; print(*{name.split('.')[0] for name in sys.modules})"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "torch" in imported
+    assert not {"torchvision", "jax", "optax", "flax", "jax_resnet", "numpy_ref", "experiments"} & set(imported)
