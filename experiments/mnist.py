@@ -70,8 +70,6 @@ class Settings(RunSettings):
     """Folder with the four idx files, .gz or not [default: TFDS's mnist, downloaded once]."""
     opt: NumpyOptimizerName = "adam"
     """The optimizer; its learning rate falls to 0 as a cosine."""
-    learning_rate: float | None = None
-    """The learning rate at the start [default: 2e-3 for adam and adamw, 1e-3 for AdaBound's, 0.05 for sgd]."""
 
 
 CNN = Settings(epochs=3, batch_size=64)
@@ -87,8 +85,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     model = read_ahead(arguments, "model").model
     default = dataclasses.replace(RESNET, model=model) if model in RESNETS else CNN  # others are refused by tyro
     settings = tyro.cli(Settings, args=arguments, default=default, prog="python -m experiments.mnist")
-    default_rate = 2e-3 if settings.opt in ("adam", "adamw") else LEARNING_RATES[settings.opt]
-    return dataclasses.replace(settings, learning_rate=settings.learning_rate or default_rate)
+    return dataclasses.replace(settings, learning_rate=settings.learning_rate or LEARNING_RATES[settings.opt])
 
 
 def load_data(settings: Settings) -> Dataset:

@@ -7,6 +7,7 @@ time inside its functions.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import threading
@@ -63,7 +64,12 @@ class Team:
         with self._one_at_a_time, _blas().limit(limits=1, user_api="blas"):
             self._barrier.reset()  # an earlier run may have failed
             self._rounds = [0] * len(self.gathers)
-            futures = [_pool(len(functions)).submit(guarded, function) for function in functions]
+            # In the caller's context, which holds what np.errstate has set.
+            contexts = [contextvars.copy_context() for _ in functions]
+            futures = [
+                _pool(len(functions)).submit(context.run, guarded, function)
+                for context, function in zip(contexts, functions, strict=True)
+            ]
             errors = [error for future in futures if (error := future.exception())]
             # The others' errors only say that one has left.
             for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):

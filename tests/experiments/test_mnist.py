@@ -193,7 +193,7 @@ def test_defaults_depend_on_the_model():
     small, large = mnist.parse_settings([]), mnist.parse_settings(["--model", "resnet101", "--opt", "sgd"])
     assert (small.model, small.framework, small.opt, small.epochs, small.limit) == ("cnn", "numpy", "adam", 3, None)
     assert (large.epochs, large.limit, large.log_every) == (1, 6000, 1)
-    assert (small.learning_rate, large.learning_rate) == (2e-3, 0.05)
+    assert (small.learning_rate, large.learning_rate) == (1e-3, 0.05)
     changed = mnist.parse_settings(["--model=resnet50", "--limit", "100", "--epochs", "2"])
     assert (changed.model, changed.limit, changed.epochs) == ("resnet50", 100, 2)
 
