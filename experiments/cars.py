@@ -69,8 +69,6 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     if settings.init is None:
         return resnet.init(config, key)
     arrays = weights.read_arrays(settings.init)
-    if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"{settings.init} holds values that are not finite, in {len(bad)} arrays: {bad[0]}, ...")
     dense, kernel = arrays.get("fc.weight", np.empty(0)), arrays.get("conv1.weight", np.empty(0))
     head = "new" if dense.ndim == 2 and len(dense) != config.num_classes else "strict"
     stem = "grey" if kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1 else "strict"

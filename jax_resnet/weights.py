@@ -2,18 +2,27 @@
 
 A file holds torchvision's names and layout: kernels (out, in, kh, kw), dense weights (out, in). The tree holds the same
 names as paths, kernels (kh, kw, in, out), dense weights (in, out). Moving is a transpose per array.
+
+Files are read in the styles that people have: a state_dict alone, or in one entry of a training checkpoint, its names
+with or without what a wrapped model puts before them. PyTorch is needed for its own files only: all but .safetensors
+and .npz.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+import pickle
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -21,22 +30,41 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_resnet import resnet
 
-SUFFIXES = (".safetensors", ".npz")
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
+READABLE_SUFFIXES = (*SUFFIXES, ".ckpt", ".tar")  # PyTorch's too: Lightning's, and .pth.tar of its examples and timm
 _STATISTICS = ("running_mean", "running_var")
 _COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
+_ENTRIES = ("state_dict", "model", "model_state_dict")  # of a checkpoint: the trained model, not its average
+_PREFIXES = ("module.", "model.", "_orig_mod.")  # (Distributed)DataParallel, a Lightning module's model, torch.compile
+_AVERAGED = "n_averaged"  # torch's AveragedModel counts its updates beside the weights
+
+
+class WeightFile(NamedTuple):
+    """What `read_file` found.
+
+    arrays: {torchvision's name: array}, batch counts (num_batches_tracked) included.
+    entry: the entry of a checkpoint that they are from, None if the file is no checkpoint.
+    prefix: what stood before every name, "" if nothing.
+    left_out: the names of what else the file holds, such as the state of an optimizer.
+    """
+
+    arrays: dict[str, np.ndarray]
+    entry: str | None
+    prefix: str
+    left_out: tuple[str, ...]
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """torchvision's keys and layout -> (params, batch_stats), nested dicts of NumPy arrays of the same dtypes.
 
     Args:
-      state_dict: {key: array}, anything that NumPy takes.
+      state_dict: {key: array}, anything that NumPy takes, or tensors on any device.
     """
     params, batch_stats = {}, {}
     for name, value in state_dict.items():
         last = name.rpartition(".")[2]
         if last != _COUNT:
-            (batch_stats if last in _STATISTICS else params)[name] = _transposed(np.asarray(value), (2, 3, 1, 0))
+            (batch_stats if last in _STATISTICS else params)[name] = _transposed(_to_numpy(value), (2, 3, 1, 0))
     return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
 
 
@@ -53,28 +81,44 @@ def _transposed(value: np.ndarray, kernel_axes: tuple[int, ...]) -> np.ndarray:
 
 
 def save(path: str | os.PathLike, params: Any, batch_stats: Any, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a .safetensors or .npz file, aside first and then renamed, so that no half file is ever seen.
+    """Writes a weight file, aside first and then renamed, so that no half file is ever seen.
 
     Args:
-      path: its suffix is the format.
+      path: its suffix is the format: .safetensors, .npz, .pth or .pt.
       params, batch_stats: nested dicts.
       metadata: text by name, for .safetensors only.
 
     Raises:
-      ValueError: for another suffix, or metadata in a format that has none.
+      ValueError: for another suffix, what the format cannot hold (metadata, bfloat16 in .npz), or a suffix of PyTorch's
+        where it is missing.
+    """
+    write_arrays(path, to_torch(params, batch_stats), metadata=metadata)
+
+
+def write_arrays(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """As `save`, for arrays {torchvision's key: array in torchvision's layout}.
+
+    A .pth or .pt file gets a batch count of 0 for each BatchNorm that has none: a state_dict of torch has them.
     """
     path = Path(path)
-    _check_suffix(path)
+    _check_suffix(path, SUFFIXES)
     if metadata and path.suffix != ".safetensors":
         raise ValueError(f"only .safetensors files hold metadata, got {path}")
-    arrays = to_torch(params, batch_stats)
+    if path.suffix == ".npz" and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
+        raise ValueError(f".npz files cannot hold bfloat16, got {path}: take .safetensors or .pth")
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # safetensors ignores strides
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         if path.suffix == ".npz":
             np.savez(aside, **arrays)
-        else:
+        elif path.suffix == ".safetensors":
             # Not save_file, whose files only their owner may read.
             aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+        else:
+            torch = _import_torch(path)
+            torch.save({name: _to_tensor(torch, array) for name, array in _with_counts(arrays).items()}, aside)
         os.replace(aside, path)
 
 
@@ -86,10 +130,10 @@ def load(
     stem: Literal["strict", "grey"] = "strict",
     key: jax.Array | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a file into (params, batch_stats) for a network; every name and shape must fit.
+    """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
 
     Args:
-      path: a .safetensors or .npz file with torchvision's names and layout.
+      path: a weight file as `read_file` takes it.
       config: the network.
       head: "new" leaves the file's dense layer aside and draws one for config.num_classes with `key`.
       stem: "grey" sums a stem for three channels into one for one channel, if that is what config has.
@@ -100,15 +144,10 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be read, or one list of all missing, unexpected and misshapen names.
+      ValueError: for a file that cannot be read (see `read_file`), or one list of all that does not fit (see
+        `check_arrays`).
     """
-    arrays = read_arrays(path)
-    expected = {
-        name: _torch_shape(spec.shape)
-        for tree in jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
-        for name, spec in flatten_dict(tree, sep=".").items()
-    }
-    arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != _COUNT}
+    arrays = read_file(path).arrays
     if head == "new":
         if key is None:
             raise ValueError('head="new" draws a dense layer: pass key')
@@ -117,36 +156,100 @@ def load(
     kernel = arrays.get("conv1.weight")
     if stem == "grey" and config.in_channels == 1 and kernel is not None and kernel.shape[1:2] == (3,):
         arrays["conv1.weight"] = kernel.sum(1, keepdims=True)
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays]
-    problems += [f"unexpected: {name} {value.shape}" for name, value in arrays.items() if name not in expected]
-    problems += [
-        f"{name}: expected {shape}, the file has {arrays[name].shape}"
-        for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
+    check_arrays(arrays, config, path)
     return from_torch(arrays)
 
 
+def check_arrays(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig, path: str | os.PathLike) -> None:
+    """Checks the arrays of a file against a network; batch counts may be there or not.
+
+    Raises:
+      ValueError: with one list of all names that are missing or unexpected and all arrays of another shape, that are
+        not of a float type, or that hold values which are not finite.
+    """
+    expected = {
+        name: _torch_shape(spec.shape)
+        for tree in jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
+        for name, spec in flatten_dict(tree, sep=".").items()
+    }
+    arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != _COUNT}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays]
+    problems += [f"unexpected: {name} {value.shape}" for name, value in arrays.items() if name not in expected]
+    problems += [
+        f"{name}: expected {shape}, the file has {arrays[name].shape}{_hint(name, shape, arrays[name].shape)}"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    for name, value in arrays.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            problems.append(f"{name}: expected floats, the file has {value.dtype}")
+        elif count := value.size - np.count_nonzero(np.isfinite(value)):
+            problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
+    if problems:
+        raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
+
+
+def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...]) -> str:
+    if name.startswith("fc.") and given[1:] == expected[1:]:
+        return ' (another number of classes: head="new" draws a dense layer)'
+    if name == "conv1.weight" and given == (expected[0], 3, *expected[2:]) and expected[1] == 1:
+        return ' (a stem for colour: stem="grey" sums it)'
+    return " (transposed?)" if sorted(given) == sorted(expected) else ""
+
+
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All arrays of a file, as they are: {name: array}.
+    """The arrays of a weight file under torchvision's names, {name: array}; see `read_file`."""
+    return read_file(path).arrays
+
+
+def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
+    """Reads a weight file in any of the styles that people have, whatever network it is for.
+
+    A checkpoint is a file with a dict of arrays in one entry or more, beside an optimizer's state and the like. Of
+    several such entries the trained model is taken ("state_dict", "model" or "model_state_dict"), not its average. What
+    a wrapped model puts before its names ("module.", "model.", "_orig_mod.") is stripped where every name has it.
+
+    Args:
+      path: a .safetensors, .npz, .pth, .pt, .ckpt or .pth.tar file.
+      entry: which entry of a checkpoint to take instead, say "model_ema".
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for another suffix or a file that cannot be read.
+      ValueError: for another suffix, a file that cannot be read, a pickle that is more than data (it is refused, since
+        reading it would run code), no entry of that name, several of which none is the model, or a suffix of PyTorch's
+        where it is missing.
     """
     path = Path(path)
-    _check_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weight file {path}")
+    contents = _read(path)
+    checkpoint = {
+        name: value
+        for name, value in contents.items()
+        if isinstance(value, Mapping) and _has_names(value) and any(map(_is_array, value.values()))
+    }
+    left_out = []
+    if checkpoint and entry is None:
+        known = [name for name in _ENTRIES if name in checkpoint]
+        if not known and len(checkpoint) > 1:
+            raise ValueError(f"{path} has arrays in several entries, {', '.join(checkpoint)}: name one as entry")
+        entry = (known or list(checkpoint))[0]
+    if entry is not None:
+        if entry not in checkpoint:
+            there = ", ".join(checkpoint) or "no entry"
+            raise ValueError(f"{path} has no entry {entry!r} with arrays: {there} has some")
+        left_out = [name for name in contents if name != entry]
+        contents = checkpoint[entry]
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # the readers raise a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable {path.suffix} file: {error}") from error
+        arrays = {name: _to_numpy(value) for name, value in contents.items() if _is_array(value) and name != _AVERAGED}
+    except (TypeError, RuntimeError) as error:  # quantized, sparse
+        raise ValueError(f"{path} has tensors that are no plain arrays: {_reason(error)}") from error
+    left_out += [name for name in contents if name not in arrays]
+    if not arrays:
+        raise ValueError(f"{path} holds no arrays: expected {{name: array}}, alone or in an entry of a checkpoint")
+    prefix = ""
+    while step := next((step for step in _PREFIXES if all(name.startswith(step) for name in arrays)), ""):
+        arrays = {name.removeprefix(step): array for name, array in arrays.items()}
+        prefix += step
+    return WeightFile(arrays, entry, prefix, tuple(left_out))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -155,12 +258,85 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def _read(path: Path) -> Mapping[str, Any]:
+    _check_suffix(path, READABLE_SUFFIXES)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {path}")
+    torch = None if path.suffix in (".safetensors", ".npz") else _import_torch(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        # The command line that a checkpoint of torchvision's or timm's scripts holds is a Namespace: attributes alone.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise a dozen types for a damaged file
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and wanted:
+            raise ValueError(
+                f"{path} is refused: it is a pickle that wants {wanted[1]}, and a pickle of more than data can run any "
+                "code. Where you trust it, load it in PyTorch and save its state_dict alone: "
+                "torch.save(model.state_dict(), PATH)"
+            ) from error
+        raise ValueError(f"{path} is not a readable {path.suffix} file: {_reason(error)}") from error
+    if not isinstance(contents, Mapping) or not _has_names(contents):
+        raise ValueError(f"{path} must hold a state_dict, {{name: array}}, got a {type(contents).__name__}")
+    return contents
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error; of torch's, not its advice to allow any code."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return re.split(r"\.\s|\n", text)[0] or type(error).__name__
+
+
+def _import_torch(path: Path) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: {path.suffix} files need PyTorch, which is missing ({error}): "
+            'pip install -e ".[torch]", or take .safetensors or .npz'
+        ) from error
+    return torch
+
+
+def _has_names(mapping: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in mapping)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # torch hands no bfloat16 to NumPy; by way of float32 it is exact
+        return tensor.float().numpy().astype(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def _to_tensor(torch: ModuleType, array: np.ndarray) -> Any:
+    if array.dtype == jnp.bfloat16:
+        return torch.tensor(array.astype(np.float32)).bfloat16()
+    return torch.tensor(array)
+
+
+def _with_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    norms = [name.rpartition(".")[0] for name in arrays if name.endswith(f".{_STATISTICS[0]}")]
+    return {f"{norm}.{_COUNT}": np.zeros((), np.int64) for norm in norms} | dict(arrays)
+
+
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 4:
         return (shape[3], shape[2], shape[0], shape[1])
     return shape[::-1]
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"weight files end in {' or '.join(SUFFIXES)}, got {path}")
+def _check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix not in suffixes:
+        raise ValueError(f"weight files end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {path}")

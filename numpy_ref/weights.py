@@ -88,7 +88,7 @@ def save(
 
 
 def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tree]:
-    """Reads a file into (params, batch_stats) for a network; every name and shape must fit.
+    """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
 
     Args:
       path: a .safetensors or .npz file with torchvision's names and layout.
@@ -99,8 +99,8 @@ def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tr
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for another suffix, a file that cannot be read, or one list of all missing, unexpected and misshapen
-        names.
+      ValueError: for another suffix, a file that cannot be read, or one list of all that is missing, unexpected,
+        misshapen or not finite.
     """
     arrays = {name: value for name, value in _read(_checked(path)).items() if not _is_batch_count(name)}
     expected = {name: _file_shape(shape) for tree in resnet.shapes(config) for name, shape in _leaves(tree)}
@@ -112,6 +112,9 @@ def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tr
             problems.append(f"unexpected: {name} {arrays[name].shape}")
         elif arrays[name].shape != expected[name]:
             problems.append(f"{name}: expected {expected[name]}, the file has {arrays[name].shape}")
+    for name, value in arrays.items():
+        if value.dtype.kind == "f" and (count := value.size - np.count_nonzero(np.isfinite(value))):
+            problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
     if problems:
         raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
     return from_torch(arrays)

@@ -258,7 +258,7 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
 BAD_WEIGHTS = {
     "vector for a kernel": ({"conv1.weight": np.ones(3, np.float32)}, "conv1.weight: expected (64, 1, 7, 7)"),
     "number for a matrix": ({"fc.weight": np.float32(1)}, "fc.weight: expected (6, 512), the file has ()"),
-    "nan": ({"bn1.weight": np.full(64, np.nan, np.float32)}, "not finite, in 1 arrays: bn1.weight"),
+    "nan": ({"bn1.weight": np.full(64, np.nan, np.float32)}, "bn1.weight: 64 of 64 values are not finite"),
 }
 
 

@@ -1,0 +1,312 @@
+"""Says what is in pictures, by a ResNet whose weights are torchvision's, anybody's in a file, or those of a run.
+
+    python -m experiments.classify beagle.jpg --weights torchvision
+    python -m experiments.classify beagle.jpg lynx.jpg --weights resnet50.pth --framework numpy
+    python -m experiments.classify car.jpg --weights runs/cars
+
+Pictures are prepared as in the network's training. For ImageNet that is what torchvision's `weights.transforms()` does,
+to the bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
+taken whole, so cut it to the car first if the run did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import numpy_ref.resnet
+import numpy_ref.weights
+from experiments.convert import Architecture, recognize
+from experiments.data import imagenet
+from experiments.data.augment import normalize, to_unit_range
+from experiments.data.pictures import Decoding
+from experiments.data.pictures import decode as decode_as_trained
+from jax_resnet import resnet, weights
+
+TORCHVISION = "torchvision"
+RUN_WEIGHTS = "weights.safetensors"  # in the folder of a run
+RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")  # in the metadata of that file
+BATCH_SIZE = 8
+
+Logits = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Say what is in pictures. They are not turned by what a camera noted (EXIF): torchvision does not either."""
+
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Files in any format that Pillow reads."""
+    weights: str
+    """A file (.safetensors, .npz, .pth, .pt), a run's folder, or torchvision, which downloads ImageNet's weights."""
+    arch: Architecture | None = None
+    """The network [default: a file's own, resnet101 for torchvision]."""
+    framework: Literal["jax", "numpy", "torch"] = "jax"
+    """What computes."""
+    top: int = 5
+    """How many classes to name, the most probable first."""
+    version: Literal["V1", "V2"] | None = None
+    """Of torchvision's weights, IMAGENET1K_V1 or V2 [default: torchvision's own, V2 where there is one]."""
+    resize: int | None = None
+    """The shorter side of a picture in pixels, before the middle 224x224 are cut out [default: 232 for torchvision's V2
+    weights, which are known by their file's name, such as resnet101-cd907fc2.pth; 256 for all others]."""
+    json: bool = False
+    """Print JSON in place of tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """From a picture's file to a network's input.
+
+    text: what is done, for people.
+    decode: the bytes of a file -> (H, W, C) uint8; raises an exception of any type for what it cannot decode.
+    mean, std: (C,), of pixels in [0, 1].
+    """
+
+    text: str
+    decode: Callable[[bytes], np.ndarray]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """All that a weight file tells.
+
+    arch, config: the network.
+    arrays: {torchvision's name: float32 array in torchvision's layout}.
+    class_names: by number.
+    preparation: of pictures.
+    """
+
+    arch: str
+    config: resnet.ResNetConfig
+    arrays: dict[str, np.ndarray]
+    class_names: Sequence[str]
+    preparation: Preparation
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises a ValueError for values that are out of range or go with other weights."""
+    # Not in __post_init__: from there tyro would print it in a box of several lines.
+    if not settings.pictures:
+        raise ValueError("name one picture or more")
+    if settings.top < 1:
+        raise ValueError(f"--top must be at least 1, got {settings.top}")
+    if settings.resize is not None and settings.resize < imagenet.CROP:
+        raise ValueError(f"--resize must be at least {imagenet.CROP}, the crop, got {settings.resize}")
+    if settings.version and settings.weights != TORCHVISION:
+        raise ValueError(f"--version is of torchvision's weights: it would do nothing for {settings.weights}")
+
+
+def load_classifier(settings: Settings) -> Classifier:
+    """Reads the weights, and finds out about their pictures and classes.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for a file that cannot be read or does not fit, a failed download, or settings that do not go with it.
+    """
+    if settings.weights == TORCHVISION:
+        arch = settings.arch or "resnet101"
+        path, resize = imagenet.torchvision_weights(arch, settings.version)
+    else:
+        arch, path = settings.arch, Path(settings.weights)
+        path = path / RUN_WEIGHTS if path.is_dir() else path
+        resize = imagenet.resize_for(path)
+    arrays = weights.read_arrays(path)
+    try:
+        arch, config = recognize(arrays, arch)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    weights.check_arrays(arrays, config, path)
+    facts = weights.read_metadata(path) if path.suffix == ".safetensors" else {}
+    if any(name in facts for name in RUN_FACTS):
+        if settings.resize is not None:
+            raise ValueError(f"--resize is for ImageNet's weights: {path} says itself how large its pictures are")
+        try:
+            class_names, preparation = as_trained(facts, arch, config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has metadata that are not those of a run of experiments.cars: {error}") from error
+    elif config.in_channels != len(imagenet.MEAN):
+        raise ValueError(
+            f"{path} is for pictures of {config.in_channels} channels and does not say how they are prepared: pass the "
+            f"{RUN_WEIGHTS} of a run of experiments.cars, whose metadata say it"
+        )
+    else:
+        class_names = imagenet.class_names()
+        if config.num_classes != len(class_names):
+            class_names = [f"class {number}" for number in range(config.num_classes)]
+        preparation = as_imagenet(settings.resize or resize)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return Classifier(arch, config, arrays, class_names, preparation)
+
+
+def as_imagenet(resize: int) -> Preparation:
+    text = f"shorter side resized to {resize}, middle {imagenet.CROP}x{imagenet.CROP}"
+    return Preparation(text, functools.partial(imagenet.decode, resize=resize), imagenet.MEAN, imagenet.STD)
+
+
+def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig) -> tuple[tuple[str, ...], Preparation]:
+    """The names of the classes and what is done to pictures, from the metadata of a run.
+
+    Raises:
+      KeyError, TypeError, ValueError: if something is missing, no JSON, or not of this network.
+    """
+    values = {name: json.loads(facts[name]) for name in RUN_FACTS}
+    class_names, (height, width), grey = tuple(values["class_names"]), values["image_size"], values["grey"]
+    of_metadata = (values["arch"], len(class_names), len(values["mean"]), len(values["std"]), 1 if grey else 3)
+    of_weights = (arch, config.num_classes, config.in_channels, config.in_channels, config.in_channels)
+    if of_metadata != of_weights:
+        raise ValueError(
+            f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
+            f"{of_weights} in the weights"
+        )
+    decode = functools.partial(decode_as_trained, box=None, decoding=Decoding((height, width), grey, margin=None))
+    text = f"stretched to {height}x{width}{', grey' if grey else ''}"
+    return class_names, Preparation(text, decode, tuple(values["mean"]), tuple(values["std"]))
+
+
+def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """Decodes the files to (N, H, W, C) uint8.
+
+    Raises:
+      ValueError: that names all that cannot be read.
+    """
+    images, failures = [], []
+    for path in paths:
+        try:
+            images.append(decode(path.read_bytes()))
+        except OSError as error:
+            failures.append(f"{path} ({error.strerror or error})")
+        except Exception as error:  # Pillow meets a broken file with almost any type
+            failures.append(f"{path} ({error or type(error).__name__})")
+    if failures:
+        raise ValueError(f"{len(failures)} of {len(paths)} pictures cannot be read: {', '.join(failures)}")
+    return np.stack(images)
+
+
+def jax_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
+    config = getattr(resnet, arch)(**settings)
+    params, batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(arrays))
+
+    @jax.jit
+    def logits(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        return resnet.apply(config, params, batch_stats, images, train=False).logits
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
+            return np.asarray(logits(params, batch_stats, images))
+
+    return run
+
+
+def numpy_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
+    config = getattr(numpy_ref.resnet, arch)(**settings)
+    params, batch_stats = numpy_ref.weights.from_torch(arrays)
+    return lambda images: numpy_ref.resnet.apply(config, params, batch_stats, images, train=False)[0].logits
+
+
+def torch_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f'--framework torch needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
+        ) from error
+    import torch_ref.resnet
+
+    model = getattr(torch_ref.resnet, arch)(**settings).eval()
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+    def logits(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+    return logits
+
+
+NETWORKS = {"jax": jax_network, "numpy": numpy_network, "torch": torch_network}
+
+
+def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -> np.ndarray:
+    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32.
+
+    Raises:
+      ValueError: if the framework is missing, or a result is not finite.
+    """
+    config, preparation = classifier.config, classifier.preparation
+    settings = dict(num_classes=config.num_classes, in_channels=config.in_channels, batch_norm=config.batch_norm)
+    network = NETWORKS[framework](classifier.arch, settings, classifier.arrays)
+    size = min(len(images), BATCH_SIZE)
+    batches = []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        full = np.resize(batch, (size, *batch.shape[1:]))  # repeats pictures: another size would compile anew
+        batches.append(network(normalize(to_unit_range(full), preparation.mean, preparation.std))[: len(batch)])
+    logits = np.concatenate(batches)
+    if not np.isfinite(logits).all():
+        raise ValueError("the network's logits are not finite: are its running variances positive, as they must be?")
+    return logits
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def classify(settings: Settings) -> None:
+    """Prints the most probable classes of each picture.
+
+    Raises:
+      FileNotFoundError, ValueError: for bad input, with a message for the person who gave it.
+    """
+    check_settings(settings)
+    classifier = load_classifier(settings)
+    images = read_pictures(settings.pictures, classifier.preparation.decode)
+    probabilities = softmax(compute_logits(settings.framework, classifier, images))
+    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : settings.top]
+    about = {
+        "arch": classifier.arch,
+        "weights": settings.weights,
+        "framework": settings.framework,
+        "preparation": classifier.preparation.text,
+    }
+    answers = {
+        str(path): [
+            {"class": classifier.class_names[number], "number": int(number), "probability": float(row[number])}
+            for number in numbers
+        ]
+        for path, row, numbers in zip(settings.pictures, probabilities, chosen, strict=True)
+    }
+    if settings.json:
+        print(json.dumps(about | {"pictures": answers}, indent=1, ensure_ascii=False))
+        return
+    print(f"{about['arch']}, {about['weights']}, {about['framework']}; pictures: {about['preparation']}")
+    for picture, rows in answers.items():
+        print(f"\n{picture}")
+        for row in rows:
+            print(f"  {row['probability']:8.3%}  {row['class']}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        classify(tyro.cli(Settings, args=arguments, prog="python -m experiments.classify"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

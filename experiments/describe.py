@@ -1,0 +1,123 @@
+"""The structure of a ResNet as a table: `python -m experiments.describe --arch resnet101`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax.traverse_util import flatten_dict
+
+from experiments.bench.tables import print_table
+from experiments.settings import parse_image_size
+from jax_resnet import layers, resnet
+
+
+class Row(NamedTuple):
+    """A layer, its BatchNorm included.
+
+    shape: of its output for one image, (H, W, C) or (C,).
+    parameters: how many numbers are trained; running statistics are not.
+    multiply_adds: of its matrix products, for one image; sums, BatchNorm and the like are not counted.
+    """
+
+    name: str
+    kernel: str
+    shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator[Row]:
+    """The layers of a network in the order in which an image meets them; nothing is computed, only shapes."""
+    params, _ = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
+    weights = flatten_dict(params, sep=".")
+
+    def shape_of(layer: Callable[..., Any], x: Any, *arrays: Any, **settings: int) -> Any:
+        return jax.eval_shape(functools.partial(layer, **settings), x, *arrays)
+
+    def count(*names: str) -> int:
+        return sum(w.size for name, w in weights.items() if name.rpartition(".")[0] in names)
+
+    def convolution(conv: resnet.Conv, x: Any) -> tuple[Row, Any]:
+        kernel = weights[f"{conv.name}.weight"]
+        y = shape_of(layers.conv2d, x, kernel, stride=conv.stride, padding=conv.size // 2)
+        size = f"{conv.size}x{conv.size}" + (f" / {conv.stride}" if conv.stride > 1 else "")
+        multiply_adds = math.prod(y.shape[1:3]) * kernel.size
+        return Row(conv.name, size, y.shape[1:], count(conv.name, conv.norm), multiply_adds), y
+
+    row, x = convolution(resnet.stem(config), jax.ShapeDtypeStruct((1, height, width, config.in_channels), jnp.float32))
+    yield row
+    x = shape_of(layers.max_pool, x)
+    yield Row("max_pool", "", x.shape[1:], 0, 0)
+    for block in resnet.blocks(config):
+        if block.projection:
+            yield convolution(block.projection, x)[0]
+        for conv in block.convs:
+            row, x = convolution(conv, x)
+            yield row
+    x = shape_of(layers.global_avg_pool, x)
+    yield Row("pool", "", x.shape[1:], 0, 0)
+    x = shape_of(layers.dense, x, weights["fc.weight"])
+    yield Row("fc", "", x.shape[1:], count("fc"), weights["fc.weight"].size)
+
+
+def describe(
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101",
+    image_size: str = "224",
+    in_channels: int = 3,
+    num_classes: int = 1000,
+    stride_in: Literal["conv2", "conv1"] = "conv2",
+    batch_norm: bool = True,
+) -> None:
+    """Print the structure of a ResNet: by layer the output's shape, parameters and multiply-adds for one image.
+
+    Args:
+      arch: the network.
+      image_size: a side, or HEIGHTxWIDTH: 96, 64x96.
+      in_channels: the channels of the images: 3 for colour, 1 for grey.
+      num_classes: the number of logits.
+      stride_in: which convolution of a bottleneck has the stride: conv2, its 3x3 (v1.5, torchvision), or conv1, its
+        first 1x1 (v1, the paper).
+      batch_norm: whether there is BatchNorm; its parameters are in the row of the convolution before it.
+
+    Raises:
+      ValueError: for a network or a size that there is not.
+    """
+    height, width = parse_image_size(image_size)
+    config = getattr(resnet, arch)(
+        num_classes=num_classes, in_channels=in_channels, stride_in=stride_in, batch_norm=batch_norm
+    )
+    rows = list(layer_rows(config, height, width))
+    parameters, multiply_adds = (sum(getattr(row, name) for row in rows) for name in ("parameters", "multiply_adds"))
+    total = Row("total", "", (), parameters, multiply_adds)
+    print_table(
+        {
+            row.name: {
+                "kernel": row.kernel,
+                "output": " x ".join(map(str, row.shape)),
+                "parameters": f"{row.parameters:,}",
+                "multiply-adds": f"{row.multiply_adds:,}",
+            }
+            for row in (*rows, total)
+        }
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        tyro.cli(describe, args=arguments, prog="python -m experiments.describe")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,380 @@
+"""The command `python -m experiments.classify`: one answer in three frameworks, by anybody's weights or a run's."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import pil_loader
+
+from experiments import cars, classify, convert
+from experiments.data import imagenet
+from experiments.data.dataset import channel_statistics
+from experiments.data.drawn_cars import drawn_cars
+from experiments.run_folder import WEIGHTS as RUN_WEIGHTS
+from experiments.settings import DATA_VARIABLE, parse_settings
+from experiments.training_run import describe_input, write_weights
+from jax_resnet import weights
+from numpy_ref import resnet
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = ["jax", "numpy", "torch"]
+
+
+def torchvision_inputs(pictures):
+    transforms = torchvision.models.ResNet101_Weights.IMAGENET1K_V1.transforms()
+    return torch.stack([transforms(pil_loader(picture)) for picture in pictures])
+
+
+def torchvision_model(arch, images):
+    """A seeded torchvision model in evaluation: running statistics of these images, logits of deviation 2 for them.
+
+    Blocks add little to what they are given, as in trained networks. Where they add as much as that, PyTorch's
+    own logits in float32 are 4e-4 from those in float64 (ResNet-101, photographs), here 8e-6.
+    """
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(arch)
+    last = ".bn3" if "layer1.0.bn3.weight" in model.state_dict() else ".bn2"
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(*((0.1, 0.3) if name.endswith(last) else (0.5, 1.5)))
+                module.bias.normal_(0, 0.1)
+                module.momentum = None  # the plain average of what it meets
+        model.train()(images)
+        model.fc.weight *= 2 / model.eval()(images).std()
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three pictures of patches, of other sizes and modes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for mode, size in {"RGB": (300, 400), "L": (500, 260), "RGBA": (224, 224)}.items():
+        patches = Image.fromarray(rng.integers(0, 256, (7, 5, 3), np.uint8)).resize(size)
+        patches.convert(mode).save(folder / f"{mode}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def resnet18(pictures, tmp_path_factory):
+    """torchvision's ResNet-18 and its file, as torch.save writes it."""
+    model = torchvision_model("resnet18", torchvision_inputs(pictures))
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(model.state_dict(), path)
+    return model, path
+
+
+def draw(**settings):
+    """The weights of a new ResNet-18."""
+    return resnet.init(resnet.resnet18(**settings), np.random.default_rng(0))
+
+
+def asked(capsys, *arguments):
+    """What the command answers with --json."""
+    capsys.readouterr()
+    assert classify.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def logits_of(pictures, path, framework):
+    settings = classify.Settings(pictures=tuple(pictures), weights=str(path), framework=framework)
+    classifier = classify.load_classifier(settings)
+    images = classify.read_pictures(settings.pictures, classifier.preparation.decode)
+    return classify.compute_logits(framework, classifier, images)
+
+
+def check_frameworks_against_torchvision(model, path, pictures):
+    """float32: 1e-4 absolute on logits of deviation 2 is the project's target for whole networks; the same order."""
+    with torch.inference_mode():
+        expected = model(torchvision_inputs(pictures)).numpy()
+    for framework in FRAMEWORKS:
+        logits = logits_of(pictures, path, framework)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4, err_msg=framework)
+        np.testing.assert_array_equal(np.argsort(-logits)[:, :5], np.argsort(-expected)[:, :5], err_msg=framework)
+
+
+def test_frameworks_answer_as_torchvision(resnet18, pictures):
+    check_frameworks_against_torchvision(*resnet18, pictures)
+
+
+DEEPER = [pytest.param(f"resnet{depth}", marks=pytest.mark.slow) for depth in (34, 50, 101, 152)]
+
+
+@pytest.mark.parametrize("arch", ["resnet18", *DEEPER])
+def test_frameworks_answer_as_torchvision_on_photographs(arch, photos_dir, tmp_path):
+    photos = sorted(photos_dir.iterdir())
+    model = torchvision_model(arch, torchvision_inputs(photos))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    check_frameworks_against_torchvision(model, tmp_path / "weights.pth", photos)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_a_converted_file_answers_the_same(suffix, resnet18, pictures, tmp_path, capsys):
+    """torch -> file -> file -> NumPy, to the bit: the numbers are the same."""
+    path = tmp_path / f"weights{suffix}"
+    assert convert.main([str(resnet18[1]), str(path)]) == 0
+    before, after = (asked(capsys, *pictures, "--weights", p, "--framework", "numpy") for p in (resnet18[1], path))
+    assert (before.pop("weights"), after.pop("weights")) == (str(resnet18[1]), str(path))
+    assert after == before
+
+
+def test_json_and_table_say_the_same(resnet18, pictures, capsys):
+    path = resnet18[1]
+    answer = asked(capsys, *pictures, "--weights", path, "--framework", "torch", "--top", "1000")
+    assert (answer["arch"], answer["framework"]) == ("resnet18", "torch")
+    assert list(answer["pictures"]) == [str(picture) for picture in pictures]
+    for rows in answer["pictures"].values():
+        probabilities = [row["probability"] for row in rows]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-12)  # of 1,000 float64 numbers
+        assert sorted(row["number"] for row in rows) == list(range(1000))
+        assert all(row["class"] == imagenet.class_names()[row["number"]] for row in rows)
+    assert classify.main([*map(str, pictures), "--weights", str(path), "--framework", "torch"]) == 0
+    head, *blocks = capsys.readouterr().out.split("\n\n")
+    assert head == f"resnet18, {path}, torch; pictures: {answer['preparation']}"
+    for block, (picture, rows) in zip(blocks, answer["pictures"].items(), strict=True):
+        lines = [f"  {row['probability']:8.3%}  {row['class']}" for row in rows[:5]]
+        assert block.strip().splitlines() == [picture, *lines]
+
+
+def test_more_pictures_than_a_batch(resnet18, pictures, monkeypatch):
+    """Each as if alone, the last, half-filled batch too; 1e-5, as other batch sizes sum in another order."""
+    alone = np.concatenate([logits_of([picture], resnet18[1], "numpy") for picture in pictures])
+    monkeypatch.setattr(classify, "BATCH_SIZE", 2)
+    np.testing.assert_allclose(logits_of(pictures, resnet18[1], "numpy"), alone, rtol=0, atol=1e-5)
+
+
+PREPARATIONS = {  # a file's name, what is asked for, the shorter side
+    "any file": ("weights.npz", [], 256),
+    "torchvision's V1": ("resnet50-0676ba61.npz", [], 256),
+    "torchvision's V2": ("resnet50-11ad3fa6.npz", [], 232),
+    "as asked for": ("resnet50-11ad3fa6.npz", ["--resize", "256"], 256),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "resize"), PREPARATIONS.values(), ids=PREPARATIONS)
+def test_pictures_are_prepared_as_the_weights_want(name, arguments, resize, resnet18, pictures, tmp_path, capsys):
+    """The size by the file's name or as asked for. The picture is noise, so that other sizes give other answers."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    noise.save(tmp_path / "noise.png")
+    weights.save(tmp_path / name, *weights.from_torch(resnet18[0].state_dict()))
+    answer = asked(capsys, tmp_path / "noise.png", "--weights", tmp_path / name, "--framework", "torch", *arguments)
+    assert answer["preparation"] == f"shorter side resized to {resize}, middle 224x224"
+    transforms = torchvision.transforms._presets.ImageClassification(crop_size=224, resize_size=resize)
+    with torch.inference_mode():
+        expected = resnet18[0](transforms(noise)[None]).softmax(-1)[0].max().item()
+    (rows,) = answer["pictures"].values()
+    assert rows[0]["probability"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cars_dataset():
+    return drawn_cars((32, 48), train_count=24, test_count=12, grey=True, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(cars_dataset, tmp_path_factory):
+    """What experiments.cars writes of a network for grey pictures that are not square; the network is not trained."""
+    folder = tmp_path_factory.mktemp("run")
+    description = describe_input("resnet18", cars_dataset, *channel_statistics(cars_dataset.train.images))
+    tree = draw(num_classes=len(cars_dataset.class_names), in_channels=1)
+    write_weights(folder, weights.save, *tree, description)
+    return folder
+
+
+def check_run(folder, dataset, framework, tmp_path, capsys):
+    """Probabilities under the run's names, as torchvision's ResNet-18 gives them, for pictures of the run's size.
+
+    1e-4, as for logits, of which probabilities are less apart.
+    """
+    images = dataset.test.images[:3]
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image[..., 0]).save(path)
+    mean, std = channel_statistics(dataset.train.images)
+    model = torchvision.models.resnet18(num_classes=len(dataset.class_names)).eval()
+    model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    arrays = weights.read_arrays(folder / RUN_WEIGHTS)
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+    with torch.inference_mode():
+        inputs = torch.from_numpy((images / 255 - mean) / std).float()
+        expected = model(inputs.permute(0, 3, 1, 2)).softmax(-1).numpy()
+
+    answer = asked(capsys, *paths, "--weights", folder, "--framework", framework, "--top", "100")
+    assert (answer["arch"], answer["preparation"]) == ("resnet18", "stretched to 32x48, grey")
+    for row, of_picture in zip(expected, answer["pictures"].values(), strict=True):
+        given = {entry["class"]: entry["probability"] for entry in of_picture}
+        assert list(given) == [dataset.class_names[number] for number in np.argsort(-row)]
+        np.testing.assert_allclose([given[name] for name in dataset.class_names], row, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_run_classifies_with_its_own_preparation_and_names(framework, run, cars_dataset, tmp_path, capsys):
+    check_run(run, cars_dataset, framework, tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_a_trained_run_classifies(tmp_path, monkeypatch, capsys):
+    """The folder that the command leaves, in all three frameworks."""
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    tiny = ["--arch", "resnet18", "--image-size", "32x48", "--limit", "240", "--batch-size", "12", "--epochs", "1"]
+    assert cars.main([*tiny, "--out", str(tmp_path / "run")]) == 0
+    dataset = cars.load_data(parse_settings(tiny))
+    for framework in FRAMEWORKS:
+        check_run(tmp_path / "run", dataset, framework, tmp_path, capsys)
+
+
+def test_a_runs_file_alone_is_enough(run, pictures, capsys):
+    answers = [asked(capsys, *pictures, "--weights", w, "--framework", "numpy") for w in (run, run / RUN_WEIGHTS)]
+    assert answers[0]["pictures"] == answers[1]["pictures"]
+
+
+def test_a_run_takes_pictures_of_any_size_and_colour(run, pictures, capsys):
+    answer = asked(capsys, *pictures, "--weights", run, "--framework", "numpy", "--top", "1")
+    assert [len(rows) for rows in answer["pictures"].values()] == [1, 1, 1]
+
+
+def test_it_needs_no_torch(resnet18, pictures, tmp_path):
+    """With torch and torchvision made impossible to import JAX and NumPy answer; torch is a clear error."""
+    path = tmp_path / "weights.safetensors"
+    weights.save(path, *weights.from_torch(resnet18[0].state_dict()))
+    program = """if True:
+        import sys
+
+        class Missing:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] in ("torch", "torchvision"):
+                    raise ModuleNotFoundError(f"No module named {name!r}")
+
+        sys.meta_path.insert(0, Missing())
+        from experiments.classify import main
+
+        print([main([*sys.argv[1:], "--framework", name]) for name in ("jax", "numpy", "torch")])
+        print(main([sys.argv[1], "--weights", "torchvision"]))
+    """
+    command = [sys.executable, "-c", program, str(pictures[0]), "--weights", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["[0, 0, 2]", "2"], done.stderr
+    missing, no_download = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert missing.startswith("error: --framework torch needs PyTorch, which is missing")
+    assert no_download.startswith("error: --weights torchvision needs torchvision, which is missing")
+
+
+def test_torchvisions_weights_are_read_where_torch_hub_keeps_them(resnet18, pictures, tmp_path, capsys, monkeypatch):
+    """A file put where the error says is used without a network, and is not trusted to be more than data."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = "http://127.0.0.1:9/resnet18-00000000.pth"  # nothing listens there
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
+    arguments = [str(pictures[0]), "--weights", "torchvision", "--arch", "resnet18", "--framework", "numpy"]
+    assert classify.main(arguments) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    place = Path(re.search("put the file at (.*), or pass --weights FILE", error)[1])
+    place.write_bytes(resnet18[1].read_bytes())
+    assert (
+        asked(capsys, *arguments)["pictures"]
+        == asked(capsys, pictures[0], "--weights", resnet18[1], "--framework", "numpy")["pictures"]
+    )
+    torch.save(resnet18[0], place)  # a pickle of a module, which needs code
+    assert classify.main(arguments) == 2
+    assert "is refused: it is a pickle" in capsys.readouterr().err
+
+
+FACTS = {
+    "arch": "resnet18",
+    "class_names": ["a", "b", "c"],
+    "image_size": [32, 32],
+    "grey": False,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, pictures):
+    """A folder of weight files of which each has its mistake, and of what is no picture."""
+    folder = tmp_path_factory.mktemp("files")
+    params, batch_stats = draw(num_classes=3)
+    variance = batch_stats["bn1"] | {"running_var": -batch_stats["bn1"]["running_var"]}
+    weights.save(folder / "good.npz", params, batch_stats)
+    weights.save(folder / "negative.npz", params, batch_stats | {"bn1": variance})
+    weights.save(folder / "grey.npz", *draw(num_classes=3, in_channels=1))
+    metadata = {
+        "run": FACTS,
+        "other": FACTS | {"arch": "resnet34"},
+        "names": FACTS | {"class_names": ["a", "b"]},
+        "part": {k: v for k, v in FACTS.items() if k != "mean"},
+    }
+    for name, facts in metadata.items():
+        told = {k: json.dumps(v) for k, v in facts.items()}
+        weights.save(folder / f"{name}.safetensors", params, batch_stats, metadata=told)
+    weights.save(folder / "text.safetensors", params, batch_stats, metadata={"arch": "resnet18 of mine"})
+    (folder / "empty").mkdir()
+    np.savez(folder / "no_resnet.npz", weight=np.zeros(3))
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "truncated.png").write_bytes(pictures[0].read_bytes()[:-300])
+    return folder
+
+
+NOT_OF_A_RUN = "has metadata that are not those of a run of experiments.cars: "
+MISTAKES = {  # arguments, what the one line on stderr says
+    "no picture": (["--weights", "good.npz"], "name one picture or more"),
+    "no weights": (["picture", "--weights", "nowhere.npz"], "no weight file nowhere.npz"),
+    "an empty folder": (["picture", "--weights", "empty"], f"no weight file {Path('empty/weights.safetensors')}"),
+    "another suffix": (["picture", "--weights", "text.jpg"], "weight files end in"),
+    "another network": (["picture", "--weights", "no_resnet.npz"], "no_resnet.npz: no ResNet: conv1.weight"),
+    "not finite": (["picture", "--weights", "negative.npz"], "logits are not finite"),
+    "grey, nothing known": (["picture", "--weights", "grey.npz"], "grey.npz is for pictures of 1 channels"),
+    "another arch's run": (["picture", "--weights", "other.safetensors"], f"other.safetensors {NOT_OF_A_RUN}"),
+    "names of others": (["picture", "--weights", "names.safetensors"], f"names.safetensors {NOT_OF_A_RUN}"),
+    "a part of a run's": (["picture", "--weights", "part.safetensors"], f"{NOT_OF_A_RUN}'mean'"),
+    "no JSON": (["picture", "--weights", "text.safetensors"], f"text.safetensors {NOT_OF_A_RUN}"),
+    "a run resized": (["picture", "--weights", "run.safetensors", "--resize", "256"], "--resize is for ImageNet's"),
+    "too small": (["picture", "--weights", "good.npz", "--resize", "223"], "--resize must be at least 224"),
+    "top": (["picture", "--weights", "good.npz", "--top", "0"], "--top must be at least 1, got 0"),
+    "version": (["picture", "--weights", "good.npz", "--version", "V2"], "--version is of torchvision's weights"),
+    "no V2": (
+        ["picture", "--weights", "torchvision", "--arch", "resnet18", "--version", "V2"],
+        "torchvision has no V2 weights of resnet18: it has IMAGENET1K_V1",
+    ),
+    "bad pictures": (
+        ["picture", "text.jpg", "truncated.png", "gone.png", "empty", "--weights", "good.npz"],
+        "4 of 5 pictures cannot be read: text.jpg (not a picture in any format that Pillow reads), truncated.png (",
+    ),
+    "bad pictures of a run": (
+        ["text.jpg", "gone.png", "picture", "--weights", "run.safetensors"],
+        "2 of 3 pictures cannot be read: text.jpg (not a picture in any format that Pillow reads), gone.png (No such",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")  # of a negative variance
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_exit_code_2_and_one_line(arguments, message, files, pictures, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    told = [str(pictures[0]) if argument == "picture" else argument for argument in arguments]
+    assert classify.main([*told, "--framework", "numpy"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_another_architecture_than_the_files_is_listed(files, pictures, capsys):
+    """The one error of several lines: all names that do not fit."""
+    assert classify.main([str(pictures[0]), "--weights", str(files / "good.npz"), "--arch", "resnet34"]) == 2
+    assert "missing: layer1.2.conv1.weight (64, 64, 3, 3)" in capsys.readouterr().err
+
+
+def test_classes_without_names_are_numbered(files, pictures, capsys):
+    answer = asked(capsys, pictures[0], "--weights", files / "good.npz", "--framework", "torch")
+    (rows,) = answer["pictures"].values()
+    assert sorted(row["class"] for row in rows) == ["class 0", "class 1", "class 2"]

@@ -1,0 +1,230 @@
+"""experiments.convert: the same bits in every kind of file, what was done in words, and no file where in doubt."""
+
+import argparse
+import itertools
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import numpy_ref.resnet
+import numpy_ref.weights
+from experiments import convert
+from jax_resnet import resnet, weights
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    """torchvision's ResNet-18 for 5 classes after some training: its batch counts are 7."""
+    torch.manual_seed(0)
+    state_dict = torchvision.models.resnet18(num_classes=5).state_dict()
+    return {name: torch.full_like(array, 7) if array.ndim == 0 else array for name, array in state_dict.items()}
+
+
+@pytest.fixture
+def path(state_dict, tmp_path):
+    torch.save(state_dict, tmp_path / "in.pth")
+    return tmp_path / "in.pth"
+
+
+def run(*arguments):
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_around_through_every_suffix(dtype, state_dict, tmp_path, capsys):
+    """The bits, types and batch counts that went in come out, and torchvision takes each step as it is."""
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
+    torch.save(given, tmp_path / "0.pth")
+    names = ["0.pth", "1.safetensors", "2.npz", "3.pt", "4.npz", "5.pth"]
+    for source, target in itertools.pairwise(names):
+        assert run(tmp_path / source, tmp_path / target) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == [
+            f"{tmp_path / source}, {convert.megabytes(tmp_path / source)}: resnet18, 5 classes, 3 channels; "
+            f"11,179,077 parameters, 102 arrays of {str(dtype).removeprefix('torch.')}",
+            f"{tmp_path / target}, {convert.megabytes(tmp_path / target)}: read back, the same bit for bit",
+        ]
+    written = torch.load(tmp_path / "5.pth", weights_only=True)
+    assert written.keys() == given.keys()
+    for name, value in given.items():
+        assert written[name].dtype == value.dtype
+        assert torch.equal(written[name], value), name
+    torchvision.models.resnet18(num_classes=5).load_state_dict(written, strict=True)
+    assert sorted(os.listdir(tmp_path)) == names
+    if dtype == torch.float32:
+        params, _ = numpy_ref.weights.load(tmp_path / "4.npz", numpy_ref.resnet.resnet18(num_classes=5))
+        np.testing.assert_array_equal(params["fc"]["weight"], given["fc.weight"].T)
+
+
+def test_checkpoints_are_said_to_be_such(state_dict, tmp_path, capsys):
+    """torch's memory formats and all: what is taken, what is stripped, what is left out."""
+    wrapped = {
+        f"module.{name}": value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        for name, value in state_dict.items()
+    }
+    average = {name: value + 1 for name, value in state_dict.items()}
+    checkpoint = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "state_dict": wrapped, "model_ema": average}
+    torch.save(checkpoint, tmp_path / "in.pth")
+    assert run(tmp_path / "in.pth", tmp_path / "out.safetensors") == 0
+    assert capsys.readouterr().out.splitlines()[1:-1] == [
+        "  taken from its entry 'state_dict'",
+        "  'module.' stripped from every name",
+        "  left out: epoch, args, model_ema",
+    ]
+    assert run(tmp_path / "in.pth", tmp_path / "ema.npz", "--entry", "model_ema") == 0
+    for file, expected in (("out.safetensors", state_dict), ("ema.npz", average)):
+        arrays = weights.read_arrays(tmp_path / file)
+        assert arrays.keys() == expected.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, expected[name])
+
+
+def test_batch_counts_are_added_for_torch(state_dict, tmp_path, capsys):
+    """And kept from then on."""
+    trees = weights.from_torch(state_dict)
+    weights.save(tmp_path / "in.npz", *trees)
+    assert run(tmp_path / "in.npz", tmp_path / "out.pth") == 0
+    assert "  20 batch counts added, as torch has them, all 0" in capsys.readouterr().out.splitlines()
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["bn1.num_batches_tracked"] == 0
+    assert run(tmp_path / "out.pth", tmp_path / "back.npz") == 0
+    assert weights.read_arrays(tmp_path / "back.npz").keys() == state_dict.keys()
+
+
+def test_metadata_is_kept_where_the_format_has_it(state_dict, tmp_path, capsys):
+    metadata = {"arch": '"resnet18"', "class_names": "[]"}
+    weights.save(tmp_path / "in.safetensors", *weights.from_torch(state_dict), metadata=metadata)
+    assert run(tmp_path / "in.safetensors", tmp_path / "out.safetensors") == 0
+    assert weights.read_metadata(tmp_path / "out.safetensors") == metadata
+    assert "left out" not in capsys.readouterr().out
+    assert run(tmp_path / "in.safetensors", tmp_path / "out.npz") == 0
+    assert "  left out: metadata arch, metadata class_names" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_networks_are_recognized(name, batch_norm):
+    config = getattr(resnet, name)(num_classes=196, in_channels=1, batch_norm=batch_norm)
+    shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
+    arrays = weights.to_torch(*jax.tree.map(lambda spec: np.broadcast_to(np.float32(1), spec.shape), shapes))
+    assert convert.recognize(arrays) == (name, config)
+    assert convert.recognize(arrays, name) == (name, config)
+    weights.check_arrays(arrays, config, "here")
+    del arrays["layer3.1.conv1.weight"]
+    assert convert.recognize(arrays) == (name, config)  # what is missing is not for here
+
+
+def test_a_file_is_replaced_only_if_asked_to(state_dict, path, capsys):
+    before = path.read_bytes()
+    assert run(path, path) == 2
+    assert capsys.readouterr().err == f"error: {path} is there already: choose another name, or pass --overwrite\n"
+    assert path.read_bytes() == before
+    assert run(path, path, "--overwrite") == 0
+    assert torch.load(path, weights_only=True).keys() == state_dict.keys()
+    assert os.listdir(path.parent) == [path.name]
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+def without(part, state_dict):
+    return {name: value for name, value in state_dict.items() if part not in name}
+
+
+def narrow(state_dict):
+    return {name: value.bfloat16() if value.is_floating_point() else value for name, value in state_dict.items()}
+
+
+BROKEN = {  # what becomes of the state_dict, the arguments behind the file, and the error
+    "missing": (lambda d: without("fc.bias", d), "out.npz", "1 times:\n  missing: fc.bias (5,)"),
+    "unexpected": (lambda d: d | {"extra": torch.ones(2)}, "out.npz", "1 times:\n  unexpected: extra (2,)"),
+    "nan": (
+        lambda d: d | {"fc.bias": torch.full((5,), torch.nan)},
+        "out.npz",
+        "1 times:\n  fc.bias: 5 of 5 values are not finite",
+    ),
+    "transposed": (
+        lambda d: d | {"layer1.0.conv1.weight": d["layer1.0.conv1.weight"].permute(2, 3, 1, 0)},
+        "out.npz",
+        "1 times:\n  layer1.0.conv1.weight: expected (64, 64, 3, 3), the file has (3, 3, 64, 64) (transposed?)",
+    ),
+    "code": (lambda d: d | {"x": RunsCode()}, "out.npz", "in.pth is refused: it is a pickle that wants posix.system"),
+    "no dense layer": (
+        lambda d: without("fc", d),
+        "out.npz",
+        "in.pth: no ResNet: fc.weight, which must have 2 axes, is missing; the first names are conv1.weight, bn1.",
+    ),
+    "another kind of network": (
+        lambda d: {"conv1.weight": d["fc.weight"]},
+        "out.npz",
+        "in.pth: no ResNet: conv1.weight, which must have 4 axes, is of shape (5, 512)",
+    ),
+    "another depth": (
+        lambda d: without("layer3.1", d),
+        "out.npz",
+        "in.pth: basic blocks, (2, 2, 1, 2) in the four stages, are none of resnet18, resnet34, resnet50, resnet101, ",
+    ),
+    "told otherwise": (lambda d: d, "out.npz --arch resnet34", "missing: layer1.2.conv1.weight (64, 64, 3, 3)"),
+    "no such entry": (lambda d: d, "out.npz --entry model_ema", "no entry 'model_ema' with arrays"),
+    "no such suffix": (lambda d: d, "out.onnx", "weight files end in .safetensors, .npz, .pth, .pt, got "),
+    "no such folder": (lambda d: d, "folder/out.npz", "there is no folder "),
+    "bfloat16 to npz": (narrow, "out.npz", ".npz files cannot hold bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("change", "arguments", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_named_and_nothing_is_written(change, arguments, message, state_dict, tmp_path, capsys):
+    torch.save(change(dict(state_dict)), tmp_path / "in.pth")
+    target, *options = arguments.split()
+    assert run(tmp_path / "in.pth", tmp_path / target, *options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.npz"])
+def test_a_file_that_is_not_there(name, tmp_path, capsys):
+    assert run(tmp_path / name, tmp_path / "out.npz") == 2
+    assert capsys.readouterr().err == f"error: no weight file {tmp_path / name}\n"
+
+
+DAMAGE = {  # what a writer could do to an array, and what of it must be seen
+    "a bit": lambda array: np.nextafter(array, np.float32(9)),
+    "a sign of zero": lambda array: np.where(array == 0, -array, array),
+    "the type": lambda array: array.view(np.int32),
+    "the shape": lambda array: array[None],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_what_was_written_is_read_back_and_compared(damage, path, monkeypatch, capsys):
+    """bn1.bias of a network that has not been trained is 0."""
+    write = weights.write_arrays
+
+    def write_damaged(path, arrays, **options):
+        write(path, arrays | {"bn1.bias": damage(arrays["bn1.bias"])}, **options)
+
+    monkeypatch.setattr(weights, "write_arrays", write_damaged)
+    target = path.parent / "out.safetensors"
+    assert run(path, target) == 2
+    assert capsys.readouterr().err == f"error: {target} was not written: read back, 1 arrays differ: bn1.bias\n"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_bfloat16(state_dict, tmp_path):
+    brain = narrow(state_dict)
+    torch.save(brain, tmp_path / "in.pth")
+    assert run(tmp_path / "in.pth", tmp_path / "a.safetensors") == 0
+    assert weights.read_arrays(tmp_path / "a.safetensors")["conv1.weight"].dtype == ml_dtypes.bfloat16
+    assert run(tmp_path / "a.safetensors", tmp_path / "b.pt") == 0
+    for name, value in torch.load(tmp_path / "b.pt", weights_only=True).items():
+        assert value.dtype == brain[name].dtype
+        assert torch.equal(value, brain[name]), name

@@ -1,0 +1,192 @@
+"""jax_resnet.nnx: the numbers of the functions that it stands around, and the ways in which Flax's users use it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from jax_resnet import layers, resnet, weights
+from jax_resnet.nnx import ResNet
+from jax_resnet.train import create_train_state, loss_and_logits, make_train_step
+
+SETTINGS = dict(block="basic", stage_sizes=(1, 1, 1, 1), in_channels=1)  # few blocks, of both kinds: quick to compile
+CONFIG = resnet.ResNetConfig(**SETTINGS, num_classes=5)
+LABELS = np.array([0, 3, 1, 4], np.int32)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """float64, with no BatchNorm weight or running statistic at its first value, so that none can be mistaken."""
+    rng = np.random.default_rng(0)
+
+    def drawn(spec):
+        kernel = rng.standard_normal(spec.shape) * np.sqrt(2 / np.prod(spec.shape[:-1]))
+        return kernel if len(spec.shape) > 1 else rng.uniform(0.5, 1.5, spec.shape)
+
+    return jax.tree.map(drawn, jax.eval_shape(lambda: resnet.init(CONFIG, jax.random.key(0))))
+
+
+def images(dtype=np.float64):
+    return np.random.default_rng(1).standard_normal((4, 32, 32, 1)).astype(dtype)
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def mean_loss(model, x):
+    return layers.softmax_cross_entropy(model(x, train=True), LABELS).mean()
+
+
+def test_names_are_torchvisions(arrays, x64):
+    """The paths of both kinds of variables joined by "."."""
+    model = ResNet(CONFIG, arrays)
+    for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True):
+        names = {".".join(path) for path, _ in nnx.to_flat_state(nnx.state(model, kind))}
+        assert names == flatten_dict(tree, sep=".").keys()
+    assert_same(model.arrays(), arrays)
+
+
+def test_parts_are_attributes_and_blocks_go_by_number():
+    model = nnx.eval_shape(lambda: ResNet(resnet.resnet18(), rngs=nnx.Rngs(0)))
+    assert model.layer2[0].downsample[0].weight.shape == (1, 1, 64, 128)
+    assert [block.conv1.weight.shape for block in model.layer3] == [(3, 3, 128, 256), (3, 3, 256, 256)]
+    with pytest.raises(IndexError, match="no part number 2"):
+        model.layer3[2]
+
+
+def test_is_drawn_as_init_does():
+    """From the stream "params" of rngs, as every module of Flax."""
+    model = ResNet(CONFIG, rngs=nnx.Rngs(params=3))
+    assert_same(model.arrays(), resnet.init(CONFIG, nnx.Rngs(params=3).params()))
+    with pytest.raises(ValueError, match=r"pass arrays, .*, or rngs"):
+        ResNet(CONFIG)
+
+
+@pytest.mark.parametrize(("method", "field"), [("__call__", "logits"), ("features", "activations")])
+def test_logits_and_features_are_those_of_apply(method, field, arrays, x64):
+    """Bit for bit, both jitted; in evaluation no running statistic changes."""
+    model = ResNet(CONFIG, arrays)
+    ours = nnx.jit(lambda model, x: getattr(model, method)(x, train=False))(model, images())
+
+    @jax.jit
+    def function(params, batch_stats, x):
+        out = resnet.apply(CONFIG, params, batch_stats, x, train=False, return_activations=True)
+        return getattr(out, field)
+
+    assert_same(ours, function(*arrays, images()))
+    assert_same(model.arrays(), arrays)
+
+
+def test_gradients_and_statistics_are_those_of_the_function(arrays, x64):
+    """Of a training step, the statistics in place. Bit for bit: XLA gets the same program."""
+    params, batch_stats = arrays
+
+    def function(params, batch_stats, x):
+        return loss_and_logits(CONFIG, params, batch_stats, x, LABELS)
+
+    step = jax.jit(jax.value_and_grad(function, has_aux=True))
+    (loss, (_, new_stats)), expected = step(params, batch_stats, images())
+    model = ResNet(CONFIG, arrays)
+    ours, grads = nnx.jit(nnx.value_and_grad(mean_loss))(model, images())
+    assert ours == loss
+    assert_same(nnx.to_pure_dict(grads), expected)
+    assert_same(model.arrays(), (params, new_stats))
+    assert not np.array_equal(model.bn1.running_mean[...], batch_stats["bn1"]["running_mean"])
+
+
+def test_options_of_apply(arrays):
+    model = ResNet(CONFIG, arrays)
+    x = images(np.float32)
+    narrow = nnx.eval_shape(lambda model, x: model.features(x, train=True, dtype=jnp.bfloat16, remat=True), model, x)
+    assert {name: value.dtype for name, value in narrow.items() if name in ("layer2.0", "pool")} == {
+        "layer2.0": jnp.bfloat16,
+        "pool": jnp.float32,
+    }
+
+
+def test_without_batch_norm_there_are_no_statistics():
+    config = resnet.ResNetConfig(**SETTINGS, batch_norm=False)
+    model = nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0)))
+    assert model.arrays()[1] == {}
+    logits = nnx.eval_shape(lambda model, x: model(x, train=True), model, images(np.float32))
+    assert logits.shape == (4, 1000)
+
+
+def test_split_and_merge(arrays, x64):
+    model = ResNet(CONFIG, arrays)
+    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    assert_same((nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)), arrays)
+    other = nnx.merge(graph, jax.tree.map(jnp.zeros_like, params), batch_stats)
+    assert other.config == CONFIG
+    assert not other.layer2[0].conv1.weight[...].any()
+    nnx.update(other, nnx.state(model, nnx.Param))
+    assert_same(other.arrays(), model.arrays())
+
+
+@pytest.mark.slow
+def test_a_few_steps_with_an_optimizer(arrays, x64):
+    """nnx.Optimizer and make_train_step reach the same weights and statistics: three steps of Adam.
+
+    1e-10 of an array's largest entry: the two programs are compiled apart and may sum in another order.
+    """
+    transform = optax.adam(1e-3)
+    model = ResNet(CONFIG, arrays)
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(mean_loss)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    train_step = make_train_step(CONFIG, transform)
+    state = create_train_state(*jax.tree.map(jnp.asarray, arrays), transform)
+    for i in range(3):
+        loss = step(model, optimizer, images() + i)
+        state, metrics = train_step(state, images() + i, LABELS)
+        np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-10)
+    reached = (state.params, state.batch_stats)
+    for ours, theirs in zip(jax.tree.leaves(model.arrays()), jax.tree.leaves(reached), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10 * np.abs(theirs).max())
+
+
+class Classifier(nnx.Module):
+    """Another head on the pooled vector of a backbone."""
+
+    def __init__(self, backbone, num_classes, rngs):
+        self.backbone = backbone
+        self.head = nnx.Linear(resnet.feature_channels(backbone.config), num_classes, rngs=rngs)
+
+    def __call__(self, x, *, train):
+        return self.head(self.backbone.features(x, train=train)["pool"])
+
+
+def test_as_a_backbone_with_weights_of_a_file(arrays, tmp_path):
+    """Those of a float16 file, in float32; gradients in head and backbone, none in the head that is not used."""
+    weights.save(tmp_path / "a.safetensors", *jax.tree.map(lambda a: a.astype(np.float16), arrays))
+    loaded = weights.load(tmp_path / "a.safetensors", CONFIG)
+    model = Classifier(ResNet(CONFIG, loaded), 7, nnx.Rngs(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {np.dtype(np.float32)}
+    assert_same(model.backbone.arrays(), jax.tree.map(lambda a: a.astype(np.float32), loaded))
+    before = model.backbone.arrays()[1]
+    grads = nnx.to_pure_dict(nnx.jit(nnx.grad(mean_loss))(model, images(np.float32)))
+    assert jnp.abs(grads["head"]["kernel"]).max() > 0
+    assert jnp.abs(grads["backbone"]["conv1"]["weight"]).max() > 0
+    assert not grads["backbone"]["fc"]["weight"].any()
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(model.backbone.arrays()[1]), strict=True):
+        assert not np.array_equal(old, new)
+
+
+def test_with_a_new_head_of_another_number_of_classes(arrays, tmp_path):
+    weights.save(tmp_path / "a.npz", *arrays)
+    config = resnet.ResNetConfig(**SETTINGS, num_classes=9)
+    model = ResNet(config, weights.load(tmp_path / "a.npz", config, head="new", key=jax.random.key(0)))
+    logits = nnx.eval_shape(lambda model, x: model(x, train=False), model, images(np.float32))
+    assert logits.shape == (4, 9)
+    weights.save(tmp_path / "b.npz", *model.arrays())
+    assert_same(weights.load(tmp_path / "b.npz", config), model.arrays())
