@@ -2,6 +2,7 @@
 
     python -m experiments.cars --opt adabound                    # draws its own cars: ResNet-101, minutes on a CPU
     python -m experiments.cars --opt adabound --data DIR         # Stanford Cars, grey 96x96 crops (preset cars96)
+    python -m experiments.cars --compare jax,torch --epochs 1    # in turn, and their curves over one another
 
 A run leaves a folder with its settings, metrics, curves, some predictions and the weights.
 """
@@ -20,15 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import step_sizes
+from experiments.compare import train_and_compare
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
 from experiments.data.dataset import DataError, Dataset, balanced_subset, channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
+from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network
 from experiments.malloc import keep_freed_memory
-from experiments.optimizers import make_optimizer, make_schedule
-from experiments.run_folder import STEP_SIZES, jax_device, refuse_earlier_run
-from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
-from experiments.training import Results, count_steps
+from experiments.optimizers import make_schedule
+from experiments.run_folder import STEP_SIZES, refuse_earlier_run
+from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings, read_ahead
+from experiments.training import Results, State, count_steps
 from experiments.training_run import (
     describe_input,
     exit_code,
@@ -38,9 +41,11 @@ from experiments.training_run import (
     write_weights,
 )
 from jax_resnet import resnet, weights
-from jax_resnet.train import TrainState, create_train_state, make_eval_step, make_train_step
 
 DRAWINGS = dict(train_count=1500, test_count=600)
+CONTESTANTS = {name: {"framework": name} for name in TITLES} | {
+    "torchvision": {"framework": "torch", "model": "torchvision"}
+}
 
 
 def load_data(settings: Settings) -> Dataset:
@@ -65,9 +70,13 @@ def load_data(settings: Settings) -> Dataset:
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
-    """Draws the weights, or reads them from --init; a new dense layer or a grey stem where the file's differ."""
+    """Draws the weights, or reads them from --init; a new dense layer or a grey stem where the file's differ.
+
+    Returns:
+      params and batch_stats, NumPy arrays in float32: the same whatever computes, in which precision.
+    """
     if settings.init is None:
-        return resnet.init(config, key)
+        return jax.tree.map(np.asarray, resnet.init(config, key, jnp.float32))
     arrays = weights.read_arrays(settings.init)
     dense, kernel = arrays.get("fc.weight", np.empty(0)), arrays.get("conv1.weight", np.empty(0))
     head = "new" if dense.ndim == 2 and len(dense) != config.num_classes else "strict"
@@ -77,68 +86,73 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     if stem == "grey":
         print(f"{settings.init} has a stem for three channels: summed into one for grey pictures")
     loaded = weights.load(settings.init, config, head=head, stem=stem, key=key)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), loaded)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), loaded)
 
 
-def prepare(settings: Settings, dataset: Dataset):
-    """Network, optimizer and the two jitted steps for a run.
+def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
+    """Network, optimizer and the two steps for a run, in the framework that the settings name.
 
     Returns:
-      state, train_step, eval_step, and what a weight file must tell about its network and its input.
+      the training, and what a weight file must tell about its network and its input.
     """
+    mean, std = channel_statistics(dataset.train.images)
+    shape = dict(num_classes=len(dataset.class_names), in_channels=len(mean))
+    config = getattr(resnet, settings.arch)(**shape, zero_gamma=settings.zero_gamma)
+    weights_key, augment_key = jax.random.split(jax.random.key(settings.seed))
+    params, batch_stats = initial_weights(settings, config, weights_key)
+    torchvision = settings.model == "torchvision"
+    network = resnet_network(settings.arch, params, batch_stats, **shape, torchvision=torchvision)
+    changes = Augmentation(place=settings.augmentation)
+
+    def preprocess_test(images):
+        return normalize(to_unit_range(images, settings.precision), mean, std)
+
+    @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
+    def augmented(images, step):
+        key = jax.random.fold_in(augment_key, step)  # by the step: a resumed run sees the same pictures
+        return normalize(augment(changes, key, to_unit_range(images, settings.precision)), mean, std)
+
+    def preprocess_train(images, step):
+        return preprocess_test(images) if settings.augmentation == "none" else augmented(images, step)
+
     steps_per_epoch = count_steps(dataset.train, settings.batch_size)
+    steps = settings.epochs * steps_per_epoch
     warmup_steps = round(settings.warmup_epochs * steps_per_epoch)
-    optimizer = make_optimizer(
+    recipe = Recipe(
         settings.opt,
-        make_schedule(settings.schedule, settings.learning_rate, settings.epochs * steps_per_epoch, warmup_steps),
+        make_schedule(settings.schedule, settings.learning_rate, steps, warmup_steps),
+        steps,
         base_lr=settings.learning_rate,
+        preprocess_train=preprocess_train,
+        preprocess_test=preprocess_test,
         final_lr=settings.final_lr,
         gamma=settings.gamma,
         momentum=settings.momentum,
         dampening=settings.dampening,
         weight_decay=settings.weight_decay,
+        label_smoothing=settings.label_smoothing,
+        freeze_backbone=settings.freeze == "backbone",
+        precision=settings.precision,
     )
-    mean, std = channel_statistics(dataset.train.images)
-    config = getattr(resnet, settings.arch)(
-        num_classes=len(dataset.class_names), in_channels=len(mean), zero_gamma=settings.zero_gamma
-    )
-    weights_key, augment_key = jax.random.split(jax.random.key(settings.seed))
-    params, batch_stats = initial_weights(settings, config, weights_key)
-    changes = Augmentation(place=settings.augmentation)
-
-    def preprocess_test(images):
-        return normalize(to_unit_range(images), mean, std)
-
-    def preprocess_train(images, step):
-        if settings.augmentation == "none":
-            return preprocess_test(images)
-        key = jax.random.fold_in(augment_key, step)  # by the step: a resumed run sees the same pictures
-        return normalize(augment(changes, key, to_unit_range(images)), mean, std)
-
-    state = create_train_state(params, batch_stats, optimizer)
-    train_step = make_train_step(
-        config, optimizer, label_smoothing=settings.label_smoothing, preprocess=preprocess_train
-    )
-    eval_step = make_eval_step(config, preprocess=preprocess_test)
-    return state, train_step, eval_step, describe_input(settings.arch, dataset, mean, std)
+    return make_training(settings.framework, network, recipe), describe_input(settings.arch, dataset, mean, std)
 
 
 def write_report(
     settings: Settings,
     dataset: Dataset,
     title: str,
+    training: Training,
     description: dict[str, Any],
     path: Path,
-    state: TrainState,
+    state: State,
     results: Results | None,
 ) -> None:
     """Writes the weights and the pictures of a run into its folder: curves, predictions, and step sizes."""
-    write_weights(path, weights.save, state.params, state.batch_stats, description)
+    write_weights(path, training.arrays(state), description)
     plot_report(path, title, dataset, results)
     if settings.opt in step_sizes.KNOWN and int(state.step):
         steps = step_sizes.layer_steps(
-            state.opt_state,
-            opt=settings.opt,
+            training.moments(state),
             base_lr=settings.learning_rate,
             final_lr=settings.final_lr,
             gamma=settings.gamma,
@@ -155,23 +169,27 @@ def run(settings: Settings) -> bool:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss is not finite.
     """
+    if settings.compare is not None:
+        return train_and_compare(run, settings, CONTESTANTS)
     refuse_earlier_run(settings.out, settings.overwrite)
     dataset = load_data(settings)
-    title = title_of(settings.arch, settings.opt, dataset, settings.limit)
-    state, train_step, eval_step, description = prepare(settings, dataset)
-    print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs; the first step compiles")
-    return train_and_report(
-        settings,
-        dataset,
-        state,
-        train_step,
-        eval_step,
-        title=title,
-        name=f"{dataset.title}-{settings.arch}-{settings.opt}",
-        description=description,
-        device=jax_device(),
-        write_report=functools.partial(write_report, settings, dataset, title, description),
-    )
+    network = f"torchvision's {settings.arch}" if settings.model == "torchvision" else settings.arch
+    if settings.framework != "jax":
+        network += f" in {TITLES[settings.framework]}"
+    title = title_of(network, settings.opt, dataset, settings.limit)
+    with jax.enable_x64(settings.precision == "float64"):
+        training, description = prepare(settings, dataset)
+        compiles = "; the first step compiles" if settings.framework == "jax" else ""
+        print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs{compiles}")
+        return train_and_report(
+            settings,
+            dataset,
+            training,
+            title=title,
+            name=f"{dataset.title}-{network}-{settings.opt}".replace("'", ""),
+            description=description,
+            write_report=functools.partial(write_report, settings, dataset, title, training, description),
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,5 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
+        keep_freed_memory()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The small network of experiments.mnist: a convolution, ReLU and a dense layer, in NumPy and in JAX.
+"""The small network of experiments.mnist: a convolution, ReLU and a dense layer, in NumPy, JAX and PyTorch.
 
 Its parameters are {"conv": {"weight", "bias"}, "fc": {"weight", "bias"}}; there are no running statistics.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,6 +18,11 @@ import jax_resnet.layers
 import jax_resnet.resnet
 import numpy_ref.layers
 import numpy_ref.resnet
+from experiments.frameworks import Network
+from jax_resnet import weights
+
+if TYPE_CHECKING:
+    import torch
 
 Params = dict[str, dict[str, Any]]
 
@@ -84,12 +90,33 @@ def apply_jax(
     return jax_resnet.resnet.Output(logits, batch_stats, {})
 
 
-def channels_first(config: CNNConfig, params: Params) -> Params:
-    """The parameters with the dense layer's rows in the order that PyTorch's Flatten gives the features.
+def make_module(config: CNNConfig) -> torch.nn.Module:
+    """The network in PyTorch; `to_torch` makes its state_dict."""
+    from torch import nn
 
-    Here features come as (H', W', K), there as (K, H', W'). What the `save` of either framework makes of the result is
-    the state_dict of Sequential(conv=Conv2d(1, 32, 5, stride=2, padding=2), relu=ReLU(), flatten=Flatten(),
-    fc=Linear(6272, 10)).
+    convolution = nn.Conv2d(1, config.channels, config.kernel, config.stride, config.kernel // 2)
+    dense = nn.Linear(math.prod(config.feature_shape), config.num_classes)
+    return nn.Sequential(OrderedDict(conv=convolution, relu=nn.ReLU(), flatten=nn.Flatten(), fc=dense))
+
+
+def to_torch(config: CNNConfig, params: Params, batch_stats: Any) -> dict[str, np.ndarray]:
+    """{name: array} in PyTorch's layout.
+
+    The rows of the dense layer are reordered: features come as (H', W', K) here, and from PyTorch's Flatten as
+    (K, H', W').
     """
     rows = np.arange(math.prod(config.feature_shape)).reshape(config.feature_shape).transpose(2, 0, 1).reshape(-1)
-    return params | {"fc": {"weight": np.asarray(params["fc"]["weight"])[rows], "bias": params["fc"]["bias"]}}
+    dense = {"weight": np.asarray(params["fc"]["weight"])[rows], "bias": params["fc"]["bias"]}
+    return weights.to_torch({**params, "fc": dense}, batch_stats)
+
+
+def network(config: CNNConfig, params: Params) -> Network:
+    """The network in all frameworks."""
+    return Network(
+        (config, apply_jax),
+        (config, apply_numpy),
+        functools.partial(make_module, config),
+        params,
+        {},
+        functools.partial(to_torch, config),
+    )

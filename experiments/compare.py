@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
+import signal
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
+from experiments.malloc import keep_freed_memory
 from experiments.plots import plot_comparison
-from experiments.run_folder import CONFIG, METRICS, read_metrics
+from experiments.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
+from experiments.settings import RunSettings
+from experiments.training_run import INTERRUPTED, exit_code
+
+PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
 
 
-def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comparison.png")) -> None:
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comparison.png"), against: str | None = None
+) -> None:
     """Compare runs.
 
     Args:
       runs: folders that experiments.cars or experiments.mnist left.
       out: the picture to write.
+      against: the name of one of the folders: draw and tell how far the training losses of the others are from its own.
 
     Raises:
       ValueError: if a folder holds no run, or there is none.
@@ -29,12 +43,17 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
             raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
     names = [run.name for run in runs]
     rows = {str(run) if names.count(run.name) > 1 else run.name: read_metrics(run) for run in runs}
+    if against is not None and against not in rows:
+        raise ValueError(f"--against {against} is none of {', '.join(rows)}")
     configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
     try:
         titles = {f"{config['input']['arch']} on {config['data']['title']}" for config in configs}
     except (KeyError, TypeError) as error:
         raise ValueError(f"a {CONFIG} is not that of a training run: it has no {error}") from error
-    plot_comparison(out, rows, ", ".join(sorted(titles)))
+    distances = {
+        name: loss_distances(run_rows, rows[against]) for name, run_rows in rows.items() if against not in (None, name)
+    }
+    plot_comparison(out, rows, ", ".join(sorted(titles)), against, distances)
     for name, run_rows in rows.items():
         tested = [row for row in run_rows if "test_top1" in row]
         reached = (
@@ -44,7 +63,116 @@ def compare(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comp
             else "not tested yet"
         )
         print(f"{name}: {reached}")
+    for name, found in distances.items():
+        print(f"{name} from {against}: {describe_distances(found)}")
     print(f"curves are in {out}")
+
+
+def loss_distances(rows: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """How far training losses are apart, relative to the reference's, at the steps that both have logged.
+
+    Returns:
+      rows with "epoch", "step" and "distance"; ends of epochs, whose losses are means, are left out where there are
+      rows in between.
+    """
+
+    def by_step(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        return {row["step"]: row for row in [row for row in rows if "test_loss" not in row] or rows}
+
+    ours, theirs = by_step(rows), by_step(reference)
+    return [
+        {
+            "epoch": ours[step]["epoch"],
+            "step": step,
+            "distance": abs(ours[step]["train_loss"] / theirs[step]["train_loss"] - 1),
+        }
+        for step in ours
+        if step in theirs and theirs[step]["train_loss"]
+    ]
+
+
+def describe_distances(distances: Sequence[dict[str, float]]) -> str:
+    """At which steps training losses part, in a line."""
+    if not distances:
+        return "no step was logged by both"
+    texts = []
+    for limit in PARTINGS:
+        beyond = [row["step"] for row in distances if not row["distance"] <= limit]
+        if beyond:
+            texts.append(f"{limit:.0e} from step {beyond[0]}")
+    most = max(distances, key=lambda row: row["distance"])
+    text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
+    return f"{text}, by more than {', '.join(texts)}" if texts else text
+
+
+def train_and_compare(
+    run: Callable[[Any], bool], settings: RunSettings, contestants: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
+
+    Args:
+      run: the program, a function of a module: settings -> whether all epochs were run.
+      settings: whose `compare` names contestants.
+      contestants: what each changes in the settings, by name.
+
+    Returns:
+      whether all were trained to their end; False after Ctrl-C, and then what there is was compared.
+
+    Raises:
+      ValueError: for names that there are not, or an earlier run in a folder.
+      SystemExit: with the exit code of one that failed, which has said why.
+    """
+    names = list(dict.fromkeys(settings.compare.split(",")))
+    if len(names) < 2 or set(names) - set(contestants):
+        raise ValueError(
+            f"--compare takes two or more of {', '.join(contestants)}, such as {','.join(list(contestants)[:2])}; "
+            f"got {settings.compare}"
+        )
+    out = settings.out or Path("runs") / f"compare-{'-'.join(names)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    children = {
+        name: dataclasses.replace(settings, compare=None, out=out / name, **contestants[name]) for name in names
+    }
+    for child in children.values():
+        refuse_earlier_run(child.out, child.overwrite)
+    finished = True
+    for name, child in children.items():
+        print(f"{name}:", flush=True)
+        code = _run_in_a_process(run, child)
+        finished = code != INTERRUPTED
+        if not finished:
+            break
+        if code:
+            print(f"{name} ended with exit code {code}: there is nothing to compare", file=sys.stderr)
+            raise SystemExit(code)
+    folders = [child.out for child in children.values() if (child.out / METRICS).is_file() and read_metrics(child.out)]
+    if folders:
+        compare(tuple(folders), out / "comparison.png", folders[0].name)
+    return finished
+
+
+def _run_in_a_process(run: Callable[[Any], bool], settings: RunSettings) -> int:
+    """Its own, since what malloc is told for JAX slows PyTorch down, and since memory is then given back."""
+    process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
+    # A terminal's Ctrl-C reaches the child too, which ends with a report: this process waits for it, and hands on what
+    # reaches only itself.
+    handlers = {
+        signal.SIGINT: lambda number, frame: None,
+        signal.SIGTERM: lambda number, frame: process.terminate(),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        process.start()
+        process.join()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return process.exitcode
+
+
+def _run_alone(run: Callable[[Any], bool], settings: RunSettings) -> None:
+    if settings.framework != "torch":
+        keep_freed_memory()
+    sys.exit(exit_code(lambda: run(settings)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,8 +1,9 @@
-"""Trains a small network or a ResNet on MNIST, in NumPy or in JAX: the same weights, the same batches, the same curve.
+"""Trains a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch: the same weights, batches and curve.
 
     python -m experiments.mnist --model cnn                # 3 epochs with Adam; NumPy
     python -m experiments.mnist --model resnet101          # a tenth of the training set, one epoch; NumPy
     python -m experiments.mnist --framework jax --data DIR # the four idx files instead of TFDS
+    python -m experiments.mnist --compare numpy,jax,torch  # in turn, and their curves over one another
 
 A run leaves a folder with its settings, metrics, curves, some predictions and the weights.
 """
@@ -12,36 +13,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import jax_resnet.resnet
-import jax_resnet.train
-import jax_resnet.weights
 import numpy_ref.resnet
-import numpy_ref.train
-import numpy_ref.weights
 from experiments import cnn
+from experiments.compare import train_and_compare
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics
 from experiments.data.mnist import load_mnist
+from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network
 from experiments.malloc import keep_freed_memory
-from experiments.optimizers import (
-    LEARNING_RATES,
-    NumpyOptimizerName,
-    cosine_decay,
-    make_numpy_optimizer,
-    make_optimizer,
-    make_schedule,
-)
-from experiments.run_folder import jax_device, numpy_device, refuse_earlier_run
-from experiments.settings import RunSettings, read_ahead
+from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
+from experiments.run_folder import refuse_earlier_run
+from experiments.settings import RunSettings, logging_all, read_ahead
 from experiments.training import Results, State, count_steps
 from experiments.training_run import (
     describe_input,
@@ -53,22 +42,21 @@ from experiments.training_run import (
 )
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-FRAMEWORKS = {"numpy": "NumPy", "jax": "JAX"}
-Step = Callable[..., Any]
+CONTESTANTS = {name: {"framework": name} for name in TITLES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(RunSettings):
-    """Train a small network or a ResNet on MNIST, in NumPy or JAX. The defaults depend on --model."""
+    """Train a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch. The defaults depend on --model."""
 
     model: Literal["cnn", *RESNETS] = "cnn"
     """cnn: one convolution, ReLU, a dense layer. A ResNet gets the pictures padded to 32x32. `--model NAME --help`
     shows its defaults."""
-    framework: Literal["numpy", "jax"] = "numpy"
+    framework: FrameworkName = "numpy"
     """What computes; the curves are the same up to rounding."""
     data: Path | None = None
     """Folder with the four idx files, .gz or not [default: TFDS's mnist, downloaded once]."""
-    opt: NumpyOptimizerName = "adam"
+    opt: CommonOptimizerName = "adam"
     """The optimizer; its learning rate falls to 0 as a cosine."""
 
 
@@ -82,8 +70,10 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     Raises:
       ValueError: for values out of range.
     """
-    model = read_ahead(arguments, "model").model
+    named = read_ahead(arguments, "model", "compare")
+    model = named.model
     default = dataclasses.replace(RESNET, model=model) if model in RESNETS else CNN  # others are refused by tyro
+    default = logging_all(default, named.compare)
     settings = tyro.cli(Settings, args=arguments, default=default, prog="python -m experiments.mnist")
     return dataclasses.replace(settings, learning_rate=settings.learning_rate or LEARNING_RATES[settings.opt])
 
@@ -107,65 +97,54 @@ def padded(split: Split) -> Split:
     return Split(np.pad(split.images, ((0, 0), (2, 2), (2, 2), (0, 0))), split.labels)
 
 
-def prepare(settings: Settings, dataset: Dataset) -> tuple[State, Step, Step, dict[str, Any]]:
+def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
     """Network, optimizer and the two steps for a run, in the framework that the settings name.
 
-    The weights are NumPy's draw in either case.
+    The weights are NumPy's draw in any case.
 
     Returns:
-      state, train_step, eval_step, and what a weight file must tell about its network and its input.
+      the training, and what a weight file must tell about its network and its input.
     """
     rng = np.random.default_rng(settings.seed)
     if settings.model == "cnn":
-        config = jax_config = cnn.CNNConfig()
-        params, batch_stats = cnn.init(config, rng), {}
-        apply, jax_apply = cnn.apply_numpy, cnn.apply_jax
+        config = cnn.CNNConfig()
+        network = cnn.network(config, cnn.init(config, rng))
     else:
         # Not with zero_gamma: shortcuts alone carry a picture's first pixel on, which is background in all of them. The
         # last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
-        config, jax_config = (
-            getattr(module, settings.model)(num_classes=10, in_channels=1)
-            for module in (numpy_ref.resnet, jax_resnet.resnet)
-        )
-        params, batch_stats = numpy_ref.resnet.init(config, rng)
-        apply, jax_apply = numpy_ref.resnet.apply, jax_resnet.resnet.apply
+        shape = dict(num_classes=len(dataset.class_names), in_channels=1)
+        weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, settings.model)(**shape), rng)
+        network = resnet_network(settings.model, *weights, **shape)
     mean, std = channel_statistics(dataset.train.images)
 
     def preprocess(images, step=None):
-        return normalize(to_unit_range(images), mean, std)
+        return normalize(to_unit_range(images, settings.precision), mean, std)
 
     steps = settings.epochs * count_steps(dataset.train, settings.batch_size)
-    hyperparameters = dict(base_lr=settings.learning_rate, final_lr=0.1, gamma=1e-3, momentum=0.9)
-    hyperparameters["weight_decay"] = 1e-4 if settings.opt == "adamw" else 0.0
-    if settings.framework == "numpy":
-        train = numpy_ref.train
-        optimizer = make_numpy_optimizer(settings.opt, cosine_decay(settings.learning_rate, steps), **hyperparameters)
-    else:
-        train, config, apply = jax_resnet.train, jax_config, jax_apply
-        schedule = make_schedule("cosine", settings.learning_rate, steps, warmup_steps=0)
-        optimizer = make_optimizer(settings.opt, schedule, **hyperparameters, dampening=0.0)
-        params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats))
-    return (
-        train.create_train_state(params, batch_stats, optimizer),
-        train.make_train_step(config, optimizer, preprocess=preprocess, apply=apply),
-        train.make_eval_step(config, preprocess=preprocess, apply=apply),
-        describe_input(settings.model, dataset, mean, std),
+    recipe = Recipe(
+        settings.opt,
+        make_schedule("cosine", settings.learning_rate, steps, warmup_steps=0),
+        steps,
+        base_lr=settings.learning_rate,
+        preprocess_train=preprocess,
+        preprocess_test=preprocess,
+        weight_decay=1e-4 if settings.opt == "adamw" else 0.0,
+        precision=settings.precision,
     )
+    return make_training(settings.framework, network, recipe), describe_input(settings.model, dataset, mean, std)
 
 
 def write_report(
-    settings: Settings,
     dataset: Dataset,
     title: str,
+    training: Training,
     description: dict[str, Any],
     path: Path,
     state: State,
     results: Results | None,
 ) -> None:
     """Writes the weights and the pictures of a run into its folder: curves and predictions."""
-    weights = numpy_ref.weights if settings.framework == "numpy" else jax_resnet.weights
-    params = cnn.channels_first(cnn.CNNConfig(), state.params) if settings.model == "cnn" else state.params
-    write_weights(path, weights.save, params, state.batch_stats, description)
+    write_weights(path, training.arrays(state), description)
     plot_report(path, title, dataset, results)
 
 
@@ -176,23 +155,23 @@ def run(settings: Settings) -> bool:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss is not finite.
     """
+    if settings.compare is not None:
+        return train_and_compare(run, settings, CONTESTANTS)
     refuse_earlier_run(settings.out, settings.overwrite)
     dataset = load_data(settings)
-    title = title_of(f"{settings.model} in {FRAMEWORKS[settings.framework]}", settings.opt, dataset, settings.limit)
-    state, train_step, eval_step, description = prepare(settings, dataset)
-    print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs")
-    return train_and_report(
-        settings,
-        dataset,
-        state,
-        train_step,
-        eval_step,
-        title=title,
-        name=f"mnist-{settings.model}-{settings.framework}-{settings.opt}",
-        description=description,
-        device=numpy_device() if settings.framework == "numpy" else jax_device(),
-        write_report=functools.partial(write_report, settings, dataset, title, description),
-    )
+    title = title_of(f"{settings.model} in {TITLES[settings.framework]}", settings.opt, dataset, settings.limit)
+    with jax.enable_x64(settings.precision == "float64"):
+        training, description = prepare(settings, dataset)
+        print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs")
+        return train_and_report(
+            settings,
+            dataset,
+            training,
+            title=title,
+            name=f"mnist-{settings.model}-{settings.framework}-{settings.opt}",
+            description=description,
+            write_report=functools.partial(write_report, dataset, title, training, description),
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -201,5 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
+        keep_freed_memory()
     sys.exit(main())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_resnet.adabound import adabound, adaboundw, amsbound
 from jax_resnet.train import decay_mask
 from numpy_ref import optim
 
+if TYPE_CHECKING:
+    import torch
+
 OptimizerName = Literal["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad", "sgd"]
-NumpyOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]
+CommonOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]  # in all frameworks
 ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
 
 LEARNING_RATES: dict[str, float] = dict.fromkeys(
@@ -98,27 +103,77 @@ def make_optimizer(
     return optax.chain(l2, alias(learning_rate, b1=momentum))
 
 
-def cosine_decay(peak: float, steps: int) -> Callable[[int], float]:
-    """`make_schedule("cosine", peak, steps, 0)` as a function of plain numbers, for `numpy_ref.optim`."""
-    return lambda step: peak * (1 + math.cos(math.pi * min(step, steps) / steps)) / 2
+def as_numbers(schedule: optax.Schedule, steps: int) -> Callable[[int], float]:
+    """The schedule's first steps as a function of plain numbers, for NumPy and PyTorch; computed beforehand."""
+    return np.asarray(jax.lax.map(schedule, jnp.arange(steps))).tolist().__getitem__
+
+
+def refuse_uncommon(framework: str, opt: OptimizerName, dampening: float) -> None:
+    """Raises a ValueError for an optimizer that a framework other than JAX does not have, or not with these settings.
+
+    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
+    torch after.
+    """
+    if opt not in get_args(CommonOptimizerName):
+        raise ValueError(
+            f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(get_args(CommonOptimizerName))}"
+        )
+    if dampening and framework == "torch":
+        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
 
 
 def make_numpy_optimizer(
-    name: NumpyOptimizerName,
+    name: CommonOptimizerName,
     learning_rate: Callable[[int], float],
     *,
     base_lr: float,
     final_lr: float,
     gamma: float,
     momentum: float,
+    dampening: float,
     weight_decay: float,
 ) -> optim.GradientTransformation:
-    """One of the optimizers that numpy_ref has; arguments as for `make_optimizer`, but adamw alone decays weights."""
+    """One of numpy_ref's optimizers; arguments as for `make_optimizer`."""
     if name in ("adabound", "amsbound"):
         alias = {"adabound": optim.adabound, "amsbound": optim.amsbound}[name]
-        return alias(learning_rate, final_lr, b1=momentum, gamma=gamma, base_lr=base_lr)
+        bounds = dict(gamma=gamma, base_lr=base_lr)
+        return alias(learning_rate, final_lr, b1=momentum, **bounds, weight_decay=weight_decay, mask=decay_mask)
     if name == "adamw":
         return optim.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask)
     if name == "sgd":
-        return optim.sgd(learning_rate, momentum)
-    return optim.adam(learning_rate, b1=momentum)
+        optimizer = optim.sgd(learning_rate, momentum, dampening=dampening)
+    else:
+        optimizer = optim.adam(learning_rate, b1=momentum)
+    return optim.add_decayed_weights(optimizer, weight_decay, decay_mask)
+
+
+def make_torch_optimizer(
+    name: CommonOptimizerName,
+    model: torch.nn.Module,
+    *,
+    base_lr: float,
+    final_lr: float,
+    gamma: float,
+    momentum: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """One of PyTorch's optimizers or of torch_ref's for the parameters of a module that are not frozen.
+
+    Arguments as for `make_optimizer`; the learning rate is base_lr until somebody changes it in the groups.
+    """
+    import torch
+
+    from torch_ref.adabound import AdaBound, AMSBound
+
+    params = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {"params": [param for param in params if param.ndim > 1], "weight_decay": weight_decay},
+        {"params": [param for param in params if param.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (momentum, 0.999)
+    if name in ("adabound", "amsbound"):
+        bounded = {"adabound": AdaBound, "amsbound": AMSBound}[name]
+        return bounded(groups, base_lr, betas, final_lr=final_lr, gamma=gamma)
+    if name == "sgd":
+        return torch.optim.SGD(groups, base_lr, momentum)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](groups, base_lr, betas)

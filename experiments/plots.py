@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -53,28 +54,49 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     plt.close(figure)
 
 
-def plot_comparison(path: Path, runs: Mapping[str, Sequence[dict[str, Any]]], title: str) -> None:
+def plot_comparison(
+    path: Path,
+    runs: Mapping[str, Sequence[dict[str, Any]]],
+    title: str,
+    against: str | None = None,
+    distances: Mapping[str, Sequence[dict[str, float]]] = MappingProxyType({}),
+) -> None:
     """Lays the curves of several runs over one another: training loss by step, test loss and test top-1 by epoch.
 
     Args:
       path: the picture to write.
       runs: the rows of metrics.jsonl by the name of the run.
       title: what they have in common.
+      against: a run that the others are measured from.
+      distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from that run's.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    panels = 4 if distances else 3
+    figure, axes = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
     for axis, (key, marker) in zip(
-        axes, {"train_loss": ".-", "test_loss": "o-", "test_top1": "o-"}.items(), strict=True
+        axes, {"train_loss": ".-", "test_loss": "o-", "test_top1": "o-"}.items(), strict=False
     ):
-        for name, rows in runs.items():
+        # Curves that lie on one another: the earlier ones are wider, and show below the later.
+        for width, (name, rows) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
             # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
             between = [row for row in rows if "test_loss" not in row] if key == "train_loss" else []
             shown = between or [row for row in rows if key in row]
-            axis.plot([row["epoch"] for row in shown], [row[key] for row in shown], marker, ms=4, lw=1, label=name)
+            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
+            size = 3 + 2 * width if distances else 4
+            axis.plot(x, y, marker, ms=size, lw=1.5 * width if distances else 1, label=name)
         axis.set(xlabel="epoch", title=key.replace("_", " "))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes[2].set_ylim(bottom=0)
+    highest = max((row["test_top1"] for rows in runs.values() for row in rows if "test_top1" in row), default=1.0)
+    axes[2].set_ylim(0, 1.1 * highest or 1.0)
+    for number, name in enumerate(runs):
+        if name in distances:
+            x, y = ([row[key] for row in distances[name]] for key in ("epoch", "distance"))
+            axes[3].plot(x, np.where(np.array(y) > 0, y, np.nan), ".-", ms=4, lw=1, color=f"C{number}", label=name)
+    if distances:
+        axes[3].set(xlabel="epoch", yscale="log", title=f"train loss, relative distance from {against}")
+        axes[3].grid(alpha=0.3)
+        axes[3].legend(fontsize=8)
     figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ from tensorboardX import SummaryWriter
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PREDICTIONS, STEP_SIZES, "step_sizes.json", "events.out.tfevents.*")
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow")
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # as far as installed
 
 
 def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
@@ -80,11 +81,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """Versions, git commit and machine, as plain JSON values."""
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
         "git_commit": _git_commit(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def jax_device() -> dict[str, Any]:
@@ -97,6 +105,15 @@ def numpy_device() -> dict[str, Any]:
     """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": os.cpu_count()}
+
+
+def torch_device() -> dict[str, Any]:
+    """Where PyTorch computes, as plain JSON values."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"platform": "cuda", "kind": torch.cuda.get_device_name(), "count": 1}
+    return {"platform": "cpu", "kind": f"torch {torch.__version__}", "count": torch.get_num_threads()}
 
 
 def _git_commit() -> str | None:

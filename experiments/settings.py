@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from experiments.frameworks import FrameworkName, Precision
 from experiments.optimizers import LEARNING_RATES, OptimizerName, ScheduleName
 from jax_resnet.resnet import MIN_SIZE
 
@@ -48,6 +49,13 @@ class RunSettings:
     """The run's folder [default: runs/ and a name made of settings and time]."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
+    framework: FrameworkName = "jax"
+    """What computes: the same from the same weights on the same pictures, up to rounding."""
+    precision: Precision = "float32"
+    """Of weights and all that is computed; float64 is for comparisons."""
+    compare: str | None = None
+    """Train in several frameworks in turn, such as jax,torch, and lay the curves over one another: --out holds a run of
+    each and comparison.png, and every step is logged unless --log-every says otherwise."""
 
     def __post_init__(self):
         for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
@@ -83,6 +91,8 @@ class Settings(RunSettings):
     """Start each block as its shortcut: the weight of its last BatchNorm is 0."""
     image_size: str = "96"
     """A side, or HEIGHTxWIDTH: 96, 64x96."""
+    model: Literal["torch_ref", "torchvision"] = "torch_ref"
+    """Whose network, with --framework torch."""
     grey: bool = True
     """Grey pictures instead of colour."""
     augmentation: Literal["shift", "crop", "none"] = "shift"
@@ -104,13 +114,19 @@ class Settings(RunSettings):
     label_smoothing: float = 0.1
     """The share of each target that is spread over all classes."""
     init: Path | None = None
-    """Weights to start from, .safetensors or .npz; another number of classes draws a new dense layer."""
+    """Weights to start from, .safetensors, .npz or .pth; another number of classes draws a new dense layer."""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: train the dense layer alone; all before it, from --init, runs as in evaluation."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
 
     def __post_init__(self):
         super().__post_init__()
         parse_image_size(self.image_size)
+        if self.model == "torchvision" and self.framework != "torch":
+            raise ValueError(f"--model torchvision needs --framework torch, got {self.framework}")
+        if self.freeze == "backbone" and self.init is None:
+            raise ValueError("--freeze backbone needs --init FILE: drawn weights know nothing of pictures")
         if self.dampening and self.opt != "sgd":
             raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
         if self.momentum == 1:
@@ -163,18 +179,24 @@ def read_ahead(arguments: list[str] | None, *names: str) -> argparse.Namespace:
     return parser.parse_known_args(arguments)[0]
 
 
+def logging_all(settings: RunSettings, compare: str | None) -> RunSettings:
+    """The defaults for a comparison log every step: means over many would hide where curves part."""
+    return dataclasses.replace(settings, log_every=1) if compare else settings
+
+
 def parse_settings(arguments: list[str] | None = None) -> Settings:
     """Reads the command line; what it does not name comes from the preset.
 
     Raises:
       ValueError: for values out of range or that contradict one another.
     """
-    named = read_ahead(arguments, "preset", "data")
+    named = read_ahead(arguments, "preset", "data", "compare")
     data = named.data or os.environ.get(DATA_VARIABLE) or None
     preset = named.preset or ("cars96" if data else "demo")
     program = "python -m experiments.cars"
     # A preset that there is not is refused here.
-    settings = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset, PRESETS["demo"]), prog=program)
+    default = logging_all(PRESETS.get(preset, PRESETS["demo"]), named.compare)
+    settings = tyro.cli(Settings, args=arguments, default=default, prog=program)
     if preset == "demo" and named.data:
         raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")
     learning_rate = settings.learning_rate or LEARNING_RATES[settings.opt]

@@ -11,25 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
 
 from jax_resnet.adabound import AdaBoundState, step_sizes
 
-ADABOUNDS = ("adabound", "amsbound", "adaboundw")
-KNOWN = (*ADABOUNDS, "adam", "adamw")
+KNOWN = ("adabound", "amsbound", "adaboundw", "adam", "adamw")
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
-def layer_steps(
-    opt_state: Any, *, opt: str, base_lr: float, final_lr: float, gamma: float, b1: float
-) -> dict[str, Any]:
-    """Reads the step sizes of the latest update from an optimizer's state.
+def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float) -> dict[str, Any]:
+    """The step sizes of the latest update of an optimizer of KNOWN.
 
     Args:
-      opt_state: after at least one update.
-      opt: one of KNOWN.
+      moments: of AdaBound or Adam, after at least one update.
       base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
       final_lr, gamma, b1: AdaBound's settings; for Adam they give the bounds it would have had.
 
@@ -38,12 +33,7 @@ def layer_steps(
       5th, 50th and 95th percentile of the step before clipping ("low", "median", "high"), and the shares of its
       entries that are at the bounds ("at_lower", "at_upper"). All steps and bounds include base_lr.
     """
-    if opt in ADABOUNDS:
-        state = optax.tree.get(opt_state, "AdaBoundState")
-    else:
-        adam = optax.tree.get(opt_state, "ScaleByAdamState")
-        state = AdaBoundState(adam.count, adam.mu, adam.nu, None)
-    sizes = step_sizes(state, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
     steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
     layers = []
     for name, step in steps.items():
@@ -52,7 +42,7 @@ def layer_steps(
             shares = {"at_lower": float(at_lower[name]), "at_upper": float(at_upper[name])}
             layers.append({"name": name, "low": low, "median": median, "high": high} | shares)
     return {
-        "update": int(state.count),
+        "update": int(moments.count),
         "lower": float(sizes.lower) * base_lr,
         "upper": float(sizes.upper) * base_lr,
         "layers": sorted(layers, key=lambda layer: [int(p) if p.isdigit() else p for p in _parts(layer["name"])]),

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,11 +17,16 @@ from tqdm import tqdm
 from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
 from experiments.run_folder import RunFolder
-from jax_resnet import train as jax_train
-from numpy_ref import train as numpy_train
 
-State = jax_train.TrainState | numpy_train.TrainState
 Results = dict[str, np.ndarray]
+
+
+class State(Protocol):
+    """What the three frameworks' TrainState have in common: the count of steps, and two collections of arrays."""
+
+    step: Any
+    params: Any
+    batch_stats: Any
 
 
 class DivergedError(RuntimeError):
@@ -106,7 +111,7 @@ def fit(
     """Trains, evaluates after each epoch, logs to the run's folder and shows a progress bar.
 
     Args:
-      state, train_step, eval_step: see `jax_resnet.train` and `numpy_ref.train`; state is consumed.
+      state, train_step, eval_step: see `jax_resnet.train`, numpy_ref.train and torch_ref.train; state is consumed.
       dataset: what to train and to test on.
       folder: takes a row every log_every steps and one at the end of each epoch.
       epochs, batch_size, seed: the batches are `epoch_batches(dataset.train, batch_size, seed, epoch)`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from experiments.data.dataset import Dataset
+from experiments.frameworks import Training
 from experiments.plots import plot_curves, plot_predictions
 from experiments.run_folder import (
     CONFIG,
@@ -28,6 +30,7 @@ from experiments.run_folder import (
 )
 from experiments.settings import RunSettings
 from experiments.training import DivergedError, Results, State, count_steps, fit
+from jax_resnet.weights import write_arrays
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is the shell's for Ctrl-C
 PICTURES_SHOWN = 24
@@ -79,25 +82,22 @@ def describe_input(arch: str, dataset: Dataset, mean: np.ndarray, std: np.ndarra
 def train_and_report(
     settings: RunSettings,
     dataset: Dataset,
-    state: State,
-    train_step: Callable[..., Any],
-    eval_step: Callable[..., Any],
+    training: Training,
     *,
     title: str,
     name: str,
     description: dict[str, Any],
-    device: dict[str, Any],
     write_report: Callable[[Path, State, Results | None], None],
 ) -> bool:
     """Trains in a new run folder and says what was reached.
 
     Args:
       settings: of the program.
-      dataset, state, train_step, eval_step: as for `fit`.
+      dataset: what to train and to test on.
+      training: where it begins; consumed.
       title: see `title_of`.
       name: of the folder in runs/, a time is added; unless --out says where it is.
       description: see `describe_input`.
-      device: where the steps are computed, for config.json.
       write_report: writes weights and pictures into the folder, given its path, the state and the last test results.
 
     Returns:
@@ -114,15 +114,15 @@ def train_and_report(
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
             "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
             "input": description,
-            "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+            "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(training.state.params)),
             "steps_per_epoch": count_steps(dataset.train, settings.batch_size),
-            "device": device,
+            "device": training.device,
         }
     )
     finished = fit(
-        state,
-        train_step,
-        eval_step,
+        training.state,
+        training.train_step,
+        training.eval_step,
         dataset,
         folder,
         epochs=settings.epochs,
@@ -143,12 +143,10 @@ def train_and_report(
     return finished
 
 
-def write_weights(
-    path: Path, save: Callable[..., None], params: Any, batch_stats: Any, description: dict[str, Any]
-) -> None:
-    """Writes a weight file by a framework's `save`, with what `describe_input` says as JSON in its metadata."""
+def write_weights(path: Path, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+    """Writes a run's weight file, {torchvision's name: array}; what `describe_input` says is JSON in its metadata."""
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in description.items()}
-    save(path / WEIGHTS, params, batch_stats, metadata=metadata)
+    write_arrays(path / WEIGHTS, arrays, metadata=metadata)
 
 
 def plot_report(path: Path, title: str, dataset: Dataset, results: Results | None) -> None:

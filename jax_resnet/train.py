@@ -27,9 +27,16 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def create_train_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+def create_train_state(
+    params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, *, freeze_backbone: bool = False
+) -> TrainState:
+    """The state before the first step; freeze_backbone as for `make_train_step`."""
+    trained = _trained_part(params, freeze_backbone)
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(trained))
+
+
+def _trained_part(params: Any, freeze_backbone: bool) -> Any:
+    return {"fc": params["fc"]} if freeze_backbone else params
 
 
 def decay_mask(params: Any) -> Any:
@@ -45,6 +52,7 @@ def loss_and_logits(
     labels: Array,
     *,
     label_smoothing: float = 0.0,
+    train: bool = True,
     apply: Apply = resnet.apply,
     **options: Any,
 ) -> tuple[Array, tuple[Array, Any]]:
@@ -53,7 +61,7 @@ def loss_and_logits(
     With label smoothing s the target is 1 - s for the label and s / K for each of the K classes on top (Szegedy et al.
     2016, arXiv:1512.00567).
     """
-    out = apply(config, params, batch_stats, images, train=True, **options)
+    out = apply(config, params, batch_stats, images, train=train, **options)
     losses = layers.softmax_cross_entropy(out.logits, labels)
     if label_smoothing:
         uniform = -jax.nn.log_softmax(out.logits).mean(-1)
@@ -68,6 +76,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     preprocess: Preprocess = lambda images, step: images,
     apply: Apply = resnet.apply,
+    freeze_backbone: bool = False,
     **options: Any,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
@@ -78,6 +87,7 @@ def make_train_step(
       label_smoothing: the share of the target spread over all classes.
       preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
       apply: the network, `resnet.apply` or another function of that form.
+      freeze_backbone: train the dense layer "fc" alone; the rest runs as in evaluation, its running statistics stay.
       options: for `apply`: dtype and remat of `resnet.apply`.
 
     Returns:
@@ -87,21 +97,23 @@ def make_train_step(
     """
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
-        def loss_fn(params):
+        def loss_fn(trained):
             return loss_and_logits(
                 config,
-                params,
+                {**state.params, **trained},
                 state.batch_stats,
                 preprocess(images, state.step),
                 labels,
                 label_smoothing=label_smoothing,
+                train=not freeze_backbone,
                 apply=apply,
                 **options,
             )
 
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = _trained_part(state.params, freeze_backbone)
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = {**state.params, **optax.apply_updates(trained, updates)}
         prediction = logits.argmax(-1).astype(jnp.int32)
         metrics = {"loss": loss, "top1": (prediction == labels).mean(), "prediction": prediction}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics

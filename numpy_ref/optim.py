@@ -45,6 +45,25 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return _tree_map(lambda p, u: np.asarray(p + u, np.asarray(p).dtype), params, updates)
 
 
+def add_decayed_weights(
+    optimizer: GradientTransformation, weight_decay: float, mask: Tree | Callable[[Tree], Tree] | None = None
+) -> GradientTransformation:
+    """The optimizer with an L2 penalty: it is given g + weight_decay · p in the place of g.
+
+    Args:
+      optimizer: any of those here; its state stays what it is.
+      weight_decay: Strength of the penalty; unless it is 0, update needs the parameters.
+      mask: Nested dict of bools like the parameters, or a function from them to it: which parameters decay.
+    """
+
+    def update(grads, state, params=None):
+        decayed = _decayed(grads, params, weight_decay, mask)
+        grads = _tree_map(lambda g, p: np.asarray(g + weight_decay * p, np.asarray(g).dtype), grads, decayed)
+        return optimizer.update(grads, state, params)
+
+    return GradientTransformation(optimizer.init, update)
+
+
 # SGD.
 
 

@@ -32,25 +32,64 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def create_train_state(params: Any, batch_stats: Any, optimizer: GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(0, params, batch_stats, optimizer.init(params))
+def create_train_state(
+    params: Any, batch_stats: Any, optimizer: GradientTransformation, *, freeze_backbone: bool = False
+) -> TrainState:
+    """The state before the first step; freeze_backbone as for `make_train_step`."""
+    return TrainState(0, params, batch_stats, optimizer.init(_trained_part(params, freeze_backbone)))
+
+
+def _trained_part(params: Any, freeze_backbone: bool) -> Any:
+    return {"fc": params["fc"]} if freeze_backbone else params
+
+
+def smoothed_cross_entropy(logits: Array, labels: Array, label_smoothing: float) -> tuple[Array, layers.Vjp]:
+    """The cross-entropy with a target of 1 - s for the label and s / K for each of the K classes on top.
+
+    Args:
+      logits: (N, K) float.
+      labels: (N,) int.
+      label_smoothing: s (Szegedy et al. 2016, arXiv:1512.00567).
+
+    Returns:
+      losses, (N,), and vjp: dlosses (N,) -> (dlogits,).
+    """
+    losses, vjp_label = layers.softmax_cross_entropy(logits, labels)
+    if not label_smoothing:
+        return losses, vjp_label
+    s = label_smoothing
+    # The mean over all classes of -log softmax is the label's own plus how far its logit is above the mean.
+    above = np.take_along_axis(logits, labels[:, None], 1)[:, 0] - logits.mean(1)
+
+    def vjp(dlosses: Array) -> tuple[Array]:
+        (dlogits,) = vjp_label(dlosses)
+        dabove = s * dlosses[:, None]
+        dlogits = dlogits - dabove / logits.shape[1]
+        dlogits[np.arange(len(labels)), labels] += dabove[:, 0]
+        return (dlogits,)
+
+    return losses + s * above, vjp
 
 
 def make_train_step(
     config: Any,
     optimizer: GradientTransformation,
     *,
+    label_smoothing: float = 0.0,
     preprocess: Callable[[Array, int], Array] = lambda images, step: images,
     apply: Apply = resnet.apply,
+    freeze_backbone: bool = False,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the training step.
 
     Args:
       config: the architecture.
       optimizer: one of `numpy_ref.optim`.
+      label_smoothing: the share of the target spread over all classes.
       preprocess: (images, step) -> float images.
       apply: the network, `resnet.apply` or another function of that form.
+      freeze_backbone: train the dense layer "fc" alone, which is given the activation "pool"; the rest runs as in
+        evaluation, and its running statistics stay.
 
     Returns:
       step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int; metrics, of
@@ -58,20 +97,41 @@ def make_train_step(
       The state that goes in stays as it is. Numbers that overflow become inf or nan in silence: look at the loss.
     """
 
+    forward = _forward_head if freeze_backbone else _forward
+
     @np.errstate(over="ignore", invalid="ignore")
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
         images = preprocess(images, state.step)
-        out, vjp = apply(config, state.params, state.batch_stats, images, train=True)
-        losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels)
+        out, vjp = forward(apply, config, state, images)
+        losses, vjp_loss = smoothed_cross_entropy(out.logits, labels, label_smoothing)
         (dlogits,) = vjp_loss(np.full_like(losses, 1 / len(losses)))  # the training loss is the mean
-        grads, _ = vjp(dlogits)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates)
+        grads = vjp(dlogits)
+        trained = _trained_part(state.params, freeze_backbone)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = {**state.params, **apply_updates(trained, updates)}
         prediction = out.logits.argmax(-1)
         metrics = {"loss": losses.mean(), "top1": (prediction == labels).mean(), "prediction": prediction}
         return TrainState(state.step + 1, params, out.batch_stats, opt_state), metrics
 
     return step
+
+
+def _forward(apply: Apply, config: Any, state: TrainState, images: Array) -> tuple[resnet.Output, Callable]:
+    """The output in training, and vjp: dlogits -> gradients of all parameters."""
+    out, vjp = apply(config, state.params, state.batch_stats, images, train=True)
+    return out, lambda dlogits: vjp(dlogits)[0]
+
+
+def _forward_head(apply: Apply, config: Any, state: TrainState, images: Array) -> tuple[resnet.Output, Callable]:
+    """The output in evaluation, and vjp: dlogits -> gradients of the dense layer; none go further back."""
+    out, _ = apply(config, state.params, state.batch_stats, images, train=False, return_activations=True)
+    _, vjp_dense = layers.dense(out.activations["pool"], **state.params["fc"])
+
+    def vjp(dlogits: Array) -> Any:
+        _, dweight, dbias = vjp_dense(dlogits)
+        return {"fc": {"weight": dweight, "bias": dbias}}
+
+    return out, vjp
 
 
 def make_eval_step(

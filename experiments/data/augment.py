@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
@@ -38,9 +39,9 @@ class Augmentation:
             raise ValueError(f"place must be shift, crop or none, got {self.place!r}")
 
 
-def to_unit_range(images: AnyArray) -> AnyArray:
-    """uint8 (N, H, W, C) -> float32 in [0, 1]; NumPy's arrays or JAX's."""
-    return images.astype(np.float32) / 255
+def to_unit_range(images: AnyArray, dtype: DTypeLike = np.float32) -> AnyArray:
+    """uint8 (N, H, W, C) -> floats in [0, 1]; NumPy's arrays or JAX's."""
+    return images.astype(dtype) / 255
 
 
 def normalize(images: AnyArray, mean: np.ndarray, std: np.ndarray) -> AnyArray:

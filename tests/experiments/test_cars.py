@@ -190,6 +190,14 @@ MISTAKES = {
     "momentum 1": (["--momentum", "1"], "--momentum must be below 1"),
     "seed": (["--seed", "99999999999999999999"], "--seed must be below 2^32"),
     "huge": (["--image-size", "999999"], "each 32 to 4096"),
+    "torchvision in JAX": (["--model", "torchvision"], "--model torchvision needs --framework torch, got jax"),
+    "freeze": (["--freeze", "backbone"], "--freeze backbone needs --init FILE"),
+    "amsgrad in NumPy": ([*TINY, "--framework", "numpy", "--opt", "amsgrad"], "--opt amsgrad is in JAX alone"),
+    "dampening in torch": (
+        [*TINY, "--framework", "torch", "--opt", "sgd", "--dampening", "0.9"],
+        "--dampening is not in torch",
+    ),
+    "framework": (["--framework", "tensorflow"], "tensorflow"),
     "no value": (["--data"], "--data"),
     "option": (["--optimizer", "adam"], "--optimizer"),
     "choice": (["--opt", "adamax"], "adamax"),
@@ -267,6 +275,22 @@ def test_bad_weights_are_named(changes, message, demo, tmp_path, capsys):
     np.savez(tmp_path / "bad.npz", **(weights.read_arrays(demo[0][0] / "weights.safetensors") | changes))
     assert cars.main([*TINY, "--init", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_frozen_backbone(framework, demo, tmp_path):
+    """From the demo's weights, in .pth: the dense layer alone has changed after it, and its steps are shown."""
+    pytest.importorskip("torch", reason="needs the extra torch")
+    source, target = tmp_path / "weights.pth", tmp_path / "run"
+    before = weights.read_arrays(demo[0][0] / "weights.safetensors")
+    weights.write_arrays(source, before)
+    arguments = [*TINY, "--epochs", "1", "--init", str(source), "--freeze", "backbone", "--framework", framework]
+    assert cars.main([*arguments, "--out", str(target)]) == 0
+    after = weights.read_arrays(target / "weights.safetensors")
+    changed = {name for name, array in before.items() if not np.array_equal(array, after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    steps = json.loads((target / "step_sizes.json").read_text())
+    assert [layer["name"] for layer in steps["layers"]] == ["fc.weight"]
 
 
 def test_a_class_name_is_no_formula(tmp_path):

@@ -1,4 +1,4 @@
-"""The command `python -m experiments.mnist`: end to end on tiny runs in both frameworks, its files, its exit codes."""
+"""The command `python -m experiments.mnist`: end to end on tiny runs in all frameworks, its files, its exit codes."""
 
 import itertools
 import json
@@ -21,8 +21,9 @@ import numpy_ref.resnet
 import numpy_ref.weights
 from experiments import compare, mnist
 from experiments.data.mnist import load_mnist
-from experiments.optimizers import NumpyOptimizerName
-from experiments.run_folder import read_metrics
+from experiments.frameworks import TITLES
+from experiments.optimizers import CommonOptimizerName
+from experiments.run_folder import jax_device, numpy_device, read_metrics, torch_device
 from experiments.training import epoch_batches
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,16 @@ TINY = {
 }
 METRICS = {"epoch", "step", "train_loss", "train_top1", "train_macro_f1", "images_per_second", "seconds"}
 TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These problems are small: where cores are shared, torch's threads would mostly wait for one another."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def runs(data, tmp_path_factory):
     return run
 
 
-EVERY_RUN = [(model, framework) for model in TINY for framework in mnist.FRAMEWORKS]
+EVERY_RUN = [(model, framework) for model in TINY for framework in TITLES]
 
 
 @pytest.mark.parametrize(("model", "framework"), EVERY_RUN)
@@ -73,7 +84,7 @@ def test_a_run_leaves_its_files(model, framework, runs):
     assert {"jax", "numpy"} <= set(config["versions"])
     assert config["settings"]["seed"] == 0
     assert "git_commit" in config
-    assert config["device"]["platform"] == ("cpu" if framework == "numpy" else jax.default_backend())
+    assert config["device"] == {"numpy": numpy_device, "jax": jax_device, "torch": torch_device}[framework]()
     assert config["input"]["image_size"] == ([28, 28] if model == "cnn" else [32, 32])
     rows = read_metrics(folder)
     ends = [row for row in rows if "test_loss" in row]
@@ -88,53 +99,64 @@ def losses(data, *arguments, steps=5):
     """The training losses of the first steps, without a run folder."""
     settings = mnist.parse_settings(["--data", str(data), *arguments])
     dataset = mnist.load_data(settings)
-    state, train_step, _, _ = mnist.prepare(settings, dataset)
-    found = []
+    training, _ = mnist.prepare(settings, dataset)
+    state, found = training.state, []
     for images, labels in itertools.islice(epoch_batches(dataset.train, settings.batch_size, settings.seed, 0), steps):
-        state, metrics = train_step(state, images, labels)
+        state, metrics = training.train_step(state, images, labels)
         found.append(float(metrics["loss"]))
     return found
 
 
 @pytest.mark.parametrize("model", TINY)
-def test_both_frameworks_give_one_curve(model, runs):
+def test_the_frameworks_give_one_curve(model, runs):
     """The same weights and batches in float32: 1e-6 for rounding, and 2e-4 over the 20 steps of the small network.
 
     The ResNet's BatchNorm sees 16 values per channel here, which enlarges rounding, and Adam divides by gradients,
     however tiny: before the first update 1e-6, later steps are compared in float64 in tests/numpy_ref.
     """
-    ours, theirs = ([row["train_loss"] for row in read_metrics(runs(model, name))] for name in mnist.FRAMEWORKS)
-    if model == "cnn":
-        np.testing.assert_allclose(ours, theirs, rtol=2e-4)
-    else:  # a row for each step
-        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+    theirs, *others = ([row["train_loss"] for row in read_metrics(runs(model, name))] for name in TITLES)
+    for ours in others:
+        if model == "cnn":
+            np.testing.assert_allclose(ours, theirs, rtol=2e-4)
+        else:  # a row for each step
+            assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("opt", get_args(NumpyOptimizerName))
+@pytest.mark.parametrize("opt", get_args(CommonOptimizerName))
 def test_every_optimizer_gives_one_curve(opt, data):
     """Five steps in float32; 1e-4, or 1e-6 where SGD has brought the loss near 0, leaves room for rounding."""
-    ours, theirs = (losses(data, *TINY["cnn"], "--opt", opt, "--framework", name) for name in mnist.FRAMEWORKS)
-    assert ours[4] < ours[0] / 2
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    theirs, *others = (losses(data, *TINY["cnn"], "--opt", opt, "--framework", name) for name in TITLES)
+    assert theirs[4] < theirs[0] / 2
+    for ours in others:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", TINY)
-def test_both_frameworks_start_from_one_draw_of_weights(model, data):
-    states = []
-    for framework in mnist.FRAMEWORKS:
+def test_the_frameworks_start_from_one_draw_of_weights(model, data):
+    found = []
+    for framework in TITLES:
         settings = mnist.parse_settings([*TINY[model], "--data", str(data), "--framework", framework])
-        states.append(mnist.prepare(settings, mnist.load_data(settings))[0])
-    ours, theirs = (jax.tree.leaves((state.params, state.batch_stats)) for state in states)
-    assert {leaf.dtype for leaf in ours} == {np.dtype(np.float32)}
-    for our, their in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(our, their)
+        training, _ = mnist.prepare(settings, mnist.load_data(settings))
+        arrays = training.arrays(training.state)
+        found.append({name: array for name, array in arrays.items() if not name.endswith("num_batches_tracked")})
+    for arrays in found:
+        assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
+        assert set(arrays) == set(found[0])
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, found[0][name])
 
 
-def test_numpy_compiles_nothing(data, tmp_path):
+def test_numpys_steps_compile_nothing(data):
+    settings = mnist.parse_settings([*TINY["resnet18"], "--data", str(data)])
+    dataset = mnist.load_data(settings)
+    training, _ = mnist.prepare(settings, dataset)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     try:
-        assert mnist.main([*TINY["resnet18"], "--data", str(data), "--out", str(tmp_path / "run")]) == 0
+        state, (images, labels) = training.state, next(epoch_batches(dataset.train, 16, 0, 0))
+        for _ in range(2):
+            state, _ = training.train_step(state, images, labels)
+        training.eval_step(state.params, state.batch_stats, images, labels)
         assert not compiled
         jax.jit(lambda x: x + 1)(1)
         assert compiled  # what would have been noticed
@@ -142,7 +164,7 @@ def test_numpy_compiles_nothing(data, tmp_path):
         jax.monitoring.clear_event_listeners()
 
 
-@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
+@pytest.mark.parametrize("framework", TITLES)
 def test_the_cnns_file_is_pytorchs(framework, runs, data):
     """Conv2d, ReLU, Flatten and Linear in PyTorch's layout, by SciPy: the accuracy of the run's last row."""
     folder = runs("cnn", framework)
@@ -166,8 +188,8 @@ def test_the_cnns_file_is_pytorchs(framework, runs, data):
     assert np.mean(right) == read_metrics(folder)[-1]["test_top1"]
 
 
-@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
-def test_a_resnets_file_loads_in_either_framework(framework, runs):
+@pytest.mark.parametrize("framework", TITLES)
+def test_a_resnets_file_loads(framework, runs):
     path = runs("resnet18", framework) / "weights.safetensors"
     loaded = (
         numpy_ref.weights.load(path, numpy_ref.resnet.resnet18(num_classes=10, in_channels=1)),
@@ -183,8 +205,8 @@ def test_the_small_network_learns(runs):
     assert read_metrics(runs("cnn", "numpy"))[-1]["test_top1"] >= 0.9
 
 
-def test_runs_of_both_frameworks_are_compared(runs, tmp_path, capsys):
-    folders = [str(runs("cnn", framework)) for framework in mnist.FRAMEWORKS]
+def test_runs_of_all_frameworks_are_compared(runs, tmp_path, capsys):
+    folders = [str(runs("cnn", framework)) for framework in TITLES]
     assert compare.main([*folders, "--out", str(tmp_path / "both.png")]) == 0
     assert "cnn-jax: test top-1" in capsys.readouterr().out
 
@@ -201,7 +223,11 @@ def test_defaults_depend_on_the_model():
 MISTAKES = {
     "no folder": (["--data", "nowhere"], "--data nowhere does not exist: pass --data DIR with the four idx files"),
     "model": (["--model", "resnet20"], "resnet20"),
-    "framework": (["--framework", "torch"], "torch"),
+    "framework": (["--framework", "tensorflow"], "tensorflow"),
+    "compare": (
+        ["--compare", "jax,torchvision"],
+        "--compare takes two or more of jax, numpy, torch, such as",
+    ),
     "optimizer": (["--opt", "amsgrad"], "amsgrad"),
     "epochs": (["--epochs", "0"], "--epochs must be at least 1"),
     "learning rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
@@ -247,7 +273,7 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(data, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() != before  # other times
 
 
-@pytest.mark.parametrize("framework", mnist.FRAMEWORKS)
+@pytest.mark.parametrize("framework", TITLES)
 def test_a_diverging_run_ends_with_exit_code_1(framework, data, tmp_path, capsys):
     arguments = [*TINY["cnn"], "--opt", "sgd", "--learning-rate", "1e30", "--framework", framework]
     assert mnist.main([*arguments, "--data", str(data), "--out", str(tmp_path / "run")]) == 1

@@ -10,11 +10,13 @@ import pytest
 
 from experiments.optimizers import (
     LEARNING_RATES,
-    NumpyOptimizerName,
-    cosine_decay,
+    CommonOptimizerName,
+    as_numbers,
     make_numpy_optimizer,
     make_optimizer,
     make_schedule,
+    make_torch_optimizer,
+    refuse_uncommon,
 )
 from numpy_ref import optim
 
@@ -75,30 +77,89 @@ def test_adams_are_optaxs(name, theirs):
     np.testing.assert_allclose(path(name)["kernel"], params, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", get_args(NumpyOptimizerName))
-def test_numpys_optimizers_are_jaxs(name, x64):
-    """Twenty steps along a cosine in float64; 1e-12 for the order in which factors are multiplied."""
-    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=0.1 if name == "adamw" else 0.0)
-    params = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
-    ours = make_numpy_optimizer(name, cosine_decay(0.1, 20), **options)
-    theirs = make_optimizer(name, make_schedule("cosine", 0.1, 20, 0), **options, dampening=0.0)
-    expected = jax.tree.map(jnp.asarray, params)
-    state, expected_state = ours.init(params), theirs.init(expected)
+def twenty_steps(update, params):
+    """Along 0.5·|w - 1|²: update(grads, params) -> params."""
     for _ in range(20):
-        updates, state = ours.update(jax.tree.map(lambda w: w - 1.0, params), state, params)
-        params = optim.apply_updates(params, updates)
-        updates, expected_state = theirs.update(jax.tree.map(lambda w: w - 1.0, expected), expected_state, expected)
-        expected = optax.apply_updates(expected, updates)
-    for leaf in params:
-        np.testing.assert_allclose(params[leaf], expected[leaf], rtol=1e-12)
+        params = update(jax.tree.map(lambda w: w - 1.0, params), params)
+    return params
 
 
-def test_cosine_decay_is_the_cosine_schedule():
-    """float32's rounding of the schedule, relative to its peak."""
-    for step in (0, 1, 50, 99, 100, 150):
-        assert cosine_decay(0.1, 100)(step) == pytest.approx(
-            float(make_schedule("cosine", 0.1, 100, 0)(step)), abs=1e-8
-        )
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", get_args(CommonOptimizerName))
+def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
+    """Twenty steps along a cosine in float64, the bias without decay; 1e-12 for the order of multiplications."""
+    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=weight_decay)
+    schedule = make_schedule("cosine", 0.1, 20, 0)
+    start = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
+
+    def stateful(optimizer, apply_updates, params):
+        state = optimizer.init(params)
+
+        def update(grads, params):
+            nonlocal state
+            updates, state = optimizer.update(grads, state, params)
+            return apply_updates(params, updates)
+
+        return twenty_steps(update, params)
+
+    jaxs = stateful(
+        make_optimizer(name, schedule, **options, dampening=0.0),
+        optax.apply_updates,
+        jax.tree.map(jnp.asarray, start),
+    )
+    numpys = stateful(
+        make_numpy_optimizer(name, as_numbers(schedule, 20), **options, dampening=0.0), optim.apply_updates, start
+    )
+    for leaf in start:
+        np.testing.assert_allclose(numpys[leaf], jaxs[leaf], rtol=1e-12)
+
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    model = torch.nn.Module()
+    for leaf, array in start.items():
+        model.register_parameter(leaf, torch.nn.Parameter(torch.tensor(array)))
+    optimizer = make_torch_optimizer(name, model, **options)
+    rate = as_numbers(schedule, 20)
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        (0.5 * sum(((param - 1) ** 2).sum() for param in model.parameters())).backward()
+        optimizer.step()
+    for leaf, param in model.named_parameters():
+        np.testing.assert_allclose(param.detach(), jaxs[leaf], rtol=1e-12)
+
+
+def test_torchs_optimizer_leaves_frozen_parameters_out():
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=0.0)
+    groups = make_torch_optimizer("adam", model, **options).param_groups
+    assert [param for group in groups for param in group["params"]] == [model.weight]
+
+
+@pytest.mark.parametrize(
+    ("framework", "opt", "dampening", "message"),
+    [
+        ("numpy", "amsgrad", 0.0, "--opt amsgrad is in JAX alone: --framework numpy has adam, adamw, sgd, adabound"),
+        ("torch", "adaboundw", 0.0, "--opt adaboundw is in JAX alone"),
+        ("torch", "sgd", 0.5, "--dampening is not in torch"),
+    ],
+)
+def test_what_a_framework_does_not_have_is_refused(framework, opt, dampening, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_uncommon(framework, opt, dampening)
+    refuse_uncommon("numpy", "sgd", 0.5)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step", "onecycle"])
+def test_schedules_as_numbers(name):
+    """What jit computes, to the bit, by plain numbers."""
+    schedule = make_schedule(name, 0.1, 50, 0 if name == "onecycle" else 5)
+    rates = as_numbers(schedule, 50)
+    for step in (0, 1, 4, 5, 6, 25, 49):
+        assert type(rates(step)) is float
+        assert rates(step) == float(jax.jit(schedule)(jnp.int32(step)))
 
 
 @pytest.mark.parametrize(

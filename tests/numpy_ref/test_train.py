@@ -9,7 +9,7 @@ import pytest
 import jax_resnet.resnet
 import jax_resnet.train
 from numpy_ref import optim, resnet
-from numpy_ref.train import create_train_state, make_eval_step, make_train_step
+from numpy_ref.train import create_train_state, make_eval_step, make_train_step, smoothed_cross_entropy
 
 CONFIG = resnet.resnet18(num_classes=7, in_channels=1)
 JAX_CONFIG = jax_resnet.resnet.resnet18(num_classes=7, in_channels=1)
@@ -53,6 +53,58 @@ def test_a_step_is_jaxs_and_leaves_its_input_alone(x64):
         np.testing.assert_allclose(our, their, rtol=0, atol=1e-9 * np.abs(their).max())
     for leaf, kept in zip(leaves(params, batch_stats), before, strict=True):
         np.testing.assert_array_equal(leaf, kept)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_is_jaxs(label_smoothing, x64):
+    """Losses and gradients in float64, of logits as large as 1,000; 1e-12 for rounding."""
+    rng = np.random.default_rng(0)
+    logits, labels = 300 * rng.standard_normal((6, 5)), np.array([0, 4, 2, 2, 1, 3])
+    weights = rng.standard_normal(6)
+
+    def theirs(logits):
+        def apply(*arguments, **options):
+            return jax_resnet.resnet.Output(logits, {}, {})
+
+        return jax_resnet.train.loss_and_logits(
+            None, {}, {}, None, labels, label_smoothing=label_smoothing, apply=apply
+        )[0]
+
+    losses, vjp = smoothed_cross_entropy(logits, labels, label_smoothing)
+    assert losses.mean() == pytest.approx(float(theirs(logits)), rel=1e-12)
+    (gradient,) = vjp(np.full(6, 1 / 6))
+    np.testing.assert_allclose(gradient, jax.grad(theirs)(jnp.asarray(logits)), rtol=0, atol=1e-12)
+    (weighted,) = vjp(weights)
+    np.testing.assert_allclose(weighted, 6 * weights[:, None] * gradient, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_backbone_is_jaxs(x64):
+    """The dense layer alone moves, on features of evaluation: two steps of SGD in float64."""
+    images, labels = batch()
+    params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
+    optimizer, their_optimizer = optim.sgd(0.1, 0.9), optax.sgd(0.1, 0.9)
+    ours = create_train_state(params, batch_stats, optimizer, freeze_backbone=True)
+    theirs = jax_resnet.train.create_train_state(
+        *jax.tree.map(jnp.array, (params, batch_stats)), their_optimizer, freeze_backbone=True
+    )
+    step = make_train_step(CONFIG, optimizer, freeze_backbone=True, label_smoothing=0.1)
+    their_step = jax_resnet.train.make_train_step(
+        JAX_CONFIG, their_optimizer, freeze_backbone=True, label_smoothing=0.1
+    )
+    for _ in range(2):
+        ours, metrics = step(ours, images, labels)
+        theirs, their_metrics = their_step(theirs, images, labels)
+    assert metrics["loss"] == pytest.approx(float(their_metrics["loss"]), rel=1e-12)
+    for trace in (ours.opt_state.trace, theirs.opt_state[0].trace):
+        assert [leaf.shape for leaf in leaves(trace)] == [(7,), (512, 7)]
+    for state in (ours, theirs):
+        for name, tree in params.items():
+            for new, old in zip(leaves(state.params[name]), leaves(tree), strict=True):
+                assert np.array_equal(new, old) == (name != "fc"), name
+        for new, old in zip(leaves(state.batch_stats), leaves(batch_stats), strict=True):
+            np.testing.assert_array_equal(new, old)
+    for our, their in zip(leaves(ours.params["fc"]), leaves(theirs.params["fc"]), strict=True):
+        np.testing.assert_allclose(our, their, rtol=0, atol=1e-11)
 
 
 def test_eval_step_is_jaxs(x64):

@@ -1,0 +1,1 @@
+"""The proof that three ResNets are one: `python -m experiments.parity`."""

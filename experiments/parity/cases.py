@@ -1,0 +1,196 @@
+"""What is compared: layers with their arguments, networks with weights and a batch, optimizers with their settings.
+
+Arrays are NumPy's in float64; weights have torchvision's names and layout, images are NHWC.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import numpy_ref.weights
+from jax_resnet import resnet
+from numpy_ref.resnet import MIN_SIZE, ResNetConfig
+from numpy_ref.resnet import init as draw_initial
+
+Arrays = dict[str, np.ndarray]
+Tree = dict[str, Any]
+
+NUM_CLASSES = 1000
+MIN_VALUES_PER_CHANNEL = 32
+
+
+class LayerCase(NamedTuple):
+    """A call of a layer: arrays with a gradient, arrays without one, and keyword arguments."""
+
+    title: str
+    layer: str
+    arrays: Arrays
+    constants: Mapping[str, np.ndarray] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def astype(self, dtype: type) -> LayerCase:
+        """The same with floats of another type."""
+        arrays, constants = (
+            {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in values.items()}
+            for values in (self.arrays, self.constants)
+        )
+        return self._replace(arrays=arrays, constants=constants)
+
+    def named_results(self, outputs: Any, gradients: Any) -> Arrays:
+        """{"output": ..., "gradient of x": ...}; of batch_norm's outputs the second and third are running values."""
+        names = ("output", "running mean", "running variance")
+        results = dict(zip(names, outputs, strict=False))
+        results |= {f"gradient of {name}": value for name, value in zip(self.arrays, gradients, strict=False)}
+        return {name: np.asarray(value) for name, value in results.items()}
+
+
+def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """The gradient that is sent back through an output: random, and the same for the same shape."""
+    return np.random.default_rng(shape).standard_normal(shape).astype(dtype)
+
+
+def layer_cases(seed: int) -> list[LayerCase]:
+    """Every layer of the design, with sizes that are no multiples of the stride, ties in max-pool and zeros in ReLU."""
+    rng = np.random.default_rng(seed)
+
+    def conv2d(size: int, stride: int, padding: int, bias: bool, height: int = 14, width: int = 17) -> LayerCase:
+        arrays = {"x": rng.standard_normal((3, height, width, 5)), "weight": rng.standard_normal((size, size, 5, 6))}
+        if bias:
+            arrays["bias"] = rng.standard_normal(6)
+        title = f"conv2d {size}x{size}, stride {stride}, padding {padding}{', bias' if bias else ''}"
+        return LayerCase(title, "conv2d", arrays, settings=dict(stride=stride, padding=padding))
+
+    def batch_norm(train: bool) -> LayerCase:
+        x = 3 + 2 * rng.standard_normal((4, 5, 6, 7))
+        vectors = {name: rng.uniform(0.5, 1.5, 7) for name in ("weight", "bias", "running_mean", "running_var")}
+        running = {name: vectors.pop(name) for name in ("running_mean", "running_var")}
+        title = f"batch_norm, {'train' if train else 'eval'}"
+        return LayerCase(title, "batch_norm", {"x": x} | vectors, running, dict(train=train))
+
+    images = rng.standard_normal((3, 10, 13, 5))
+    with_ties = np.round(images)
+    dense = {"x": rng.standard_normal((8, 20)), "weight": rng.standard_normal((20, 6)), "bias": rng.standard_normal(6)}
+    logits = 100 * rng.standard_normal((8, 10))
+    return [
+        conv2d(3, 1, 1, bias=True),
+        conv2d(3, 2, 1, bias=False),
+        conv2d(1, 1, 0, bias=False),
+        conv2d(1, 2, 0, bias=True),
+        conv2d(7, 2, 3, bias=False, height=20),
+        batch_norm(train=True),
+        batch_norm(train=False),
+        LayerCase("max_pool, ties", "max_pool", {"x": with_ties}, settings=dict(window=3, stride=2, padding=1)),
+        LayerCase("global_avg_pool", "global_avg_pool", {"x": images}),
+        LayerCase("relu, zeros", "relu", {"x": with_ties}),
+        LayerCase("sigmoid", "sigmoid", {"x": 20 * images}),
+        LayerCase("dense", "dense", dense),
+        LayerCase("flatten", "flatten", {"x": images}),
+        LayerCase("softmax_cross_entropy", "softmax_cross_entropy", {"logits": logits}, {"labels": np.arange(8) % 10}),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A ResNet by the settings that all three implementations take."""
+
+    arch: str
+    in_channels: int = 3
+    stride_in: str = "conv2"
+    batch_norm: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(
+            num_classes=NUM_CLASSES,
+            in_channels=self.in_channels,
+            stride_in=self.stride_in,
+            batch_norm=self.batch_norm,
+        )
+
+    def __str__(self) -> str:
+        version = "" if self.arch in ("resnet18", "resnet34") or self.stride_in == "conv2" else ", v1"
+        return f"{self.arch}{version}{'' if self.batch_norm else ' without BatchNorm'}"
+
+
+def activation_names(network: Network) -> list[str]:
+    """From the first to the last; a dict that comes out of jit has "layer3.10" before "layer3.2"."""
+    config = getattr(resnet, network.arch)(**network.options)
+    return ["stem", *(block.name for block in resnet.blocks(config)), "pool"]
+
+
+def draw_weights(network: Network, seed: int) -> Arrays:
+    """Random weights {torchvision's name: array} in its layout and the order of the network.
+
+    With BatchNorm's initial 1 and 0 half of all mistakes would not show. The last gamma of a block is small, as in
+    trained networks: with 1 each block doubles the variance in evaluation, which makes 2^33 in ResNet-101. It is not 0,
+    which would hide the block.
+    """
+    rng = np.random.default_rng(seed)
+    config = getattr(resnet, network.arch)(**network.options)
+    numpy_config = ResNetConfig(**dataclasses.asdict(config))
+    weights = numpy_ref.weights.to_torch(*draw_initial(numpy_config, rng, np.float64))
+    if not network.batch_norm:
+        return weights
+    last_gammas = {f"{block.convs[-1].norm}.weight" for block in resnet.blocks(config)}
+    for name, value in weights.items():
+        if name in last_gammas:
+            value[:] = rng.uniform(0.2, 0.5, value.shape)
+        elif name.endswith(("running_mean", ".bias")) and not name.startswith("fc"):
+            value[:] = 0.2 * rng.standard_normal(value.shape)
+        elif value.ndim == 1 and not name.startswith("fc"):
+            value[:] = rng.uniform(0.5, 1.5, value.shape)
+    return weights
+
+
+def draw_batch(
+    network: Network, batch_size: int, height: int, width: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """images (N, H, W, C) float64, normal, and labels (N,) int32."""
+    images = rng.standard_normal((batch_size, height, width, network.in_channels))
+    return images, rng.integers(0, NUM_CLASSES, batch_size).astype(np.int32)
+
+
+def check_batch(network: Network, batch_size: int, height: int, width: int) -> None:
+    """Refuses batches whose gradients no two implementations can have in common.
+
+    Raises:
+      ValueError: for less than an image, or too few values per channel for a BatchNorm in training.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    values = batch_size * -(-height // MIN_SIZE) * -(-width // MIN_SIZE)
+    if network.batch_norm and values < MIN_VALUES_PER_CHANNEL:
+        raise ValueError(
+            f"{batch_size} images of {height}x{width} leave {values} values per channel to the last stage: its "
+            f"BatchNorms magnify rounding beyond all bounds with fewer than {MIN_VALUES_PER_CHANNEL}; "
+            f"take --batch-size {-(-MIN_VALUES_PER_CHANNEL * batch_size // values)}"
+        )
+
+
+# By optimizer: the settings that all frameworks take, in the names of optax. weight_decay is L2 but for adamw. gamma is
+# a hundred times the default, or within 20 steps the bounds would hardly touch anything.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": dict(learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "adam": dict(learning_rate=1e-3),
+    "adamw": dict(learning_rate=1e-3, weight_decay=0.05),
+    "adabound": dict(learning_rate=1e-3, final_lr=0.1, gamma=0.1, weight_decay=5e-4),
+    "amsbound": dict(learning_rate=1e-3, final_lr=0.1, gamma=0.1, weight_decay=5e-4),
+}
+
+
+class State(NamedTuple):
+    """What a training step changes, in the form in which frameworks hand it to one another.
+
+    params, batch_stats: nested dicts in the layout of jax_resnet and numpy_ref.
+    moments: the optimizer's, trees like params, by optax's names: "trace" or "mu", "nu" and, of AMSBound, "nu_max".
+    """
+
+    count: int
+    params: Tree
+    batch_stats: Tree
+    moments: dict[str, Tree]

@@ -1,0 +1,105 @@
+"""Relative errors, the bounds on them, and the rows of the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Results(NamedTuple):
+    """What one pass of a network computes: images and activations (N, H, W, C), the rest by torchvision's names and in
+    its layout.
+
+    running_statistics: after the pass.
+    parameter_gradients, image_gradient: of the mean loss.
+    """
+
+    logits: np.ndarray
+    loss: Any
+    activations: Arrays
+    running_statistics: Arrays
+    parameter_gradients: Arrays
+    image_gradient: np.ndarray
+
+
+class Row(NamedTuple):
+    """One comparison with JAX.
+
+    what: is compared.
+    framework: that is compared with JAX.
+    error: the largest of all arrays.
+    bound: on it, or None: for information only.
+    where: the array with that error.
+    """
+
+    what: str
+    framework: str
+    error: float
+    bound: float | None
+    where: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}, {self.framework}"
+
+    @property
+    def verdict(self) -> str:
+        """ "ok", "BROKEN" (for a nan too) or "" without a bound."""
+        if self.bound is None:
+            return ""
+        return "ok" if self.error <= self.bound else "BROKEN"
+
+
+def relative_error(ours: Any, reference: Any) -> float:
+    """The largest difference over the largest entry; inf for arrays of different shapes."""
+    if np.shape(ours) != np.shape(reference):
+        return math.inf
+    difference, largest = _largest_magnitude(np.subtract(ours, reference)), _largest_magnitude(reference)
+    if largest == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / largest
+
+
+def _largest_magnitude(values: np.ndarray) -> float:
+    """As np.abs(values).max(), without an array of the size of values; nan if one is."""
+    return abs(float(np.maximum(np.max(values), -np.min(values))))
+
+
+def relative_errors(ours: Arrays, reference: Arrays) -> dict[str, float]:
+    """By name in the reference's order; inf for a name that only one of them has."""
+    errors = {name: relative_error(ours[name], reference[name]) if name in ours else math.inf for name in reference}
+    return errors | dict.fromkeys(ours.keys() - reference.keys(), math.inf)
+
+
+def length_of_difference(ours: Any, reference: Any) -> float:
+    """Of all numbers in one array, or in arrays by name, over the length of the reference; inf for other names."""
+    if not isinstance(reference, Mapping):
+        ours, reference = {"": ours}, {"": reference}
+    if ours.keys() != reference.keys():
+        return math.inf
+    difference, whole = (
+        math.hypot(*(float(np.linalg.norm(array)) for array in arrays))
+        for arrays in ((ours[name] - reference[name] for name in reference), reference.values())
+    )
+    return difference / whole
+
+
+def largest(errors: Mapping[str, float]) -> tuple[float, str]:
+    """The largest error and its name; nan is larger than any."""
+    name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    return errors[name], name
+
+
+def columns(row: Row) -> dict[str, str]:
+    """The texts of a row in a table."""
+    return {
+        "error": f"{row.error:.1e}",
+        "bound": "-" if row.bound is None else f"{row.bound:.0e}",
+        "verdict": row.verdict or "-",
+        "where": row.where,
+    }

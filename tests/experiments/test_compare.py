@@ -1,0 +1,136 @@
+"""Where curves part, and several frameworks by one command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cars, compare
+from experiments.compare import describe_distances, loss_distances
+from experiments.run_folder import read_metrics
+from experiments.settings import DATA_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--arch", "resnet18", "--image-size", "32", "--limit", "48", "--batch-size", "12", "--epochs", "1"]
+ALONE = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | {"OMP_NUM_THREADS": "1"}
+
+
+def rows(losses, ends=()):
+    """A row for each step, and one at the end of each epoch."""
+    found = [{"epoch": step / 4, "step": step, "train_loss": loss} for step, loss in enumerate(losses, 1)]
+    return found + [{"epoch": step / 4, "step": step, "train_loss": 99.0, "test_loss": 1.0} for step in ends]
+
+
+def test_distances_by_hand():
+    ours, theirs = rows([2.0, 4.0, 5.0, 3.0], ends=[4]), rows([2.0, 4.0004, 4.0], ends=[3])
+    distances = loss_distances(ours, theirs)
+    assert [row["step"] for row in distances] == [1, 2, 3]
+    assert [row["epoch"] for row in distances] == [0.25, 0.5, 0.75]
+    np.testing.assert_allclose([row["distance"] for row in distances], [0, 1e-4, 0.25], rtol=1e-3)
+    assert describe_distances(distances) == (
+        "training losses differ by at most 2.5e-01 (step 3 of 3), by more than 1e-12 from step 2, 1e-09 from step 2, "
+        "1e-06 from step 2, 1e-04 from step 3, 1e-02 from step 3"
+    )
+
+
+def test_equal_curves_and_strangers():
+    same = loss_distances(rows([1.0, 2.0]), rows([1.0, 2.0]))
+    assert describe_distances(same) == "training losses differ by at most 0.0e+00 (step 1 of 2)"
+    assert describe_distances(loss_distances(rows([1.0]), rows([])[:0])) == "no step was logged by both"
+    only_ends = loss_distances(rows([], ends=[4, 8]), rows([], ends=[8]))
+    assert [row["step"] for row in only_ends] == [8]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The demo in three frameworks, by the command; the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("runs") / "compared"
+    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "jax,numpy,torchvision"]
+    done = subprocess.run([*command, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True, env=ALONE)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_one_command_trains_in_all_and_compares(compared):
+    """Every step is logged, under the same names; the first losses are one, the others as far as float32 lets them."""
+    folder, printed = compared
+    found = {name: read_metrics(folder / name) for name in ("jax", "numpy", "torchvision")}
+    for name, ours in found.items():
+        assert [row["step"] for row in ours] == [1, 2, 3, 4, 4]
+        assert [set(row) for row in ours] == [set(row) for row in found["jax"]]
+        assert ours[0]["train_loss"] == pytest.approx(found["jax"][0]["train_loss"], rel=1e-6)
+        assert ours[3]["train_loss"] == pytest.approx(found["jax"][3]["train_loss"], rel=1e-3)
+        files = {file.name for file in (folder / name).iterdir()}
+        assert {"weights.safetensors", "curves.png", "predictions.png", "step_sizes.png", "config.json"} <= files
+        if name != "jax":
+            assert f"{name} from jax: training losses differ by at most " in printed
+    assert json.loads((folder / "torchvision" / "config.json").read_text())["settings"]["model"] == "torchvision"
+    assert "torchvision's resnet18 in PyTorch with adabound on drawn cars" in printed
+    assert np.asarray(Image.open(folder / "comparison.png").convert("L")).std() > 5
+
+
+def test_earlier_runs_are_kept(compared, capsys):
+    folder, _ = compared
+    assert cars.main([*TINY, "--compare", "torch,jax", "--out", str(folder)]) == 2
+    assert f"{folder / 'jax'} holds an earlier run" in capsys.readouterr().err
+    assert not (folder / "torch").exists()
+
+
+@pytest.mark.parametrize("names", ["jax", "jax,tensorflow", "jax,jax", ""])
+def test_names_that_there_are_not(names, tmp_path, capsys):
+    assert cars.main([*TINY, "--compare", names, "--out", str(tmp_path / "run")]) == 2
+    assert "--compare takes two or more of jax, numpy, torch, torchvision" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_against_an_unknown_run(compared, tmp_path, capsys):
+    folder, _ = compared
+    arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]
+    assert compare.main(arguments) == 2
+    assert "--against adam is none of jax, numpy" in capsys.readouterr().err
+
+
+def test_one_that_fails_ends_it(tmp_path):
+    """Its own message, and its exit code."""
+    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "numpy,jax", "--batch-size", "49"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, env=ALONE
+    )
+    assert done.returncode == 2
+    assert "--batch-size 49 exceeds the 48 training pictures" in done.stderr
+    assert "numpy ended with exit code 2: there is nothing to compare" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_all_and_compares_what_there_is(tmp_path):
+    """In a process group of its own, as a terminal's: the one that is training reports, the others do not begin."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "numpy,jax", "--epochs", "400"]
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ALONE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    metrics = folder / "numpy" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 6) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert (folder / "numpy" / "weights.safetensors").is_file()
+    assert (folder / "comparison.png").is_file()
+    assert not (folder / "jax").exists()

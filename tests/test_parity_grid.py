@@ -1,0 +1,97 @@
+"""The full grid of parity: five depths, train and eval, colour and grey, three sizes; optimizers on deeper networks.
+
+Every depth runs in colour on 64x64 in training and in evaluation, in grey on 64x96 in training, and in colour on
+224x224 in evaluation; how channels and size go together in other ways does not depend on the depth: ResNet-18 stands
+for all.
+
+All five optimizers on ResNet-18 are what `python -m experiments.parity` runs. On deeper networks all five take half
+an hour on two cores; here are two on ResNet-50 and one on ResNet-101. All five:
+
+    python -m experiments.parity --sections trajectories --trajectory-arch resnet50
+    python -m experiments.parity --sections trajectories --trajectory-arch resnet101 --frameworks torch_ref
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torchvision", reason="needs the extra torch")
+
+from experiments.parity import __main__ as parity
+from experiments.parity import cases, compare, in_jax, in_torch
+
+pytestmark = pytest.mark.slow
+
+DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+FRAMEWORKS = ["numpy", "torch_ref", "torchvision"]
+
+GRID = [  # network, channels, (N, H, W), mode
+    *((depth, 3, (8, 64, 64), mode) for depth in DEPTHS for mode in ("train", "eval")),
+    *((depth, 1, (8, 64, 96), "train") for depth in DEPTHS),
+    *((depth, 3, (1, 224, 224), "eval") for depth in DEPTHS),
+    ("resnet18", 1, (8, 64, 96), "eval"),
+    *(("resnet18", 1, (8, 64, 64), mode) for mode in ("train", "eval")),
+    *(("resnet18", 3, (8, 64, 96), mode) for mode in ("train", "eval")),
+    ("resnet18", 1, (1, 224, 224), "eval"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with in_torch.exact_on_one_thread():
+        yield
+
+
+@pytest.mark.parametrize(("arch", "channels", "shape", "mode"), GRID, ids=str)
+def test_network_is_the_same_in_all_frameworks(arch, channels, shape, mode, x64):
+    """float64; 1e-10, the target of the design, on logits, loss, activations, statistics and every gradient."""
+    network = cases.Network(arch, in_channels=channels)
+    weights = cases.draw_weights(network, seed=0)
+    images, labels = cases.draw_batch(network, *shape, rng=np.random.default_rng(1))
+    compared = compare.compare_network(network, weights, images, labels, ["float64"], mode, FRAMEWORKS)
+    rows = [row for rows, _ in compared for row in rows]
+    assert len(rows) == len(FRAMEWORKS) * 6
+    assert [row for row in rows if row.verdict != "ok"] == []
+
+
+OTHER_NETWORKS = [["--stride-in", "conv1"], ["--no-batch-norm"], ["--seed", "1"]]
+
+
+@pytest.mark.parametrize("options", OTHER_NETWORKS, ids=str)
+def test_other_networks(options):
+    """Both dtypes, through the program; its bounds."""
+    assert parity.main(["--sections", "network", "--arch", "resnet50", *options]) == 0
+
+
+TRAININGS = [
+    ("resnet50", "sgd", ("numpy", "torch_ref")),
+    ("resnet50", "amsbound", ("numpy", "torch_ref")),
+    ("resnet101", "adabound", ("torch_ref",)),
+]
+
+
+@functools.cache
+def jax_trainer(network):
+    """Compiled once for all its optimizers."""
+    return in_jax.Trainer(network)
+
+
+@pytest.mark.parametrize(("arch", "optimizer", "frameworks"), TRAININGS, ids=str)
+def test_trainings(arch, optimizer, frameworks, x64):
+    """20 steps in float64: each from the same state to 1e-9, and running free within ten times what one unit in the
+    last place of the weights does, the targets of the design."""
+    network = cases.Network(arch)
+    rows, growth = compare.compare_trainings(
+        network,
+        cases.draw_weights(network, seed=0),
+        optimizer,
+        20,
+        parity.TRAINING_BATCH,
+        frameworks,
+        jax_trainer(network),
+        0,
+        after_step=lambda: None,
+    )
+    assert len(growth.yardstick) == 20
+    assert [row for row in rows if row.verdict != "ok"] == []
