@@ -43,7 +43,7 @@ from experiments.training_run import (
 from jax_resnet import resnet, weights
 
 DRAWINGS = dict(train_count=1500, test_count=600)
-CONTESTANTS = {name: {"framework": name} for name in TITLES} | {
+CONTESTANTS = {name: {"framework": name, "model": "torch_ref"} for name in TITLES} | {
     "torchvision": {"framework": "torch", "model": "torchvision"}
 }
 

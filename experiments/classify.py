@@ -255,7 +255,7 @@ def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -
         batches.append(network(normalize(to_unit_range(full), preparation.mean, preparation.std))[: len(batch)])
     logits = np.concatenate(batches)
     if not np.isfinite(logits).all():
-        raise ValueError("the network's logits are not finite: are its running variances positive, as they must be?")
+        raise ValueError("the network's logits are not finite: its weights are too large")
     return logits
 
 
@@ -305,6 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from experiments.frameworks import check_available
 from experiments.malloc import keep_freed_memory
 from experiments.plots import plot_comparison
 from experiments.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
@@ -119,7 +120,7 @@ def train_and_compare(
       whether all were trained to their end; False after Ctrl-C, and then what there is was compared.
 
     Raises:
-      ValueError: for names that there are not, or an earlier run in a folder.
+      ValueError: for names that there are not, a framework or an optimizer that is missing, an earlier run in a folder.
       SystemExit: with the exit code of one that failed, which has said why.
     """
     names = list(dict.fromkeys(settings.compare.split(",")))
@@ -132,8 +133,9 @@ def train_and_compare(
     children = {
         name: dataclasses.replace(settings, compare=None, out=out / name, **contestants[name]) for name in names
     }
-    for child in children.values():
+    for child in children.values():  # before the first has trained for hours
         refuse_earlier_run(child.out, child.overwrite)
+        check_available(child.framework, child.opt, getattr(child, "dampening", 0.0))
     finished = True
     for name, child in children.items():
         print(f"{name}:", flush=True)

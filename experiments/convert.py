@@ -165,6 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -136,14 +136,26 @@ class Training(NamedTuple):
     moments: Callable[[State], AdaBoundState]
 
 
+def check_available(framework: FrameworkName, opt: OptimizerName, dampening: float) -> None:
+    """Raises a ValueError if the framework is missing, or has no such optimizer."""
+    if framework != "jax":
+        refuse_uncommon(framework, opt, dampening)
+    if framework == "torch":
+        try:
+            import torch  # noqa: F401 (whether it can be)
+        except ImportError as error:
+            raise ValueError(
+                f'--framework torch needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
+            ) from error
+
+
 def make_training(framework: FrameworkName, network: Network, recipe: Recipe) -> Training:
     """Everything for a training in a framework.
 
     Raises:
       ValueError: if the framework is missing, or has no such optimizer.
     """
-    if framework != "jax":
-        refuse_uncommon(framework, recipe.opt, recipe.dampening)
+    check_available(framework, recipe.opt, recipe.dampening)
     return {"jax": _in_jax, "numpy": _in_numpy, "torch": _in_torch}[framework](network, recipe)
 
 
@@ -206,12 +218,8 @@ def _in_numpy(network: Network, recipe: Recipe) -> Training:
 
 
 def _in_torch(network: Network, recipe: Recipe) -> Training:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f'--framework torch needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
-        ) from error
+    import torch
+
     from torch_ref import train
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

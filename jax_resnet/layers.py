@@ -211,7 +211,7 @@ _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0), with gradient 0 at 0. Any shape."""
-    return jnp.maximum(x, 0)
+    return jnp.where(x < 0, 0, x)  # not jnp.maximum, which loses a nan in some of XLA's fusions on a CPU
 
 
 def _relu_fwd(x):

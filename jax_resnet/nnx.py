@@ -6,11 +6,13 @@ torchvision's names. It computes nothing itself.
     config = resnet.resnet50()
     model = ResNet(config, weights.load("resnet50.pth", config))    # or ResNet(config, rngs=nnx.Rngs(0))
     logits = model(images, train=False)
-    pooled = model.features(images, train=False)["pool"]            # (N, 2048), for a head of your own
+    pooled = model.features(images, train=False)["pool"]            # (N, 2048)
+    model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # a head of your own: any module that takes them
     kernel = model.layer3[0].downsample[0].weight                   # an nnx.Param, (1, 1, 512, 1024)
     weights.save("resnet50.safetensors", *model.arrays())
 
-For another number of classes give `weights.load` a configuration with it, head="new" and a key.
+For another number of classes of the network's own head give `weights.load` a configuration with it, head="new" and a
+key.
 """
 
 from __future__ import annotations
@@ -77,8 +79,13 @@ class ResNet(Part):
         self.config = config
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them."""
-        return nnx.to_pure_dict(nnx.state(self, nnx.Param)), nnx.to_pure_dict(nnx.state(self, nnx.BatchStat))
+        """(params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them; without "fc" if that is a
+        module of your own."""
+        params, batch_stats = (nnx.to_pure_dict(nnx.state(self, kind)) for kind in (nnx.Param, nnx.BatchStat))
+        if not isinstance(self.fc, Part):
+            for tree in (params, batch_stats):
+                tree.pop("fc", None)
+        return params, batch_stats
 
     def __call__(self, images: Array, *, train: bool, **options: Any) -> Array:
         """The logits, (N, num_classes); with train=True the running statistics are updated in place.
@@ -88,14 +95,21 @@ class ResNet(Part):
           train: as for `resnet.apply`.
           options: dtype and remat of `resnet.apply`.
         """
-        return self._apply(images, train=train, **options).logits
+        if isinstance(self.fc, Part):
+            return self._apply(images, train=train, **options).logits
+        return self.fc(self.features(images, train=train, **options)["pool"])
 
     def features(self, images: Array, *, train: bool, **options: Any) -> dict[str, Array]:
         """The activations by name, {"stem", "layer1.0", ..., "layer4.2", "pool"}; arguments and effect as a call's."""
         return self._apply(images, train=train, return_activations=True, **options).activations
 
     def _apply(self, images: Array, *, train: bool, **options: Any) -> resnet.Output:
-        out = resnet.apply(self.config, *self.arrays(), images, train=train, **options)
+        params, batch_stats = self.arrays()
+        if "fc" not in params:  # apply wants one; its logits are not asked for
+            classes = self.config.num_classes
+            zeros = {"weight": (resnet.feature_channels(self.config), classes), "bias": (classes,)}
+            params["fc"] = {name: jnp.zeros(shape) for name, shape in zeros.items()}
+        out = resnet.apply(self.config, params, batch_stats, images, train=train, **options)
         if train:
             nnx.update(self, out.batch_stats)
         return out

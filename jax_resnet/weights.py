@@ -147,6 +147,8 @@ def load(
       ValueError: for a file that cannot be read (see `read_file`), or one list of all that does not fit (see
         `check_arrays`).
     """
+    if head not in ("strict", "new") or stem not in ("strict", "grey"):
+        raise ValueError(f'head is "strict" or "new", stem "strict" or "grey", got {head!r} and {stem!r}')
     arrays = read_file(path).arrays
     if head == "new":
         if key is None:
@@ -155,7 +157,8 @@ def load(
         arrays |= to_torch({"fc": dense}, {})
     kernel = arrays.get("conv1.weight")
     if stem == "grey" and config.in_channels == 1 and kernel is not None and kernel.shape[1:2] == (3,):
-        arrays["conv1.weight"] = kernel.sum(1, keepdims=True)
+        wide = kernel.astype(np.promote_types(kernel.dtype, np.float32))  # halves are rounded once
+        arrays["conv1.weight"] = wide.sum(1, keepdims=True).astype(kernel.dtype)
     check_arrays(arrays, config, path)
     return from_torch(arrays)
 
@@ -165,7 +168,7 @@ def check_arrays(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig, 
 
     Raises:
       ValueError: with one list of all names that are missing or unexpected and all arrays of another shape, that are
-        not of a float type, or that hold values which are not finite.
+        not of a float type, or that hold values which are not finite or variances which are negative.
     """
     expected = {
         name: _torch_shape(spec.shape)
@@ -185,6 +188,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig, 
             problems.append(f"{name}: expected floats, the file has {value.dtype}")
         elif count := value.size - np.count_nonzero(np.isfinite(value)):
             problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
+        elif name.endswith("running_var") and (count := np.count_nonzero(value < 0)):
+            problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
     if problems:
         raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
 
@@ -230,7 +235,10 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
     if checkpoint and entry is None:
         known = [name for name in _ENTRIES if name in checkpoint]
         if not known and len(checkpoint) > 1:
-            raise ValueError(f"{path} has arrays in several entries, {', '.join(checkpoint)}: name one as entry")
+            raise ValueError(
+                f"{path} has arrays in several entries, {', '.join(checkpoint)}: name one, read_file(path, entry), or "
+                "take it out with `python -m experiments.convert IN OUT --entry NAME`"
+            )
         entry = (known or list(checkpoint))[0]
     if entry is not None:
         if entry not in checkpoint:

@@ -115,6 +115,8 @@ def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tr
     for name, value in arrays.items():
         if value.dtype.kind == "f" and (count := value.size - np.count_nonzero(np.isfinite(value))):
             problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
+        elif name.endswith("running_var") and (count := np.count_nonzero(value < 0)):
+            problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
     if problems:
         raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
     return from_torch(arrays)

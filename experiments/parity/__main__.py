@@ -207,13 +207,20 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(f"Parity of {', '.join(frameworks)} with JAX", describe_machine(), left_out)
     print(report.machine)
     torch_settings = contextlib.nullcontext() if frameworks == ["numpy"] else torch_module().exact_on_one_thread()
+    stopped = False
     with jax.enable_x64(True), jax.default_matmul_precision("highest"), torch_settings:
-        compare_all(settings, frameworks, report)
+        try:
+            compare_all(settings, frameworks, report)
+        except KeyboardInterrupt:
+            stopped = True
+            report.left_out.append("all after Ctrl-C")
     print_report(report)
     if settings.html is not None:
         write_page(settings.html, report)
         print(f"wrote {settings.html}")
-    return 1 if report.is_broken else 0
+    if report.is_broken:
+        return 1
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

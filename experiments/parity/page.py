@@ -62,7 +62,7 @@ def write_page(path: Path, report: Report) -> None:
             "a training in JAX whose weights were moved by one unit in the last place (black)."
         )
         parts.append(_figure(plot_growths(report.growths), caption))
-    parts += [f"<h2>{html.escape(name)}</h2>{_table(rows)}" for name, rows in report.tables.items()]
+    parts += [f"<h2>{html.escape(name)}</h2>{_table(rows)}" for name, rows in report.tables.items() if rows]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

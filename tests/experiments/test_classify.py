@@ -186,7 +186,7 @@ def run(cars_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     description = describe_input("resnet18", cars_dataset, *channel_statistics(cars_dataset.train.images))
     tree = draw(num_classes=len(cars_dataset.class_names), in_channels=1)
-    write_weights(folder, weights.save, *tree, description)
+    write_weights(folder, weights.to_torch(*tree), description)
     return folder
 
 
@@ -305,6 +305,8 @@ def files(tmp_path_factory, pictures):
     variance = batch_stats["bn1"] | {"running_var": -batch_stats["bn1"]["running_var"]}
     weights.save(folder / "good.npz", params, batch_stats)
     weights.save(folder / "negative.npz", params, batch_stats | {"bn1": variance})
+    huge = params | {"bn1": params["bn1"] | {"weight": np.full(64, 3e38, np.float32)}}
+    weights.save(folder / "huge.npz", huge, batch_stats)
     weights.save(folder / "grey.npz", *draw(num_classes=3, in_channels=1))
     metadata = {
         "run": FACTS,
@@ -330,7 +332,6 @@ MISTAKES = {  # arguments, what the one line on stderr says
     "an empty folder": (["picture", "--weights", "empty"], f"no weight file {Path('empty/weights.safetensors')}"),
     "another suffix": (["picture", "--weights", "text.jpg"], "weight files end in"),
     "another network": (["picture", "--weights", "no_resnet.npz"], "no_resnet.npz: no ResNet: conv1.weight"),
-    "not finite": (["picture", "--weights", "negative.npz"], "logits are not finite"),
     "grey, nothing known": (["picture", "--weights", "grey.npz"], "grey.npz is for pictures of 1 channels"),
     "another arch's run": (["picture", "--weights", "other.safetensors"], f"other.safetensors {NOT_OF_A_RUN}"),
     "names of others": (["picture", "--weights", "names.safetensors"], f"names.safetensors {NOT_OF_A_RUN}"),
@@ -355,7 +356,20 @@ MISTAKES = {  # arguments, what the one line on stderr says
 }
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")  # of a negative variance
+def test_weights_that_do_not_fit_are_listed(files, pictures, capsys):
+    assert classify.main([str(pictures[0]), "--weights", str(files / "negative.npz")]) == 2
+    assert "bn1.running_var: 64 of 64 variances are negative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework", classify.NETWORKS)
+def test_logits_that_overflow_are_an_error(framework, files, pictures, capsys):
+    """In JAX too, where XLA may lose a nan in a maximum: 224x224 is a size at which it did."""
+    with np.errstate(all="ignore"):
+        code = classify.main([str(pictures[0]), "--weights", str(files / "huge.npz"), "--framework", framework])
+    assert code == 2
+    assert "logits are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_exit_code_2_and_one_line(arguments, message, files, pictures, capsys, monkeypatch):
     monkeypatch.chdir(files)

@@ -90,6 +90,27 @@ def test_names_that_there_are_not(names, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_one_cannot_do_is_said_before_any_has_trained(tmp_path, capsys):
+    arguments = [*TINY, "--compare", "jax,torch", "--opt", "adaboundw", "--out", str(tmp_path / "run")]
+    assert cars.main(arguments) == 2
+    assert "--opt adaboundw is in JAX alone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_contestants_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
+    """--model torchvision beside --compare: torch is torch_ref all the same."""
+    ran = []
+    monkeypatch.setattr(compare, "_run_in_a_process", lambda run, settings: ran.append(settings) or 130)
+    arguments = ["--framework", "torch", "--model", "torchvision", "--compare"]
+    for names in ("torch,jax", "torchvision,torch", "jax,torch"):
+        assert cars.main([*TINY, *arguments, names, "--out", str(tmp_path / names)]) == 130
+    assert [(s.framework, s.model) for s in ran] == [
+        ("torch", "torch_ref"),
+        ("torch", "torchvision"),
+        ("jax", "torch_ref"),
+    ]
+
+
 def test_against_an_unknown_run(compared, tmp_path, capsys):
     folder, _ = compared
     arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]

@@ -312,6 +312,20 @@ def test_the_mistaken_variance_is_the_unbiased_one(x64):
     assert_same(in_jax_too(*arrays, *running)[1:], correct)
 
 
+def other_rule(adabound, *arguments, gamma, **settings):
+    return adabound(*arguments, gamma=2 * gamma, **settings)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_an_optimizer_is_caught(monkeypatch, capsys):
+    """AdaBound's bounds close twice as fast: both its rows are BROKEN, Adam's hold."""
+    monkeypatch.setattr(*wrapped(numpy_ref.optim, "adabound", other_rule)())
+    arguments = ["--sections", "trajectories", "--frameworks", "numpy", "--steps", "2"]
+    assert parity.main([*arguments, "--optimizers", "adam", "adabound"]) == 1
+    broken = [row for row, verdict in verdicts(capsys.readouterr().out).items() if verdict == "BROKEN"]
+    assert broken == ["adabound, each step, numpy", "adabound, free, over one ulp's, numpy"]
+
+
 # What is left out, and what is refused.
 
 

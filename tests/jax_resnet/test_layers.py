@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_resnet import layers
+from jax_resnet import layers, resnet
 
 
 def random(rng, *shape):
@@ -312,3 +312,13 @@ MISTAKES = {
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_nan_survives_a_network():
+    """A training that diverges must show: jnp.maximum in relu lost nan in some of XLA's fusions, at this size."""
+    config = resnet.resnet18()
+    params, batch_stats = resnet.init(config, jax.random.key(0))
+    batch_stats["bn1"]["running_var"] = jnp.full(64, -1.0)
+    logits = jax.jit(lambda x: resnet.apply(config, params, batch_stats, x, train=False).logits)
+    assert jnp.isnan(logits(jnp.ones((1, 224, 224, 3)))).all()
+    assert jnp.isnan(layers.relu(jnp.array([jnp.nan]))).all()

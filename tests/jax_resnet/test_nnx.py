@@ -190,3 +190,20 @@ def test_with_a_new_head_of_another_number_of_classes(arrays, tmp_path):
     assert logits.shape == (4, 9)
     weights.save(tmp_path / "b.npz", *model.arrays())
     assert_same(weights.load(tmp_path / "b.npz", config), model.arrays())
+
+
+def test_its_head_is_replaceable(arrays, x64):
+    """By any module on the pooled vector, whose parameters take the old ones' place; a backbone's arrays stay."""
+    model = ResNet(CONFIG, arrays)
+    pooled = model.features(images(), train=False)["pool"]
+    model.fc = nnx.Linear(pooled.shape[1], 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(model(images(), train=False), model.fc(pooled), rtol=1e-12)
+    params, batch_stats = model.arrays()
+    assert_same((params, batch_stats), ({k: v for k, v in arrays[0].items() if k != "fc"}, arrays[1]))
+    grads = nnx.to_pure_dict(nnx.grad(lambda model: (model(images(), train=True) ** 2).mean())(model))
+    assert {name: value.shape for name, value in grads["fc"].items()} == {
+        "kernel": (*pooled.shape[1:], 3),
+        "bias": (3,),
+    }
+    assert jnp.abs(grads["conv1"]["weight"]).max() > 0
+    assert not np.array_equal(model.bn1.running_mean[...], batch_stats["bn1"]["running_mean"])

@@ -295,6 +295,7 @@ def test_all_that_does_not_fit_is_listed(suffix, tree, tmp_path):
     arrays["conv1"] = np.zeros(2, np.float32)  # where the tree has a dict
     arrays["layer1.0.conv1.weight"] = arrays["layer1.0.conv1.weight"].transpose(2, 3, 1, 0).copy()
     arrays["layer1.0.bn1.weight"] = np.full(64, np.nan, np.float32)
+    arrays["layer2.0.bn1.running_var"] = np.where(np.arange(128) < 3, -1, 1).astype(np.float32)
     arrays["fc.weight"] = np.where(np.arange(5 * 512).reshape(5, 512) < 2, np.inf, arrays["fc.weight"])
     path = tmp_path / f"a{suffix}"
     weights.write_arrays(path, arrays)
@@ -302,6 +303,7 @@ def test_all_that_does_not_fit_is_listed(suffix, tree, tmp_path):
         "fc.weight: 2 of 2,560 values are not finite",
         "layer1.0.bn1.weight: 64 of 64 values are not finite",
         "layer1.0.conv1.weight: expected (64, 64, 3, 3), the file has (3, 3, 64, 64) (transposed?)",
+        "layer2.0.bn1.running_var: 3 of 128 variances are negative",
         "missing: bn1.bias (64,)",
         "unexpected: conv1 (2,)",
         "unexpected: extra (3,)",
