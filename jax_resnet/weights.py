@@ -11,6 +11,7 @@ and .npz.
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
 import os
 import pickle
@@ -277,8 +278,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        # The command line that a checkpoint of torchvision's or timm's scripts holds is a Namespace: attributes alone.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_data_in_checkpoints()):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise a dozen types for a damaged file
         wanted = re.search(r"GLOBAL (\S+)", str(error))
@@ -292,6 +292,16 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping) or not _has_names(contents):
         raise ValueError(f"{path} must hold a state_dict, {{name: array}}, got a {type(contents).__name__}")
     return contents
+
+
+def _data_in_checkpoints() -> list[Any]:
+    """What training scripts put beside the weights and is data alone, though torch does not know it.
+
+    That is their command line, a Namespace, and NumPy's scalars, by the new and the old name of their module.
+    """
+    scalar = np._core.multiarray.scalar
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes, codecs.encode]
 
 
 def _reason(error: Exception) -> str:

@@ -209,8 +209,8 @@ STYLES = {  # what a file holds, and the entry, the prefix and the names left ou
     ),
     "timm": (
         lambda model: {"arch": "resnet18", "state_dict_ema": prefixed("", model.state_dict()), "version": 2,
-                       "state_dict": model.state_dict(), "metric": 80.1},
-        "state_dict", "", ("arch", "state_dict_ema", "version", "metric"),
+                       "state_dict": model.state_dict(), "metric": 80.1, "best_acc": np.float64(80.1)},
+        "state_dict", "", ("arch", "state_dict_ema", "version", "metric", "best_acc"),
     ),
     "Lightning": (
         lambda model: OTHER | {"state_dict": prefixed("model.", model.state_dict()), "hyper_parameters": {"lr": 0.1}},
