@@ -22,13 +22,15 @@ import numpy as np
 
 from experiments import step_sizes
 from experiments.compare import train_and_compare
+from experiments.compilation import use_compilation_cache
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
 from experiments.data.dataset import DataError, Dataset, balanced_subset, channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
-from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network
+from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network, weights_dtype
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_schedule
+from experiments.processes import choose_devices, start_processes
 from experiments.run_folder import STEP_SIZES, refuse_earlier_run
 from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings, read_ahead
 from experiments.training import Results, State, count_steps
@@ -63,7 +65,9 @@ def load_data(settings: Settings) -> Dataset:
             f"--preset {settings.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. Layouts:\n{LAYOUTS}"
         )
     else:
-        dataset = load_stanford_cars(settings.data, size, settings.grey, skip_bad=settings.skip_bad)
+        dataset = load_stanford_cars(
+            settings.data, size, settings.grey, skip_bad=settings.skip_bad, decode=settings.decode
+        )
     if settings.limit is None:
         return dataset
     return dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
@@ -105,12 +109,12 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     changes = Augmentation(place=settings.augmentation)
 
     def preprocess_test(images):
-        return normalize(to_unit_range(images, settings.precision), mean, std)
+        return normalize(to_unit_range(images, weights_dtype(settings.precision)), mean, std)
 
     @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
     def augmented(images, step):
         key = jax.random.fold_in(augment_key, step)  # by the step: a resumed run sees the same pictures
-        return normalize(augment(changes, key, to_unit_range(images, settings.precision)), mean, std)
+        return normalize(augment(changes, key, to_unit_range(images, weights_dtype(settings.precision))), mean, std)
 
     def preprocess_train(images, step):
         return preprocess_test(images) if settings.augmentation == "none" else augmented(images, step)
@@ -133,6 +137,12 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
         label_smoothing=settings.label_smoothing,
         freeze_backbone=settings.freeze == "backbone",
         precision=settings.precision,
+        clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
+        ema=settings.ema,
+        skip_nonfinite=settings.skip_nonfinite,
+        remat=settings.remat,
+        devices=choose_devices(settings.devices, settings.batch_size) if settings.framework == "jax" else 1,
     )
     return make_training(settings.framework, network, recipe), describe_input(settings.arch, dataset, mean, std)
 
@@ -148,7 +158,7 @@ def write_report(
     results: Results | None,
 ) -> None:
     """Writes the weights and the pictures of a run into its folder: curves, predictions, and step sizes."""
-    write_weights(path, training.arrays(state), description)
+    write_weights(path, training, state, description)
     plot_report(path, title, dataset, results)
     if settings.opt in step_sizes.KNOWN and int(state.step):
         steps = step_sizes.layer_steps(
@@ -162,17 +172,24 @@ def write_report(
         step_sizes.plot_layer_steps(path / STEP_SIZES, steps, title)
 
 
-def run(settings: Settings) -> bool:
-    """Trains as the settings say and leaves the run's folder; False if Ctrl-C ended it.
+def run(settings: Settings) -> int | None:
+    """Trains as the settings say and leaves the run's folder; returns the signal that ended it, if one did.
 
     Raises:
       ValueError, OSError: for bad input, with a message for the person who gave it.
-      DivergedError: when the loss is not finite.
+      DivergedError: when the loss or gradients are not finite.
     """
     if settings.compare is not None:
         return train_and_compare(run, settings, CONTESTANTS)
-    refuse_earlier_run(settings.out, settings.overwrite)
+    refuse_earlier_run(settings.out, settings.overwrite or settings.resume)
+    with start_processes(settings):
+        return train(settings)
+
+
+def train(settings: Settings) -> int | None:
+    """`run` for one framework, once the processes have met."""
     dataset = load_data(settings)
+    count_steps(dataset.train, settings.batch_size)  # before weights are drawn for nothing
     network = f"torchvision's {settings.arch}" if settings.model == "torchvision" else settings.arch
     if settings.framework != "jax":
         network += f" in {TITLES[settings.framework]}"
@@ -200,4 +217,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
         keep_freed_memory()
+    use_compilation_cache()
     sys.exit(main())

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +31,9 @@ import numpy_ref.weights
 from experiments.convert import Architecture, recognize
 from experiments.data import imagenet
 from experiments.data.augment import normalize, to_unit_range
-from experiments.data.pictures import Decoding
+from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
+from experiments.settings import MAX_SIZE
 from jax_resnet import resnet, weights
 
 TORCHVISION = "torchvision"
@@ -135,7 +138,7 @@ def load_classifier(settings: Settings) -> Classifier:
             raise ValueError(f"--resize is for ImageNet's weights: {path} says itself how large its pictures are")
         try:
             class_names, preparation = as_trained(facts, arch, config)
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} has metadata that are not those of a run of experiments.cars: {error}") from error
     elif config.in_channels != len(imagenet.MEAN):
         raise ValueError(
@@ -160,10 +163,18 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
     """The names of the classes and what is done to pictures, from the metadata of a run.
 
     Raises:
-      KeyError, TypeError, ValueError: if something is missing, no JSON, or not of this network.
+      TypeError, ValueError, RecursionError: if something is missing, no JSON, or not of this network.
     """
+    if missing := [name for name in RUN_FACTS if name not in facts]:
+        raise ValueError(f"{missing[0]!r} is missing")
     values = {name: json.loads(facts[name]) for name in RUN_FACTS}
     class_names, (height, width), grey = tuple(values["class_names"]), values["image_size"], values["grey"]
+    if not all(isinstance(name, str) for name in class_names):
+        raise ValueError("'class_names' are not all text")
+    if not all(isinstance(side, int) and resnet.MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
+        raise ValueError(f"'image_size' is {height} x {width}, expected {resnet.MIN_SIZE} to {MAX_SIZE} pixels each")
+    if not all(math.isfinite(number) for number in (*values["mean"], *values["std"])) or not min(values["std"]) > 0:
+        raise ValueError(f"'mean' and 'std' are {values['mean']} and {values['std']}")
     of_metadata = (values["arch"], len(class_names), len(values["mean"]), len(values["std"]), 1 if grey else 3)
     of_weights = (arch, config.num_classes, config.in_channels, config.in_channels, config.in_channels)
     if of_metadata != of_weights:
@@ -185,13 +196,14 @@ def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) 
     images, failures = [], []
     for path in paths:
         try:
-            images.append(decode(path.read_bytes()))
+            images.append(decode(read_file(path)))
         except OSError as error:
             failures.append(f"{path} ({error.strerror or error})")
         except Exception as error:  # Pillow meets a broken file with almost any type
-            failures.append(f"{path} ({error or type(error).__name__})")
+            failures.append(f"{path} ({str(error).rstrip('.') or type(error).__name__})")
     if failures:
-        raise ValueError(f"{len(failures)} of {len(paths)} pictures cannot be read: {', '.join(failures)}")
+        listed = ", ".join(map(printable, failures))
+        raise ValueError(f"{len(failures)} of {len(paths)} pictures cannot be read: {listed}")
     return np.stack(images)
 
 
@@ -293,13 +305,15 @@ def classify(settings: Settings) -> None:
         return
     print(f"{about['arch']}, {about['weights']}, {about['framework']}; pictures: {about['preparation']}")
     for picture, rows in answers.items():
-        print(f"\n{picture}")
+        print(f"\n{printable(picture)}")
         for row in rows:
             print(f"  {row['probability']:8.3%}  {row['class']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a picture need not be UTF-8
     try:
         classify(tyro.cli(Settings, args=arguments, prog="python -m experiments.classify"))
     except (ValueError, OSError) as error:

@@ -81,13 +81,24 @@ def apply_numpy(
 
 
 def apply_jax(
-    config: CNNConfig, params: Params, batch_stats: Any, images: jax.Array, *, train: bool
+    config: CNNConfig,
+    params: Params,
+    batch_stats: Any,
+    images: jax.Array,
+    *,
+    train: bool,
+    dtype: Any = None,
+    return_activations: bool = False,
 ) -> jax_resnet.resnet.Output:
     """Runs the network in the form of `jax_resnet.resnet.apply`."""
     layers = jax_resnet.layers
-    x = layers.conv2d(images, **params["conv"], stride=config.stride, padding=config.kernel // 2)
-    logits = layers.dense(layers.flatten(layers.relu(x)), **params["fc"])
-    return jax_resnet.resnet.Output(logits, batch_stats, {})
+    dtype = dtype or images.dtype
+    kernel, bias = (params["conv"][name].astype(dtype) for name in ("weight", "bias"))
+    x = layers.conv2d(images.astype(dtype), kernel, bias, stride=config.stride, padding=config.kernel // 2)
+    x = layers.relu(x)
+    features = layers.flatten(x).astype(params["fc"]["weight"].dtype)
+    logits = layers.dense(features, **params["fc"])
+    return jax_resnet.resnet.Output(logits, batch_stats, {"conv": x} if return_activations else {})
 
 
 def make_module(config: CNNConfig) -> torch.nn.Module:

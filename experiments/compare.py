@@ -14,12 +14,13 @@ from typing import Any
 
 import tyro
 
+from experiments.compilation import use_compilation_cache
 from experiments.frameworks import check_available
 from experiments.malloc import keep_freed_memory
 from experiments.plots import plot_comparison
 from experiments.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
 from experiments.settings import RunSettings
-from experiments.training_run import INTERRUPTED, exit_code
+from experiments.training_run import exit_code
 
 PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
 
@@ -39,18 +40,19 @@ def compare(
     """
     if not runs:
         raise ValueError("name one folder of a run, or more")
-    for run in runs:
-        if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
-            raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name the picture to write")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    found = [read_run(run) for run in runs]
     names = [run.name for run in runs]
-    rows = {str(run) if names.count(run.name) > 1 else run.name: read_metrics(run) for run in runs}
+    rows = {
+        str(run) if names.count(run.name) > 1 else run.name: run_rows
+        for run, (run_rows, _) in zip(runs, found, strict=True)
+    }
     if against is not None and against not in rows:
         raise ValueError(f"--against {against} is none of {', '.join(rows)}")
-    configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
-    try:
-        titles = {f"{config['input']['arch']} on {config['data']['title']}" for config in configs}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a {CONFIG} is not that of a training run: it has no {error}") from error
+    titles = {title for _, title in found}
     distances = {
         name: loss_distances(run_rows, rows[against]) for name, run_rows in rows.items() if against not in (None, name)
     }
@@ -67,6 +69,29 @@ def compare(
     for name, found in distances.items():
         print(f"{name} from {against}: {describe_distances(found)}")
     print(f"curves are in {out}")
+
+
+def read_run(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a run's metrics, and what was trained on what.
+
+    Raises:
+      ValueError: the folder holds no run, or one of its files is not that of a run.
+    """
+    if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
+        raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
+    file = run / METRICS
+    try:
+        rows = read_metrics(run)
+        for row in rows:
+            tested = ("test_loss", "test_top1", "test_top5") if "test_loss" in row else ()
+            if wrong := [n for n in ("epoch", "step", "train_loss", *tested) if not isinstance(row[n], int | float)]:
+                raise TypeError(f"{wrong[0]} is {row[wrong[0]]!r}")
+        file = run / CONFIG
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return rows, f"{config['input']['arch']} on {config['data']['title']}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file} is not that of a training run: {reason}") from error
 
 
 def loss_distances(rows: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
@@ -107,17 +132,17 @@ def describe_distances(distances: Sequence[dict[str, float]]) -> str:
 
 
 def train_and_compare(
-    run: Callable[[Any], bool], settings: RunSettings, contestants: Mapping[str, Mapping[str, Any]]
-) -> bool:
+    run: Callable[[Any], int | None], settings: RunSettings, contestants: Mapping[str, Mapping[str, Any]]
+) -> int | None:
     """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
 
     Args:
-      run: the program, a function of a module: settings -> whether all epochs were run.
+      run: the program, a function of a module: settings -> the signal that ended it, if one did.
       settings: whose `compare` names contestants.
       contestants: what each changes in the settings, by name.
 
     Returns:
-      whether all were trained to their end; False after Ctrl-C, and then what there is was compared.
+      the signal that ended a run, and then what there is was compared; None if all were trained to their end.
 
     Raises:
       ValueError: for names that there are not, a framework or an optimizer that is missing, an earlier run in a folder.
@@ -134,14 +159,15 @@ def train_and_compare(
         name: dataclasses.replace(settings, compare=None, out=out / name, **contestants[name]) for name in names
     }
     for child in children.values():  # before the first has trained for hours
+        child.check()
         refuse_earlier_run(child.out, child.overwrite)
         check_available(child.framework, child.opt, getattr(child, "dampening", 0.0))
-    finished = True
+    ended_by = None
     for name, child in children.items():
         print(f"{name}:", flush=True)
         code = _run_in_a_process(run, child)
-        finished = code != INTERRUPTED
-        if not finished:
+        if code > 128:
+            ended_by = code - 128
             break
         if code:
             print(f"{name} ended with exit code {code}: there is nothing to compare", file=sys.stderr)
@@ -149,10 +175,10 @@ def train_and_compare(
     folders = [child.out for child in children.values() if (child.out / METRICS).is_file() and read_metrics(child.out)]
     if folders:
         compare(tuple(folders), out / "comparison.png", folders[0].name)
-    return finished
+    return ended_by
 
 
-def _run_in_a_process(run: Callable[[Any], bool], settings: RunSettings) -> int:
+def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -> int:
     """Its own, since what malloc is told for JAX slows PyTorch down, and since memory is then given back."""
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
     # A terminal's Ctrl-C reaches the child too, which ends with a report: this process waits for it, and hands on what
@@ -171,9 +197,10 @@ def _run_in_a_process(run: Callable[[Any], bool], settings: RunSettings) -> int:
     return process.exitcode
 
 
-def _run_alone(run: Callable[[Any], bool], settings: RunSettings) -> None:
+def _run_alone(run: Callable[[Any], int | None], settings: RunSettings) -> None:
     if settings.framework != "torch":
         keep_freed_memory()
+    use_compilation_cache()
     sys.exit(exit_code(lambda: run(settings)))
 
 

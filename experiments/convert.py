@@ -88,10 +88,14 @@ def convert(
     """
     if target.suffix not in weights.SUFFIXES:
         raise ValueError(f"weight files end in {', '.join(weights.SUFFIXES)}, got {target}")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: name the file to write")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already: choose another name, or pass --overwrite")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} for {target.name}")
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(f"{target} cannot be written: {target.parent} is read-only")
     file = weights.read_file(source, entry)
     try:
         arch, config = recognize(file.arrays, arch)

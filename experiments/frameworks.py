@@ -33,10 +33,15 @@ if TYPE_CHECKING:
     import torch
 
 FrameworkName = Literal["jax", "numpy", "torch"]
-Precision = Literal["float32", "float64"]
+Precision = Literal["float32", "float64", "bfloat16"]
 TITLES: dict[FrameworkName, str] = {"jax": "JAX", "numpy": "NumPy", "torch": "PyTorch"}
 
 Array = np.ndarray
+
+
+def weights_dtype(precision: Precision) -> str:
+    """The type of the weights, and of the pictures that go into the network."""
+    return "float32" if precision == "bfloat16" else precision
 
 
 class Network(NamedTuple):
@@ -95,7 +100,11 @@ class Recipe:
     preprocess_test: the same without a step.
     label_smoothing: the share of the target spread over all classes.
     freeze_backbone: train the dense layer alone; the rest runs as in evaluation.
-    precision: of weights and all that is computed; float64 needs jax.enable_x64.
+    precision: of weights and all that is computed, but bfloat16 is the activations' alone and the weights stay float32;
+      float64 needs jax.enable_x64.
+    clip_norm: gradients longer than this, taken together, are shortened to it.
+    accumulate, ema, skip_nonfinite, remat: see `jax_resnet.train.make_train_step`; for JAX, as are:
+    devices: how many of JAX's devices share the batch; 1 leaves everything on the first.
     """
 
     opt: OptimizerName
@@ -112,6 +121,12 @@ class Recipe:
     label_smoothing: float = 0.0
     freeze_backbone: bool = False
     precision: Precision = "float32"
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    skip_nonfinite: int = 0
+    remat: bool = False
+    devices: int = 1
 
     @property
     def hyperparameters(self) -> dict[str, float]:
@@ -124,16 +139,24 @@ class Training(NamedTuple):
 
     state, train_step, eval_step: as `experiments.training.fit` takes them.
     device: where it is computed, as plain JSON values.
-    arrays: state -> {torchvision's name: array in torchvision's layout}.
+    arrays: (params, batch_stats) -> {torchvision's name: array in torchvision's layout}.
     moments: state -> count, first and second moments of Adam's family, under JAX's names and layout.
+    put: (images, labels) of this process -> the batch as the steps take it.
+    place: a state of NumPy arrays -> the same where the steps take it; None where none can be gone on from.
+    averages: state -> params and batch_stats averaged over the steps, None without.
+    search: see `jax_resnet.train.make_nonfinite_search`; None where there is none.
     """
 
     state: State
     train_step: Callable[..., tuple[State, dict[str, Any]]]
     eval_step: Callable[..., dict[str, Any]]
     device: dict[str, Any]
-    arrays: Callable[[State], dict[str, Array]]
+    arrays: Callable[[Any, Any], dict[str, Array]]
     moments: Callable[[State], AdaBoundState]
+    put: Callable[[Array, Array], tuple[Any, Any]] = lambda images, labels: (images, labels)
+    place: Callable[[State], State] | None = None
+    averages: Callable[[State], tuple[Any, Any] | None] = lambda state: None
+    search: Callable[[State, Any, Any], list[str]] | None = None
 
 
 def check_available(framework: FrameworkName, opt: OptimizerName, dampening: float) -> None:
@@ -162,9 +185,32 @@ def make_training(framework: FrameworkName, network: Network, recipe: Recipe) ->
 def _in_jax(network: Network, recipe: Recipe) -> Training:
     train, (config, apply) = jax_resnet.train, network.jax
     optimizer = make_optimizer(recipe.opt, recipe.schedule, **recipe.hyperparameters)
+    if recipe.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), optimizer)
     params, batch_stats = jax.tree.map(
-        lambda array: jnp.asarray(array, recipe.precision), (network.params, network.batch_stats)
+        lambda array: jnp.asarray(array, weights_dtype(recipe.precision)), (network.params, network.batch_stats)
     )
+    state = train.create_train_state(
+        params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone, ema=recipe.ema is not None
+    )
+    many = recipe.devices > 1
+    mesh = train.data_mesh(jax.devices()[: recipe.devices]) if many else None
+    network_options = {"remat": True} if recipe.remat else {}
+    if recipe.precision == "bfloat16":
+        network_options["dtype"] = jnp.bfloat16
+    options = dict(apply=apply, mesh=mesh, **network_options)
+    step_options = dict(
+        label_smoothing=recipe.label_smoothing,
+        preprocess=recipe.preprocess_train,
+        freeze_backbone=recipe.freeze_backbone,
+        **options,
+    )
+
+    def place(state: State) -> State:
+        return train.replicate(state, mesh) if many else jax.tree.map(jnp.asarray, state)
+
+    def put(images: Array, labels: Array) -> tuple[Any, Any]:
+        return train.shard_batch((images, labels), mesh) if many else (jnp.asarray(images), jnp.asarray(labels))
 
     def moments(state: State) -> AdaBoundState:
         if (found := optax.tree.get(state.opt_state, "AdaBoundState")) is not None:
@@ -173,19 +219,23 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
         return AdaBoundState(adam.count, adam.mu, adam.nu, None)
 
     return Training(
-        train.create_train_state(params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone),
+        train.replicate(state, mesh) if many else state,
         train.make_train_step(
             config,
             optimizer,
-            label_smoothing=recipe.label_smoothing,
-            preprocess=recipe.preprocess_train,
-            apply=apply,
-            freeze_backbone=recipe.freeze_backbone,
+            accumulate=recipe.accumulate,
+            ema_decay=recipe.ema,
+            skip_nonfinite=recipe.skip_nonfinite,
+            **step_options,
         ),
-        train.make_eval_step(config, preprocess=recipe.preprocess_test, apply=apply),
-        jax_device(),
-        lambda state: network.to_torch(state.params, state.batch_stats),
+        train.make_eval_step(config, preprocess=recipe.preprocess_test, **options),
+        jax_device() | {"used": recipe.devices},
+        network.to_torch,
         moments,
+        put,
+        place,
+        lambda state: None if state.ema is None else (state.ema["params"], state.ema["batch_stats"]),
+        train.make_nonfinite_search(config, **step_options),
     )
 
 
@@ -212,7 +262,7 @@ def _in_numpy(network: Network, recipe: Recipe) -> Training:
         ),
         train.make_eval_step(config, preprocess=lambda images: np.asarray(recipe.preprocess_test(images)), apply=apply),
         numpy_device(),
-        lambda state: network.to_torch(state.params, state.batch_stats),
+        network.to_torch,
         moments,
     )
 
@@ -272,6 +322,6 @@ def _in_torch(network: Network, recipe: Recipe) -> Training:
         train_step,
         eval_step,
         torch_device(),
-        lambda state: with_arrays({name: v.detach() for name, v in (state.params | state.batch_stats).items()}),
+        lambda params, batch_stats: with_arrays({name: v.detach() for name, v in (params | batch_stats).items()}),
         moments,
     )

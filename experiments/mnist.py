@@ -23,12 +23,14 @@ import tyro
 import numpy_ref.resnet
 from experiments import cnn
 from experiments.compare import train_and_compare
+from experiments.compilation import use_compilation_cache
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics
 from experiments.data.mnist import load_mnist
-from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network
+from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network, weights_dtype
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
+from experiments.processes import choose_devices, start_processes
 from experiments.run_folder import refuse_earlier_run
 from experiments.settings import RunSettings, logging_all, read_ahead
 from experiments.training import Results, State, count_steps
@@ -75,6 +77,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     default = dataclasses.replace(RESNET, model=model) if model in RESNETS else CNN  # others are refused by tyro
     default = logging_all(default, named.compare)
     settings = tyro.cli(Settings, args=arguments, default=default, prog="python -m experiments.mnist")
+    settings.check()
     return dataclasses.replace(settings, learning_rate=settings.learning_rate or LEARNING_RATES[settings.opt])
 
 
@@ -118,7 +121,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     mean, std = channel_statistics(dataset.train.images)
 
     def preprocess(images, step=None):
-        return normalize(to_unit_range(images, settings.precision), mean, std)
+        return normalize(to_unit_range(images, weights_dtype(settings.precision)), mean, std)
 
     steps = settings.epochs * count_steps(dataset.train, settings.batch_size)
     recipe = Recipe(
@@ -130,6 +133,12 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
         preprocess_test=preprocess,
         weight_decay=1e-4 if settings.opt == "adamw" else 0.0,
         precision=settings.precision,
+        clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
+        ema=settings.ema,
+        skip_nonfinite=settings.skip_nonfinite,
+        remat=settings.remat,
+        devices=choose_devices(settings.devices, settings.batch_size) if settings.framework == "jax" else 1,
     )
     return make_training(settings.framework, network, recipe), describe_input(settings.model, dataset, mean, std)
 
@@ -144,20 +153,26 @@ def write_report(
     results: Results | None,
 ) -> None:
     """Writes the weights and the pictures of a run into its folder: curves and predictions."""
-    write_weights(path, training.arrays(state), description)
+    write_weights(path, training, state, description)
     plot_report(path, title, dataset, results)
 
 
-def run(settings: Settings) -> bool:
-    """Trains as the settings say and leaves the run's folder; False if Ctrl-C ended it.
+def run(settings: Settings) -> int | None:
+    """Trains as the settings say and leaves the run's folder; returns the signal that ended it, if one did.
 
     Raises:
       ValueError, OSError: for bad input, with a message for the person who gave it.
-      DivergedError: when the loss is not finite.
+      DivergedError: when the loss or gradients are not finite.
     """
     if settings.compare is not None:
         return train_and_compare(run, settings, CONTESTANTS)
-    refuse_earlier_run(settings.out, settings.overwrite)
+    refuse_earlier_run(settings.out, settings.overwrite or settings.resume)
+    with start_processes(settings):
+        return train(settings)
+
+
+def train(settings: Settings) -> int | None:
+    """`run` for one framework, once the processes have met."""
     dataset = load_data(settings)
     title = title_of(f"{settings.model} in {TITLES[settings.framework]}", settings.opt, dataset, settings.limit)
     with jax.enable_x64(settings.precision == "float64"):
@@ -182,4 +197,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
         keep_freed_memory()
+    use_compilation_cache()
     sys.exit(main())

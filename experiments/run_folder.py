@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,30 @@ from tensorboardX import SummaryWriter
 
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
-FILES = (CONFIG, METRICS, WEIGHTS, CURVES, PREDICTIONS, STEP_SIZES, "step_sizes.json", "events.out.tfevents.*")
+AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
+FILES = (
+    CONFIG,
+    f"{CONFIG}.new",
+    METRICS,
+    "metrics.cut",
+    WEIGHTS,
+    AVERAGED_WEIGHTS,
+    CURVES,
+    PREDICTIONS,
+    STEP_SIZES,
+    "step_sizes.json",
+    "events.out.tfevents.*",
+    CHECKPOINTS,
+    PROFILE,
+    ".weights*",  # what a killed process has left
+)
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # as far as installed
 
 
 def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
     """Raises a ValueError if a run's folder cannot be made, or holds an earlier run that may not be replaced."""
     if out and earlier_run(out) and not overwrite:
-        raise ValueError(f"{out} holds an earlier run: choose another --out, or pass --overwrite")
+        raise ValueError(f"{out} holds an earlier run: choose another --out, or pass --overwrite or --resume")
 
 
 def earlier_run(path: Path) -> list[Path]:
@@ -33,6 +50,8 @@ def earlier_run(path: Path) -> list[Path]:
     Raises:
       ValueError: if the path is no folder, or one that cannot be made or written.
     """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"--out {path} cannot be written: it is a link to nowhere")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {path} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
@@ -40,37 +59,79 @@ def earlier_run(path: Path) -> list[Path]:
 
 
 class RunFolder:
-    """Writes a run's files as the run goes; every line is on disk when `log` returns.
+    """Writes a run's files as the run goes; every line is in the file when `log` returns.
 
     Args:
       path: the folder; made if it is not there. The files of an earlier run in it are removed.
+      rows: go on with the run in it: keep its files, and as many lines of its metrics.
+      writes: False for a process that only runs along: it touches nothing.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, rows: int | None = None, writes: bool = True):
+        self.path, self.rows, self._writes = path, rows or 0, writes
+        if not writes:
+            return
         path.mkdir(parents=True, exist_ok=True)
-        for file in earlier_run(path):
-            file.unlink()
-        self._metrics = open(path / METRICS, "w", encoding="utf-8")
-        self._board = SummaryWriter(str(path))
+        if rows is None:
+            for file in earlier_run(path):
+                _remove(file)
+        else:
+            for file in path.glob(".weights*"):
+                _remove(file)
+            self._cut(rows)
+        self._metrics = open(path / METRICS, "a", encoding="utf-8")
+        last = read_metrics(path)[-1]["step"] if self.rows else 0
+        self._board = SummaryWriter(str(path), purge_step=last + 1 if rows is not None else None)
+
+    def _cut(self, rows: int) -> None:
+        """Leaves the first lines of metrics.jsonl, by a new file in its place: a kill leaves the one or the other."""
+        path = self.path / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        if len(lines) < rows or not all(line.endswith("\n") for line in lines[:rows]):
+            raise ValueError(f"{path} has {len(lines)} lines, and had {rows} at the checkpoint: it was changed")
+        aside = path.with_suffix(".cut")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(lines[:rows])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json: `config` and what this machine adds (versions, git commit)."""
-        text = json.dumps(config | environment(), indent=2, ensure_ascii=False)
-        (self.path / CONFIG).write_text(text + "\n", encoding="utf-8")
+        if self._writes:
+            text = json.dumps(config | environment(), indent=2, ensure_ascii=False) + "\n"
+            aside = self.path / f"{CONFIG}.new"
+            aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names
+            os.replace(aside, self.path / CONFIG)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends one flat object, with "step" and numbers, to metrics.jsonl and to TensorBoard."""
-        self._metrics.write(json.dumps(row) + "\n")
+        """Appends one flat object, with "step" and numbers, to metrics.jsonl and to TensorBoard; NaN becomes null."""
+        self.rows += 1
+        if not self._writes:
+            return
+        self._metrics.write(json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n")
         self._metrics.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value == value:
                 self._board.add_scalar(name, value, row["step"])
         self._board.flush()
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk."""
+        if self._writes:
+            os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
-        self._metrics.close()
-        self._board.close()
+        if self._writes:
+            self._metrics.close()
+            self._board.close()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,19 @@ from experiments.optimizers import LEARNING_RATES, OptimizerName, ScheduleName
 from jax_resnet.resnet import MIN_SIZE
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
-MAX_SIZE = 4096  # more is a slip of the finger
+MAX_SIZE, MAX_EPOCHS, MAX_WORKERS = 4096, 1_000_000, 256  # more is a slip of the finger
+JAX_ONLY = (
+    "resume",
+    "checkpoint_steps",
+    "devices",
+    "coordinator",
+    "accumulate",
+    "clip_norm",
+    "ema",
+    "skip_nonfinite",
+    "remat",
+    "profile",
+)
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -52,26 +65,103 @@ class RunSettings:
     framework: FrameworkName = "jax"
     """What computes: the same from the same weights on the same pictures, up to rounding."""
     precision: Precision = "float32"
-    """Of weights and all that is computed; float64 is for comparisons."""
+    """Of weights and all that is computed; float64 is for comparisons. bfloat16 is that of activations: the weights,
+    BatchNorm's statistics and the loss stay float32."""
     compare: str | None = None
     """Train in several frameworks in turn, such as jax,torch, and lay the curves over one another: --out holds a run of
     each and comparison.png, and every step is logged unless --log-every says otherwise."""
+    resume: bool = False
+    """Go on with the run in --out from its last good checkpoint, bit for bit; with none, begin."""
+    dry_run: bool = False
+    """Check data, memory and folder, print what was found, and end."""
+    keep: int = 2
+    """Checkpoints: so many of the last ones stay, and the best. 0: none are written."""
+    checkpoint_steps: int | None = None
+    """Steps between two checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints."""
+    workers: int = 0
+    """Processes that read and decode pictures ahead; 0: threads do."""
+    devices: str = "1"
+    """How many of JAX's devices share each batch, or all."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to train in several processes; or auto, for what the cluster tells."""
+    process_id: int | None = None
+    """The number of this process, from 0."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    accumulate: int = 1
+    """Compute each batch in so many parts, for less memory. BatchNorm then sees the parts, not the batch."""
+    clip_norm: float | None = None
+    """Shorten the gradients, all taken together, to this length."""
+    ema: float | None = None
+    """Keep moving averages of the weights with this decay, such as 0.999; they are tested and saved besides."""
+    skip_nonfinite: int = 0
+    """Leave out up to so many steps whose loss or gradients are not finite; one more ends the run."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time; --resume needs it there to be exact."""
+    profile: int | None = None
+    """Record so many steps with jax.profiler, into profile/ in the run's folder."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raises a ValueError for values out of range, or that contradict one another."""
         for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.epochs > MAX_EPOCHS:
+            raise ValueError(f"--epochs must be at most {MAX_EPOCHS:,}, got {self.epochs}")
         if self.seed >= 2**32:
             raise ValueError(f"--seed must be below 2^32, got {self.seed}")
-        require_positive(self, "learning_rate")
+        require_positive(self, "learning_rate", "checkpoint_minutes", "clip_norm")
+        self._check_system()
+
+    def _check_system(self) -> None:
+        """What has to do with how a training is run, not with what is trained."""
+        for name, least in dict(
+            keep=0, checkpoint_steps=1, workers=0, accumulate=1, skip_nonfinite=0, profile=1
+        ).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.workers > MAX_WORKERS:
+            raise ValueError(f"--workers must be at most {MAX_WORKERS}, got {self.workers}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema must be between 0 and 1, such as 0.999, got {self.ema}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accumulate {self.accumulate}")
+        if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices)):
+            raise ValueError(f"--devices is a number or all, got {self.devices}")
+        if self.coordinator is None and (self.process_id is not None or self.num_processes is not None):
+            raise ValueError("--process-id and --num-processes need --coordinator HOST:PORT")
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out: the folder of the run to go on with")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it: choose one")
+        if self.resume and not self.keep:
+            raise ValueError("--resume needs checkpoints, and --keep 0 writes none")
+        if self.compare is not None and (self.resume or self.coordinator is not None):
+            raise ValueError("--compare trains anew in one process: leave --resume and --coordinator out")
+        if self.framework != "jax":
+            self._refuse_beyond_jax()
+
+    def _refuse_beyond_jax(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(RunSettings)}
+        for name in JAX_ONLY:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name.replace('_', '-')} is for --framework jax, not for {self.framework}")
+        if self.precision == "bfloat16":
+            raise ValueError(f"--precision bfloat16 is for --framework jax, not for {self.framework}")
 
 
 def require_positive(settings: RunSettings, *names: str) -> None:
-    """Raises a ValueError if one of the named settings is given and not positive."""
+    """Raises a ValueError if one of the named settings is given and not positive, or infinite."""
     for name in names:
-        if getattr(settings, name) is not None and not getattr(settings, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +207,14 @@ class Settings(RunSettings):
     """Weights to start from, .safetensors, .npz or .pth; another number of classes draws a new dense layer."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: train the dense layer alone; all before it, from --init, runs as in evaluation."""
+    decode: Literal["cache", "lazy"] = "cache"
+    """cache: decode all pictures once, into a memory-mapped file; lazy: each when it is needed, for sets too large for
+    that."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         parse_image_size(self.image_size)
         if self.model == "torchvision" and self.framework != "torch":
             raise ValueError(f"--model torchvision needs --framework torch, got {self.framework}")
@@ -135,8 +228,10 @@ class Settings(RunSettings):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be within 0 and 1, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must not be negative or infinite, got {getattr(self, name)}"
+                )
         require_positive(self, "final_lr", "gamma")
 
 
@@ -191,12 +286,15 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
       ValueError: for values out of range or that contradict one another.
     """
     named = read_ahead(arguments, "preset", "data", "compare")
+    if named.data == "":  # a variable of the shell that is not set
+        raise ValueError("--data is empty: name a folder, or leave it out")
     data = named.data or os.environ.get(DATA_VARIABLE) or None
     preset = named.preset or ("cars96" if data else "demo")
     program = "python -m experiments.cars"
     # A preset that there is not is refused here.
     default = logging_all(PRESETS.get(preset, PRESETS["demo"]), named.compare)
     settings = tyro.cli(Settings, args=arguments, default=default, prog=program)
+    settings.check()
     if preset == "demo" and named.data:
         raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")
     learning_rate = settings.learning_rate or LEARNING_RATES[settings.opt]

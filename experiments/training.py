@@ -1,11 +1,10 @@
-"""The training loop that the programs here share: batches, steps, evaluation, progress."""
+"""The training loop that the programs here share: batches, steps, evaluation, checkpoints, progress."""
 
 from __future__ import annotations
 
-import math
-import signal
+import contextlib
+import dataclasses
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -14,9 +13,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.data.dataset import Dataset, Split
+from experiments.data.dataset import Dataset, Split, epoch_order
+from experiments.data.stream import Batches, EvaluationBatches, put_ahead
+from experiments.meter import Meter, NotFiniteError
 from experiments.metrics import macro_f1
+from experiments.profiling import Profile
 from experiments.run_folder import RunFolder
+from experiments.saving import Progress, Saver
+from experiments.stopping import Stopped, StopRequest
 
 Results = dict[str, np.ndarray]
 
@@ -30,46 +34,77 @@ class State(Protocol):
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss or the gradients are no longer finite numbers."""
 
 
-def epoch_batches(split: Split, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The batches of an epoch, in an order that depends on seed and epoch alone.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long is trained, on which batches, and how often is said where it stands.
 
-    A last, partial batch is left out: BatchNorm and jit would see another shape.
-
-    Yields:
-      images (batch_size, H, W, C) uint8 and labels (batch_size,) int32.
+    epochs, batch_size, seed: the batches are those of `Batches`; batch_size is that of all processes together.
+    log_every: steps between two rows.
+    workers: processes that make batches ahead; 0 for threads.
+    skip_nonfinite: how many steps may be not finite.
+    report_seconds: least time between two reports.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(split))
-    for start in range(0, len(split) - batch_size + 1, batch_size):
-        chosen = order[start : start + batch_size]
-        yield split.images[chosen], split.labels[chosen]
+
+    epochs: int
+    batch_size: int
+    seed: int
+    log_every: int
+    workers: int = 0
+    skip_nonfinite: int = 0
+    report_seconds: float = 60.0
+
+
+class Steps(Protocol):
+    """What computes: see `experiments.frameworks.Training`."""
+
+    train_step: Callable[..., tuple[State, dict[str, Any]]]
+    eval_step: Callable[..., Any]
+    put: Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
+    averages: Callable[[State], tuple[Any, Any] | None]
+    search: Callable[[State, Any, Any], list[str]] | None
 
 
 def evaluate(
     eval_step: Callable[..., Any],
-    state: State,
+    params: Any,
+    batch_stats: Any,
     split: Split,
     batch_size: int,
+    *,
+    put: Callable[[np.ndarray, np.ndarray], tuple[Any, Any]] = lambda images, labels: (images, labels),
+    workers: int = 0,
     check: Callable[[], None] = lambda: None,
 ) -> Results:
     """Runs the evaluation step over a whole split, in its order, with a progress bar; calls `check` between batches.
+
+    Args:
+      eval_step, params, batch_stats, put: see `Steps`.
+      split: N pictures.
+      batch_size: of all processes together.
+      workers: as many threads read ahead, at least two.
 
     Returns:
       per picture, each (N,): "loss", "prediction", "confidence", "top5".
     """
     results, running = [], None
-    for start in tqdm(range(0, len(split), batch_size), desc="testing", leave=False, dynamic_ncols=True, disable=None):
-        check()
-        # The last batch is filled up with the first picture: one shape, one compilation.
-        chosen = np.arange(start, start + batch_size)
-        chosen[chosen >= len(split)] = 0
-        ended = running
-        running = eval_step(state.params, state.batch_stats, split.images[chosen], split.labels[chosen])
-        if ended is not None:  # read one batch late; read at the end, dozens would run, and take memory, at once
-            results.append(jax.device_get(ended))
-    results.append(jax.device_get(running))
+    # Threads in any case: workers would be started anew for each test, for a few seconds each.
+    ahead = max(2, workers)
+    with EvaluationBatches(split, batch_size, part=part_of_this_process(), prefetch=ahead) as batches:
+        total = -(-len(split) // batch_size)
+        hidden = True if jax.process_index() else None  # None: hidden unless this is a terminal
+        bar = tqdm(
+            put_ahead(batches, put), desc="testing", total=total, leave=False, dynamic_ncols=True, disable=hidden
+        )
+        for images, labels in bar:
+            check()
+            ended = running
+            running = eval_step(params, batch_stats, images, labels)
+            if ended is not None:  # read one batch late; read at the end, dozens would run, and take memory, at once
+                results.append(jax.device_get(ended))
+        results.append(jax.device_get(running))
     return {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
 
 
@@ -94,172 +129,247 @@ def count_steps(split: Split, batch_size: int) -> int:
     return len(split) // batch_size
 
 
+def part_of_this_process() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
+
+
 def fit(
     state: State,
-    train_step: Callable[..., tuple[State, dict[str, Any]]],
-    eval_step: Callable[..., Any],
+    steps: Steps,
     dataset: Dataset,
     folder: RunFolder,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    log_every: int,
+    saver: Saver,
+    plan: Plan,
     report: Callable[[State, Results | None], None],
-    report_seconds: float = 60.0,
-) -> bool:
-    """Trains, evaluates after each epoch, logs to the run's folder and shows a progress bar.
+    *,
+    progress: Progress | None = None,
+    profile: Profile | None = None,
+) -> int | None:
+    """Trains, evaluates after each epoch, logs to the run's folder, writes checkpoints and shows a progress bar.
 
     Args:
-      state, train_step, eval_step: see `jax_resnet.train`, numpy_ref.train and torch_ref.train; state is consumed.
+      state: where it begins; consumed.
+      steps: what computes.
       dataset: what to train and to test on.
-      folder: takes a row every log_every steps and one at the end of each epoch.
-      epochs, batch_size, seed: the batches are `epoch_batches(dataset.train, batch_size, seed, epoch)`.
+      folder: takes a row every plan.log_every steps and one at the end of each epoch.
+      saver: takes the state and where it stands: when it is due, after each epoch that is the best so far, and at the
+        end, also when told to stop.
+      plan: how long, on which batches.
       report: called with the state and the last test results (None before the first) after an epoch if the last call
-        is report_seconds ago, and in any case at the end, also after Ctrl-C.
+        is plan.report_seconds ago, and in any case at the end, also when told to stop.
+      progress: where it begins; None for the beginning.
+      profile: records some steps.
 
     Returns:
-      whether all epochs were run; False after Ctrl-C.
+      the signal that ended it; None if all epochs were run.
 
     Raises:
-      DivergedError: when a loss is not finite.
+      DivergedError: when a loss or gradients are not finite, and not to be skipped; a checkpoint from before is there.
+      DataError: a picture can no longer be read.
     """
-    steps_per_epoch = count_steps(dataset.train, batch_size)
-    results = None
-    reported = started = time.perf_counter()
-    seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
-    images = epochs * steps_per_epoch * batch_size
-    bar = tqdm(total=images, unit=" img", unit_scale=True, dynamic_ncols=True, mininterval=seldom)
-    stop = StopRequest()
+    return _Fit(state, steps, dataset, folder, saver, plan, report, progress or Progress(), profile).run()
 
-    def show_step() -> None:
-        bar.update(batch_size)
-        bar.set_postfix(loss=f"{meter.loss:.3f}", top1=f"{meter.top1:.1%}", refresh=False)
-        if meter.steps % log_every == 0:
-            folder.log(meter.row(log_every))
 
-    try:
-        for epoch in range(1, epochs + 1):
-            bar.set_description(f"{dataset.title}, epoch {epoch}/{epochs}")
-            meter = Meter(epoch, steps_per_epoch, batch_size, started)
-            for images, labels in epoch_batches(dataset.train, batch_size, seed, epoch - 1):
-                stop.check()
-                state, metrics = train_step(state, images, labels)
-                if meter.add(metrics, labels):
-                    show_step()
-            if meter.finish():
-                show_step()
-            row = meter.row(steps_per_epoch)
-            results = evaluate(eval_step, state, dataset.test, batch_size, stop.check)
-            row |= summarize(results, dataset.test.labels) | {"seconds": round(time.perf_counter() - started, 3)}
-            folder.log(row)
-            bar.write(
-                f"epoch {epoch}/{epochs}: train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} "
-                f"macro-F1 {row['train_macro_f1']:.1%} | "
-                f"{dataset.title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%} "
-                f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%} | "
-                f"{row['images_per_second']:.1f} images/s"
+class _Fit:
+    """A call of `fit`: what changes while it runs."""
+
+    def __init__(self, state, steps, dataset, folder, saver, plan, report, progress, profile):
+        self.state, self.steps, self.dataset, self.folder, self.saver = state, steps, dataset, folder, saver
+        self.plan, self.report, self.progress, self.profile = plan, report, progress, profile
+        self.steps_per_epoch = count_steps(dataset.train, plan.batch_size)
+        self.results: Results | None = None
+        self.reported = time.perf_counter()
+        self.started = self.reported - progress.seconds
+        self.step = int(state.step)  # of the state once all that was dispatched has ended
+        self.skipped = int(getattr(state, "nonfinite", 0))
+
+    def run(self) -> int | None:
+        plan, done = self.plan, self.step
+        seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
+        pictures = plan.epochs * self.steps_per_epoch * plan.batch_size
+        # The pictures of before a restart are no part of the time left that the bar tells.
+        self.bar = tqdm(
+            total=pictures,
+            initial=done * plan.batch_size,
+            unit=" img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=seldom,
+            disable=jax.process_index() > 0,
+        )
+        self.stop = StopRequest()
+        ended_by = None
+        try:
+            batches = Batches(
+                self.dataset.train,
+                plan.batch_size,
+                plan.seed,
+                epochs=plan.epochs,
+                start_step=done,
+                part=part_of_this_process(),
+                workers=plan.workers,
+                prefetch=max(2, 2 * plan.workers),
             )
-            if time.perf_counter() - reported > report_seconds and epoch < epochs:
-                report(state, results)
-                reported = time.perf_counter()
-        finished = True
-    except KeyboardInterrupt:
-        finished = False
-    finally:
-        stop.close()
-        bar.close()
-    report(state, results)
-    return finished
+            with batches:
+                on_device = put_ahead(batches, self.steps.put)
+                while self.progress.epoch < plan.epochs:
+                    self.run_epoch(on_device)
+        except Stopped as stopped:
+            ended_by = stopped.signal
+        except NotFiniteError as error:
+            raise self.diverged(error) from error
+        finally:
+            self.stop.close()
+            self.bar.close()
+            if self.profile is not None:
+                self.profile.close()
+        if not self.saver.has(self.step):
+            self.save()
+        self.report(self.state, self.results)
+        self.saver.wait()
+        return ended_by
+
+    def run_epoch(self, batches: Iterator[tuple[Any, Any]]) -> None:
+        plan, epoch = self.plan, self.progress.epoch + 1
+        self.bar.set_description(f"{self.dataset.title}, epoch {epoch}/{plan.epochs}")
+        labels = self.dataset.train.labels[epoch_order(len(self.dataset.train), plan.seed, epoch - 1)]
+        self.meter = Meter(
+            epoch,
+            self.steps_per_epoch,
+            plan.batch_size,
+            self.started,
+            plan.skip_nonfinite - self.skipped,
+            labels,
+            self.progress.meter,
+        )
+        while self.step < epoch * self.steps_per_epoch:
+            self.check_stop()
+            images, batch_labels = next(batches)
+            if self.profile is not None:
+                self.profile.before_step()
+            self.state, metrics = self.steps.train_step(self.state, images, batch_labels)
+            self.step += 1
+            if self.meter.add(metrics):
+                self.show_step()
+            if self.step < epoch * self.steps_per_epoch and self.saver.due(self.step):
+                self.finish_step()
+                self.save()
+        self.finish_step()
+        self.skipped += self.meter.skipped
+        self.end_epoch()
+
+    def finish_step(self) -> None:
+        if self.meter.finish():
+            self.show_step()
+
+    def check_stop(self) -> None:
+        try:
+            self.stop.check(self.step)
+        except Stopped:
+            self.finish_step()
+            raise
+
+    def show_step(self) -> None:
+        self.bar.update(self.plan.batch_size)
+        self.bar.set_postfix(loss=f"{self.meter.loss:.3f}", top1=f"{self.meter.top1:.1%}", refresh=False)
+        if self.meter.steps % self.plan.log_every == 0:
+            self.folder.log(self.meter.row(self.plan.log_every))
+
+    def test(self, params: Any, batch_stats: Any) -> Results:
+        return evaluate(
+            self.steps.eval_step,
+            params,
+            batch_stats,
+            self.dataset.test,
+            self.plan.batch_size,
+            put=self.steps.put,
+            workers=self.plan.workers,
+            check=self.stop.check,
+        )
+
+    def end_epoch(self) -> None:
+        plan, epoch, labels = self.plan, self.progress.epoch + 1, self.dataset.test.labels
+        row = self.meter.row(self.steps_per_epoch)
+        self.results = self.test(self.state.params, self.state.batch_stats)
+        row |= summarize(self.results, labels)
+        score = row["test_top1"]
+        if (averages := self.steps.averages(self.state)) is not None:
+            averaged = summarize(self.test(*averages), labels)
+            row |= {f"ema_{name}": value for name, value in averaged.items()}
+            score = row["ema_test_top1"]
+        row["seconds"] = round(time.perf_counter() - self.started, 3)
+        self.folder.log(row)
+        if jax.process_index() == 0:
+            self.bar.write(f"epoch {epoch}/{plan.epochs}: {describe_epoch(self.dataset.title, row)}")
+        best = self.progress.best is None or score > self.progress.best
+        self.progress = Progress(epoch, best=score if best else self.progress.best)
+        if best or self.saver.due(self.step):
+            self.save(score)
+        if time.perf_counter() - self.reported > plan.report_seconds and epoch < plan.epochs:
+            self.report(self.state, self.results)
+            self.reported = time.perf_counter()
+
+    def save(self, score: float | None = None) -> None:
+        """Begins a checkpoint of the state, whose steps have all ended."""
+        within = self.step > self.progress.epoch * self.steps_per_epoch
+        self.folder.sync()
+        self.saver.save(
+            self.state,
+            self.progress._replace(
+                meter=self.meter.facts() if within else None,
+                rows=self.folder.rows,
+                seconds=time.perf_counter() - self.started,
+            ),
+            score=score,
+        )
+
+    def diverged(self, error: NotFiniteError) -> DivergedError:
+        """Looks for the cause, saves the state from before the step, and says what was found."""
+        text = f"{error} at step {error.step} (epoch {self.meter.epoch})"
+        if self.steps.search is None:
+            return DivergedError(f"{text}: try a lower --learning-rate")
+        # The step that failed, and the one that was dispatched after it, have left the state what it was before.
+        self.step = int(self.state.step)
+        self.state = self.state.replace(nonfinite=self.state.nonfinite - 1)
+        where = "no checkpoint was asked for"
+        if self.saver.checkpoints is not None:
+            if not self.saver.has(self.step):
+                self.save()
+            where = f"the checkpoint of step {self.step}, before it, is in {self.saver.checkpoints.folder}"
+            if not self.saver.wait():
+                where = "the checkpoint of the step before could not be written"
+        with contextlib.suppress(Stopped):
+            found = self.search(error.step)
+            text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
+        return DivergedError(f"{text}; {where}: try a lower --learning-rate, --clip-norm or --skip-nonfinite")
+
+    def search(self, step: int) -> list[str]:
+        plan = self.plan
+        again = Batches(
+            self.dataset.train,
+            plan.batch_size,
+            plan.seed,
+            epochs=plan.epochs,
+            start_step=step - 1,
+            part=part_of_this_process(),
+            prefetch=0,
+        )
+        with again:
+            return self.steps.search(self.state, *self.steps.put(*next(again)))
 
 
-class StopRequest:
-    """Turns Ctrl-C into a KeyboardInterrupt at `check`, until closed; a second Ctrl-C acts at once.
-
-    Python would raise it anywhere, also between a step's end and the assignment of its result. By then the step has
-    consumed the old state, and nothing would be left to report.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self._previous = None
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._previous = signal.signal(signal.SIGINT, self._request)
-
-    def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
-        tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        self.close()
-
-    def check(self) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-
-    def close(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+def describe_epoch(title: str, row: dict[str, float]) -> str:
+    """The row at the end of an epoch as a line."""
+    averaged = f" (averaged weights {row['ema_test_top1']:.1%})" if "ema_test_top1" in row else ""
+    speed = f" | {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""
+    return (
+        f"train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} macro-F1 {row['train_macro_f1']:.1%} | "
+        f"{title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%}{averaged} "
+        f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%}{speed}"
+    )
 
 
-class Meter:
-    """Collects the metrics of an epoch; JAX's are read one step late, so that the device never waits for us."""
-
-    def __init__(self, epoch: int, steps_per_epoch: int, batch_size: int, started: float):
-        self.epoch, self.steps_per_epoch, self.batch_size, self.started = epoch, steps_per_epoch, batch_size, started
-        self.steps = 0
-        self._running: tuple[dict[str, Any], np.ndarray] | None = None
-        self._losses: list[float] = []
-        self._top1s: list[float] = []
-        self._labels: list[np.ndarray] = []
-        self._predictions: list[np.ndarray] = []
-        self._times = [time.perf_counter()]
-
-    @property
-    def loss(self) -> float:
-        return float(np.mean(self._losses[-20:]))
-
-    @property
-    def top1(self) -> float:
-        return float(np.mean(self._top1s[-20:]))
-
-    def add(self, metrics: dict[str, Any], labels: np.ndarray) -> bool:
-        """Takes a step's metrics, which may still be computed; returns whether a step, this or the last, has ended."""
-        ended = self.finish()
-        self._running = metrics, labels
-        # NumPy's step has ended when it returns.
-        return ended if isinstance(metrics["loss"], jax.Array) else self.finish()
-
-    def finish(self) -> bool:
-        """Waits for the step that is running, if any; returns whether there was one."""
-        if self._running is None:
-            return False
-        metrics, labels = self._running
-        loss = float(metrics["loss"])
-        self._running = None
-        self.steps += 1
-        if not math.isfinite(loss):
-            step = (self.epoch - 1) * self.steps_per_epoch + self.steps
-            raise DivergedError(f"the loss is {loss} at step {step} (epoch {self.epoch}): try a lower --learning-rate")
-        self._losses.append(loss)
-        self._top1s.append(float(metrics["top1"]))
-        self._labels.append(labels)
-        self._predictions.append(np.asarray(metrics["prediction"]))
-        self._times.append(time.perf_counter())
-        return True
-
-    def row(self, last: int) -> dict[str, float]:
-        """The means over the last steps, as a row of metrics.jsonl. The first step of all, which compiles, is no part
-        of the images per second, unless it is the only one."""
-        done = (self.epoch - 1) * self.steps_per_epoch + self.steps
-        times = self._times[-last - 1 :]
-        if last >= self.steps and self.epoch == 1 and self.steps > 1:
-            times = times[1:]
-        return {
-            "epoch": done / self.steps_per_epoch,
-            "step": done,
-            "train_loss": float(np.mean(self._losses[-last:])),
-            "train_top1": float(np.mean(self._top1s[-last:])),
-            "train_macro_f1": macro_f1(np.concatenate(self._labels[-last:]), np.concatenate(self._predictions[-last:])),
-            "images_per_second": round((len(times) - 1) * self.batch_size / (times[-1] - times[0]), 2),
-            "seconds": round(times[-1] - self.started, 3),
-        }
+def shorten(names: list[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
+import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,36 +21,72 @@ import numpy as np
 from experiments.data.dataset import Dataset
 from experiments.frameworks import Training
 from experiments.plots import plot_curves, plot_predictions
+from experiments.preflight import check_data, disk_findings, measure_memory, memory_findings
+from experiments.processes import is_first, warn
+from experiments.profiling import Profile
 from experiments.run_folder import (
+    AVERAGED_WEIGHTS,
+    CHECKPOINTS,
     CONFIG,
     CURVES,
     METRICS,
     PREDICTIONS,
+    PROFILE,
     STEP_SIZES,
     WEIGHTS,
     RunFolder,
+    environment,
     read_metrics,
 )
+from experiments.saving import Progress, Saver, last_good
 from experiments.settings import RunSettings
-from experiments.training import DivergedError, Results, State, count_steps, fit
+from experiments.training import DivergedError, Plan, Results, State, count_steps, fit
+from jax_resnet.checkpoint import Checkpoints, Restored
 from jax_resnet.weights import write_arrays
 
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 130 is the shell's for Ctrl-C
+REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
+NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 128 and a signal's number is the shell's for it
 PICTURES_SHOWN = 24
+# Settings that say how a run is run, not what comes out: with --resume they may be others than at the start.
+FREE = {
+    "data",
+    "out",
+    "overwrite",
+    "compare",
+    "resume",
+    "dry_run",
+    "keep",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "workers",
+    "coordinator",
+    "process_id",
+    "num_processes",
+    "skip_nonfinite",
+    "profile",
+    "decode",
+    "skip_bad",
+}
 
 
-def exit_code(run: Callable[[], bool]) -> int:
+def exit_code(run: Callable[[], int | None]) -> int:
     """Runs a program to its end, whose mistakes become one line on stderr.
 
     Args:
-      run: returns False if Ctrl-C ended it. A DivergedError is a failed training; a ValueError or OSError is bad input,
-        with a message for the person who gave it.
+      run: returns the signal that ended it, if one did. A DivergedError is a failed training; a ValueError or OSError
+        is bad input, with a message for the person who gave it.
 
     Returns:
       the exit code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    # What orbax and JAX log of errors that are raised too, with tracebacks, comes to nobody's help.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return 0 if run() else INTERRUPTED
+        ended_by = run()
+        return 0 if ended_by is None else 128 + ended_by
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return INTERRUPTED
@@ -56,6 +95,9 @@ def exit_code(run: Callable[[], bool]) -> int:
         return DIVERGED
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except MemoryError as error:
+        print(f"error: not enough memory: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -88,8 +130,8 @@ def train_and_report(
     name: str,
     description: dict[str, Any],
     write_report: Callable[[Path, State, Results | None], None],
-) -> bool:
-    """Trains in a new run folder and says what was reached.
+) -> int | None:
+    """Trains in a run folder, a new one or with --resume an earlier one, and says what was reached.
 
     Args:
       settings: of the program.
@@ -101,52 +143,143 @@ def train_and_report(
       write_report: writes weights and pictures into the folder, given its path, the state and the last test results.
 
     Returns:
-      whether all epochs were run; False after Ctrl-C.
+      the signal that ended it, None if all epochs were run, or with --dry-run none.
 
     Raises:
-      DivergedError: when a loss is not finite.
+      DivergedError: when a loss or gradients are not finite.
+      ValueError: the run to go on with is another one.
+      DataError: the data is not to be trained on.
     """
     started = time.perf_counter()
     out = settings.out or Path("runs") / f"{name.replace(' ', '-').lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(out)
-    folder.write_config(
-        {
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
-            "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
-            "input": description,
-            "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(training.state.params)),
-            "steps_per_epoch": count_steps(dataset.train, settings.batch_size),
-            "device": training.device,
-        }
+    config = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},
+        "input": description,
+        "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(training.state.params)),
+        "steps_per_epoch": count_steps(dataset.train, settings.batch_size),
+        "device": training.device,
+    }
+    if settings.resume and (out / CONFIG).exists():
+        refuse_other_run(out, json.loads(json.dumps(config)))
+    report_findings(settings, dataset, training, out)
+    if settings.dry_run:
+        return None
+    restored = restore_run(settings, training, out)
+    progress = Progress(**restored.facts) if restored else Progress()
+    state = training.place(restored.state) if restored else training.state
+    folder = RunFolder(out, rows=progress.rows if restored else None, writes=is_first())
+    if restored is None:
+        folder.write_config(config)
+    saver = Saver(
+        out,
+        keep=settings.keep if training.place else 0,
+        every_steps=settings.checkpoint_steps,
+        every_minutes=settings.checkpoint_minutes,
+        step=restored.step if restored else None,
     )
-    finished = fit(
-        training.state,
-        training.train_step,
-        training.eval_step,
-        dataset,
-        folder,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        log_every=settings.log_every,
-        report=functools.partial(write_report, out),
+    plan = Plan(
+        settings.epochs,
+        settings.batch_size,
+        settings.seed,
+        settings.log_every,
+        workers=settings.workers,
+        skip_nonfinite=settings.skip_nonfinite,
     )
-    folder.close()
+    report = functools.partial(write_report, out) if is_first() else lambda state, results: None
+    profile = Profile(out / PROFILE, settings.profile) if settings.profile and is_first() else None
+    try:
+        ended_by = fit(state, training, dataset, folder, saver, plan, report, progress=progress, profile=profile)
+    finally:
+        folder.close()
+        saver.close()
     tested = [row for row in read_metrics(out) if "test_top1" in row]
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     took = time.perf_counter() - started
-    files = ", ".join(n for n in (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS) if (out / n).exists())
+    files = ", ".join(n for n in REPORTED if (out / n).exists())
     print(
         f"{title}: {reached} after {len(tested)} of {settings.epochs} epochs, {took // 60:.0f} min {took % 60:.0f} s; "
         f"in {out} are {files}"
     )
-    return finished
+    if ended_by is not None and saver.checkpoints is not None:
+        print(f"stopped by {signal.Signals(ended_by).name}: the same command with --out {out} --resume goes on")
+    return ended_by
 
 
-def write_weights(path: Path, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
-    """Writes a run's weight file, {torchvision's name: array}; what `describe_input` says is JSON in its metadata."""
+def report_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> None:
+    """Prints what a look at data, memory and disk has found: warnings, and with --dry-run the facts too.
+
+    Raises:
+      DataError: the data is not to be trained on.
+    """
+    findings = check_data(dataset, thoroughly=settings.dry_run)
+    rows = settings.batch_size // jax.process_count()
+    images = np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8)
+    memory = measure_memory(training, images, np.zeros(rows, np.int32))
+    findings += memory_findings(memory) if memory else []
+    findings += disk_findings(out, training, settings.keep) if training.place else []
+    if not is_first():
+        return
+    for finding in findings:
+        if finding.severity != "fact":
+            print(f"{finding.severity}: {finding.text}", file=sys.stderr)
+        elif settings.dry_run or finding.text.startswith("memory"):
+            print(finding.text)
+    if settings.dry_run:
+        print("nothing was trained: --dry-run")
+
+
+def refuse_other_run(out: Path, config: dict[str, Any]) -> None:
+    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions."""
+    try:
+        earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        settings, data = earlier["settings"], earlier["input"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
+    different = [
+        f"--{name.replace('_', '-')} {settings.get(name)} there, {value} here"
+        for name, value in config["settings"].items()
+        if name not in FREE and settings.get(name) != value
+    ]
+    if not different:
+        facts = {"class_names": "classes", "mean": "mean", "std": "deviation", "image_size": "picture size"}
+        different = [f"the data's {what}" for name, what in facts.items() if data.get(name) != config["input"][name]]
+        if earlier.get("data", {}).get("train_used") != config["data"]["train_used"]:
+            different.append("the number of training pictures")
+    if different:
+        raise ValueError(
+            f"{out} holds a run with other settings: {'; '.join(different)}. --resume goes on with the same ones"
+        )
+    now = environment()["versions"]
+    others = [
+        f"{name} {version} then, {now.get(name)} now"
+        for name, version in earlier.get("versions", {}).items()
+        if name in NUMERIC_PACKAGES and now.get(name) != version
+    ]
+    if others:
+        warn(f"not bit for bit as without the break: {', '.join(others)}")
+    if (device := earlier.get("device")) != config["device"]:
+        warn(f"not bit for bit as without the break: it ran on {device}, and goes on on {config['device']}")
+
+
+def restore_run(settings: RunSettings, training: Training, out: Path) -> Restored | None:
+    """The last good checkpoint of the run to go on with, after saying which; None to begin."""
+    if not settings.resume:
+        return None
+    restored = last_good(Checkpoints(out / CHECKPOINTS), training.state) if (out / CHECKPOINTS).is_dir() else None
+    if restored is None:
+        print(f"{out} has no complete checkpoint: starting at step 0")
+    else:
+        print(f"going on at step {restored.step} with {out / CHECKPOINTS / str(restored.step)}")
+    return restored
+
+
+def write_weights(path: Path, training: Training, state: State, description: dict[str, Any]) -> None:
+    """Writes a run's weight file, and that of their averages; what `describe_input` says is JSON in its metadata."""
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in description.items()}
-    write_arrays(path / WEIGHTS, arrays, metadata=metadata)
+    write_arrays(path / WEIGHTS, training.arrays(state.params, state.batch_stats), metadata=metadata)
+    if (averages := training.averages(state)) is not None:
+        write_arrays(path / AVERAGED_WEIGHTS, training.arrays(*averages), metadata=metadata)
 
 
 def plot_report(path: Path, title: str, dataset: Dataset, results: Results | None) -> None:

@@ -1,15 +1,18 @@
-"""One jitted training step, one evaluation step, and the state they pass on."""
+"""One jitted training step, one evaluation step, and the state they pass on; on one device or on a mesh of many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import layers, resnet
 
@@ -19,20 +22,57 @@ Apply = Callable[..., resnet.Output]
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a step changes: step, a () int32 count, params, batch_stats and the optimizer's state."""
+    """Everything a step changes.
+
+    step: () int32, the steps done.
+    params, batch_stats, opt_state: the network's and the optimizer's.
+    nonfinite: () int32, the steps whose loss or gradients were not finite and which therefore changed nothing.
+    ema: {"params", "batch_stats"}, their exponential moving averages; None without.
+    """
 
     step: Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    nonfinite: Array
+    ema: Any = None
 
 
 def create_train_state(
-    params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, *, freeze_backbone: bool = False
+    params: Any,
+    batch_stats: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    freeze_backbone: bool = False,
+    ema: bool = False,
 ) -> TrainState:
-    """The state before the first step; freeze_backbone as for `make_train_step`."""
+    """The state before the first step; freeze_backbone as for `make_train_step`, ema if that has an ema_decay."""
     trained = _trained_part(params, freeze_backbone)
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(trained))
+    # Copies: the step consumes its state, and could not consume one array twice.
+    averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
+    nothing = jnp.zeros((), jnp.int32)
+    return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages)
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh for data parallelism, by default over all devices of all processes: one axis, "batch"."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("batch",))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays on every device of a mesh; each process hands over the same NumPy or local arrays."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+
+
+def shard_batch(arrays: Any, mesh: Mesh) -> Any:
+    """Spreads a batch over the devices of a mesh by its first axis.
+
+    Each process hands over its own rows, in the order of the processes; together they are the batch, whose size must
+    be a multiple of the number of devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), arrays)
 
 
 def _trained_part(params: Any, freeze_backbone: bool) -> Any:
@@ -77,9 +117,17 @@ def make_train_step(
     preprocess: Preprocess = lambda images, step: images,
     apply: Apply = resnet.apply,
     freeze_backbone: bool = False,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    skip_nonfinite: int = 0,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
+
+    A step whose loss or gradients are not finite changes no weight, no statistic and no optimizer state. The first
+    skip_nonfinite of them count as steps all the same. After one more the state stays for good what it was before that
+    step, whatever is run: who reads the metrics late still finds the last good state.
 
     Args:
       config: the architecture.
@@ -88,21 +136,33 @@ def make_train_step(
       preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
       apply: the network, `resnet.apply` or another function of that form.
       freeze_backbone: train the dense layer "fc" alone; the rest runs as in evaluation, its running statistics stay.
+      accumulate: the number of parts that a batch is computed in, one after the other, for less memory. The gradient is
+        the mean of theirs: without BatchNorm the whole batch's. With it each part is normalized by its own statistics,
+        and the running ones are updated once for each part.
+      ema_decay: keep moving averages, average = ema_decay * average + (1 - ema_decay) * value, after every step.
+      skip_nonfinite: see above.
+      mesh: run on its devices: the state replicated, the batch sharded (see `shard_batch`). BatchNorm's statistics are
+        those of the whole batch, so results do not depend on the number of devices, up to rounding.
       options: for `apply`: dtype and remat of `resnet.apply`.
 
     Returns:
       step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int32; metrics,
-      of the batch before the update, are "loss" and "top1" (the share of right answers), scalars, and "prediction",
-      (N,) int32.
+      of the batch before the update, are the scalars "loss", "top1" (the share of right answers), "grad_norm" (over
+      all gradients, before the optimizer) and "finite" (whether loss and grad_norm are), and "prediction", (N,) int32.
+
+    Raises:
+      ValueError: when called with a batch that accumulate or the mesh's devices do not divide.
     """
 
-    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+    def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
+        """Loss, logits, new running statistics and gradients of a batch, or of a part."""
+
         def loss_fn(trained):
             return loss_and_logits(
                 config,
                 {**state.params, **trained},
                 state.batch_stats,
-                preprocess(images, state.step),
+                images,
                 labels,
                 label_smoothing=label_smoothing,
                 train=not freeze_backbone,
@@ -112,13 +172,127 @@ def make_train_step(
 
         trained = _trained_part(state.params, freeze_backbone)
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return loss, logits, batch_stats, grads
+
+    def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
+        if len(labels) % accumulate:
+            raise ValueError(f"a batch of {len(labels)} cannot be computed in {accumulate} equal parts")
+
+        def parts(array: Array) -> Array:
+            # Part k has the rows k, k + accumulate, …: so each device of a mesh keeps its share of every part.
+            return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
+
+        def add(sums, part):
+            loss, batch_stats, grads = sums
+            part_loss, logits, batch_stats, part_grads = gradients(state.replace(batch_stats=batch_stats), *part)
+            return (loss + part_loss, batch_stats, jax.tree.map(jnp.add, grads, part_grads)), logits
+
+        zeros = jax.tree.map(jnp.zeros_like, _trained_part(state.params, freeze_backbone))
+        shape = jax.eval_shape(gradients, state, *jax.tree.map(lambda a: parts(a)[0], (images, labels)))[0]
+        start = (jnp.zeros(shape.shape, shape.dtype), state.batch_stats, zeros)
+        sums, logits = jax.lax.scan(add, start, (parts(images), parts(labels)))
+        loss, batch_stats, grads = sums
+        grads = jax.tree.map(lambda g: g / accumulate, grads)
+        return loss / accumulate, logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads
+
+    def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
+        compute = gradients if accumulate == 1 else accumulated
+        loss, logits, batch_stats, grads = compute(state, preprocess(images, state.step), labels)
+        trained = _trained_part(state.params, freeze_backbone)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = {**state.params, **optax.apply_updates(trained, updates)}
+        averages = state.ema
+        if ema_decay is not None:
+            new = {"params": params, "batch_stats": batch_stats}
+            averages = jax.tree.map(lambda a, b: ema_decay * a + (1 - ema_decay) * b, averages, new)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        running = state.nonfinite <= skip_nonfinite
+        nonfinite = state.nonfinite + (running & ~finite)
+        changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
+        counted = state.step + (nonfinite <= skip_nonfinite)
         prediction = logits.argmax(-1).astype(jnp.int32)
-        metrics = {"loss": loss, "top1": (prediction == labels).mean(), "prediction": prediction}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        metrics = {
+            "loss": loss,
+            "top1": (prediction == labels).mean(),
+            "prediction": prediction,
+            "grad_norm": grad_norm,
+            "finite": finite,
+        }
+        return kept.replace(step=counted, nonfinite=nonfinite), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, **_shardings(mesh, ("state", "batch", "batch")))
+
+
+def _shardings(mesh: Mesh | None, arguments: Sequence[str]) -> dict[str, Any]:
+    """For jit: a batch is spread over a mesh, all else is on every device; so is what comes out."""
+    if mesh is None:
+        return {}
+    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    places = tuple(spread if name == "batch" else everywhere for name in arguments)
+    return {"in_shardings": places, "out_shardings": everywhere}
+
+
+def make_nonfinite_search(
+    config: Any,
+    *,
+    label_smoothing: float = 0.0,
+    preprocess: Preprocess = lambda images, step: images,
+    apply: Apply = resnet.apply,
+    freeze_backbone: bool = False,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> Callable[[TrainState, Array, Array], list[str]]:
+    """Builds a function that names what is not finite in a step, for the state and the batch of a step that failed.
+
+    Arguments as for `make_train_step`; apply must know return_activations.
+
+    Returns:
+      search(state, images, labels) -> names such as "the pictures", "the weight conv1.weight", "the activation
+      layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in the order in which a step comes by them; the state
+      is not consumed.
+    """
+    train = not freeze_backbone
+    names: list[str] = []
+
+    def flags(state: TrainState, images: Array, labels: Array) -> Array:
+        images = preprocess(images, state.step)
+
+        def loss_fn(trained):
+            return loss_and_logits(
+                config,
+                {**state.params, **trained},
+                state.batch_stats,
+                images,
+                labels,
+                label_smoothing=label_smoothing,
+                train=train,
+                apply=apply,
+                **options,
+            )
+
+        (loss, (logits, _)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            _trained_part(state.params, freeze_backbone)
+        )
+        activations = apply(
+            config, state.params, state.batch_stats, images, train=train, return_activations=True, **options
+        ).activations
+        found = {"the pictures": images}
+        for kind, tree in (("weight", state.params), ("statistic", state.batch_stats), ("activation", activations)):
+            found |= {f"the {kind} {name}": array for name, array in flatten_dict(dict(tree), sep=".").items()}
+        found |= {"the logits": logits, "the loss": loss}
+        found |= {f"the gradient {name}": array for name, array in flatten_dict(dict(grads), sep=".").items()}
+        names[:] = found  # by the way of tracing: jit would hand back a dict with its keys sorted
+        return jnp.stack([~jnp.isfinite(array).all() for array in found.values()])
+
+    jitted = jax.jit(flags, **_shardings(mesh, ("state", "batch", "batch")))
+
+    def search(state: TrainState, images: Array, labels: Array) -> list[str]:
+        found = jax.device_get(jitted(state, images, labels))
+        return [name for name, bad in zip(names, found, strict=True) if bad]
+
+    return search
 
 
 def make_eval_step(
@@ -126,6 +300,7 @@ def make_eval_step(
     *,
     preprocess: Callable[[Array], Array] = lambda images: images,
     apply: Apply = resnet.apply,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
     """Builds the jitted evaluation step; arguments as for `make_train_step`, but `preprocess` takes images alone.
@@ -146,4 +321,4 @@ def make_eval_step(
             "top5": (best == labels[:, None]).any(-1),
         }
 
-    return jax.jit(step)
+    return jax.jit(step, **_shardings(mesh, ("params", "batch_stats", "batch", "batch")))

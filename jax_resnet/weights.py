@@ -13,10 +13,14 @@ from __future__ import annotations
 import argparse
 import codecs
 import functools
+import math
 import os
 import pickle
 import re
+import string
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,11 +37,22 @@ from jax_resnet import resnet
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
 READABLE_SUFFIXES = (*SUFFIXES, ".ckpt", ".tar")  # PyTorch's too: Lightning's, and .pth.tar of its examples and timm
+_MAX_BYTES = 2**34  # of all arrays together; those of ResNet-152 and of Adam, in float64, are 1.5e9
 _STATISTICS = ("running_mean", "running_var")
 _COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
 _ENTRIES = ("state_dict", "model", "model_state_dict")  # of a checkpoint: the trained model, not its average
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # (Distributed)DataParallel, a Lightning module's model, torch.compile
 _AVERAGED = "n_averaged"  # torch's AveragedModel counts its updates beside the weights
+_SIGNATURES = {  # of what people have under the name of a weight file
+    b"": "it is empty: copy or download it again",
+    b"version https://git-lfs": "it is a pointer of git-lfs: run `git lfs pull`",
+    b"<!doctype": "it is a web page: download the file itself",
+    b"<html": "it is a web page: download the file itself",
+    b"\x93numpy": "it is a single array (.npy): expected {name: array}",
+    b"\x89hdf": "it is an HDF5 file: expected torchvision's names and layout",
+    b"\x1f\x8b": "it is compressed: gunzip it",
+    bytes(16): "it begins with zeros alone: copy or download it again",
+}
 
 
 class WeightFile(NamedTuple):
@@ -221,9 +236,9 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for another suffix, a file that cannot be read, a pickle that is more than data (it is refused, since
-        reading it would run code), no entry of that name, several of which none is the model, or a suffix of PyTorch's
-        where it is missing.
+      ValueError: for another suffix, what is no file (a pipe is not opened), a file that cannot be read or would unpack
+        to more than 16 GiB, a pickle that is more than data (it is refused, since reading it would run code), no entry
+        of that name, several of which none is the model, or a suffix of PyTorch's where it is missing.
     """
     path = Path(path)
     contents = _read(path)
@@ -247,6 +262,8 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
             raise ValueError(f"{path} has no entry {entry!r} with arrays: {there} has some")
         left_out = [name for name in contents if name != entry]
         contents = checkpoint[entry]
+    sizes = (math.prod(value.shape) * value.dtype.itemsize for value in contents.values() if _is_array(value))
+    _refuse_bombs(path, sum(sizes))
     try:
         arrays = {name: _to_numpy(value) for name, value in contents.items() if _is_array(value) and name != _AVERAGED}
     except (TypeError, RuntimeError) as error:  # quantized, sparse
@@ -269,8 +286,18 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     _check_suffix(path, READABLE_SUFFIXES)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a weight file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or device: copy what it gives to a file")
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}")
+    _refuse_bombs(path, _unpacked_size(path))
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     torch = None if path.suffix in (".safetensors", ".npz") else _import_torch(path)
     try:
         if path.suffix == ".safetensors":
@@ -278,7 +305,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        with torch.serialization.safe_globals(_data_in_checkpoints()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_data_in_checkpoints()):
+            warnings.simplefilter("ignore")  # of what is refused further down: TorchScript, sparse tensors
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise a dozen types for a damaged file
         wanted = re.search(r"GLOBAL (\S+)", str(error))
@@ -288,10 +316,51 @@ def _read(path: Path) -> Mapping[str, Any]:
                 "code. Where you trust it, load it in PyTorch and save its state_dict alone: "
                 "torch.save(model.state_dict(), PATH)"
             ) from error
-        raise ValueError(f"{path} is not a readable {path.suffix} file: {_reason(error)}") from error
+        reason = _known(start, path.suffix, error) or f"{_reason(error)}; copy or download it again"
+        raise ValueError(f"{path} is not a readable {path.suffix} file: {reason}") from error
     if not isinstance(contents, Mapping) or not _has_names(contents):
-        raise ValueError(f"{path} must hold a state_dict, {{name: array}}, got a {type(contents).__name__}")
+        keys = " whose keys are not all text" if isinstance(contents, Mapping) else ""
+        raise ValueError(f"{path} must hold a state_dict, {{name: array}}, got a {type(contents).__name__}{keys}")
     return contents
+
+
+def _refuse_bombs(path: Path, size: int) -> None:
+    """Raises a ValueError for arrays that would fill the memory: a zip archive, or a torch tensor without strides, of a
+    few bytes can stand for any number of them."""
+    if size > _MAX_BYTES:
+        raise ValueError(f"{path} is refused: it would unpack to {size / 1e9:,.0f} GB, which no ResNet needs")
+
+
+def _unpacked_size(path: Path) -> int:
+    """The bytes that a zip archive says it unpacks to, as .npz and .pth files are such; 0 for all else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except Exception:  # of many types for what is none, or is damaged; what is wrong shows when it is read
+        return 0
+
+
+def _known(start: bytes, suffix: str, error: Exception) -> str | None:
+    """What a file that cannot be read is instead and what to do, if its first bytes or the reader's error tell it."""
+    seen = start.strip().lower()
+    for signature, what in _SIGNATURES.items():
+        if seen.startswith(signature) if signature else not start:
+            return what
+    if all(byte in string.printable.encode() for byte in start):
+        return "it is text: copy or download it again"
+    if isinstance(error, MemoryError):
+        return "it says that it holds more than the memory does: copy or download it again"
+    if suffix == ".npz" and not start.startswith(b"PK"):
+        return "it is no zip archive: copy or download it again"
+    if "Object arrays" in str(error):
+        return "it holds Python objects, which could run code: expected arrays of numbers"
+    if re.search(r"enforce fail|Unsupported operand|magic number", str(error)):
+        return "it is no file of PyTorch's, or not the whole of it: copy or download it again"
+    if "TorchScript" in str(error):
+        return "it is TorchScript: load it in PyTorch and save its state_dict, torch.save(model.state_dict(), PATH)"
+    if missing := re.search(r"no attribute '(float\w+)'", str(error)):
+        return f"it holds {missing[1]}, which NumPy has not: save it as float32, float16 or bfloat16"
+    return None
 
 
 def _data_in_checkpoints() -> list[Any]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.data.lazy import LazyPictures
 
 
 class DataError(ValueError):
@@ -17,12 +20,15 @@ class DataError(ValueError):
 class Split:
     """Pictures of one kind and size with their labels.
 
-    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array or a read-only memory map.
+    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array, a read-only memory map, or pictures that are decoded
+      when they are asked for.
     labels: (N,) int32, class numbers from 0.
+    names: what messages call the pictures, such as their files; None where nothing better than a number is at hand.
     """
 
-    images: np.ndarray
+    images: np.ndarray | LazyPictures
     labels: np.ndarray
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,6 +50,11 @@ class Dataset:
     source: dict[str, Any]
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (count,) in which an epoch takes `count` training examples; it depends on the arguments alone."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
     """Draws `count` examples of a split, as equally many of each class as the split allows.
 
@@ -56,7 +67,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
       seed: the same seed draws the same examples.
 
     Returns:
-      A split in memory, in the order of the original.
+      A split in memory, or of pictures still to be decoded if the original is one, in the order of the original.
 
     Raises:
       ValueError: count is not from 1 to N.
@@ -79,17 +90,19 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
         for label, share in zip(classes, shares, strict=True)
     ]
     indices = np.sort(np.concatenate(chosen))
-    return Split(np.asarray(split.images[indices]), labels[indices])
+    images = split.images[indices] if isinstance(split.images, np.ndarray) else split.images.take(indices)
+    names = None if split.names is None else tuple(split.names[index] for index in indices)
+    return Split(images, labels[indices], names)
 
 
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(images: np.ndarray | LazyPictures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel, pixels scaled to [0, 1].
 
-    Counts how often each of the 256 values occurs and computes with whole numbers from there, so that neither the
-    number of pictures nor the size of a chunk costs a digit.
+    Computes with whole numbers up to the last division, so that neither the number of pictures nor the size of a chunk
+    costs a digit.
 
     Args:
-      images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time.
+      images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time, lazy pictures not at all.
 
     Returns:
       mean (C,) and standard deviation (C,) over all N·H·W pixels, float64.
@@ -97,8 +110,20 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: images are not (N, H, W, C) uint8 or there are none.
     """
-    if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+    if len(images.shape) != 4 or images.dtype != np.uint8 or not math.prod(images.shape):
         raise ValueError(f"images must be (N, H, W, C) uint8 with N >= 1, got {images.shape} {images.dtype}")
+    sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
+    pixels = math.prod(images.shape[:3])
+    mean = [first / pixels / 255 for first in sums]
+    deviation = [
+        math.sqrt((pixels * second - first * first) / (pixels * pixels)) / 255
+        for first, second in zip(sums, squares, strict=True)
+    ]
+    return np.array(mean), np.array(deviation)
+
+
+def array_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
+    """Of every channel of (N, H, W, C) uint8 the sum and the sum of squares, counting how often each value occurs."""
     channels = images.shape[-1]
     histogram = np.zeros((channels, 256), np.int64)
     chunk = max(1, 2**22 // math.prod(images.shape[1:]))
@@ -106,12 +131,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.asarray(images[start : start + chunk]).reshape(-1, channels)
         for channel in range(channels):
             histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
-    mean, deviation = np.empty(channels), np.empty(channels)
-    for channel, occurrences in enumerate(histogram.tolist()):
-        # Python's whole numbers: the sums below pass 2^63 from about 10^9 pixels on.
-        pixels = sum(occurrences)
-        first = sum(value * times for value, times in enumerate(occurrences))
-        second = sum(value * value * times for value, times in enumerate(occurrences))
-        mean[channel] = first / pixels / 255
-        deviation[channel] = math.sqrt((pixels * second - first * first) / (pixels * pixels)) / 255
-    return mean, deviation
+    # Python's whole numbers: the products of channel_statistics pass 2^63 from about 10^9 pixels on.
+    counted = [list(enumerate(occurrences)) for occurrences in histogram.tolist()]
+    sums = [sum(value * times for value, times in channel) for channel in counted]
+    return sums, [sum(value * value * times for value, times in channel) for channel in counted]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.data.dataset import DataError
-from experiments.data.pictures import SPLITS, Box, Picture, PictureFolder
+from experiments.data.pictures import SPLITS, Box, Picture, PictureFolder, printable
 
 ANNOTATIONS = {
     "train": ("cars_train_annos.mat",),
@@ -35,6 +36,25 @@ class Stored(NamedTuple):
     name: str
     size: int
     modified: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Sequence[Picture]):
+    """Pictures in files of their own.
+
+    root: the folder that the names start from.
+    rows: name, label and box of each.
+    """
+
+    root: Path
+    rows: list[tuple[str, int, Box | None]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Picture:
+        name, label, box = self.rows[number]
+        return Picture(printable(name), label, box, self.root / name)
 
 
 def by_class(root: Path) -> PictureFolder | None:
@@ -73,7 +93,7 @@ def by_class(root: Path) -> PictureFolder | None:
         ]
         for split in SPLITS
     }
-    return folder_of_files("by class", root, class_names, listing, bool(boxes), notes)
+    return folder_of_files("by class", root, tuple(map(printable, class_names)), listing, bool(boxes), notes)
 
 
 def original(root: Path) -> PictureFolder | None:
@@ -120,6 +140,10 @@ def folder_of_files(
     notes: list[str],
 ) -> PictureFolder:
     """The folder whose splits are the listed files with their labels and boxes."""
+    files = {
+        split: Files(root, [(stored.name, label, box) for stored, label, box in rows])
+        for split, rows in listing.items()
+    }
     return PictureFolder(
         layout=layout,
         directory=root,
@@ -131,7 +155,7 @@ def folder_of_files(
             for split, rows in listing.items()
         },
         notes=tuple(notes),
-        pictures=lambda split: (Picture(stored.name, label, box, stored.path) for stored, label, box in listing[split]),
+        pictures=files.__getitem__,
     )
 
 
@@ -153,7 +177,7 @@ def picture_files(directory: Path, root: Path, notes: list[str]) -> list[Stored]
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir() or os.path.splitext(entry.name)[1].lower() not in suffixes:
+            if is_folder(entry) or os.path.splitext(entry.name)[1].lower() not in suffixes:
                 others.append(entry.name)
                 continue
             try:
@@ -166,6 +190,13 @@ def picture_files(directory: Path, root: Path, notes: list[str]) -> list[Stored]
     if others and files:
         notes.append(f"{len(others):,} entries of {directory} are not pictures: {first_few(sorted(others))}; left out")
     return sorted(files, key=lambda stored: stored.path.name)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder in any case
+        return False
 
 
 def picture_suffixes() -> set[str]:
@@ -230,7 +261,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     Raises:
       DataError: the file cannot be read or holds something else.
     """
-    return tuple(str(name) for name in read_mat(path, "class_names"))
+    names = read_mat(path, "class_names").ravel().tolist()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path} has class_names that are not names: is this the devkit's file?")
+    return tuple(names)
 
 
 def read_annotations(path: Path, num_classes: int) -> dict[str, Annotation]:
@@ -245,9 +279,15 @@ def read_annotations(path: Path, num_classes: int) -> dict[str, Annotation]:
         raise DataError(f"the annotations in {path} have no field {', '.join(missing)}: is this the devkit's file?")
     labelled = "class" in rows.dtype.names
     annotations = {}
-    for row in rows:
-        box = Box(*(int(row[field]) for field in expected[:4]))
-        label = int(row["class"]) - 1 if labelled else None
+    for number, row in enumerate(rows, 1):
+        try:
+            box = Box(*(int(row[field]) for field in expected[:4]))
+            label = int(row["class"]) - 1 if labelled else None
+        except (TypeError, ValueError, OverflowError) as error:  # an array, text, not a number, infinite
+            raise DataError(
+                f"{path} has a box or class in its row {number:,} that is not in whole numbers ({error}): is this the "
+                "devkit's file?"
+            ) from error
         if label is not None and not 0 <= label < num_classes:
             raise DataError(f"{path} has {row['fname']} in class {label + 1}: cars_meta.mat names 1 to {num_classes}")
         annotations[str(row["fname"])] = Annotation(box, label)
@@ -265,7 +305,9 @@ def read_mat(path: Path, variable: str) -> np.ndarray:
     try:
         content = loadmat(path, squeeze_me=True)
     except Exception as error:  # scipy meets what is not a .mat file with many types of error
-        raise DataError(f"{path} cannot be read as a MATLAB file ({error}): download it again") from error
+        raise DataError(
+            f"{path} cannot be read as a MATLAB file ({str(error).rstrip('.')}): download it again"
+        ) from error
     if variable not in content:
         names = [name for name in content if not name.startswith("__")]
         raise DataError(f"{path} has no variable {variable!r} but {names}: is this the devkit's file?")
@@ -274,4 +316,4 @@ def read_mat(path: Path, variable: str) -> np.ndarray:
 
 def first_few(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+    return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")

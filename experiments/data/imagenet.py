@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import http.client
 import importlib.resources
-import io
 import re
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from experiments.data.pictures import to_rgb
+from experiments.data.pictures import open_image, to_rgb
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 224
@@ -56,11 +55,7 @@ def decode(data: bytes, resize: int) -> np.ndarray:
     Raises:
       Exception: the picture cannot be decoded, or is too elongated to be resized.
     """
-    try:
-        opened = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture in any format that Pillow reads") from None
-    with opened as image:
+    with open_image(data) as image:
         colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
     short, long = sorted(colours.size)
     long = int(resize * long / short)

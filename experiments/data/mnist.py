@@ -6,6 +6,7 @@ LeCun, Bottou, Bengio and Haffner: Gradient-Based Learning Applied to Document R
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import sys
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from experiments.data import packed
 from experiments.data.dataset import DataError, Dataset, Split
-from experiments.data.pictures import SPLITS, Decoding, Failure, PictureFolder, decode_many
+from experiments.data.pictures import MAX_FILE_BYTES, SPLITS, Decoding, Failure, PictureFolder, decode_many, read_file
 
 IMAGE_SIZE = (28, 28)
 CLASS_NAMES = tuple("0123456789")
@@ -123,12 +124,17 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
       DataError: another magic number, or another length than the sizes make.
     """
-    data = path.read_bytes()
+    try:
+        data = read_file(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
     if data[:2] == b"\x1f\x8b":
         try:
-            data = gzip.decompress(data)
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: this is none of MNIST's files")
     expected = UNSIGNED_BYTES << 8 | dimensions
     magic = int.from_bytes(data[:4], "big")
     if len(data) < 4 or magic != expected:

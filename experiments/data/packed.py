@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,34 +65,24 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
     class_names = tuple(features["label"].names)
     skip_decoding = {"image": tensorflow_datasets.decode.SkipDecoding()}
 
-    def examples(split: str) -> Iterator[dict[str, Any]]:
-        if file_format == "tfrecord":
-            for path in files[split]:
-                for record in tfrecords(path):
-                    yield features.deserialize_example_np(record, decoders=skip_decoding)
-        else:
-            yield from builder.as_data_source(split, decoders=skip_decoding)
-
-    def pictures(split: str) -> Iterator[Picture]:
+    def tfrecord_pictures(split: str) -> Iterator[Picture]:
         number = -1
         try:
-            for number, example in enumerate(examples(split)):
-                picture = f"{split} {example['id'].decode() if 'id' in example else number}"
-                label = checked_label(int(example["label"]), class_names, f"{picture} of {root}")
-                box = None
-                if boxes:
-                    ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
-                    box = Box(xmin, ymin, xmax, ymax, relative=True)
-                yield Picture(picture, label, box, example["image"])
+            for number, record in enumerate(record for path in files[split] for record in tfrecords(path)):
+                example = features.deserialize_example_np(record, decoders=skip_decoding)
+                yield picture_of(example, split, number, class_names, boxes, root)
         except DataError:
             raise
-        except Exception as error:  # array_record and protobuf raise types of their own
+        except Exception as error:  # protobuf raises types of its own
             raise DataError(f"{root} is damaged after {number + 1:,} {split} pictures ({error})") from error
         if number + 1 != splits[split].num_examples:
             raise DataError(
                 f"{root} holds {number + 1:,} {split} pictures, its dataset_info.json says "
                 f"{splits[split].num_examples:,}: prepare the data set again"
             )
+
+    def array_record_pictures(split: str) -> Sequence[Picture]:
+        return ArrayRecords(root, split, class_names, boxes, splits[split].num_examples)
 
     return PictureFolder(
         layout=f"TFDS {name} ({file_format})",
@@ -101,8 +92,62 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
         boxes=boxes,
         identity=identity(files),
         notes=(),
-        pictures=pictures,
+        pictures=tfrecord_pictures if file_format == "tfrecord" else array_record_pictures,
     )
+
+
+class ArrayRecords(Sequence[Picture]):
+    """The pictures of a split in TFDS's format array_record, each read from the file when it is asked for.
+
+    May be read by several threads at once. Pickled it is the folder's name: another process opens the files anew.
+    """
+
+    def __init__(self, root: Path, split: str, class_names: tuple[str, ...], boxes: bool, count: int) -> None:
+        self.root, self.split, self.class_names, self.boxes, self.count = root, split, class_names, boxes, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Picture:
+        """Reads a record.
+
+        Raises:
+          DataError: the file is damaged, or has fewer records.
+        """
+        if not 0 <= number < self.count:
+            raise IndexError(number)
+        try:
+            return picture_of(self._source[number], self.split, number, self.class_names, self.boxes, self.root)
+        except DataError:
+            raise
+        except Exception as error:  # array_record and protobuf raise types of their own
+            raise DataError(f"{self.root} is damaged after {number:,} {self.split} pictures ({error})") from error
+
+    @functools.cached_property
+    def _source(self) -> Sequence[dict[str, Any]]:
+        import tensorflow_datasets
+
+        builder = tensorflow_datasets.builder_from_directory(str(self.root))
+        return builder.as_data_source(self.split, decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_source"}
+
+
+def picture_of(
+    example: dict[str, Any], split: str, number: int, class_names: tuple[str, ...], boxes: bool, root: Path
+) -> Picture:
+    """The picture in TFDS's example of a number in its split.
+
+    Raises:
+      DataError: its label is none of the classes'.
+    """
+    name = f"{split} {example['id'].decode() if 'id' in example else number}"
+    label = checked_label(int(example["label"]), class_names, f"{name} of {root}")
+    if not boxes:
+        return Picture(name, label, None, example["image"])
+    ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
+    return Picture(name, label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
 
 
 def tfrecords(path: Path) -> Iterator[bytes]:
@@ -161,6 +206,11 @@ def parquet(root: Path) -> PictureFolder | None:
                         f"{path} has no column {absent[0]!r} but {opened.schema_arrow.names}: expected image and label"
                     )
                 counts[split] += opened.metadata.num_rows
+                image = opened.schema_arrow.field("image").type
+                if pyarrow.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+                    image = image.field("bytes").type
+                if not pyarrow.types.is_binary(image) and not pyarrow.types.is_large_binary(image):
+                    raise DataError(f"{path}: column 'image' must hold the bytes of pictures, got {image}")
                 labels = opened.read(["label"]).column("label")
                 if labels.null_count or not pyarrow.types.is_integer(labels.type):
                     raise DataError(f"{path}: column 'label' must be whole numbers without gaps, got {labels.type}")
@@ -205,7 +255,10 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     Raises:
       DataError: the names say that there are more (train-00000-of-00002.parquet) than are there.
     """
-    found = (sorted(root.glob(pattern.format(split=split))) for pattern in PARQUET_PATTERNS)
+    found = (
+        sorted(path for path in root.glob(pattern.format(split=split)) if path.is_file())  # opening a pipe would wait
+        for pattern in PARQUET_PATTERNS
+    )
     files = next((paths for paths in found if paths), [])
     numbered = [match for path in files if (match := re.search(r"-(\d{5})-of-(\d{5})", path.name))]
     if numbered:

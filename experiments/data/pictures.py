@@ -6,6 +6,9 @@ import collections
 import dataclasses
 import io
 import os
+import stat
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +18,10 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "test")
+MAX_FILE_BYTES = 2**30
+
+# Pillow refuses pictures of more than twice its limit, and of those in between it says this at each.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Box(NamedTuple):
@@ -53,7 +60,8 @@ class PictureFolder:
     boxes: whether every picture has a box.
     identity: JSON values that differ whenever the pictures, labels or boxes do.
     notes: what a person should know about the folder.
-    pictures: "train" or "test" -> its pictures, in a fixed order.
+    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence, which can be pickled, where each can be
+      read without those before it.
     """
 
     layout: str
@@ -96,6 +104,17 @@ class BoxOutside(Exception):
     """A box that does not lie inside its picture."""
 
 
+def printable(name: str) -> str:
+    """A file's name for messages and files: in one line, and in letters that can be encoded.
+
+    A name may hold line breaks, commands for the terminal, and bytes that are no UTF-8; they become escapes, "\\n".
+    """
+    return "".join(
+        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
+        for letter in name
+    )
+
+
 def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, np.ndarray | Failure]]:
     """Decodes pictures in as many threads as there are processors (Pillow releases the interpreter's lock).
 
@@ -121,15 +140,32 @@ def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tup
 def decode_or_explain(picture: Picture, decoding: Decoding) -> np.ndarray | Failure:
     """The decoded picture, or what is wrong with it; never raises."""
     try:
-        data = picture.data if isinstance(picture.data, bytes) else picture.data.read_bytes()
+        data = picture.data if isinstance(picture.data, bytes) else read_file(picture.data)
     except OSError as error:
         return Failure(picture.name, "file", error.strerror or str(error))
+    except ValueError as error:
+        return Failure(picture.name, "picture", str(error))
     try:
         return decode(data, picture.box, decoding)
     except BoxOutside as error:
         return Failure(picture.name, "box", str(error))
     except Exception as error:  # Pillow meets a broken file with almost any type: OSError, SyntaxError, IndexError, …
-        return Failure(picture.name, "picture", str(error) or type(error).__name__)
+        return Failure(picture.name, "picture", str(error).rstrip(".") or type(error).__name__)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is a pipe, which would be waited for, a device, which may have no end, or too large.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("a pipe or device, not a file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    return path.read_bytes()
 
 
 def decode(data: bytes, box: Box | None, decoding: Decoding) -> np.ndarray:
@@ -148,13 +184,7 @@ def decode(data: bytes, box: Box | None, decoding: Decoding) -> np.ndarray:
       BoxOutside: the box does not lie inside the picture.
       Exception: the picture cannot be decoded.
     """
-    if not data:
-        raise ValueError("the file is empty")
-    try:
-        opened = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture in any format that Pillow reads") from None
-    with opened as image:
+    with open_image(data) as image:
         image.load()
         colours = to_rgb(image)
     if box is not None and decoding.margin is not None:
@@ -162,6 +192,28 @@ def decode(data: bytes, box: Box | None, decoding: Decoding) -> np.ndarray:
     height, width = decoding.image_size
     resized = colours.convert("L" if decoding.grey else "RGB").resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(resized).reshape(decoding.shape)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture in a file, its pixels not decoded yet.
+
+    Raises:
+      ValueError: it is empty, no picture, a decompression bomb, or PostScript: a program, which Pillow would have
+        Ghostscript run, for as long as it likes.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a picture in any format that Pillow reads") from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
+        ) from None
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, not a picture")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -89,6 +89,8 @@ def check(settings: Settings) -> None:
             "torchvision has no part in trajectories: add torch_ref to --frameworks, or name other --sections"
         )
     check_batch(_network(settings), settings.batch_size, *parse_image_size(settings.image_size))
+    if settings.html is not None and settings.html.is_dir():
+        raise ValueError(f"--html {settings.html} is a folder: name the page to write")
     if settings.html is not None and not settings.html.parent.is_dir():
         raise ValueError(f"--html {settings.html}: there is no folder {settings.html.parent}")
 

@@ -19,7 +19,7 @@ from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.run_folder import WEIGHTS as RUN_WEIGHTS
 from experiments.settings import DATA_VARIABLE, parse_settings
-from experiments.training_run import describe_input, write_weights
+from experiments.training_run import describe_input
 from jax_resnet import weights
 from numpy_ref import resnet
 
@@ -186,7 +186,8 @@ def run(cars_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     description = describe_input("resnet18", cars_dataset, *channel_statistics(cars_dataset.train.images))
     tree = draw(num_classes=len(cars_dataset.class_names), in_channels=1)
-    write_weights(folder, weights.to_torch(*tree), description)
+    metadata = {name: json.dumps(value) for name, value in description.items()}
+    weights.write_arrays(folder / RUN_WEIGHTS, weights.to_torch(*tree), metadata=metadata)
     return folder
 
 

@@ -21,10 +21,10 @@ import numpy_ref.resnet
 import numpy_ref.weights
 from experiments import compare, mnist
 from experiments.data.mnist import load_mnist
+from experiments.data.stream import Batches
 from experiments.frameworks import TITLES
 from experiments.optimizers import CommonOptimizerName
 from experiments.run_folder import jax_device, numpy_device, read_metrics, torch_device
-from experiments.training import epoch_batches
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -101,9 +101,10 @@ def losses(data, *arguments, steps=5):
     dataset = mnist.load_data(settings)
     training, _ = mnist.prepare(settings, dataset)
     state, found = training.state, []
-    for images, labels in itertools.islice(epoch_batches(dataset.train, settings.batch_size, settings.seed, 0), steps):
-        state, metrics = training.train_step(state, images, labels)
-        found.append(float(metrics["loss"]))
+    with Batches(dataset.train, settings.batch_size, settings.seed, epochs=1) as batches:
+        for images, labels in itertools.islice(batches, steps):
+            state, metrics = training.train_step(state, images, labels)
+            found.append(float(metrics["loss"]))
     return found
 
 
@@ -153,7 +154,7 @@ def test_numpys_steps_compile_nothing(data):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     try:
-        state, (images, labels) = training.state, next(epoch_batches(dataset.train, 16, 0, 0))
+        state, (images, labels) = training.state, next(Batches(dataset.train, 16, 0, epochs=1, prefetch=0))
         for _ in range(2):
             state, _ = training.train_step(state, images, labels)
         training.eval_step(state.params, state.batch_stats, images, labels)

@@ -12,7 +12,9 @@ import pytest
 from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
 from experiments.run_folder import RunFolder, earlier_run, jax_device, numpy_device, read_metrics
-from experiments.training import DivergedError, epoch_batches, evaluate, fit
+from experiments.saving import Saver
+from experiments.stopping import StopRequest
+from experiments.training import DivergedError, Plan, evaluate, fit
 
 
 def split(n):
@@ -20,14 +22,30 @@ def split(n):
 
 
 class State:
+    step = 0
     params = batch_stats = None
+
+
+class Steps:
+    """Of a framework without checkpoints."""
+
+    search = None
+
+    def __init__(self, train_step):
+        self.train_step, self.eval_step = train_step, right_eval_step
+
+    def put(self, images, labels):
+        return images, labels
+
+    def averages(self, state):
+        return None
 
 
 def right_eval_step(params, batch_stats, images, labels):
     return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
 
 
-def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray):
+def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray, number=signal.SIGINT):
     """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows.
 
     It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
@@ -38,39 +56,24 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.
     def train_step(state, images, labels):
         seen.append(images.reshape(-1).tolist())
         if len(seen) == interrupt_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         prediction = np.minimum(labels, 1)
         metrics = {"loss": next(losses), "top1": (prediction == labels).mean(), "prediction": prediction}
         return state, {name: array(value) for name, value in metrics.items()}
 
     dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
     folder = RunFolder(tmp_path / "run")
-    finished = fit(
+    ended_by = fit(
         State(),
-        train_step,
-        right_eval_step,
+        Steps(train_step),
         dataset,
         folder,
-        epochs=epochs,
-        batch_size=3,
-        seed=0,
-        log_every=log_every,
-        report=lambda state, results: reports.append(results),
+        Saver(tmp_path / "run", keep=0),
+        Plan(epochs, batch_size=3, seed=0, log_every=log_every),
+        lambda state, results: reports.append(results),
     )
     folder.close()
-    return finished, reports, read_metrics(tmp_path / "run"), seen
-
-
-def test_batches_are_a_permutation_that_seed_and_epoch_decide():
-    first = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=0)]
-    assert [len(batch) for batch in first] == [3, 3, 3]  # the tenth is left out
-    assert len({number for batch in first for number in batch}) == 9
-    again = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=0)]
-    other = [images.reshape(-1).tolist() for images, _ in epoch_batches(split(10), 3, seed=1, epoch=1)]
-    assert first == again
-    assert first != other
-    for images, labels in epoch_batches(split(10), 3, seed=1, epoch=0):
-        np.testing.assert_array_equal(images.reshape(-1) % 3, labels)
+    return ended_by, reports, read_metrics(tmp_path / "run"), seen
 
 
 def test_evaluation_covers_the_last_partial_batch():
@@ -81,7 +84,7 @@ def test_evaluation_covers_the_last_partial_batch():
         return right_eval_step(params, batch_stats, images, labels)
 
     data = split(7)
-    results = evaluate(eval_step, State(), data, 3)
+    results = evaluate(eval_step, None, None, data, 3)
     np.testing.assert_array_equal(results["prediction"], data.labels)
     assert set(shapes) == {(3, 1, 1, 1)}
 
@@ -89,8 +92,8 @@ def test_evaluation_covers_the_last_partial_batch():
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_rows_of_a_run(array, tmp_path):
     """Metrics in NumPy, which have been computed, and in JAX, which are read a step later."""
-    finished, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
-    assert finished
+    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
+    assert ended_by is None
     assert len(reports) == 1  # at the end; the run is shorter than the time between two
     assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
     assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
@@ -107,21 +110,31 @@ def test_rows_of_a_run(array, tmp_path):
     assert all(row["images_per_second"] > 0 and row["seconds"] >= 0 for row in rows)
 
 
-def test_ctrl_c_ends_with_a_report(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_report(number, tmp_path):
     """The step under way ends first (its state is what is reported), then nothing more is run."""
-    finished, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=5)
-    assert not finished
+    before = signal.getsignal(number)
+    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=5, number=number)
+    assert ended_by == number
     assert len(seen) == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
     assert len(reports) == 1
     assert reports[0] is not None
     assert [row["step"] for row in rows if "test_loss" in row] == [3]
 
 
 def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
-    finished, reports, _, _ = run(tmp_path, [6.0, 5.0], interrupt_at=2)
-    assert not finished
+    ended_by, reports, _, _ = run(tmp_path, [6.0, 5.0], interrupt_at=2)
+    assert ended_by == signal.SIGINT
     assert reports == [None]
+
+
+def test_the_same_signal_once_more_acts_at_once():
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stop.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

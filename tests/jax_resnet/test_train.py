@@ -1,6 +1,11 @@
 """jax_resnet.train: one compilation, one update by hand, and a step that lowers for every platform."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.export
@@ -8,10 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_network
 
 from jax_resnet import resnet
 from jax_resnet.adabound import adabound
-from jax_resnet.train import create_train_state, decay_mask, loss_and_logits, make_eval_step, make_train_step
+from jax_resnet.train import (
+    create_train_state,
+    decay_mask,
+    loss_and_logits,
+    make_eval_step,
+    make_nonfinite_search,
+    make_train_step,
+)
 
 CONFIG = resnet.resnet18(num_classes=7, in_channels=1)
 
@@ -142,3 +155,167 @@ def test_resnet101_step_lowers_for_every_platform():
     for platform, own_convolutions in {"cpu": False, "cuda": True, "tpu": True}.items():
         exported = jax.export.export(step, platforms=[platform])(state, images, labels)
         assert ("stablehlo.convolution" in exported.mlir_module()) == own_convolutions, platform
+
+
+def tiny_state(optimizer, batch_norm=True, ema=False):
+    params, batch_stats = tiny_network.draw()
+    params, batch_stats = jax.tree.map(jnp.asarray, (params, batch_stats if batch_norm else {}))
+    return create_train_state(params, batch_stats, optimizer, ema=ema)
+
+
+def tiny_batch(n=12):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.standard_normal((n, 8, 8, 1))), jnp.asarray(rng.integers(0, 3, n), jnp.int32)
+
+
+def tiny_step(optimizer, batch_norm=True, **options):
+    return make_train_step(tiny_network.TinyConfig(batch_norm), optimizer, apply=tiny_network.apply, **options)
+
+
+def distance(ours, theirs):
+    return max(
+        float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3))  # some are 0 and stay 0
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_accumulating_is_the_whole_batch_without_batch_norm(parts, x64):
+    optimizer = adabound(1e-2)
+    whole, in_parts = (tiny_step(optimizer, False, accumulate=k, label_smoothing=0.1) for k in (1, parts))
+    expected, expected_metrics = whole(tiny_state(optimizer, False), *tiny_batch())
+    state, metrics = in_parts(tiny_state(optimizer, False), *tiny_batch())
+    assert distance(state.params, expected.params) < 1e-12
+    for name, value in expected_metrics.items():  # predictions in the order of the batch too
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-12)
+
+
+def test_accumulating_with_batch_norm_normalizes_and_updates_by_part(x64):
+    """Part k has the rows k, k + 3, …; the running statistics see one part after the other."""
+    optimizer = optax.sgd(0.1)
+    state, _ = tiny_step(optimizer, accumulate=3)(tiny_state(optimizer), *tiny_batch())
+    images, labels = tiny_batch()
+    params, stats = tiny_network.draw()
+    grads = []
+    for k in range(3):
+        out = jax.grad(loss_and_logits, argnums=1, has_aux=True)
+        grad, (_, stats) = out(
+            tiny_network.TinyConfig(), params, stats, images[k::3], labels[k::3], apply=tiny_network.apply
+        )
+        grads.append(grad)
+    expected = jax.tree.map(lambda p, *g: p - 0.1 * sum(g) / 3, params, *grads)
+    assert distance(state.params, expected) < 1e-12
+    assert distance(state.batch_stats, stats) < 1e-12
+
+
+def test_a_batch_that_cannot_be_parted_is_refused():
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match="a batch of 12 cannot be computed in 5 equal parts"):
+        tiny_step(optimizer, accumulate=5)(tiny_state(optimizer), *tiny_batch())
+
+
+def test_averages_of_weights_and_statistics_by_hand(x64):
+    optimizer = optax.sgd(0.1)
+    step = tiny_step(optimizer, ema_decay=0.75)
+    state = tiny_state(optimizer, ema=True)
+    expected = jax.tree.map(np.array, {"params": state.params, "batch_stats": state.batch_stats})
+    for _ in range(3):
+        state, _ = step(state, *tiny_batch())
+        new = {"params": state.params, "batch_stats": state.batch_stats}
+        expected = jax.tree.map(lambda average, value: 0.75 * average + 0.25 * np.array(value), expected, new)
+    assert distance(state.ema, expected) < 1e-14
+
+
+def equal_bits(one, other):
+    return all(
+        np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_step_that_is_not_finite_changes_nothing_for_good(value):
+    """1e30: finite pictures whose gradients are not."""
+    optimizer = adabound(1e-2)
+    step = tiny_step(optimizer, False, ema_decay=0.9)
+    good, labels = tiny_batch()
+    state, metrics = step(tiny_state(optimizer, False, ema=True), good, labels)
+    assert bool(metrics["finite"])
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, good * value, labels)
+    assert not bool(metrics["finite"])
+    assert equal_bits(state.replace(nonfinite=before.nonfinite), before)
+    state, metrics = step(state, good, labels)  # was dispatched before anybody read the metrics
+    assert bool(metrics["finite"])
+    assert equal_bits(state.replace(nonfinite=before.nonfinite), before)
+    assert int(state.nonfinite) == 1
+
+
+def test_steps_that_are_skipped_count_as_steps():
+    optimizer = adabound(optax.linear_schedule(1e-2, 0.0, 10))
+    step = tiny_step(optimizer, skip_nonfinite=1)
+    good, labels = tiny_batch()
+    state, _ = step(tiny_state(optimizer), good, labels)
+    before = jax.tree.map(np.array, state)
+    state, _ = step(state, good * np.nan, labels)
+    assert (int(state.step), int(state.nonfinite)) == (2, 1)
+    assert equal_bits(
+        (state.params, state.batch_stats, state.opt_state), (before.params, before.batch_stats, before.opt_state)
+    )
+    state, _ = step(state, good, labels)
+    assert int(state.step) == 3
+    assert not equal_bits(state.params, before.params)
+    state, _ = step(state, good * np.nan, labels)
+    assert (int(state.step), int(state.nonfinite)) == (3, 2)
+
+
+def test_the_search_names_what_is_not_finite_in_order():
+    optimizer = optax.sgd(0.1)
+    search = make_nonfinite_search(tiny_network.TinyConfig(), apply=tiny_network.apply)
+    images, labels = tiny_batch()
+    state = tiny_state(optimizer)
+    assert search(state, images, labels) == []
+    fc = {"weight": state.params["fc"]["weight"].at[0, 0].set(jnp.inf), "bias": state.params["fc"]["bias"]}
+    found = search(state.replace(params={**state.params, "fc": fc}), images, labels)
+    assert found[:3] == ["the weight fc.weight", "the logits", "the loss"]
+    assert "the gradient conv1.weight" in found
+    assert not any("activation" in name for name in found)
+
+
+def test_clipping_keeps_the_direction(x64):
+    """optax's, before the optimizer, as experiments puts it there; grad_norm tells the length from before."""
+    optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    start = tiny_state(optimizer)
+    before = jax.tree.map(np.array, start.params)
+    state, metrics = tiny_step(optimizer)(start, *tiny_batch())
+    moved = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01)
+    assert float(metrics["grad_norm"]) > 0.01
+
+
+def run_on_virtual_devices(*arguments):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests" / "mesh_trajectory.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_two_devices_give_what_one_gives():
+    """Parameters and BatchNorm's statistics of a ResNet-18, after one step and after three."""
+    (first, last) = run_on_virtual_devices("float64", "3", "2")["2"]
+    assert first < 1e-11
+    assert last < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "after_one", "after_20"), [("float64", 1e-11, 1e-9), ("float32", 1e-5, 1e-3)])
+def test_any_number_of_devices_gives_what_one_gives(dtype, after_one, after_20):
+    for first, last in run_on_virtual_devices(dtype, "20", "2", "4", "8").values():
+        assert first < after_one
+        assert last < after_20

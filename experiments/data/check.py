@@ -1,0 +1,197 @@
+"""What a person should know about the pictures of a data set before a training takes its hours.
+
+print(format_findings(check_dataset(dataset)))
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from experiments.data.dataset import Dataset
+from experiments.data.folders import first_few
+from experiments.data.pictures import SPLITS
+
+CHUNK_BYTES = 2**24
+SEVERITIES = ("error", "warning", "fact")
+
+
+class Finding(NamedTuple):
+    """A line about a data set.
+
+    severity: "error", a training would make no sense; "warning", its results may mislead; "fact", good to know.
+    text: what and where and, unless it is a fact, what to do.
+    """
+
+    severity: Literal["error", "warning", "fact"]
+    text: str
+
+
+class Scan(NamedTuple):
+    """What the pixels of a split tell.
+
+    digests: (N,) uint64, equal where all pixels are. Two different pictures of 100,000 have the same by a chance of
+      one in four billion.
+    plain: (N,) bool, whether a picture is of one colour throughout.
+    """
+
+    digests: np.ndarray
+    plain: np.ndarray
+
+
+def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
+    """Looks once at every label and every pixel of a data set.
+
+    Pictures are equal when all their decoded pixels are; other crops or encodings of one photograph are not found.
+
+    Args:
+      dataset: its images are read a few megabytes at a time; anything will do whose slices along the first axis are
+        arrays. What its reader noted (source["notes"]), such as pictures that cannot be read, is among the findings.
+      shown: of how many pictures a finding gives the names.
+
+    Returns:
+      the findings: errors, then warnings, then facts.
+    """
+    found = [Finding("warning", note) for note in dataset.source.get("notes", ())]
+    found += label_findings(dataset)
+    if not any(finding.severity == "error" for finding in found):
+        scans = {split: scan(getattr(dataset, split).images) for split in SPLITS}
+        found += plain_findings(dataset, scans, shown)
+        found += copy_findings(dataset, scans, shown)
+    found = dict.fromkeys(found)  # a reader may have noted the same
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def format_findings(findings: Iterable[Finding]) -> str:
+    """A line for each finding; errors and warnings say that they are."""
+    return "\n".join(text if severity == "fact" else f"{severity}: {text}" for severity, text in findings)
+
+
+def label_findings(dataset: Dataset) -> Iterator[Finding]:
+    """Counts by split and class, labels that there are not, and classes without pictures."""
+    names = dataset.class_names
+    counts = {}
+    for split in SPLITS:
+        labels = np.asarray(getattr(dataset, split).labels)
+        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if not len(labels):
+            yield Finding("error", f"there are no {split} pictures: add some")
+        elif len(outside):
+            yield Finding(
+                "error",
+                f"{len(outside):,} {split} pictures have labels other than 0 to {len(names) - 1}: the first is number "
+                f"{outside[0]:,}, with {labels[outside[0]]}",
+            )
+        else:
+            counts[split] = np.bincount(labels, minlength=len(names))
+            yield Finding("fact", describe_counts(split, counts[split], names))
+    if len(counts) < len(SPLITS):
+        return
+    for split in SPLITS:
+        if absent := np.flatnonzero(counts[split] == 0).tolist():
+            listed = first_few(names[label] for label in absent)
+            yield Finding("warning", f"{len(absent):,} classes have no {split} pictures: {listed}")
+    if empty := np.flatnonzero(counts["train"] + counts["test"] == 0).tolist():
+        listed = first_few(names[label] for label in empty)
+        yield Finding("warning", f"{len(empty):,} classes have no pictures at all: {listed}; add some, or remove them")
+    if untrained := counts["test"][counts["train"] == 0].sum():
+        yield Finding(
+            "warning",
+            f"{untrained:,} test pictures are of classes without train pictures and will all count as wrong: add train "
+            "pictures, or remove these",
+        )
+    if np.count_nonzero(counts["train"]) == 1:
+        yield Finding("warning", "all train pictures are of one class: there is nothing to tell apart")
+
+
+def describe_counts(split: str, counts: np.ndarray, names: tuple[str, ...]) -> str:
+    present = np.flatnonzero(counts)
+    fewest, most = present[counts[present].argmin()], counts.argmax()
+    spread = f"{counts[fewest]:,} each"
+    if counts[fewest] != counts[most]:
+        spread = f"from {counts[fewest]:,} ({names[fewest]}) to {counts[most]:,} ({names[most]})"
+    return f"{counts.sum():,} {split} pictures of {len(present):,} classes, {spread}"
+
+
+def scan(images: np.ndarray) -> Scan:
+    """Reads every pixel once, a few megabytes at a time."""
+    digests, plain = np.empty(len(images), np.uint64), np.empty(len(images), bool)
+    chunk = max(1, CHUNK_BYTES // math.prod(images.shape[1:]))
+    for start in range(0, len(images), chunk):
+        pictures = np.ascontiguousarray(images[start : start + chunk])
+        for number, picture in enumerate(pictures, start):
+            digests[number] = int.from_bytes(hashlib.blake2b(picture, digest_size=8).digest())
+        pixels = pictures.reshape(len(pictures), -1, pictures.shape[-1])
+        plain[start : start + chunk] = (pixels == pixels[:, :1]).all((1, 2))
+    return Scan(digests, plain)
+
+
+def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
+    """Pictures that show nothing."""
+    for split in SPLITS:
+        if places := np.flatnonzero(scans[split].plain).tolist():
+            listed = first_few((name_of(dataset, split, place) for place in places), shown)
+            yield Finding(
+                "warning", f"{len(places):,} {split} pictures are of one colour throughout: {listed}; replace them"
+            )
+
+
+def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
+    """Pictures that are there more than once, and whether their classes agree."""
+    found = find_copies(dataset, scans)
+    for split, of, same_class in sorted(found, key=lambda kind: (kind[0] == kind[1], kind)):  # across splits first
+        pairs = found[split, of, same_class]
+        total = len(getattr(dataset, split))
+        listed = first_few((f"{name_of(dataset, *a)} = {name_of(dataset, *b)}" for a, b in pairs), shown)
+        if not same_class:
+            what, advice = (
+                f"equal {of} pictures of another class",
+                "one of the labels is wrong: correct it or remove both",
+            )
+        elif split == of:
+            what, advice = f"repeat another {of} picture", "each counts twice: remove one of them"
+        else:
+            what, advice = f"are {of} pictures, too", "no test of what was learnt: remove one of them"
+        yield Finding("warning", f"{len(pairs):,} of {total:,} {split} pictures {what}: {listed}; {advice}")
+
+
+def find_copies(
+    dataset: Dataset, scans: dict[str, Scan]
+) -> dict[tuple[str, str, bool], list[tuple[tuple[str, int], tuple[str, int]]]]:
+    """All pictures that equal an earlier one, train before test; those of one colour are not compared.
+
+    Returns:
+      {(split, the earlier one's split, whether both are of one class): pairs of (split, place)}. A picture that has
+      earlier ones of its own class and of others is counted with the others.
+    """
+    values, counts = np.unique(np.concatenate([scans[split].digests for split in SPLITS]), return_counts=True)
+    groups = collections.defaultdict(list)
+    for split in SPLITS:
+        repeated = np.isin(scans[split].digests, values[counts > 1]) & ~scans[split].plain
+        for place in np.flatnonzero(repeated).tolist():
+            groups[scans[split].digests[place]].append((split, place))
+    found = collections.defaultdict(list)
+    for group in groups.values():
+        first_of_class: dict[str, dict[int, tuple[str, int]]] = {split: {} for split in SPLITS}
+        for picture in group:
+            split, place = picture
+            label = int(getattr(dataset, split).labels[place])
+            for of, first in first_of_class.items():
+                if first:
+                    other = next((earlier for known, earlier in first.items() if known != label), None)
+                    found[split, of, other is None].append((picture, other or first[label]))
+            first_of_class[split].setdefault(label, picture)
+    return found
+
+
+def name_of(dataset: Dataset, split: str, place: int) -> str:
+    """What messages call a picture: its file's name where the reader has kept it."""
+    names = getattr(dataset, split).names
+    if names is not None:
+        return names[place]
+    return f"{split} picture {place:,} ({dataset.class_names[getattr(dataset, split).labels[place]]})"

@@ -1,0 +1,66 @@
+"""Being told to stop: Ctrl-C, SIGTERM, and the notice that a cluster gives all processes of a training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+class Stopped(Exception):
+    """The run was told to stop; `signal` is what told it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until closed; the same signal once more acts at once.
+
+    Python would raise anywhere, also between a step's end and the assignment of its result. By then the step has
+    consumed the old state, and nothing would be left to save.
+
+    With several processes a signal to one of them stops all, each before the same step: jax.distributed hears SIGTERM
+    by itself, and Ctrl-C is handed to it.
+    """
+
+    def __init__(self):
+        self.requested: int | None = None
+        self.together = jax.process_count() > 1
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT,) if self.together else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.together:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.requested = number
+        again = "Ctrl-C again" if number == signal.SIGINT else "another SIGTERM"
+        tqdm.write(f"stopping after this step; {again} stops at once", file=sys.stderr)
+        self.close()
+
+    def check(self, step: int | None = None) -> None:
+        """Raises Stopped if it was asked for.
+
+        Args:
+          step: the steps done; with several processes needed, and the same in all of them.
+        """
+        if self.together:
+            from jax.experimental import multihost_utils
+
+            if step is not None and multihost_utils.reached_preemption_sync_point(step):
+                raise Stopped(self.requested or signal.SIGTERM)
+        elif self.requested is not None:
+            raise Stopped(self.requested)
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,571 @@
+"""What people may pass by mistake, and the one line that each gets.
+
+    PYTHONPATH=. python tests/bad_inputs.py
+
+writes the table docs/bad-input.md. That the programs do as it says is tested in experiments/test_bad_input.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from bad_files import (
+    BAD,
+    NOISE,
+    RunsCode,
+    bad_picture,
+    by_class_but,
+    cars_by_class,
+    content,
+    cut,
+    devkit,
+    digits,
+    encoded,
+    file,
+    for_classify,
+    idx,
+    jpeg_bomb,
+    link,
+    locked,
+    network,
+    npz,
+    png,
+    png_bomb,
+    pth,
+    remove,
+    run_folder,
+    safetensors_header,
+    sparse_file,
+    tensor,
+    torchscript,
+    whole_model,
+    with_metadata,
+    without,
+    without_class_folders,
+    without_pictures,
+    zip_bomb,
+)
+from PIL import Image
+
+from experiments.data.pictures import printable
+
+PAGE = Path(__file__).parents[1] / "docs" / "bad-input.md"
+
+
+class Case(NamedTuple):
+    """A bad input.
+
+    what: it is, for people.
+    command: the program of experiments and its arguments, run in a folder of its own; quoted as for a shell.
+    message: the line on stderr behind "error: ", paths below that folder relative to it; … stands for what differs from
+      machine to machine, or is another library's.
+    make: puts into the folder what the command names.
+    how: "here", in this process; "process", in another one with a timeout, where a mistake would be to wait forever;
+      "nobody", in one without root's rights, who may read and write everything.
+    """
+
+    what: str
+    command: str
+    message: str
+    make: Callable[[Path], object] = lambda folder: None
+    how: Literal["here", "process", "nobody"] = "here"
+
+
+# The battery. A message that ends in a colon is followed by a list.
+
+HINT = (
+    "pass --data DIR with the four idx files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
+    "and t10k-labels-idx1-ubyte, each as it is or as .gz"
+)
+LAYOUTS_FOLLOW = "Give a folder with Stanford Cars in one of these layouts:"
+IN_CARS = "cars --data cars"
+CONVERT = "convert {} out.npz"
+
+COMMAND_LINE = [
+    Case("an option that there is not", "cars --optimizer adam", "Unrecognized options: --optimizer, adam"),
+    Case("a choice that there is not", "cars --opt adamax", "invalid choice 'adamax' for argument '--opt'. …"),
+    Case("a word for a number", "cars --epochs three", "Error parsing --epochs: invalid literal for int() …: 'three'"),
+    Case("an option without its value", "cars --data", "Missing value for argument '--data'. Expected 1 values."),
+    Case("no epoch", "cars --epochs 0", "--epochs must be at least 1, got 0"),
+    Case("a batch of one", "cars --batch-size 1", "--batch-size must be at least 2, got 1"),
+    Case("no number", "cars --learning-rate nan", "--learning-rate must be positive, got nan"),
+    Case("a share above 1", "cars --label-smoothing 1.5", "--label-smoothing must be within 0 and 1, got 1.5"),
+    Case("too small", "cars --image-size 16", "--image-size is a side or HEIGHTxWIDTH, each 32 to 4096, got '16'"),
+    Case("half a size", "cars --image-size 96x", "--image-size is a side or HEIGHTxWIDTH, each 32 to 4096, got '96x'"),
+    Case("a negative seed", "cars --seed -1", "--seed must be at least 0, got -1"),
+    Case("no pictures to train", "cars --limit 0", "--limit must be at least 1, got 0"),
+    Case(
+        "no data for a preset that needs some",
+        "cars --preset cars96",
+        "--preset cars96 needs pictures: pass --data DIR or set $STANFORD_CARS_DIR. Layouts:",
+    ),
+    Case(
+        "data for a preset that draws its own",
+        "cars --preset demo --data cars",
+        "--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224",
+    ),
+    Case(
+        "nothing to freeze",
+        "cars --freeze backbone",
+        "--freeze backbone needs --init FILE: drawn weights know nothing of pictures",
+    ),
+    Case(
+        "an unknown contestant",
+        "cars --compare jax,tensorflow",
+        "--compare takes two or more of jax, numpy, torch, torchvision, such as jax,numpy; got jax,tensorflow",
+    ),
+    Case(
+        "a file for a folder",
+        "cars --out notes.txt",
+        "--out notes.txt cannot be written: notes.txt is a file",
+        file("notes.txt", b"of mine"),
+    ),
+    Case(
+        "a folder in a file",
+        "cars --out notes.txt/run",
+        "--out notes.txt/run cannot be written: notes.txt is a file",
+        file("notes.txt", b"of mine"),
+    ),
+    Case("an earlier run", "cars --out run",
+         "run holds an earlier run: choose another --out, or pass --overwrite or --resume", run_folder()),
+    Case("nothing to go on with", "cars --resume", "--resume needs --out: the folder of the run to go on with"),
+    Case("to go on, and to begin anew", "cars --out run --resume --overwrite",
+         "--resume goes on with a run and --overwrite replaces it: choose one"),
+    Case("an average of nothing", "cars --ema 1.5", "--ema must be between 0 and 1, such as 0.999, got 1.5"),
+    Case("parts that do not make a batch", "cars --batch-size 16 --accumulate 3",
+         "--batch-size 16 must be a multiple of --accumulate 3"),
+    Case("devices in words", "cars --devices two", "--devices is a number or all, got two"),
+    Case("what NumPy cannot do", "cars --framework numpy --remat", "--remat is for --framework jax, not for numpy"),
+    Case("a folder that may not be written", "cars --out locked/run",
+         "--out locked/run cannot be written: locked is read-only", lambda folder: (folder / "locked").mkdir(0o555),
+         how="nobody"),
+    Case(
+        "more pictures than there are",
+        "mnist --data digits --limit 21",
+        "cannot draw 21 examples of 20: ask for 1 to 20",
+        digits(),
+    ),
+    Case(
+        "a batch larger than the data",
+        "mnist --data digits --batch-size 21",
+        "--batch-size 21 exceeds the 20 training pictures",
+        digits(),
+    ),
+    Case("no such network", "mnist --model resnet19", "invalid choice 'resnet19' for argument '--model'. …"),
+    Case("no classes", "describe --num-classes 0", "num_classes and in_channels must be >= 1, got 0, 3"),
+    Case(
+        "three sides",
+        "describe --image-size 32x32x32",
+        "--image-size is a side or HEIGHTxWIDTH, each 32 to 4096, got '32x32x32'",
+    ),
+    Case(
+        "a batch too small to compare",
+        "parity --batch-size 1",
+        "1 images of 64x64 leave 4 values per channel to the last stage: its BatchNorms magnify rounding beyond all "
+        "bounds with fewer than 32; take --batch-size 8",
+    ),
+    Case("a folder for a page", "parity --html .", "--html . is a folder: name the page to write"),
+    Case("a page in no folder", "parity --html no/page.html", "--html no/page.html: there is no folder no"),
+    Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must name something"),
+    Case("no benchmark", "bench", "Expected one of {step, conv2d}."),
+    Case("no rounds", "bench step --rounds 0", "--rounds, --steps and --batch-size must be at least 1"),
+    Case("a batch for no network", "bench step --batch-size 4", "--batch-size and --image-size go with --arch"),
+    Case("no runs", "compare", "name one folder of a run, or more"),
+    Case("a run that there is not", "compare run", "run holds no run: there is no metrics.jsonl or no config.json"),
+    Case(
+        "half a run's metrics",
+        "compare run",
+        "run/metrics.jsonl is not that of a training run: …",
+        run_folder(metrics=b'{"epoch": 1.0, "st'),
+    ),
+    Case(
+        "other metrics",
+        "compare run",
+        "run/metrics.jsonl is not that of a training run: it has no 'epoch'",
+        run_folder(metrics=b'{"loss": 1.0}\n'),
+    ),
+    Case(
+        "another config.json",
+        "compare run",
+        "run/config.json is not that of a training run: it has no 'input'",
+        run_folder(config=b"{}"),
+    ),
+    Case("a folder for a picture", "compare run --out run", "--out run is a folder: name the picture to write",
+         run_folder()),
+    Case("no picture", "classify --weights w.npz", "name one picture or more"),
+    Case("no class to name", "classify a.jpg --weights w.npz --top 0", "--top must be at least 1, got 0"),
+    Case(
+        "smaller than the crop",
+        "classify a.jpg --weights w.npz --resize 100",
+        "--resize must be at least 224, the crop, got 100",
+    ),
+    Case(
+        "a format that there is not",
+        "convert w.npz w.onnx",
+        "weight files end in .safetensors, .npz, .pth, .pt, got w.onnx",
+    ),
+    Case(
+        "a file that is there",
+        "convert w.npz old.npz",
+        "old.npz is there already: choose another name, or pass --overwrite",
+        file("old.npz", b"of mine"),
+    ),
+    Case("a file in no folder", "convert w.npz no/out.npz", "there is no folder no for out.npz"),
+    Case(
+        "a folder for a weight file",
+        "convert w.npz out.npz --overwrite",
+        "out.npz is a folder: name the file to write",
+        lambda folder: (folder / "out.npz").mkdir(),
+    ),
+    Case("a folder that may not be written", "convert w.npz locked/out.npz",
+         "locked/out.npz cannot be written: locked is read-only", lambda folder: (folder / "locked").mkdir(0o555),
+         how="nobody"),
+]  # fmt: skip
+
+DATA_FOLDERS = [
+    Case("no such folder", IN_CARS, f"cars does not exist. {LAYOUTS_FOLLOW}"),
+    Case("nobody's home", "cars --data ~nobody99/cars",
+         "~nobody99/cars does not exist: there is no home folder of that name"),
+    Case("an archive", IN_CARS, f"cars is a file: unpack it and give the folder. {LAYOUTS_FOLLOW}",
+         file("cars", b"PK\3\4")),
+    Case("a pipe", IN_CARS, f"cars is no folder. {LAYOUTS_FOLLOW}",
+         lambda folder: os.mkfifo(folder / "cars"), how="process"),
+    Case("an empty folder", IN_CARS, "cars has Stanford Cars in no layout that this program knows. It knows:",
+         lambda folder: (folder / "cars").mkdir()),
+    Case("a folder that links to itself", IN_CARS,
+         "cars has Stanford Cars in no layout that this program knows. It knows:",
+         lambda folder: ((folder / "cars").mkdir(), (folder / "cars" / "data").symlink_to("."))),
+    Case("no test pictures", IN_CARS, "cars has no folder test/: expected train/<Class Name>/ and test/<Class Name>/",
+         by_class_but(lambda root: remove(root, "test"))),
+    Case("train/ links to itself", IN_CARS,
+         "cars has no folder train/: expected train/<Class Name>/ and test/<Class Name>/",
+         by_class_but(lambda root: (remove(root, "train"), link("train")(root / "train")))),
+    Case("pictures without classes", IN_CARS,
+         "cars/test has no pictures in class folders (1 pictures lie directly in it, without a class): expected "
+         "test/<Class Name>/00001.jpg, …", by_class_but(without_class_folders)),
+    Case("class folders without pictures", IN_CARS,
+         "cars/test has no pictures in class folders: expected test/<Class Name>/00001.jpg, …",
+         by_class_but(without_pictures)),
+    Case("a class that links to itself", IN_CARS, "cars/train/VW cannot be read (Too many levels of symbolic links)",
+         by_class_but(lambda root: (root / "train" / "VW").symlink_to("VW"))),
+    Case("a locked folder", IN_CARS, "cars/train cannot be read (Permission denied)", by_class_but(locked("train")),
+         how="nobody"),
+    Case("a locked class", IN_CARS, "cars/train/BMW cannot be read (Permission denied)",
+         by_class_but(locked("train/BMW")), how="nobody"),
+    Case("no devkit", IN_CARS,
+         "cars has cars_train/ or cars_test/ but no cars_meta.mat, in it or in cars/devkit: put the file there, or "
+         "sort the pictures by class (train/<Class Name>/, test/<Class Name>/)",
+         lambda folder: (devkit()(folder), remove(folder / "cars", "devkit"))),
+    Case("a web page for a .mat", IN_CARS,
+         "cars/devkit/cars_meta.mat cannot be read as a MATLAB file (…): download it again",
+         devkit(meta=b"<html>404 Not Found</html>")),
+    Case("an empty .mat", IN_CARS,
+         "cars/devkit/cars_meta.mat cannot be read as a MATLAB file (…): download it again", devkit(meta=b"")),
+    Case("a .mat of MATLAB 7.3", IN_CARS,
+         "cars/devkit/cars_meta.mat cannot be read as a MATLAB file (Please use HDF reader for matlab v7.3 files, …): "
+         "download it again", devkit(meta=b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM\x89HDF\r\n\x1a\n" + bytes(99))),
+    Case("a .mat of zeros", IN_CARS,
+         "cars/devkit/cars_meta.mat cannot be read as a MATLAB file (…): download it again",
+         devkit(meta=bytes(10_000))),
+    Case("another .mat", IN_CARS,
+         "cars/devkit/cars_meta.mat has no variable 'class_names' but ['x']: is this the devkit's file?",
+         devkit(meta={"x": 1})),
+    Case("numbers for class names", IN_CARS,
+         "cars/devkit/cars_meta.mat has class_names that are not names: is this the devkit's file?",
+         devkit(meta={"class_names": np.arange(6.0).reshape(2, 3)})),
+    Case("a matrix for annotations", IN_CARS,
+         "the annotations in cars/devkit/cars_train_annos.mat have no field bbox_x1, bbox_y1, bbox_x2, bbox_y2, fname: "
+         "is this the devkit's file?", devkit(annotations={"annotations": np.ones((2, 3))})),
+    Case("a box of vectors", IN_CARS,
+         "cars/devkit/cars_train_annos.mat has a box or class in its row 1 that is not in whole numbers (…): is this "
+         "the devkit's file?", devkit(bbox_x1=np.arange(3))),
+    Case("a box of nothing", IN_CARS,
+         "cars/devkit/cars_train_annos.mat has a box or class in its row 1 that is not in whole numbers (cannot "
+         "convert float NaN to integer): is this the devkit's file?", devkit(bbox_y2=np.nan)),
+    Case("no classes", IN_CARS,
+         "cars/devkit/cars_train_annos.mat has no field 'class': expected the file with labels, cars_train_annos.mat",
+         devkit(**{"class": None})),
+    Case("a class that there is not", IN_CARS,
+         "cars/devkit/cars_train_annos.mat has 0.png in class 3: cars_meta.mat names 1 to 2", devkit(**{"class": 3})),
+    Case("annotations of other pictures", IN_CARS,
+         "1 of the 1 pictures that cars_train_annos.mat names are not in cars/cars_train: ../0.png; unpack "
+         "cars_train.tgz again", devkit(fname="../0.png")),
+    Case("boxes of other pictures", IN_CARS,
+         "2 of 4 pictures in cars do not contain their box: cars_train/0.png (box x 5 to 99, y 5 to 30 in a picture of "
+         "40x40), cars_train/1.png (box x 5 to 99, y 5 to 30 in a picture of 40x40). Boxes refer to the original "
+         "photographs: have these been cut out or resized already? Then sort them by class and take the devkit's .mat "
+         "files out of the folder", devkit(bbox_x2=99)),
+    Case("a pointer of git-lfs for parquet", IN_CARS,
+         "cars/train.parquet cannot be read as parquet (…): download it again (a file of a few hundred bytes is only a "
+         "pointer of git-lfs: run git lfs pull)",
+         lambda folder: ((folder / "cars").mkdir(), [(folder / "cars" / f"{split}.parquet").write_bytes(b"version")
+                                                     for split in ("train", "test")])),
+    Case("a pipe for parquet", IN_CARS, "cars has Stanford Cars in no layout that this program knows. It knows:",
+         lambda folder: ((folder / "cars").mkdir(), [os.mkfifo(folder / "cars" / f"{split}.parquet")
+                                                     for split in ("train", "test")]), how="process"),
+    Case("no such folder", "mnist --data digits", f"--data digits does not exist: {HINT}"),
+    Case("a file for a folder", "mnist --data digits", f"--data digits is no folder: {HINT}", file("digits", b"")),
+    Case("a file missing", "mnist --data digits", f"digits has no t10k-labels-idx1-ubyte: {HINT}",
+         digits(test_labels=None)),
+    Case("an empty file", "mnist --data digits",
+         f"digits/train-images-idx3-ubyte has the magic number 0: expected 2051, that of images as bytes; {HINT}",
+         digits(train_images=b"")),
+    Case("labels for pictures", "mnist --data digits",
+         f"digits/train-images-idx3-ubyte has the magic number 2049: expected 2051, that of images as bytes; {HINT}",
+         digits(train_images=idx(20))),
+    Case("half a file", "mnist --data digits",
+         "digits/train-images-idx3-ubyte holds 8,000 bytes of values: its header says 20x28x28 = 15,680, download it "
+         "again", digits(train_images=idx(20, 28, 28)[:8016])),
+    Case("a locked file", "mnist --data digits", "digits/train-images-idx3-ubyte cannot be read (Permission denied)",
+         lambda folder: (digits()(folder), (folder / "digits" / "train-images-idx3-ubyte").chmod(0)), how="nobody"),
+    Case("half of a .gz", "mnist --data digits",
+         "digits/train-images-idx3-ubyte is truncated or damaged (…): download it again",
+         digits(train_images=b"\x1f\x8b\x08" + bytes(20))),
+    Case("pictures of another size", "mnist --data digits",
+         f"digits/train-images-idx3-ubyte has pictures of 32x32: expected 28x28, {HINT}",
+         digits(train_images=idx(20, 32, 32))),
+    Case("a label above 9", "mnist --data digits",
+         "digits/train-labels-idx1-ubyte has the label 10 at place 0: expected 0 to 9",
+         digits(train_labels=idx(20, value=10))),
+    Case("fewer labels than pictures", "mnist --data digits",
+         "digits/train-images-idx3-ubyte has 20 pictures and digits/train-labels-idx1-ubyte has 19 labels: expected as "
+         "many, download both again", digits(train_labels=idx(19))),
+]  # fmt: skip
+
+
+def cannot_be_read(reason: str) -> str:
+    return f"1 of 9 pictures in cars cannot be read: {BAD} ({reason}). Replace them, or leave them out with --skip-bad"
+
+
+def classify_command(*pictures: str) -> str:
+    return f"classify {shlex.join(pictures)} --weights w.npz --framework numpy"
+
+
+A_BOMB = "more than 178,956,970 pixels, which may be a decompression bomb"
+NO_PICTURE = "not a picture in any format that Pillow reads"
+
+PICTURES = [
+    Case("an empty file", IN_CARS, cannot_be_read("the file is empty"), bad_picture(content(b""))),
+    Case("text", IN_CARS, cannot_be_read(NO_PICTURE), bad_picture(content(b"a picture of a car"))),
+    Case("half of a JPEG", IN_CARS, cannot_be_read("image file is truncated (…)"),
+         bad_picture(content(encoded(NOISE, "JPEG")[:-1500]))),
+    Case("half of a PNG", IN_CARS, cannot_be_read("image file is truncated…"),
+         bad_picture(content(encoded(NOISE, "PNG")[:-5000]))),
+    Case("a JPEG's first bytes", IN_CARS, cannot_be_read("…"), bad_picture(content(encoded(NOISE, "JPEG")[:20]))),
+    Case("a PNG of 20,000x20,000 pixels", IN_CARS, cannot_be_read(A_BOMB), bad_picture(content(png_bomb()))),
+    Case("a JPEG that says 65,500x65,500 pixels", IN_CARS, cannot_be_read(A_BOMB), bad_picture(content(jpeg_bomb()))),
+    Case("a PostScript that never ends", IN_CARS, cannot_be_read("PostScript is a program, not a picture"),
+         bad_picture(content(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n"))),
+    Case("numbers without a range", IN_CARS,
+         cannot_be_read("floating-point pixels: expected 8 or 16 bits per channel"),
+         bad_picture(content(encoded(Image.new("F", (8, 8), 0.5), "TIFF")))),
+    Case("5 GB", IN_CARS, cannot_be_read("5,000,000,000 bytes, more than 1,073,741,824"), bad_picture(sparse_file)),
+    Case("a link to nowhere", IN_CARS, cannot_be_read("No such file or directory"), bad_picture(link("nowhere"))),
+    Case("a link to itself", IN_CARS, cannot_be_read("Too many levels of symbolic links"),
+         bad_picture(link("bad.jpg"))),
+    Case("a pipe", IN_CARS, cannot_be_read("a pipe or device, not a file"), bad_picture(os.mkfifo), how="process"),
+    Case("a link to a device without end", IN_CARS, cannot_be_read("a pipe or device, not a file"),
+         bad_picture(link("/dev/zero")), how="process"),
+    Case("a locked picture", IN_CARS, cannot_be_read("Permission denied"),
+         bad_picture(lambda path: (png(path), path.chmod(0))), how="nobody"),
+    Case("no readable picture at all", f"{IN_CARS} --skip-bad", "cars: no test pictures are left of 4",
+         by_class_but(lambda root: [path.write_bytes(b"") for path in root.glob("test/*/*.png")])),
+    Case("no such file", classify_command("no.jpg"),
+         "1 of 1 pictures cannot be read: no.jpg (No such file or directory)", for_classify()),
+    Case("a folder", classify_command("."), "1 of 1 pictures cannot be read: . (Is a directory)", for_classify()),
+    Case("several", classify_command("a.jpg", "b.png", "c.jpg"),
+         f"3 of 3 pictures cannot be read: a.jpg (the file is empty), b.png ({NO_PICTURE}), c.jpg ({A_BOMB})",
+         for_classify(("a.jpg", b""), ("b.png", b"hello"), ("c.jpg", jpeg_bomb()))),
+    Case("a name that is no line", classify_command("a\nb\x1b[2J.jpg"),
+         r"1 of 1 pictures cannot be read: a\nb\x1b[2J.jpg (the file is empty)",
+         for_classify(("a\nb\x1b[2J.jpg", b""))),
+    Case("a thread", classify_command("a.png"),
+         "1 of 1 pictures cannot be read: a.png (60000x1 pixels are too elongated: resized it would have "
+         "3,932,160,000)",
+         for_classify(("a.png", encoded(Image.new("L", (60_000, 1)), "PNG")))),
+    Case("a pipe", classify_command("a.jpg"), "1 of 1 pictures cannot be read: a.jpg (a pipe or device, not a file)",
+         lambda folder: (npz()(folder), os.mkfifo(folder / "a.jpg")), how="process"),
+    Case("a locked picture", classify_command("a.png"), "1 of 1 pictures cannot be read: a.png (Permission denied)",
+         lambda folder: (npz()(folder), png(folder / "a.png"), (folder / "a.png").chmod(0)), how="nobody"),
+]  # fmt: skip
+
+AGAIN = "copy or download it again"
+NO_ARRAYS = "holds no arrays: expected {name: array}, alone or in an entry of a checkpoint"
+FIT = "w.npz does not fit ResNetConfig(…), 1 times:"
+NOT_OF_A_RUN = "w.safetensors has metadata that are not those of a run of experiments.cars:"
+FACTS = dict(arch='"resnet18"', class_names='["a", "b", "c", "d", "e"]', image_size="[64, 64]", grey="false",
+             mean="[0.5, 0.5, 0.5]", std="[0.2, 0.2, 0.2]")  # fmt: skip
+BY_METADATA = "classify a.png --weights w.safetensors"
+
+
+def unreadable(suffix: str, reason: str) -> str:
+    return f"w{suffix} is not a readable {suffix} file: {reason}"
+
+
+WEIGHT_FILES = [
+    Case("no such file", CONVERT.format("w.npz"), "no weight file w.npz"),
+    Case("another format", CONVERT.format("w.onnx"),
+         "weight files end in .safetensors, .npz, .pth, .pt, .ckpt or .tar, got w.onnx", file("w.onnx", b"")),
+    Case("a folder", CONVERT.format("w.npz"), "w.npz is a folder: name a weight file in it",
+         lambda folder: (folder / "w.npz").mkdir()),
+    Case("a folder that is no run", "classify a.png --weights run", "no weight file run/weights.safetensors",
+         run_folder()),
+    Case("a link to itself", CONVERT.format("w.npz"), "no weight file w.npz",
+         lambda folder: (folder / "w.npz").symlink_to("w.npz")),
+    Case("a pipe", CONVERT.format("w.npz"), "w.npz is a pipe or device: copy what it gives to a file",
+         lambda folder: os.mkfifo(folder / "w.npz"), how="process"),
+    Case("a link to a device without end", CONVERT.format("w.pth"),
+         "w.pth is a pipe or device: copy what it gives to a file",
+         lambda folder: (folder / "w.pth").symlink_to("/dev/zero"), how="process"),
+    Case("a locked file", CONVERT.format("w.npz"), "w.npz cannot be read: Permission denied",
+         lambda folder: (npz()(folder), (folder / "w.npz").chmod(0)), how="nobody"),
+    *(Case(f"an empty {suffix}", CONVERT.format(f"w{suffix}"), unreadable(suffix, f"it is empty: {AGAIN}"),
+           file(f"w{suffix}", b"")) for suffix in (".npz", ".pth", ".safetensors")),
+    *(Case(f"half of a {suffix}", CONVERT.format(f"w{suffix}"), unreadable(suffix, f"…; {AGAIN}"), cut(f"w{suffix}"))
+      for suffix in (".npz", ".pth", ".safetensors")),
+    Case("text", CONVERT.format("w.npz"), unreadable(".npz", f"it is text: {AGAIN}"), file("w.npz", b"not\nfound")),
+    Case("a web page", CONVERT.format("w.pth"), unreadable(".pth", "it is a web page: download the file itself"),
+         file("w.pth", b"<!DOCTYPE html>")),
+    Case("a pointer of git-lfs", CONVERT.format("w.safetensors"),
+         unreadable(".safetensors", "it is a pointer of git-lfs: run `git lfs pull`"),
+         file("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
+    Case("zeros", CONVERT.format("w.pth"), unreadable(".pth", f"it begins with zeros alone: {AGAIN}"),
+         file("w.pth", bytes(5000))),
+    Case("noise", CONVERT.format("w.npz"), unreadable(".npz", f"it is no zip archive: {AGAIN}"),
+         file("w.npz", np.random.default_rng(0).bytes(5000))),
+    Case("noise", CONVERT.format("w.pth"),
+         unreadable(".pth", f"it is no file of PyTorch's, or not the whole of it: {AGAIN}"),
+         file("w.pth", np.random.default_rng(0).bytes(5000))),
+    Case("a single array", CONVERT.format("w.npz"),
+         unreadable(".npz", "it is a single array (.npy): expected {name: array}"),
+         lambda folder: (np.save(folder / "w.npy", np.ones(3)), (folder / "w.npy").rename(folder / "w.npz"))),
+    Case("Python objects", CONVERT.format("w.npz"),
+         unreadable(".npz", "it holds Python objects, which could run code: expected arrays of numbers"),
+         npz(change=lambda arrays: {"fc.weight": np.array([{}], object)})),
+    Case("an archive of something else", CONVERT.format("w.npz"), f"w.npz {NO_ARRAYS}",
+         lambda folder: zipfile.ZipFile(folder / "w.npz", "w").writestr("readme.txt", "hello")),
+    Case("a zip bomb", CONVERT.format("w.npz"), "w.npz is refused: it would unpack to 24 GB, which no ResNet needs",
+         zip_bomb),
+    Case("a tensor of 1 number that says 512 billion", CONVERT.format("w.pth"),
+         "w.pth is refused: it would unpack to 2,048 GB, which no ResNet needs",
+         pth(lambda: {"fc.weight": tensor(1).expand(10**9, 512)})),
+    Case("a pickle that runs code", CONVERT.format("w.pth"),
+         "w.pth is refused: it is a pickle that wants posix.system, and a pickle of more than data can run any code. "
+         "Where you trust it, load it in PyTorch and save its state_dict alone: torch.save(model.state_dict(), PATH)",
+         pth(lambda: {"fc.weight": RunsCode()})),
+    Case("a whole model", CONVERT.format("w.pth"),
+         "w.pth is refused: it is a pickle that wants torch.nn.modules.linear.Linear, and a pickle of more than data "
+         "can run any code. Where you trust it, load it in PyTorch and save its state_dict alone: "
+         "torch.save(model.state_dict(), PATH)", pth(whole_model)),
+    Case("TorchScript", CONVERT.format("w.pth"),
+         unreadable(".pth", "it is TorchScript: load it in PyTorch and save its state_dict, "
+                    "torch.save(model.state_dict(), PATH)"), torchscript),
+    Case("a list", CONVERT.format("w.pth"), "w.pth must hold a state_dict, {name: array}, got a list",
+         pth(lambda: [tensor(3)])),
+    Case("numbers for names", CONVERT.format("w.pth"),
+         "w.pth must hold a state_dict, {name: array}, got a dict whose keys are not all text",
+         pth(lambda: {0: tensor(3)})),
+    Case("an optimizer's state alone", CONVERT.format("w.pth"), f"w.pth {NO_ARRAYS}",
+         pth(lambda: {"state": {0: {"momentum_buffer": tensor(3)}}, "param_groups": []})),
+    Case("a sparse tensor", CONVERT.format("w.pth"), "w.pth has tensors that are no plain arrays: …",
+         pth(lambda: {"fc.weight": tensor(3, 3).to_sparse()})),
+    Case("several networks", CONVERT.format("w.pth"),
+         "w.pth has arrays in several entries, student, teacher: name one, read_file(path, entry), or take it out with "
+         "`python -m experiments.convert IN OUT --entry NAME`",
+         pth(lambda: {"student": {"a": tensor(3)}, "teacher": {"a": tensor(3)}})),
+    Case("an entry that there is not", "convert w.npz out.npz --entry model_ema",
+         "w.npz has no entry 'model_ema' with arrays: no entry has some", npz()),
+    Case("a header longer than the file", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
+         file("w.safetensors", struct.pack("<Q", 2**60) + b"{}")),
+    Case("a header that is no JSON", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
+         safetensors_header(b"{'a': 1}")),
+    Case("an array beyond the file's end", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
+         safetensors_header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, b"1234")),
+    Case("eight-bit floats", CONVERT.format("w.safetensors"),
+         unreadable(".safetensors", "it holds float8_e4m3fn, which NumPy has not: save it as float32, float16 or "
+                    "bfloat16"),
+         safetensors_header({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"12")),
+    Case("another kind of network", CONVERT.format("w.npz"),
+         "w.npz: no ResNet: conv1.weight, which must have 4 axes, is missing; the first names are weight",
+         npz(change=lambda arrays: {"weight": np.ones(3)})),
+    Case("a network without classes", CONVERT.format("w.npz"),
+         "w.npz: num_classes and in_channels must be >= 1, got 0, 3",
+         npz(change=lambda arrays: arrays | {"fc.weight": np.ones((0, 512), np.float16)})),
+    Case("another number of blocks", CONVERT.format("w.npz"),
+         "w.npz: basic blocks, (2, 2, 2, 1) in the four stages, are none of resnet18, resnet34, resnet50, resnet101, "
+         "resnet152: pass --arch to see what is missing or unexpected",
+         npz(change=lambda arrays: {name: a for name, a in arrays.items() if not name.startswith("layer4.1")})),
+    Case("an array missing", CONVERT.format("w.npz"), f"{FIT}\n  missing: bn1.bias (64,)",
+         npz(change=without("bn1.bias"))),
+    Case("an array too many", CONVERT.format("w.npz"), f"{FIT}\n  unexpected: extra (3,)",
+         npz(change=lambda a: a | {"extra": np.ones(3)})),
+    Case("a kernel in another layout", CONVERT.format("w.npz"),
+         f"{FIT}\n  layer1.0.conv1.weight: expected (64, 64, 3, 3), the file has (3, 3, 64, 64) (transposed?)",
+         npz(change=lambda a: a | {"layer1.0.conv1.weight": a["layer1.0.conv1.weight"].transpose(2, 3, 1, 0)})),
+    Case("not a number", CONVERT.format("w.npz"), f"{FIT}\n  fc.bias: 5 of 5 values are not finite",
+         npz(change=lambda a: a | {"fc.bias": np.full(5, np.nan, np.float16)})),
+    Case("a negative variance", CONVERT.format("w.npz"),
+         f"{FIT}\n  bn1.running_var: 64 of 64 variances are negative",
+         npz(change=lambda a: a | {"bn1.running_var": -a["bn1.running_var"]})),
+    Case("whole numbers", CONVERT.format("w.npz"), f"{FIT}\n  fc.bias: expected floats, the file has int8",
+         npz(change=lambda a: a | {"fc.bias": np.ones(5, np.int8)})),
+    Case("a pipe to start from", f"{IN_CARS} --init w.npz", "w.npz is a pipe or device: copy what it gives to a file",
+         lambda folder: (cars_by_class(folder), os.mkfifo(folder / "w.npz")), how="process"),
+    Case("another network to start from", f"{IN_CARS} --init w.npz --arch resnet34",
+         "w.npz does not fit ResNetConfig(…), … times:", lambda folder: (cars_by_class(folder), npz()(folder))),
+    Case("a grey network of unknown pictures", "classify a.png --weights w.npz",
+         "w.npz is for pictures of 1 channels and does not say how they are prepared: pass the weights.safetensors of "
+         "a run of experiments.cars, whose metadata say it", lambda folder: np.savez(folder / "w.npz", **network(1))),
+    Case("another program's metadata", BY_METADATA, f"{NOT_OF_A_RUN} 'class_names' is missing",
+         with_metadata(arch='"resnet18"')),
+    Case("metadata that are no JSON", BY_METADATA, f"{NOT_OF_A_RUN} …", with_metadata(**FACTS | {"arch": "resnet18"})),
+    Case("metadata of another network", BY_METADATA,
+         f"{NOT_OF_A_RUN} network, number of classes, of means, of deviations and of channels are ('resnet34', 5, 3, "
+         "3, 3) there and ('resnet18', 5, 3, 3, 3) in the weights", with_metadata(**FACTS | {"arch": '"resnet34"'})),
+    Case("metadata of huge pictures", BY_METADATA,
+         f"{NOT_OF_A_RUN} 'image_size' is 1000000 x 64, expected 32 to 4096 pixels each",
+         with_metadata(**FACTS | {"image_size": "[1000000, 64]"})),
+    Case("metadata of no deviation", BY_METADATA, f"{NOT_OF_A_RUN} 'mean' and 'std' are [0.5, 0.5, 0.5] and [0, 1, 1]",
+         with_metadata(**FACTS | {"std": "[0, 1, 1]"})),
+]  # fmt: skip
+
+# --- Checkpoints: `CHECKPOINTS = [Case(...), …]` goes here, and into BATTERY as "Checkpoints". ---
+
+BATTERY = {
+    "Command line": COMMAND_LINE,
+    "Data folders": DATA_FOLDERS,
+    "Pictures": PICTURES,
+    "Weight files": WEIGHT_FILES,
+}
+
+
+def page() -> str:
+    """docs/bad-input.md."""
+    total = sum(map(len, BATTERY.values()))
+    text = (
+        "# Bad input\n\n"
+        f"{total} mistakes and hostile files, and what the programs say: the exit code is 2, nothing is left half "
+        "written, nothing waits for ever. … stands for another library's words; a message that ends in a colon is "
+        "followed by a list. Written by `PYTHONPATH=. python tests/bad_inputs.py` from the cases that "
+        "`pytest tests/experiments/test_bad_input.py` runs.\n"
+    )
+    for category, cases in BATTERY.items():
+        text += f"\n## {category}: {len(cases)}\n\n| input | `python -m experiments.` | message |\n|---|---|---|\n"
+        text += "".join(f"| {case.what} | `{cell(case.command)}` | {cell(case.message)} |\n" for case in cases)
+    return text
+
+
+def cell(text: str) -> str:
+    """Text for a Markdown table, in one line."""
+    return printable(text.replace("\n  ", " ")).replace("|", "\\|").replace("<", "\\<")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,489 @@
+"""Streamed batches are those of a training in memory, whatever makes them; lazily decoded pictures are the cache's."""
+
+import collections
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tfds_folder import write_tfds
+
+from experiments.data import stanford_cars
+from experiments.data.dataset import DataError, Split, balanced_subset, channel_statistics
+from experiments.data.lazy import LazyPictures
+from experiments.data.stanford_cars import load_stanford_cars
+from experiments.data.stream import Batches, EvaluationBatches, TrainingSource, put_ahead
+from tests.experiments.data.test_stanford_cars import (
+    FEATURES,
+    make_by_class,
+    make_devkit,
+    make_original,
+    make_parquet,
+    make_tfds,
+    whole,
+)
+
+CLASSES = ("a", "b", "c")
+COUNTS = {"train": 22, "test": 7}
+BATCH_SIZE, SEED, EPOCHS = 4, 3, 3  # five steps an epoch, two pictures left out
+STEPS = 15
+SIZE = (12, 10)
+
+
+def jpeg(split, number):
+    """A photograph of its own size and content."""
+    noise = np.random.default_rng([len(split), number]).integers(
+        0, 256, (20 + number % 5, 30 + number % 3, 3), np.uint8
+    )
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize((64, 48)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_jpegs(root):
+    for split, count in COUNTS.items():
+        for number in range(count):
+            directory = root / split / CLASSES[number % 3]
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{number:05d}.jpg").write_bytes(jpeg(split, number))
+    return root
+
+
+def make_array_record(root):
+    """The same pictures in the order in which the folders hold them."""
+    examples = {
+        split: [
+            {"image": jpeg(split, number), "label": number % 3, "id": b"%05d" % number, "bbox": [0.1, 0.2, 0.9, 0.7]}
+            for number in sorted(range(count), key=lambda number: number % 3)
+        ]
+        for split, count in COUNTS.items()
+    }
+    return write_tfds(root, "cars196", "2.1.0", FEATURES, CLASSES, examples, "array_record")
+
+
+MAKERS = {"JPEG": make_jpegs, "array_record": make_array_record}
+FORMS = ("memory", "memory map", "JPEG", "array_record")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """{form: (its data set, what the cache holds as an array)}; the boxes of array_record are cut out in both."""
+    root = tmp_path_factory.mktemp("stream")
+
+    def load(name, decode):
+        return load_stanford_cars(root / name, SIZE, False, margin=2, cache_dir=root / "cache", decode=decode)
+
+    found = {}
+    for name, make in MAKERS.items():
+        make(root / name)
+        found[name] = load(name, "lazy").train, in_memory(load(name, "cache").train)
+        assert isinstance(found[name][0].images, LazyPictures)
+    mapped = load("JPEG", "cache").train
+    assert isinstance(mapped.images, np.memmap)
+    return found | {"memory map": (mapped, in_memory(mapped)), "memory": (in_memory(mapped), in_memory(mapped))}
+
+
+def in_memory(split):
+    return Split(np.array(split.images), split.labels)
+
+
+def expected_batches(split):
+    """What a training takes, epoch after epoch."""
+    batches = []
+    for epoch in range(EPOCHS):
+        order = np.random.default_rng([SEED, epoch]).permutation(len(split))
+        for start in range(0, len(split) - BATCH_SIZE + 1, BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            batches.append((split.images[chosen], split.labels[chosen]))
+    return batches
+
+
+def collect(split, **options):
+    with Batches(split, BATCH_SIZE, SEED, epochs=EPOCHS, **options) as batches:
+        return list(batches)
+
+
+def assert_same(found, expected, part=(0, 1)):
+    """Bit for bit, the rows of a part."""
+    index, count = part
+    rows = slice(index * BATCH_SIZE // count, (index + 1) * BATCH_SIZE // count)
+    assert len(found) == len(expected)
+    for (images, labels), (expected_images, expected_labels) in zip(found, expected, strict=True):
+        assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+        assert type(images) is np.ndarray
+        np.testing.assert_array_equal(images, expected_images[rows])
+        np.testing.assert_array_equal(labels, expected_labels[rows])
+
+
+# The batches
+
+
+PARTS = [(index, count) for count in (1, 2, 4) for index in range(count)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_stream_the_batches_of_a_training_in_memory(loaded, form, prefetch):
+    split, cached = loaded[form]
+    expected = expected_batches(cached)
+    assert len(expected) == STEPS
+    for part in PARTS:
+        assert_same(collect(split, part=part, prefetch=prefetch), expected, part)
+
+
+@pytest.mark.parametrize(("workers", "part"), [(1, (1, 2)), (2, (2, 4))])
+@pytest.mark.parametrize("form", FORMS)
+def test_workers_stream_the_batches_of_a_training_in_memory(loaded, form, workers, part):
+    """From step 4, so that the workers pass two ends of epochs."""
+    split, cached = loaded[form]
+    assert_same(collect(split, workers=workers, part=part, start_step=4), expected_batches(cached)[4:], part)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_resumed_at_any_step_repeats_and_skips_nothing(loaded, form):
+    split, cached = loaded[form]
+    expected = expected_batches(cached)
+    for step in range(STEPS + 1):
+        with Batches(split, BATCH_SIZE, SEED, epochs=EPOCHS) as batches:
+            before = list(itertools.islice(batches, step))
+        assert_same(before + collect(split, start_step=step), expected)
+
+
+def test_an_epoch_takes_no_picture_twice():
+    numbers = np.arange(22, dtype=np.uint8).reshape(22, 1, 1, 1)
+    batches = collect(Split(numbers, np.zeros(22, np.int32)))
+    epochs = [np.concatenate([images.ravel() for images, _ in batches[start : start + 5]]) for start in (0, 5, 10)]
+    assert [len(set(epoch.tolist())) for epoch in epochs] == [20, 20, 20]
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_takes_all_pictures_in_order(loaded, form, batch_size):
+    """22 pictures: the last batch is filled up with the first of them."""
+    split, cached = loaded[form]
+    filling = [0] * (-len(split) % batch_size)
+    assert filling
+    for count in (count for count in (1, 2, 4) if batch_size % count == 0):
+        parts = []
+        for index in range(count):
+            with EvaluationBatches(split, batch_size, part=(index, count)) as batches:
+                parts.append(list(batches))
+        found = [batch for of_all_parts in zip(*parts, strict=True) for batch in of_all_parts]
+        for place, expected in enumerate((cached.images, cached.labels)):
+            streamed = np.concatenate([batch[place] for batch in found])
+            np.testing.assert_array_equal(streamed, np.concatenate([expected, expected[filling]]))
+
+
+def test_a_memory_map_is_sent_as_the_name_of_its_file(loaded):
+    split, cached = loaded["memory map"]
+    source = TrainingSource(split, BATCH_SIZE, (0, 1), SEED, EPOCHS)
+    sent = pickle.dumps(source)
+    assert len(sent) < 2000 < split.images.nbytes
+    assert_same([pickle.loads(sent)[7]], expected_batches(cached)[7:8])
+    part = TrainingSource(Split(split.images[2:], split.labels[2:]), BATCH_SIZE, (0, 1), SEED, EPOCHS)
+    assert_same([pickle.loads(pickle.dumps(part))[7]], [part[7]])
+
+
+def test_batches_are_put_on_the_device_ahead_of_their_use():
+    put = []
+    stream = put_ahead(((i, -i) for i in range(5)), lambda images, labels: put.append(images) or (images, labels), 2)
+    seen = []
+    for images, labels in stream:
+        assert labels == -images
+        seen.append((images, put[-1]))
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 23}, "batch_size 23 exceeds the 22 pictures"),
+        ({"batch_size": 0}, "multiple of the number of processes"),
+        ({"part": (0, 3)}, "batch_size 4 must be a multiple of the number of processes, 3"),
+        ({"part": (2, 2)}, r"part must be \(process_index, process_count\), got \(2, 2\)"),
+        ({"start_step": 16}, "start_step must be 0 to 15"),
+        ({"start_step": -1}, "start_step must be 0 to 15"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"workers": -1}, "workers and prefetch must not be negative"),
+        ({"prefetch": -1}, "workers and prefetch must not be negative"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(loaded, options, message):
+    options = {"batch_size": BATCH_SIZE, "epochs": EPOCHS} | options
+    with pytest.raises(ValueError, match=message):
+        Batches(loaded["memory"][0], seed=SEED, **options)
+
+
+# Pictures that change under a training
+
+
+def deleted(path):
+    path.unlink()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("workers", "change", "reason"),
+    [
+        (0, deleted, "No such file or directory"),
+        (0, truncated, "truncated"),
+        (0, emptied, "the file is empty"),
+        (1, truncated, "truncated"),
+    ],
+)
+def test_a_picture_that_can_no_longer_be_read_is_named(tmp_path, workers, change, reason):
+    root = make_jpegs(tmp_path / "found")
+    dataset = load_stanford_cars(root, SIZE, False, cache_dir=tmp_path / "cache", decode="lazy")
+    change(root / "train" / "b" / "00010.jpg")
+    with pytest.raises(DataError, match=rf"train/b/00010\.jpg in .*found can no longer be read \(.*{reason}"):
+        collect(dataset.train, workers=workers)
+    assert not multiprocessing.active_children()
+
+
+def test_an_array_record_that_can_no_longer_be_read_is_named(tmp_path):
+    root = make_array_record(tmp_path / "found")
+    dataset = load_stanford_cars(root, SIZE, False, cache_dir=tmp_path / "cache", decode="lazy")
+    path = root / "cars196-train.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"found is damaged after \d+ train pictures"):
+        collect(pickle.loads(pickle.dumps(dataset.train)))
+
+
+# Processes and threads
+
+forks = []
+os.register_at_fork(before=lambda: forks.append("fork"))
+
+
+def running(pid):
+    """Whether there is such a process; one that is dead and waits for its parent is none."""
+    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return bool(status.strip()) and not status.startswith("Z")
+
+
+def wait_for(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_workers_are_spawned_leave_jax_alone_and_end_when_closed():
+    """Closed in the middle; one of them was killed before, as by a system out of memory."""
+
+    class Probe:
+        """In place of pictures: what each batch finds where it is made. Local, so that it is pickled by value."""
+
+        def __getitem__(self, index):
+            from jax._src import xla_bridge
+
+            method = multiprocessing.get_start_method()
+            blocked = {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            return np.array([os.getpid(), method == "spawn", xla_bridge.backends_are_initialized(), blocked], np.int64)
+
+    count = len(forks)
+    batches = Batches(Split(Probe(), np.zeros(10_000, np.int32)), 2, SEED, epochs=1, workers=2)
+    try:
+        facts = [next(batches)[0].tolist() for _ in range(6)]
+        pids = [pid for pid, *_ in facts]
+        assert pids == pids[:2] * 3
+        assert len({*pids, os.getpid()}) == 3
+        for _, spawned, jax_started, signals_blocked in facts:
+            assert (spawned, jax_started, signals_blocked) == (True, False, True)
+        assert len(forks) == count
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(
+            ChildProcessError, match=r"worker .* failed .*exit code -9.*is the memory full, or /dev/shm"
+        ):
+            collections.deque(itertools.islice(batches, 100), maxlen=0)
+    finally:
+        started = time.monotonic()
+        batches.close()
+    assert time.monotonic() - started < 10
+    assert not any(running(pid) for pid in pids)
+
+
+def test_threads_end_when_closed(loaded):
+    def reading():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+
+    wait_for(lambda: not reading())
+    batches = Batches(loaded["JPEG"][0], BATCH_SIZE, SEED, epochs=10_000)
+    next(batches)
+    assert reading()
+    batches.close()
+    wait_for(lambda: not reading())
+
+
+PROGRAM = """
+import os, signal, time
+import numpy as np
+from experiments.data.dataset import Split
+from experiments.data.stream import Batches
+
+class Pids:
+    def __getitem__(self, index):
+        return np.array([os.getpid()])
+
+if __name__ == "__main__":
+    pictures = Split(np.zeros((10_000, 8, 8, 1), np.uint8), np.zeros(10_000, np.int32))
+    threads = Batches(pictures, 2, 0, epochs=1)
+    workers = Batches(Split(Pids(), pictures.labels), 2, 0, epochs=1, workers=2)
+    stopping = []
+    signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    print(*[next(workers)[0][0] for _ in range(2)], flush=True)
+    while not stopping:
+        next(threads), next(workers)
+        time.sleep(0.01)
+    for _ in range(10):  # a last step and a checkpoint
+        next(threads), next(workers)
+    print("stopped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_program_that_is_stopped_leaves_no_workers_and_does_not_hang(tmp_path, number):
+    """Ctrl-C goes to the whole group: the program goes on until it has finished, and closes nothing. And SIGKILL."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    paths = os.pathsep.join(sys.path)
+    program = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    pids = []
+    try:
+        pids = [int(word) for word in program.stdout.readline().split()]
+        assert len(pids) == 2, program.stderr.read()
+        assert all(running(pid) for pid in pids)
+        if number == signal.SIGINT:
+            os.killpg(program.pid, number)
+            output, errors = program.communicate(timeout=30)
+            assert (program.returncode, output.strip()) == (0, "stopped")
+            assert "Traceback" not in errors  # also not one that is ignored
+        else:
+            program.kill()
+            program.wait()
+        wait_for(lambda: not any(running(pid) for pid in pids))
+    finally:
+        program.kill()
+        for pid in filter(running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+# Lazily decoded pictures
+
+
+def by_class_with_devkit(root):
+    make_by_class(root, cut=whole)
+    make_devkit(root / "devkit")
+
+
+LAYOUTS = {
+    "by class": make_by_class,
+    "by class with a devkit": by_class_with_devkit,
+    "original": make_original,
+    "original, nested": lambda root: make_original(root, nested=True),
+    "TFDS, array_record": lambda root: make_tfds(root, "array_record"),
+}
+
+
+def load(tmp_path, decode, **options):
+    options = {"image_size": SIZE, "grey": False, "margin": 1} | options
+    return load_stanford_cars(tmp_path / "found", cache_dir=tmp_path / "cache", decode=decode, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"grey": True, "image_size": (9, 31), "margin": None}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lazily_decoded_pictures_are_those_of_the_cache(tmp_path, layout, options):
+    LAYOUTS[layout](tmp_path / "found")
+    cached, lazy = (load(tmp_path, decode, **options) for decode in ("cache", "lazy"))
+    for name in ("train", "test"):
+        images, expected = getattr(lazy, name).images, getattr(cached, name).images
+        assert (images.shape, images.dtype, len(images)) == (expected.shape, expected.dtype, len(expected))
+        for index in (slice(None), slice(1, 3), np.array([2, 0, 2]), expected[:, 0, 0, 0] > 99, 1, np.int64(-1)):
+            found = pickle.loads(pickle.dumps(images))[index]
+            assert (type(found), found.dtype) == (np.ndarray, np.uint8)
+            np.testing.assert_array_equal(found, expected[index])
+        np.testing.assert_array_equal(getattr(lazy, name).labels, getattr(cached, name).labels)
+        np.testing.assert_array_equal(channel_statistics(images), channel_statistics(expected))
+    differing = {"decode", "cache"}
+    assert {k: v for k, v in lazy.source.items() if k not in differing} == {
+        k: v for k, v in cached.source.items() if k not in differing
+    }
+
+
+def test_lazily_decoded_pictures_are_checked_once(tmp_path, monkeypatch):
+    make_by_class(tmp_path / "found")
+    first = load(tmp_path, "lazy")
+    monkeypatch.setattr(stanford_cars, "decode_many", None)
+    second = load(tmp_path, "lazy")
+    assert first.source == second.source
+    np.testing.assert_array_equal(first.train.images[:], second.train.images[:])
+    assert [path.name[:21] for path in (tmp_path / "cache").iterdir()] == ["stanford-cars-checked"]
+
+
+def test_a_subset_of_lazily_decoded_pictures_is_lazy(loaded):
+    lazy, cached = (balanced_subset(split, 10, seed=1) for split in loaded["JPEG"])
+    assert isinstance(lazy.images, LazyPictures)
+    np.testing.assert_array_equal(lazy.images[:], cached.images)
+    np.testing.assert_array_equal(lazy.labels, cached.labels)
+    np.testing.assert_array_equal(channel_statistics(lazy.images), channel_statistics(cached.images))
+
+
+def test_lazily_decoded_pictures_take_little_memory(loaded):
+    """Names and numbers: for each picture some 150 bytes are sent to a worker, where decoded they are 300 kB."""
+    sent = len(pickle.dumps(loaded["JPEG"][0].images))
+    assert sent < 1000 + 150 * COUNTS["train"]
+
+
+def test_bad_pictures_are_refused_or_skipped_as_with_the_cache(tmp_path):
+    make_jpegs(tmp_path / "found")
+    (tmp_path / "found" / "train" / "a" / "00003.jpg").write_bytes(b"")
+    truncated(tmp_path / "found" / "test" / "b" / "00001.jpg")
+    for decode in ("cache", "lazy"):
+        with pytest.raises(DataError, match=r"2 of 29 pictures .* cannot be read: train/a/00003.jpg .*--skip-bad"):
+            load(tmp_path, decode)
+    cached, lazy = (load(tmp_path, decode, skip_bad=True) for decode in ("cache", "lazy"))
+    assert lazy.source["skipped"] == cached.source["skipped"] == ["train/a/00003.jpg", "test/b/00001.jpg"]
+    for name in ("train", "test"):
+        np.testing.assert_array_equal(getattr(lazy, name).images[:], getattr(cached, name).images)
+        np.testing.assert_array_equal(getattr(lazy, name).labels, getattr(cached, name).labels)
+    np.testing.assert_array_equal(channel_statistics(lazy.train.images), channel_statistics(cached.train.images))
+    with pytest.raises(DataError, match="2 of 29 pictures"):  # also where the cache knows it
+        load(tmp_path, "lazy")
+
+
+@pytest.mark.parametrize("make", [make_tfds, make_parquet])
+def test_layouts_that_are_read_from_front_to_back_are_refused(tmp_path, make):
+    make(tmp_path / "found")
+    with pytest.raises(DataError, match=r"cannot be read one by one: have them decoded into the cache.*array_record"):
+        load(tmp_path, "lazy")
+
+
+def test_no_place_for_what_the_check_learns_is_a_warning(tmp_path, capsys):
+    make_by_class(tmp_path / "found")
+    (tmp_path / "cache").write_text("a file")
+    dataset = load(tmp_path, "lazy")
+    assert dataset.train.images[:].shape == (4, *SIZE, 3)
+    assert "warning: no cache, so all pictures are checked anew at the next start" in capsys.readouterr().err

@@ -1,0 +1,266 @@
+"""Every case of tests/bad_inputs.py by its command: its message, exit code 2, and nothing broken is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_files import NOISE, bad_picture, content, encoded, npz, png
+from bad_inputs import BATTERY, COMMAND_LINE, PAGE, PICTURES, WEIGHT_FILES, Case, page
+from PIL import Image
+
+import experiments.bench.__main__
+import experiments.parity.__main__
+from experiments import cars, classify, compare, convert, describe, mnist
+from experiments.settings import DATA_VARIABLE
+from jax_resnet import weights
+
+ROOT = Path(__file__).parents[2]
+MAIN = {
+    "cars": cars.main,
+    "mnist": mnist.main,
+    "classify": classify.main,
+    "convert": convert.main,
+    "describe": describe.main,
+    "compare": compare.main,
+    "parity": experiments.parity.__main__.main,
+    "bench": experiments.bench.__main__.main,
+}
+TIMEOUT = 120  # seconds, of a process that takes 5 where nothing else runs
+NOBODY = 65534
+
+
+def pattern(message: str) -> str:
+    return ".*".join(map(re.escape, message.split("…")))
+
+
+def snapshot(folder: Path) -> dict[str, tuple]:
+    """What is below a folder; of files, kind and rights, size and time."""
+    found = {}
+    for directory, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(directory) / name
+            status = path.lstat()
+            facts = (status.st_size, status.st_mtime_ns) if name in files else ()
+            found[path.relative_to(folder).as_posix()] = (status.st_mode, *facts)
+    return found
+
+
+def check(case: Case, code: int, printed: str, folder: Path, before: dict[str, tuple]) -> None:
+    """Exit code 2, this message and no other, and the folder as it was."""
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    lines = printed.replace(f"{folder}/", "").replace(str(folder), ".").splitlines()
+    ours = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if ours:
+        told = "\n".join(lines[ours[0] :])
+        if case.message.endswith(":"):
+            told, _, listed = told.partition("\n")
+            assert all(line.startswith("  ") for line in listed.splitlines()), printed
+        assert re.fullmatch(pattern(f"error: {case.message}"), told), printed
+    else:  # the parser's own, in a box
+        boxed = [line.strip(" │").removeprefix("Error parsing Settings: ") for line in lines]
+        assert any(re.fullmatch(pattern(case.message), line) for line in boxed), printed
+    assert snapshot(folder) == before
+
+
+def check_cache(cache: Path) -> None:
+    """Complete entries or none."""
+    for entry in cache.glob("*/*"):
+        assert not entry.name.startswith("partial-")
+        assert not entry.name.startswith("stanford-cars") or (entry / "entry.json").is_file()
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    program, *arguments = shlex.split(command)
+    return program, arguments
+
+
+def cases(*ways: str) -> list:
+    return [
+        pytest.param(case, id=f"{case.command.split()[0]}: {case.what}")
+        for of_category in BATTERY.values()
+        for case in of_category
+        if case.how in ways
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to be in, with a cache beside it."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, value in environment(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    return tmp_path / "here"
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(cache), "COLUMNS": "1000"}  # the parser breaks no lines then
+
+
+@pytest.mark.parametrize("case", cases("here"))
+def test_bad_input(case, folder, capsys):
+    case.make(folder)
+    before = snapshot(folder)
+    program, arguments = split(case.command)
+    capsys.readouterr()
+    try:
+        code = MAIN[program](arguments)
+    except SystemExit as stop:  # the parser's own
+        code = stop.code
+    check(case, code, capsys.readouterr().err, folder, before)
+    check_cache(folder.parent / "cache")
+
+
+RUNNER = f"""if True:
+    import contextlib, io, json, os, sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from experiments import cars, classify, convert, mnist
+    # Nobody may not be able to read what is imported late, so it is imported before.
+    with contextlib.redirect_stderr(io.StringIO()):
+        classify.main([sys.argv[2] + "/no.jpg", "--weights", sys.argv[2] + "/w.npz"])
+        cars.main(["--data", sys.argv[2] + "/cars"])
+    if sys.argv[1] == "nobody" and os.getuid() == 0:
+        os.setgroups([])
+        os.setgid({NOBODY})
+        os.setuid({NOBODY})
+    for folder, program, arguments in json.loads(sys.stdin.read()):
+        os.chdir(folder)
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            try:
+                code = dict(cars=cars, classify=classify, convert=convert, mnist=mnist)[program].main(arguments)
+            except SystemExit as stop:
+                code = stop.code
+        print(json.dumps([code, printed.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """All cases that are not for this process, in two processes: {case: (exit code, stderr, folder, snapshot)}."""
+    results = {}
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)  # nobody must get into it, as not into pytest's folders
+        npz()(Path(top))
+        bad_picture(content(b""))(Path(top))
+        for how in ("process", "nobody"):
+            orders, places = [], {}
+            for number, case in enumerate(parameter.values[0] for parameter in cases(how)):
+                place = Path(top) / f"{how}{number}"
+                place.mkdir()
+                place.chmod(0o777)
+                case.make(place)
+                places[case] = place, snapshot(place)
+                orders.append([str(place), *split(case.command)])
+            variables = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE}
+            command = [sys.executable, "-c", RUNNER, how, top]
+            with contextlib.ExitStack() as stack:
+                answers = stack.enter_context(open(Path(top) / f"{how}.jsonl", "w+", encoding="utf-8"))
+                with contextlib.suppress(subprocess.TimeoutExpired):  # what came before the one that hangs is told
+                    subprocess.run(
+                        command,
+                        input=json.dumps(orders),
+                        stdout=answers,
+                        text=True,
+                        timeout=TIMEOUT,
+                        env=variables | environment(Path(top) / "cache"),
+                    )
+                answers.seek(0)
+                answered = [json.loads(line) for line in answers]
+            for (case, (place, before)), (code, printed) in zip(places.items(), answered, strict=False):
+                results[case] = code, printed, place, before
+        check_cache(Path(top) / "cache")
+        yield results
+
+
+@pytest.mark.parametrize("case", cases("process", "nobody"))
+def test_bad_input_in_another_process(case, elsewhere):
+    assert case in elsewhere, "it, or one before it, did not end"
+    check(case, *elsewhere[case])
+
+
+@pytest.mark.parametrize(
+    "case", [PICTURES[12], WEIGHT_FILES[6], COMMAND_LINE[4]], ids=lambda case: f"{case.command}: {case.what}"
+)
+def test_as_a_command(case, tmp_path):
+    """As people start it: no message of Python's, no wait."""
+    (tmp_path / "here").mkdir()
+    case.make(tmp_path / "here")
+    before = snapshot(tmp_path / "here")
+    program, arguments = split(case.command)
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *arguments],
+        cwd=tmp_path / "here",
+        env=os.environ | environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    check(case, done.returncode, done.stderr, tmp_path / "here", before)
+
+
+def test_the_battery_is_large_enough():
+    assert {category: len(of_category) >= 10 for category, of_category in BATTERY.items()} == dict.fromkeys(
+        BATTERY, True
+    )
+
+
+# What must work.
+
+NAMES = ("two words", 'it\'s "quoted"', "a\nb", "Škoda 🚗", "$(HOME) *", "caf\udce9")  # the last is Latin-1
+
+
+def test_classify_takes_any_name(folder, capsys):
+    """And any kind of picture: CMYK, 16 bits, several frames, a palette, transparent."""
+    npz()(folder)
+    kinds = (
+        NOISE.convert("CMYK"),
+        Image.fromarray(np.full((64, 64), 5000, np.uint16)),
+        NOISE.convert("P"),
+        NOISE.convert("RGBA"),
+        NOISE.convert("L"),
+        NOISE,
+    )
+    formats = ("JPEG", "PNG", "GIF", "PNG", "PNG", "JPEG")
+    for name, kind, file_format in zip(NAMES, kinds, formats, strict=True):
+        more = {"save_all": True, "append_images": [kind, kind]} if file_format == "GIF" else {}
+        (folder / name).write_bytes(encoded(kind, file_format, **more))
+    command = [*NAMES, "--weights", "w.npz", "--framework", "numpy"]
+    assert classify.main([*command, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["pictures"]) == list(NAMES)
+    assert classify.main(command[-5:]) == 0
+    assert "\ncaf\\udce9\n" in capsys.readouterr().out
+
+
+def test_cars_takes_any_name(folder, capsys):
+    """Of the folder, its classes, its pictures and the run: trained, tested and written down."""
+    data, out = folder / NAMES[1] / "cars\n🚗", folder / "a run's\nfolder 🚗"
+    for split_name in ("train", "test"):
+        for name in NAMES:
+            directory = data / split_name / name
+            directory.mkdir(parents=True)
+            png(directory / f"{name}.png")
+            png(directory / f"{name} 2.png")
+    command = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
+    command += ["--framework", "numpy", "--limit", "4", "--opt", "sgd", "--augmentation", "none"]
+    assert cars.main([*command, "--data", str(data), "--out", str(out)]) == 0
+    assert all("\n" not in name for name in json.loads((out / "config.json").read_text())["input"]["class_names"])
+    facts = weights.read_metadata(out / "weights.safetensors")
+    expected = sorted(["two words", 'it\'s "quoted"', r"a\nb", "Škoda 🚗", "$(HOME) *", r"caf\udce9"])
+    assert sorted(json.loads(facts["class_names"])) == expected
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=. python tests/bad_inputs.py"

@@ -1,0 +1,80 @@
+"""A network that compiles in a second, with BatchNorm, and pictures for it: for tests of what is around a network."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data.dataset import Dataset, Split
+from experiments.frameworks import Network, Recipe, make_training
+from experiments.optimizers import make_schedule
+from jax_resnet import layers
+from jax_resnet.resnet import Output
+
+CLASSES = ("dark", "bright", "striped")
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    batch_norm: bool = True
+
+
+def draw(seed=0):
+    """params and batch_stats."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "conv1": {"weight": rng.standard_normal((3, 3, 1, 8)) / 3},
+        "bn1": {"weight": np.ones(8), "bias": np.zeros(8)},
+        "fc": {"weight": rng.standard_normal((8, 3)) / 3, "bias": np.zeros(3)},
+    }
+    return params, {"bn1": {"running_mean": np.zeros(8), "running_var": np.ones(8)}}
+
+
+def apply(config, params, batch_stats, images, *, train, dtype=None, remat=False, return_activations=False):
+    x = layers.conv2d(images, params["conv1"]["weight"], stride=2, padding=1)
+    if config.batch_norm:
+        running = batch_stats["bn1"]["running_mean"], batch_stats["bn1"]["running_var"]
+        x, mean, variance = layers.batch_norm(x, params["bn1"]["weight"], params["bn1"]["bias"], *running, train=train)
+        batch_stats = {"bn1": {"running_mean": mean, "running_var": variance}}
+    features = layers.global_avg_pool(layers.relu(x))
+    logits = layers.dense(features, params["fc"]["weight"], params["fc"]["bias"])
+    return Output(logits, batch_stats, {"conv1": x, "pool": features} if return_activations else {})
+
+
+def pictures(count, seed):
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(count) % 3).astype(np.int32)
+    images = rng.integers(0, 90, (count, 8, 8, 1)).astype(np.uint8)
+    images[labels == 1] += 90
+    images[labels == 2, ::2] += 120
+    return Split(images, labels)
+
+
+def dataset():
+    return Dataset("tiny pictures", CLASSES, pictures(30, 0), pictures(14, 1), {})
+
+
+def training(settings, data, *, spoiled=()):
+    """As `prepare` of a program makes it, with random augmentation; in the spoiled steps, from 1, it makes NaN."""
+    key = jax.random.key(settings.seed)
+
+    def preprocess_train(images, step):
+        x = images.astype(jnp.float32) / 255 + 0.1 * jax.random.normal(jax.random.fold_in(key, step), images.shape)
+        return jnp.where(jnp.isin(step + 1, jnp.asarray([0, *spoiled])), jnp.nan, x)
+
+    steps = settings.epochs * (len(data.train) // settings.batch_size)
+    recipe = Recipe(
+        "amsbound",
+        make_schedule("cosine", settings.learning_rate or 1e-2, steps, 0),
+        steps,
+        base_lr=settings.learning_rate or 1e-2,
+        preprocess_train=preprocess_train,
+        preprocess_test=lambda images: images.astype(jnp.float32) / 255,
+        clip_norm=settings.clip_norm,
+        accumulate=settings.accumulate,
+        ema=settings.ema,
+        skip_nonfinite=settings.skip_nonfinite,
+    )
+    network = Network((TinyConfig(), apply), (None, None), lambda: None, *draw())
+    return make_training("jax", network, recipe)
