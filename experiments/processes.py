@@ -11,7 +11,7 @@ import jax
 
 from experiments.settings import RunSettings
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 300  # to meet; and without a sign of life before all are ended: a busy machine may be still for long
 
 
 def join_processes(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
@@ -38,7 +38,9 @@ def join_processes(coordinator: str | None, process_id: int | None, num_processe
             raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
         settings = dict(coordinator_address=coordinator, process_id=process_id, num_processes=num_processes)
     try:
-        jax.distributed.initialize(**settings, initialization_timeout=TIMEOUT_SECONDS)
+        jax.distributed.initialize(
+            **settings, initialization_timeout=TIMEOUT_SECONDS, heartbeat_timeout_seconds=TIMEOUT_SECONDS
+        )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the processes of --coordinator {coordinator} did not meet: {error}") from error
 

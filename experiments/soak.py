@@ -31,7 +31,7 @@ from jax_resnet.weights import read_arrays
 TRAINING = (
     "--arch=resnet18",
     "--image-size=32",
-    "--limit=96",
+    "--limit=192",
     "--batch-size=16",
     "--epochs=6",
     "--log-every=1",
@@ -104,19 +104,21 @@ started_at: dict[int, float] = {}
 def wait_for(kind: str, process: subprocess.Popen, out: Path, rng: random.Random) -> bool:
     """Returns when it is time to kill; False if the process has ended before."""
     start = started_at[process.pid] = time.monotonic()
-    lines, delay = rows(out), rng.random()
-    cut = None  # the lines of metrics.jsonl once it has been cut back
+    delay, more = rng.random(), rng.randint(1, 5)  # so many steps, or half as many checkpoints, are let pass
+    cut = rows(out)
+    seen: set[Path] = set()
     while process.poll() is None:
         now = time.monotonic() - start
         if kind == "time" and now > 20 * delay:
             return True
-        if kind == "checkpoint" and fresh_unfinished(out, start):
-            time.sleep(0.1 * delay)
-            return process.poll() is None
+        if kind == "checkpoint":
+            seen |= fresh_unfinished(out, start)
+            if 2 * len(seen) >= more:
+                time.sleep(0.1 * delay)
+                return process.poll() is None
         if kind == "step":
-            count = rows(out)
-            cut = count if cut is None or count < lines else cut
-            if count > max(lines, cut):
+            cut = min(cut, rows(out))  # it is cut back to the checkpoint before it grows
+            if rows(out) >= cut + more:
                 time.sleep(0.5 * delay)
                 return process.poll() is None
         if now > SLOWEST_START:
@@ -125,13 +127,13 @@ def wait_for(kind: str, process: subprocess.Popen, out: Path, rng: random.Random
     return False
 
 
-def fresh_unfinished(out: Path, start: float) -> bool:
-    """Whether a checkpoint is being written by this process, and not left half-written by the one before."""
+def fresh_unfinished(out: Path, start: float) -> set[Path]:
+    """The checkpoints that this process is writing; not what the one before has left half-written."""
     since = time.time() - (time.monotonic() - start)
     try:
-        return any(path.stat().st_mtime > since for path in Checkpoints(out / CHECKPOINTS).unfinished())
+        return {path for path in Checkpoints(out / CHECKPOINTS).unfinished() if path.stat().st_mtime > since}
     except FileNotFoundError:  # renamed meanwhile
-        return False
+        return set()
 
 
 def rows(out: Path) -> int:

@@ -60,6 +60,7 @@ FREE = {
     "checkpoint_steps",
     "checkpoint_minutes",
     "workers",
+    "devices",
     "coordinator",
     "process_id",
     "num_processes",
@@ -162,10 +163,10 @@ def train_and_report(
     }
     if settings.resume and (out / CONFIG).exists():
         refuse_other_run(out, json.loads(json.dumps(config)))
+    restored = restore_run(settings, training, out)
     report_findings(settings, dataset, training, out)
     if settings.dry_run:
         return None
-    restored = restore_run(settings, training, out)
     progress = Progress(**restored.facts) if restored else Progress()
     state = training.place(restored.state) if restored else training.state
     folder = RunFolder(out, rows=progress.rows if restored else None, writes=is_first())
@@ -266,11 +267,17 @@ def restore_run(settings: RunSettings, training: Training, out: Path) -> Restore
     """The last good checkpoint of the run to go on with, after saying which; None to begin."""
     if not settings.resume:
         return None
-    restored = last_good(Checkpoints(out / CHECKPOINTS), training.state) if (out / CHECKPOINTS).is_dir() else None
+    path = out / CHECKPOINTS
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    restored = last_good(Checkpoints(path), training.state)
+    if restored is not None and set(restored.facts) != set(Progress._fields):
+        facts = ", ".join(restored.facts)
+        raise ValueError(f"{path / str(restored.step)} is not of a run of this program: its facts are {facts}")
     if restored is None:
         print(f"{out} has no complete checkpoint: starting at step 0")
     else:
-        print(f"going on at step {restored.step} with {out / CHECKPOINTS / str(restored.step)}")
+        print(f"going on at step {restored.step} with {path / str(restored.step)}")
     return restored
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import json
 import os
+import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from PIL import Image
 
 from experiments.data.mnist import FILES as MNIST_FILES
 from jax_resnet import resnet, weights
+from jax_resnet.checkpoint import Checkpoints
 
 Make = Callable[[Path], object]
 
@@ -282,3 +286,63 @@ def for_classify(*names_and_data: tuple[str, bytes]) -> Callable[[Path], object]
             (folder / name).write_bytes(data)
 
     return made
+
+
+def noisy_digits(folder: Path, seed: int, train: int = 20, test: int = 5) -> None:
+    """digits/ with MNIST's four files, none of its pictures like another."""
+    rng = np.random.default_rng(seed)
+    (folder / "digits").mkdir(exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        images, labels = (folder / "digits" / name for name in MNIST_FILES[split])
+        images.write_bytes(idx(count, 28, 28)[:16] + rng.bytes(count * 28 * 28))
+        labels.write_bytes(idx(count)[:8] + bytes(i % 10 for i in range(count)))
+
+
+def other_digits(folder: Path) -> None:
+    noisy_digits(folder, seed=1)
+
+
+@functools.cache
+def trained() -> Path:
+    """A folder with digits/ and run/, of five steps, whose checkpoint is run/checkpoints/5."""
+    from experiments import mnist
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    noisy_digits(folder, seed=0)
+    arguments = ["--model", "cnn", "--epochs", "1", "--batch-size", "4", "--framework", "jax"]
+    assert mnist.main([*arguments, "--data", str(folder / "digits"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def stopped_run(change: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], object]:
+    """digits/ and a run on them to go on with, changed."""
+
+    def made(folder: Path) -> None:
+        shutil.copytree(trained(), folder, dirs_exist_ok=True)
+        change(folder)
+
+    return made
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def foreign_checkpoint(folder: Path) -> None:
+    """Of another network, and later."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(9, {"weight": np.ones(3)}, {})
+    checkpoints.close()
+
+
+def foreign_facts(folder: Path) -> None:
+    """The same arrays, with what another program says of them."""
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(5, checkpoints.read(5)[0], {"name": "mine"})
+    checkpoints.close()
+
+
+def file_for_folder(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_bytes(b"of mine")

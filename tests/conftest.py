@@ -1,5 +1,8 @@
-"""Real data for tests that can use it. It is not part of the repository: without it they are skipped."""
+"""Real data for tests that can use it, which is no part of the repository: without it they are skipped. Memory."""
 
+import ctypes
+import gc
+import sys
 from pathlib import Path
 
 import jax
@@ -44,3 +47,14 @@ def x64():
     """JAX with 64-bit types, for this test only."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request):
+    """After slow tests, each of which may compile a deep network: a worker that kept all of them took 10 GB."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform.startswith("linux"):
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)

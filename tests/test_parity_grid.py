@@ -64,6 +64,7 @@ def test_other_networks(options):
     assert parity.main(["--sections", "network", "--arch", "resnet50", *options]) == 0
 
 
+# Each takes 8 to 10 GB: in one group, they run one after the other.
 TRAININGS = [
     ("resnet50", "sgd", ("numpy", "torch_ref")),
     ("resnet50", "amsbound", ("numpy", "torch_ref")),
@@ -77,6 +78,7 @@ def jax_trainer(network):
     return in_jax.Trainer(network)
 
 
+@pytest.mark.xdist_group("trainings")
 @pytest.mark.parametrize(("arch", "optimizer", "frameworks"), TRAININGS, ids=str)
 def test_trainings(arch, optimizer, frameworks, x64):
     """20 steps in float64: each from the same state to 1e-9, and running free within ten times what one unit in the
