@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -36,6 +38,8 @@ def join_processes(coordinator: str | None, process_id: int | None, num_processe
             )
         if not 0 <= process_id < num_processes:
             raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
+        if process_id:
+            wait_for_address(host, int(port))
         settings = dict(coordinator_address=coordinator, process_id=process_id, num_processes=num_processes)
     try:
         jax.distributed.initialize(
@@ -48,6 +52,23 @@ def join_processes(coordinator: str | None, process_id: int | None, num_processe
 def is_first() -> bool:
     """Whether this process writes the run's folder and speaks for all."""
     return jax.process_index() == 0
+
+
+def wait_for_address(host: str, port: int) -> None:
+    """Returns when somebody listens there: jax.distributed would end the process without a chance to say why.
+
+    Raises:
+      ValueError: nobody does, for long.
+    """
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end or isinstance(error, (OverflowError, socket.gaierror)):
+                raise ValueError(f"nobody listens at --coordinator {host}:{port} ({error}): start process 0") from error
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
@@ -29,3 +30,5 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+        elif self._seen <= SKIPPED:
+            print(f"warning: --profile begins after {SKIPPED} steps, and there were {self._seen}", file=sys.stderr)

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -39,8 +39,11 @@ PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torch
 
 
 def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
-    """Raises a ValueError if a run's folder cannot be made, or holds an earlier run that may not be replaced."""
-    if out and earlier_run(out) and not overwrite:
+    """Raises a ValueError if a run's folder cannot be made, or holds what may not be replaced."""
+    earlier = earlier_run(out) if out else []
+    if any(file.is_dir() or file.name.startswith(".weights") for file in earlier) and not (out / CONFIG).exists():
+        raise ValueError(f"{out} holds files of something else, and no {CONFIG}: choose another --out")
+    if earlier and not overwrite:
         raise ValueError(f"{out} holds an earlier run: choose another --out, or pass --overwrite or --resume")
 
 
@@ -72,6 +75,7 @@ class RunFolder:
         if not writes:
             return
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(path)
         if rows is None:
             for file in earlier_run(path):
                 _remove(file)
@@ -90,6 +94,11 @@ class RunFolder:
         lines = [line for line in lines if line.endswith("\n")]  # a kill may have left half of one
         if len(lines) < rows:
             raise ValueError(f"{path} has {len(lines)} lines, and had {rows} at the checkpoint: it was changed")
+        for number, line in enumerate(lines[:rows], 1):
+            try:
+                json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number} of {path} is not that of a training run: it was changed") from error
         aside = path.with_suffix(".cut")
         with open(aside, "w", encoding="utf-8") as file:
             file.writelines(lines[:rows])
@@ -126,6 +135,27 @@ class RunFolder:
         if self._writes:
             self._metrics.close()
             self._board.close()
+            self._lock.close()
+
+
+def lock(path: Path) -> TextIO:
+    """Takes a folder for this process alone, until the file is closed or the process ends.
+
+    Raises:
+      ValueError: another one has it.
+    """
+    file = open(path / ".lock", "w")
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{path} is in use by another run that has not ended") from None
+        except OSError:
+            pass  # a file system without locks
+    return file
 
 
 def _remove(path: Path) -> None:

@@ -41,6 +41,7 @@ class Saver:
       keep: the last so many, and the best; 0 writes none.
       every_steps, every_minutes: how often within an epoch; None: not.
       step: of the checkpoint that the run goes on from.
+      settings: of the run, kept in each checkpoint.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Saver:
         every_steps: int | None = None,
         every_minutes: float | None = None,
         step: int | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         self.checkpoints = Checkpoints(folder / FOLDER, keep=keep) if keep else None
         self._every_steps, self._every_minutes = every_steps, every_minutes
-        self._saved = step
+        self._saved, self._settings = step, settings or {}
         self._last_step, self._last_time = step or 0, time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -78,7 +80,7 @@ class Saver:
             return False
         step = int(state.step)
         try:
-            self.checkpoints.save(step, state, progress._asdict(), score=score)
+            self.checkpoints.save(step, state, progress._asdict() | {"settings": self._settings}, score=score)
         except CheckpointError as error:
             _say(error)
             return False

@@ -20,6 +20,8 @@ MAX_SIZE, MAX_EPOCHS, MAX_WORKERS = 4096, 1_000_000, 256  # more is a slip of th
 JAX_ONLY = (
     "resume",
     "checkpoint_steps",
+    "checkpoint_minutes",
+    "deterministic",
     "devices",
     "coordinator",
     "accumulate",
@@ -136,6 +138,8 @@ class RunSettings:
             raise ValueError(f"--devices is a number or all, got {self.devices}")
         if self.coordinator is None and (self.process_id is not None or self.num_processes is not None):
             raise ValueError("--process-id and --num-processes need --coordinator HOST:PORT")
+        if self.coordinator is not None and self.out is None:
+            raise ValueError("--coordinator needs --out: a folder that all processes see")
         if self.resume and self.out is None:
             raise ValueError("--resume needs --out: the folder of the run to go on with")
         if self.resume and self.overwrite:

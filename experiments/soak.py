@@ -62,7 +62,7 @@ class Kill:
     kind: what was waited for: half-written files of a checkpoint, a step, or a time after the start.
     seconds: after the start.
     rows: lines of metrics.jsonl by then.
-    unfinished: whether a checkpoint was half-written.
+    unfinished: whether it was writing a checkpoint, which is half-written now.
     """
 
     kind: str
@@ -90,8 +90,8 @@ def run_killed(out: Path, kills: int, rng: random.Random) -> list[Kill]:
                 )
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            unfinished = bool(Checkpoints(out / CHECKPOINTS).unfinished())
-            found.append(Kill(kind, time.monotonic() - started_at[process.pid], rows(out), unfinished))
+            start = started_at[process.pid]
+            found.append(Kill(kind, time.monotonic() - start, rows(out), bool(fresh_unfinished(out, start))))
             bar.update()
         bar.close()
         subprocess.run(command(out, "--resume"), stdout=log, stderr=log, check=True)

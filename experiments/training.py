@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.data.dataset import Dataset, Split, epoch_order
+from experiments.data.dataset import DataError, Dataset, Split, epoch_order
 from experiments.data.stream import Batches, EvaluationBatches, put_ahead
 from experiments.meter import Meter, NotFiniteError
 from experiments.metrics import macro_f1
@@ -218,16 +218,27 @@ class _Fit:
             ended_by = stopped.signal
         except NotFiniteError as error:
             raise self.diverged(error) from error
+        except (DataError, ChildProcessError):  # a picture or a worker is gone: that can be mended
+            self.finish_step()
+            self.save_if_missing()
+            raise
         finally:
-            self.stop.close()
             self.bar.close()
             if self.profile is not None:
                 self.profile.close()
+            if sys.exc_info()[0] is not None:
+                self.stop.close()
+        try:
+            self.save_if_missing()
+            self.report(self.state, self.results)
+            self.saver.wait()
+        finally:
+            self.stop.close()  # not before: a second signal may not keep the checkpoint from the disk
+        return ended_by
+
+    def save_if_missing(self) -> None:
         if not self.saver.has(self.step):
             self.save()
-        self.report(self.state, self.results)
-        self.saver.wait()
-        return ended_by
 
     def run_epoch(self, batches: Iterator[tuple[Any, Any]]) -> None:
         plan, epoch = self.plan, self.progress.epoch + 1
@@ -333,8 +344,7 @@ class _Fit:
         self.state = self.state.replace(nonfinite=self.state.nonfinite - 1)
         where = "no checkpoint was asked for"
         if self.saver.checkpoints is not None:
-            if not self.saver.has(self.step):
-                self.save()
+            self.save_if_missing()
             where = f"the checkpoint of step {self.step}, before it, is in {self.saver.checkpoints.folder}"
             if not self.saver.wait():
                 where = "the checkpoint of the step before could not be written"

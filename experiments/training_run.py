@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
 import io
 import json
 import logging
@@ -46,7 +46,11 @@ from jax_resnet.weights import write_arrays
 
 REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
 NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 1, 130  # exit codes; 128 and a signal's number is the shell's for it
+BAD_INPUT, DIVERGED, INTERRUPTED = (
+    2,
+    1,
+    130,
+)  # exit codes; 1 for all failed trainings; 128 and a signal's number is the shell's for it
 PICTURES_SHOWN = 24
 # Settings that say how a run is run, not what comes out: with --resume they may be others than at the start.
 FREE = {
@@ -97,6 +101,9 @@ def exit_code(run: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except jax.errors.JaxRuntimeError as error:  # the device's memory, or another process that is gone
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return DIVERGED
     except MemoryError as error:
         print(f"error: not enough memory: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -161,13 +168,16 @@ def train_and_report(
         "steps_per_epoch": count_steps(dataset.train, settings.batch_size),
         "device": training.device,
     }
+    if settings.keep:
+        Checkpoints(out / CHECKPOINTS)  # says now if it could not be read again
     if settings.resume and (out / CONFIG).exists():
         refuse_other_run(out, json.loads(json.dumps(config)))
     restored = restore_run(settings, training, out)
+    refuse_other_processes(config, restored)
     report_findings(settings, dataset, training, out)
     if settings.dry_run:
         return None
-    progress = Progress(**restored.facts) if restored else Progress()
+    progress = Progress(**{name: restored.facts[name] for name in Progress._fields}) if restored else Progress()
     state = training.place(restored.state) if restored else training.state
     folder = RunFolder(out, rows=progress.rows if restored else None, writes=is_first())
     if restored is None:
@@ -178,6 +188,7 @@ def train_and_report(
         every_steps=settings.checkpoint_steps,
         every_minutes=settings.checkpoint_minutes,
         step=restored.step if restored else None,
+        settings=config["settings"],
     )
     plan = Plan(
         settings.epochs,
@@ -187,13 +198,22 @@ def train_and_report(
         workers=settings.workers,
         skip_nonfinite=settings.skip_nonfinite,
     )
-    report = functools.partial(write_report, out) if is_first() else lambda state, results: None
+
+    def report(state: State, results: Results | None) -> None:
+        if is_first():
+            try:
+                write_report(out, state, results)
+            except OSError as error:
+                raise OSError(f"the report in {out} could not be written: {error.strerror or error}") from error
+
     profile = Profile(out / PROFILE, settings.profile) if settings.profile and is_first() else None
     try:
         ended_by = fit(state, training, dataset, folder, saver, plan, report, progress=progress, profile=profile)
     finally:
         folder.close()
         saver.close()
+    if not is_first():
+        return ended_by
     tested = [row for row in read_metrics(out) if "test_top1" in row]
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     took = time.perf_counter() - started
@@ -205,6 +225,23 @@ def train_and_report(
     if ended_by is not None and saver.checkpoints is not None:
         print(f"stopped by {signal.Signals(ended_by).name}: the same command with --out {out} --resume goes on")
     return ended_by
+
+
+def refuse_other_processes(config: dict[str, Any], restored: Restored | None) -> None:
+    """Raises a ValueError unless all processes train the same: their states would differ without a word."""
+    if jax.process_count() == 1:
+        return
+    settings = {name: value for name, value in config["settings"].items() if name != "process_id"}
+    same = [settings, config["input"], config["data"]["train_used"], restored.step if restored else None]
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).digest()
+    from jax.experimental import multihost_utils
+
+    try:
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
+    except AssertionError:
+        raise ValueError(
+            "the processes have other settings, other data or another checkpoint: start all alike"
+        ) from None
 
 
 def report_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> None:
@@ -270,8 +307,13 @@ def restore_run(settings: RunSettings, training: Training, out: Path) -> Restore
     path = out / CHECKPOINTS
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no folder")
-    restored = last_good(Checkpoints(path), training.state)
-    if restored is not None and set(restored.facts) != set(Progress._fields):
+    if (out / METRICS).exists() and json.loads((out / CONFIG).read_text(encoding="utf-8"))["settings"].get("keep") == 0:
+        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
+    checkpoints = Checkpoints(path)
+    restored = last_good(checkpoints, training.state)
+    if restored is None and (steps := checkpoints.steps()):
+        raise ValueError(f"none of the {len(steps)} checkpoints in {path} can be read: move them away to begin anew")
+    if restored is not None and set(restored.facts) != {*Progress._fields, "settings"}:
         facts = ", ".join(restored.facts)
         raise ValueError(f"{path / str(restored.step)} is not of a run of this program: its facts are {facts}")
     if restored is None:

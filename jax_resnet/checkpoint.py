@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 SCORE = "score"
+PATTERN_CHARACTERS = set("[*\\")
 UNFINISHED = "*orbax-checkpoint-tmp*"  # orbax's name for what it has not yet renamed
 
 
@@ -58,6 +60,8 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.folder = Path(folder).absolute()
+        if bad := PATTERN_CHARACTERS & set(str(self.folder)):  # would be written, and not found again
+            raise ValueError(f"{self.folder} cannot hold checkpoints: TensorStore reads no path with {min(bad)}")
         policies = [
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.BestN(
@@ -78,7 +82,7 @@ class Checkpoints:
         """Begins to write a checkpoint; returns when the arrays are copied, and they may be changed or donated.
 
         Args:
-          step: the steps done; the name. One that is there is replaced.
+          step: the steps done; the name. One that is there is replaced, unless there is no other.
           state: a tree of arrays, each whole on this process.
           facts: JSON values.
           score: larger is better; without one the checkpoint cannot be the best.
@@ -95,6 +99,8 @@ class Checkpoints:
             manager = self._open()
             manager.wait_until_finished()
             if step in manager.all_steps():
+                if len(manager.all_steps()) == 1:
+                    return  # between its end and the new one's there would be none
                 manager.delete(step)
             manager.save(
                 step,
@@ -120,6 +126,7 @@ class Checkpoints:
 
     def _failed(self, step: int | None, error: Exception) -> CheckpointError:
         """Drops the manager, which counts what it could not write, and what that left half-written."""
+        sys.unraisablehook = _without_closed_loops
         manager, self._manager = self._manager, None
         if manager is not None:
             try:
@@ -207,20 +214,30 @@ class Checkpoints:
         record = self._record(step)
         previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
-            template = {name: np.empty(shape, dtype) for name, (shape, dtype, _) in record["arrays"].items()}
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                arrays = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
-        except Exception as error:  # the hook stays: reads under way end later
-            raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
+            arrays = self._read(path / "state", record["arrays"])
+        except Exception:
+            # Once, on a busy machine, an undamaged one could not be read right after a damaged one, whose reads were
+            # still under way; a network's file system may fail once, too.
+            time.sleep(0.3)
+            try:
+                arrays = self._read(path / "state", record["arrays"])
+            except Exception as error:  # the hook stays: reads under way end later
+                raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         sys.unraisablehook = previous
         for name, (*_, crc) in record["arrays"].items():
             if _crc(arrays[name]) != crc:
                 raise DamagedError(f"{path} is damaged: {name} is not what was written")
         return arrays, record["facts"]
 
+    @staticmethod
+    def _read(path: Path, written: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        template = {name: np.empty(shape, dtype) for name, (shape, dtype, _) in written.items()}
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            return reader.restore(path, args=ocp.args.StandardRestore(template))
+
 
 def _without_closed_loops(unraisable: Any) -> None:
-    """An unraisablehook: after a read that failed, each that was still under way finds its event loop closed."""
+    """An unraisablehook: after a read or write that failed, each still under way finds its event loop closed."""
     if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 

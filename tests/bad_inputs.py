@@ -532,9 +532,10 @@ WEIGHT_FILES = [
          npz(change=lambda a: a | {"bn1.running_var": -a["bn1.running_var"]})),
     Case("whole numbers", CONVERT.format("w.npz"), f"{FIT}\n  fc.bias: expected floats, the file has int8",
          npz(change=lambda a: a | {"fc.bias": np.ones(5, np.int8)})),
-    Case("a pipe to start from", f"{IN_CARS} --init w.npz", "w.npz is a pipe or device: copy what it gives to a file",
+    Case("a pipe to start from", f"{IN_CARS} --batch-size 2 --init w.npz",
+         "w.npz is a pipe or device: copy what it gives to a file",
          lambda folder: (cars_by_class(folder), os.mkfifo(folder / "w.npz")), how="process"),
-    Case("another network to start from", f"{IN_CARS} --init w.npz --arch resnet34",
+    Case("another network to start from", f"{IN_CARS} --batch-size 2 --init w.npz --arch resnet34",
          "w.npz does not fit ResNetConfig(…), … times:", lambda folder: (cars_by_class(folder), npz()(folder))),
     Case("a grey network of unknown pictures", "classify a.png --weights w.npz",
          "w.npz is for pictures of 1 channels and does not say how they are prepared: pass the weights.safetensors of "

@@ -21,7 +21,7 @@ from experiments.settings import DATA_VARIABLE, PRESETS, parse_image_size, parse
 from jax_resnet import resnet, weights
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--arch", "resnet18", "--image-size", "32", "--limit", "60", "--batch-size", "12", "--log-every", "2"]
+TINY = "--arch resnet18 --image-size 32 --limit 60 --batch-size 12 --log-every 2 --keep 0".split()
 METRICS = {"epoch", "step", "train_loss", "train_top1", "train_macro_f1", "images_per_second", "seconds"}
 TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
 

@@ -18,7 +18,7 @@ from experiments.run_folder import read_metrics
 from experiments.settings import DATA_VARIABLE
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--arch", "resnet18", "--image-size", "32", "--limit", "48", "--batch-size", "12", "--epochs", "1"]
+TINY = "--arch resnet18 --image-size 32 --limit 48 --batch-size 12 --epochs 1 --keep 0".split()
 ALONE = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | {"OMP_NUM_THREADS": "1"}
 
 

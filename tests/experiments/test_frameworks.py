@@ -63,13 +63,13 @@ def resnet18(torchvision=False):
 
 def run(training, images, labels):
     """All losses, the evaluation after the last step, and the arrays before and after."""
-    state, losses, before = training.state, [], training.arrays(training.state)
+    state, losses, before = training.state, [], training.arrays(training.state.params, training.state.batch_stats)
     before = {name: array.copy() for name, array in before.items()}
     for _ in range(STEPS):
         state, metrics = training.train_step(state, images, labels)
         losses.append(float(metrics["loss"]))
     results = jax.device_get(training.eval_step(state.params, state.batch_stats, images, labels))
-    return losses, results, before, training.arrays(state), training.moments(state)
+    return losses, results, before, training.arrays(state.params, state.batch_stats), training.moments(state)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,11 @@ def test_float32_stays_float32(batch):
     for framework in TITLES:
         training = make_training(framework, resnet18(), recipe(precision="float32"))
         state, metrics = training.train_step(training.state, *batch)
-        floats = [array for name, array in training.arrays(state).items() if "num_batches" not in name]
+        floats = [
+            array
+            for name, array in training.arrays(state.params, state.batch_stats).items()
+            if "num_batches" not in name
+        ]
         assert {array.dtype for array in floats} == {np.dtype(np.float32)}
         assert np.asarray(metrics["loss"]).dtype == np.float32
 

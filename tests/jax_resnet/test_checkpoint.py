@@ -87,12 +87,22 @@ def test_the_last_and_the_best_stay(small, tmp_path):
     assert checkpoints.steps() == [2, 5, 6]
 
 
-def test_a_step_is_replaced(small, tmp_path):
+def test_a_step_is_replaced_unless_it_is_the_only_one(small, tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, small, {"epoch": 1})
-    checkpoints.save(1, small, {"epoch": 2}, score=0.5)
+    checkpoints.save(1, small, {"epoch": 2})
+    checkpoints.wait()
+    assert checkpoints.restore(1, small).facts == {"epoch": 1}
+    checkpoints.save(2, small, {"epoch": 2})
+    checkpoints.save(2, small, {"epoch": 3}, score=0.5)
     checkpoints.close()
-    assert checkpoints.restore(1, small).facts == {"epoch": 2}
+    assert checkpoints.restore(2, small).facts == {"epoch": 3}
+
+
+@pytest.mark.parametrize("character", ["[", "*", "\\"])
+def test_a_path_that_could_not_be_read_again_is_refused(character, tmp_path):
+    with pytest.raises(ValueError, match="cannot hold checkpoints"):
+        Checkpoints(tmp_path / f"a{character}b")
 
 
 def test_another_structure_shape_or_type_is_refused(small, written):
@@ -197,6 +207,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_the_next_may_succeed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stderr
+    assert "Event loop is closed" not in done.stderr
     for line in lines[:2]:
         assert f"could not be written ({os.strerror(errno.EFBIG)})" in line
         assert line.endswith(f"the last good one is {tmp_path / 'run' / '1'}")
