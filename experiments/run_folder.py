@@ -82,7 +82,11 @@ class RunFolder:
         else:
             for file in path.glob(".weights*"):
                 _remove(file)
-            self._cut(rows)
+            try:
+                self._cut(rows)
+            except ValueError:
+                self._lock.close()
+                raise
         self._metrics = open(path / METRICS, "a", encoding="utf-8")
         last = read_metrics(path)[-1]["step"] if self.rows else 0
         self._board = SummaryWriter(str(path), purge_step=last + 1 if rows is not None else None)
@@ -144,7 +148,7 @@ def lock(path: Path) -> TextIO:
     Raises:
       ValueError: another one has it.
     """
-    file = open(path / ".lock", "w")
+    file = open(path / ".lock", "a")
     with contextlib.suppress(ImportError):  # not on Windows
         import fcntl
 

@@ -339,7 +339,7 @@ def foreign_checkpoint(folder: Path) -> None:
 def foreign_facts(folder: Path) -> None:
     """The same arrays, with what another program says of them."""
     checkpoints = Checkpoints(folder)
-    checkpoints.save(5, checkpoints.read(5)[0], {"name": "mine"})
+    checkpoints.save(6, checkpoints.read(5)[0], {"name": "mine"})
     checkpoints.close()
 
 
