@@ -69,7 +69,20 @@ def distance(one, other):
 def test_two_processes_of_four_devices_train_as_one(tmp_path):
     """ResNet-18 in float64, six steps: parameters, statistics, moments, metrics; the reports are written once."""
     noisy_digits(tmp_path, seed=0, train=48, test=10)
-    run = ("--model", "resnet18", "--limit", "48", "--batch-size", "16", "--epochs", "2", "--precision", "float64")
+    run = (
+        "--framework",
+        "jax",
+        "--model",
+        "resnet18",
+        "--limit",
+        "48",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "2",
+        "--precision",
+        "float64",
+    )
     finish(start(tmp_path / "digits", tmp_path / "one", *run))
     first, second = together(tmp_path / "digits", tmp_path / "two", *run)
     printed = [finish(process) for process in (first, second)]
@@ -87,7 +100,7 @@ def test_two_processes_of_four_devices_train_as_one(tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_with_a_checkpoint(tmp_path):
     noisy_digits(tmp_path, seed=0, train=48, test=10)
-    run = ("--model", "resnet18", "--limit", "48", "--batch-size", "16", "--epochs", "500")
+    run = ("--framework", "jax", "--model", "resnet18", "--limit", "48", "--batch-size", "16", "--epochs", "500")
     processes = together(tmp_path / "digits", tmp_path / "two", *run)
     wait_for_rows(processes[0], tmp_path / "two", 3)
     processes[1].send_signal(signal.SIGTERM)
