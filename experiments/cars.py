@@ -30,7 +30,7 @@ from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network, weights_dtype
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_schedule
-from experiments.processes import choose_devices, start_processes
+from experiments.processes import start_processes
 from experiments.run_folder import STEP_SIZES, refuse_earlier_run
 from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings, read_ahead
 from experiments.training import Results, State, count_steps
@@ -38,6 +38,7 @@ from experiments.training_run import (
     describe_input,
     exit_code,
     plot_report,
+    system_options,
     title_of,
     train_and_report,
     write_weights,
@@ -136,13 +137,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
         weight_decay=settings.weight_decay,
         label_smoothing=settings.label_smoothing,
         freeze_backbone=settings.freeze == "backbone",
-        precision=settings.precision,
-        clip_norm=settings.clip_norm,
-        accumulate=settings.accumulate,
-        ema=settings.ema,
-        skip_nonfinite=settings.skip_nonfinite,
-        remat=settings.remat,
-        devices=choose_devices(settings.devices, settings.batch_size) if settings.framework == "jax" else 1,
+        **system_options(settings),
     )
     return make_training(settings.framework, network, recipe), describe_input(settings.arch, dataset, mean, std)
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
+from experiments.run_folder import CHECKPOINTS
 from jax_resnet.checkpoint import CheckpointError, Checkpoints, DamagedError, Restored
 
-FOLDER = "checkpoints"
 AGREE_EVERY = 16  # steps between two looks at the clock of process 0, with several processes
 
 
@@ -54,7 +54,7 @@ class Saver:
         step: int | None = None,
         settings: dict[str, Any] | None = None,
     ):
-        self.checkpoints = Checkpoints(folder / FOLDER, keep=keep) if keep else None
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=keep) if keep else None
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._saved, self._settings = step, settings or {}
         self._last_step, self._last_time = step or 0, time.monotonic()
@@ -79,10 +79,11 @@ class Saver:
         if self.checkpoints is None:
             return False
         step = int(state.step)
+        self.wait()  # says of the one before, and not of this one, if it could not be ended
         try:
             self.checkpoints.save(step, state, progress._asdict() | {"settings": self._settings}, score=score)
         except CheckpointError as error:
-            _say(error)
+            tqdm.write(f"warning: {error}", file=sys.stderr)
             return False
         finally:
             self._last_step, self._last_time = step, time.monotonic()
@@ -100,7 +101,7 @@ class Saver:
         try:
             self.checkpoints.wait()
         except CheckpointError as error:
-            _say(error)
+            tqdm.write(f"warning: {error}", file=sys.stderr)
             return False
         return True
 
@@ -108,10 +109,6 @@ class Saver:
         if self.checkpoints is not None:
             self.wait()
             self.checkpoints.close()
-
-
-def _say(error: Exception) -> None:
-    tqdm.write(f"warning: {error}", file=sys.stderr)
 
 
 def last_good(checkpoints: Checkpoints, template: Any) -> Restored | None:

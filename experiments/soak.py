@@ -81,16 +81,16 @@ def run_killed(out: Path, kills: int, rng: random.Random) -> list[Kill]:
     bar = tqdm(total=kills, unit=" kill", disable=None)
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
         while len(found) < kills:
+            start = time.monotonic()
             process = subprocess.Popen(command(out, "--resume"), stdout=log, stderr=log)
             kind = KINDS[len(found) % len(KINDS)]
-            if not wait_for(kind, process, out, rng):
+            if not wait_for(kind, process, start, out, rng):
                 raise RuntimeError(
                     f"the training ended by itself (exit code {process.returncode}) after {len(found)} kills: see "
                     f"{log.name}"
                 )
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            start = started_at[process.pid]
             found.append(Kill(kind, time.monotonic() - start, rows(out), bool(fresh_unfinished(out, start))))
             bar.update()
         bar.close()
@@ -98,12 +98,8 @@ def run_killed(out: Path, kills: int, rng: random.Random) -> list[Kill]:
     return found
 
 
-started_at: dict[int, float] = {}
-
-
-def wait_for(kind: str, process: subprocess.Popen, out: Path, rng: random.Random) -> bool:
+def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng: random.Random) -> bool:
     """Returns when it is time to kill; False if the process has ended before."""
-    start = started_at[process.pid] = time.monotonic()
     delay, more = rng.random(), rng.randint(1, 5)  # so many steps, or half as many checkpoints, are let pass
     cut = rows(out)
     seen: set[Path] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,8 +21,8 @@ class Stopped(Exception):
         self.signal = number
 
 
-class StopRequest:
-    """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until closed; the same signal once more acts at once.
+class StopRequest(contextlib.AbstractContextManager):
+    """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until left; the same signal once more acts at once.
 
     Python would raise anywhere, also between a step's end and the assignment of its result. By then the step has
     consumed the old state, and nothing would be left to save.
@@ -44,7 +45,7 @@ class StopRequest:
         self.requested = number
         again = "Ctrl-C again" if number == signal.SIGINT else "another SIGTERM"
         tqdm.write(f"stopping after this step; {again} stops at once", file=sys.stderr)
-        self.close()
+        self._restore()
 
     def check(self, step: int | None = None) -> None:
         """Raises Stopped if it was asked for.
@@ -60,7 +61,10 @@ class StopRequest:
         elif self.requested is not None:
             raise Stopped(self.requested)
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

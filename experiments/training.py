@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -184,38 +183,34 @@ class _Fit:
         self.skipped = int(getattr(state, "nonfinite", 0))
 
     def run(self) -> int | None:
-        plan, done = self.plan, self.step
+        # Until the end: a second signal may not keep the last checkpoint from the disk.
+        with StopRequest() as self.stop:
+            ended_by = self.train()
+            self.save_if_missing()
+            self.report(self.state, self.results)
+            self.saver.wait()
+        return ended_by
+
+    def train(self) -> int | None:
+        plan = self.plan
         seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
-        pictures = plan.epochs * self.steps_per_epoch * plan.batch_size
         # The pictures of before a restart are no part of the time left that the bar tells.
         self.bar = tqdm(
-            total=pictures,
-            initial=done * plan.batch_size,
+            total=plan.epochs * self.steps_per_epoch * plan.batch_size,
+            initial=self.step * plan.batch_size,
             unit=" img",
             unit_scale=True,
             dynamic_ncols=True,
             mininterval=seldom,
             disable=jax.process_index() > 0,
         )
-        self.stop = StopRequest()
-        ended_by = None
         try:
-            batches = Batches(
-                self.dataset.train,
-                plan.batch_size,
-                plan.seed,
-                epochs=plan.epochs,
-                start_step=done,
-                part=part_of_this_process(),
-                workers=plan.workers,
-                prefetch=max(2, 2 * plan.workers),
-            )
-            with batches:
+            with self.batches(self.step, plan.workers, prefetch=max(2, 2 * plan.workers)) as batches:
                 on_device = put_ahead(batches, self.steps.put)
                 while self.progress.epoch < plan.epochs:
                     self.run_epoch(on_device)
         except Stopped as stopped:
-            ended_by = stopped.signal
+            return stopped.signal
         except NotFiniteError as error:
             raise self.diverged(error) from error
         except (DataError, ChildProcessError):  # a picture or a worker is gone: that can be mended
@@ -226,15 +221,20 @@ class _Fit:
             self.bar.close()
             if self.profile is not None:
                 self.profile.close()
-            if sys.exc_info()[0] is not None:
-                self.stop.close()
-        try:
-            self.save_if_missing()
-            self.report(self.state, self.results)
-            self.saver.wait()
-        finally:
-            self.stop.close()  # not before: a second signal may not keep the checkpoint from the disk
-        return ended_by
+        return None
+
+    def batches(self, start_step: int, workers: int, prefetch: int) -> Batches:
+        plan = self.plan
+        return Batches(
+            self.dataset.train,
+            plan.batch_size,
+            plan.seed,
+            epochs=plan.epochs,
+            start_step=start_step,
+            part=part_of_this_process(),
+            workers=workers,
+            prefetch=prefetch,
+        )
 
     def save_if_missing(self) -> None:
         if not self.saver.has(self.step):
@@ -348,24 +348,10 @@ class _Fit:
             where = f"the checkpoint of step {self.step}, before it, is in {self.saver.checkpoints.folder}"
             if not self.saver.wait():
                 where = "the checkpoint of the step before could not be written"
-        with contextlib.suppress(Stopped):
-            found = self.search(error.step)
-            text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
+        with self.batches(error.step - 1, workers=0, prefetch=0) as again:
+            found = self.steps.search(self.state, *self.steps.put(*next(again)))
+        text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
         return DivergedError(f"{text}; {where}: try a lower --learning-rate, --clip-norm or --skip-nonfinite")
-
-    def search(self, step: int) -> list[str]:
-        plan = self.plan
-        again = Batches(
-            self.dataset.train,
-            plan.batch_size,
-            plan.seed,
-            epochs=plan.epochs,
-            start_step=step - 1,
-            part=part_of_this_process(),
-            prefetch=0,
-        )
-        with again:
-            return self.steps.search(self.state, *self.steps.put(*next(again)))
 
 
 def describe_epoch(title: str, row: dict[str, float]) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.data.check import format_findings
 from experiments.data.dataset import Dataset
 from experiments.frameworks import Training
 from experiments.plots import plot_curves, plot_predictions
 from experiments.preflight import check_data, disk_findings, measure_memory, memory_findings
-from experiments.processes import is_first, warn
+from experiments.processes import choose_devices, is_first, warn
 from experiments.profiling import Profile
 from experiments.run_folder import (
     AVERAGED_WEIGHTS,
@@ -46,11 +47,8 @@ from jax_resnet.weights import write_arrays
 
 REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
 NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
-BAD_INPUT, DIVERGED, INTERRUPTED = (
-    2,
-    1,
-    130,
-)  # exit codes; 1 for all failed trainings; 128 and a signal's number is the shell's for it
+# Exit codes. Where a signal ended a run it is 128 and the signal's number, as in a shell.
+FAILED, BAD_INPUT = 1, 2
 PICTURES_SHOWN = 24
 # Settings that say how a run is run, not what comes out: with --resume they may be others than at the start.
 FREE = {
@@ -94,19 +92,27 @@ def exit_code(run: Callable[[], int | None]) -> int:
         return 0 if ended_by is None else 128 + ended_by
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        return INTERRUPTED
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
+        return 128 + signal.SIGINT
+    except (DivergedError, jax.errors.JaxRuntimeError) as error:
+        # JAX's: no memory on the device, another process that is gone. Its first line says what.
+        code, message = FAILED, str(error) if isinstance(error, DivergedError) else str(error).splitlines()[0]
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except jax.errors.JaxRuntimeError as error:  # the device's memory, or another process that is gone
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return DIVERGED
+        code, message = BAD_INPUT, str(error)
     except MemoryError as error:
-        print(f"error: not enough memory: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code, message = BAD_INPUT, f"not enough memory: {error}"
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def system_options(settings: RunSettings) -> dict[str, Any]:
+    """What the settings that all programs share say to a `Recipe`.
+
+    Raises:
+      ValueError: for devices that there are not, or that cannot share the batch.
+    """
+    names = ("precision", "clip_norm", "accumulate", "ema", "skip_nonfinite", "remat")
+    devices = choose_devices(settings.devices, settings.batch_size) if settings.framework == "jax" else 1
+    return {name: getattr(settings, name) for name in names} | {"devices": devices}
 
 
 def title_of(network: str, opt: str, dataset: Dataset, limit: int | None) -> str:
@@ -177,17 +183,23 @@ def train_and_report(
     report_findings(settings, dataset, training, out)
     if settings.dry_run:
         return None
-    progress = Progress(**{name: restored.facts[name] for name in Progress._fields}) if restored else Progress()
-    state = training.place(restored.state) if restored else training.state
-    folder = RunFolder(out, rows=progress.rows if restored else None, writes=is_first())
     if restored is None:
+        state, progress, step = training.state, Progress(), None
+        folder = RunFolder(out, writes=is_first())
         folder.write_config(config)
+    else:
+        state, step = training.place(restored.state), restored.step
+        progress = Progress(**{name: restored.facts[name] for name in Progress._fields})
+        folder = RunFolder(out, rows=progress.rows, writes=is_first())
+        for leaf in jax.tree.leaves(training.state):
+            leaf.delete()  # or it would take its memory until the end
+        del restored
     saver = Saver(
         out,
         keep=settings.keep if training.place else 0,
         every_steps=settings.checkpoint_steps,
         every_minutes=settings.checkpoint_minutes,
-        step=restored.step if restored else None,
+        step=step,
         settings=config["settings"],
     )
     plan = Plan(
@@ -245,24 +257,25 @@ def refuse_other_processes(config: dict[str, Any], restored: Restored | None) ->
 
 
 def report_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> None:
-    """Prints what a look at data, memory and disk has found: warnings, and with --dry-run the facts too.
+    """Prints what a look at data, memory and disk has found; of the data's facts only with --dry-run.
 
     Raises:
       DataError: the data is not to be trained on.
     """
-    findings = check_data(dataset, thoroughly=settings.dry_run)
+    of_data = check_data(dataset, thoroughly=settings.dry_run)
     rows = settings.batch_size // jax.process_count()
     images = np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8)
     memory = measure_memory(training, images, np.zeros(rows, np.int32))
-    findings += memory_findings(memory) if memory else []
-    findings += disk_findings(out, training, settings.keep) if training.place else []
+    of_system = memory_findings(memory) if memory else []
+    of_system += disk_findings(out, training, settings.keep) if training.place else []
     if not is_first():
         return
-    for finding in findings:
-        if finding.severity != "fact":
-            print(f"{finding.severity}: {finding.text}", file=sys.stderr)
-        elif settings.dry_run or finding.text.startswith("memory"):
-            print(finding.text)
+    warnings = [finding for finding in of_data + of_system if finding.severity != "fact"]
+    told = of_data + of_system if settings.dry_run else of_system
+    facts = [finding for finding in told if finding.severity == "fact"]
+    for findings, file in ((warnings, sys.stderr), (facts, sys.stdout)):
+        if findings:
+            print(format_findings(findings), file=file)
     if settings.dry_run:
         print("nothing was trained: --dry-run")
 
@@ -274,6 +287,8 @@ def refuse_other_run(out: Path, config: dict[str, Any]) -> None:
         settings, data = earlier["settings"], earlier["input"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
+    if settings.get("keep") == 0:
+        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
     different = [
         f"--{name.replace('_', '-')} {settings.get(name)} there, {value} here"
         for name, value in config["settings"].items()
@@ -307,8 +322,6 @@ def restore_run(settings: RunSettings, training: Training, out: Path) -> Restore
     path = out / CHECKPOINTS
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no folder")
-    if (out / METRICS).exists() and json.loads((out / CONFIG).read_text(encoding="utf-8"))["settings"].get("keep") == 0:
-        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
     checkpoints = Checkpoints(path)
     restored = last_good(checkpoints, training.state)
     if restored is None and (steps := checkpoints.steps()):

@@ -159,14 +159,6 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """The facts of a checkpoint.
-
-        Raises:
-          DamagedError: they cannot be read, or are not what was written.
-        """
-        return self._record(step)["facts"]
-
     def _record(self, step: int) -> dict[str, Any]:
         try:
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -190,7 +182,8 @@ class Checkpoints:
           DamagedError: a part is missing or not what was written.
         """
         expected = {name: [list(np.shape(leaf)), str(leaf.dtype)] for name, leaf in _named_leaves(template)}
-        written = {name: facts[:2] for name, facts in self._record(step)["arrays"].items()}
+        record = self._record(step)
+        written = {name: facts[:2] for name, facts in record["arrays"].items()}
         if expected != written:
             names = sorted(expected.keys() | written.keys())
             different = [name for name in names if expected.get(name) != written.get(name)]
@@ -199,10 +192,9 @@ class Checkpoints:
                 f"{different[0]}: {_describe(written.get(different[0]))} there, "
                 f"{_describe(expected.get(different[0]))} here"
             )
-        arrays, facts = self.read(step)
-        return Restored(
-            step, jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected]), facts
-        )
+        arrays = self._arrays(step, record)
+        leaves = [arrays[name] for name in expected]
+        return Restored(step, jax.tree.unflatten(jax.tree.structure(template), leaves), record["facts"])
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The arrays of a checkpoint, {"params.conv1.weight": …}, and its facts.
@@ -210,8 +202,11 @@ class Checkpoints:
         Raises:
           DamagedError: a part is missing or not what was written.
         """
-        path = self.folder / str(step)
         record = self._record(step)
+        return self._arrays(step, record), record["facts"]
+
+    def _arrays(self, step: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
+        path = self.folder / str(step)
         previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
             arrays = self._read(path / "state", record["arrays"])
@@ -227,7 +222,7 @@ class Checkpoints:
         for name, (*_, crc) in record["arrays"].items():
             if _crc(arrays[name]) != crc:
                 raise DamagedError(f"{path} is damaged: {name} is not what was written")
-        return arrays, record["facts"]
+        return arrays
 
     @staticmethod
     def _read(path: Path, written: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -109,6 +109,32 @@ def loss_and_logits(
     return losses.mean(), (out.logits, out.batch_stats)
 
 
+def _make_gradients(
+    config: Any, label_smoothing: float, apply: Apply, freeze_backbone: bool, options: dict[str, Any]
+) -> Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any]]:
+    """(state, preprocessed images, labels) -> loss, logits, new running statistics, gradients of the trained part."""
+
+    def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
+        def loss_fn(trained):
+            return loss_and_logits(
+                config,
+                {**state.params, **trained},
+                state.batch_stats,
+                images,
+                labels,
+                label_smoothing=label_smoothing,
+                train=not freeze_backbone,
+                apply=apply,
+                **options,
+            )
+
+        trained = _trained_part(state.params, freeze_backbone)
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return loss, logits, batch_stats, grads
+
+    return gradients
+
+
 def make_train_step(
     config: Any,
     optimizer: optax.GradientTransformation,
@@ -154,25 +180,7 @@ def make_train_step(
       ValueError: when called with a batch that accumulate or the mesh's devices do not divide.
     """
 
-    def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
-        """Loss, logits, new running statistics and gradients of a batch, or of a part."""
-
-        def loss_fn(trained):
-            return loss_and_logits(
-                config,
-                {**state.params, **trained},
-                state.batch_stats,
-                images,
-                labels,
-                label_smoothing=label_smoothing,
-                train=not freeze_backbone,
-                apply=apply,
-                **options,
-            )
-
-        trained = _trained_part(state.params, freeze_backbone)
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        return loss, logits, batch_stats, grads
+    gradients = _make_gradients(config, label_smoothing, apply, freeze_backbone, options)
 
     def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
         if len(labels) % accumulate:
@@ -183,17 +191,16 @@ def make_train_step(
             return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
 
         def add(sums, part):
-            loss, batch_stats, grads = sums
-            part_loss, logits, batch_stats, part_grads = gradients(state.replace(batch_stats=batch_stats), *part)
-            return (loss + part_loss, batch_stats, jax.tree.map(jnp.add, grads, part_grads)), logits
+            batch_stats, grads = sums
+            loss, logits, batch_stats, part_grads = gradients(state.replace(batch_stats=batch_stats), *part)
+            return (batch_stats, jax.tree.map(jnp.add, grads, part_grads)), (loss, logits)
 
         zeros = jax.tree.map(jnp.zeros_like, _trained_part(state.params, freeze_backbone))
-        shape = jax.eval_shape(gradients, state, *jax.tree.map(lambda a: parts(a)[0], (images, labels)))[0]
-        start = (jnp.zeros(shape.shape, shape.dtype), state.batch_stats, zeros)
-        sums, logits = jax.lax.scan(add, start, (parts(images), parts(labels)))
-        loss, batch_stats, grads = sums
+        (batch_stats, grads), (losses, logits) = jax.lax.scan(
+            add, (state.batch_stats, zeros), (parts(images), parts(labels))
+        )
         grads = jax.tree.map(lambda g: g / accumulate, grads)
-        return loss / accumulate, logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads
+        return losses.mean(), logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
         compute = gradients if accumulate == 1 else accumulated
@@ -253,30 +260,20 @@ def make_nonfinite_search(
       layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in the order in which a step comes by them; the state
       is not consumed.
     """
-    train = not freeze_backbone
+    gradients = _make_gradients(config, label_smoothing, apply, freeze_backbone, options)
     names: list[str] = []
 
     def flags(state: TrainState, images: Array, labels: Array) -> Array:
         images = preprocess(images, state.step)
-
-        def loss_fn(trained):
-            return loss_and_logits(
-                config,
-                {**state.params, **trained},
-                state.batch_stats,
-                images,
-                labels,
-                label_smoothing=label_smoothing,
-                train=train,
-                apply=apply,
-                **options,
-            )
-
-        (loss, (logits, _)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            _trained_part(state.params, freeze_backbone)
-        )
+        loss, logits, _, grads = gradients(state, images, labels)
         activations = apply(
-            config, state.params, state.batch_stats, images, train=train, return_activations=True, **options
+            config,
+            state.params,
+            state.batch_stats,
+            images,
+            train=not freeze_backbone,
+            return_activations=True,
+            **options,
         ).activations
         found = {"the pictures": images}
         for kind, tree in (("weight", state.params), ("statistic", state.batch_stats), ("activation", activations)):

@@ -13,7 +13,7 @@ from experiments.data.dataset import Dataset, Split
 from experiments.metrics import macro_f1
 from experiments.run_folder import RunFolder, earlier_run, jax_device, numpy_device, read_metrics
 from experiments.saving import Saver
-from experiments.stopping import StopRequest
+from experiments.stopping import Stopped, StopRequest
 from experiments.training import DivergedError, Plan, evaluate, fit
 
 
@@ -130,11 +130,12 @@ def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
 
 
 def test_the_same_signal_once_more_acts_at_once():
-    stop = StopRequest()
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-    stop.close()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped):
+            stop.check()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

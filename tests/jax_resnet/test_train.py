@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -293,29 +294,56 @@ def test_clipping_keeps_the_direction(x64):
     assert float(metrics["grad_norm"]) > 0.01
 
 
-def run_on_virtual_devices(*arguments):
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "mesh_trajectory.py"), *arguments],
-        capture_output=True,
+SCRIPT = Path(__file__).parents[1] / "mesh_trajectory.py"
+
+
+def start_on_virtual_devices(*arguments):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        timeout=1500,
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+
+def errors_of(process):
+    """By number of devices: (after the first step, after the last)."""
+    printed, errors = process.communicate(timeout=1500)
+    assert process.returncode == 0, errors
+    return json.loads(printed.splitlines()[-1])
 
 
 def test_two_devices_give_what_one_gives():
     """Parameters and BatchNorm's statistics of a ResNet-18, after one step and after three."""
-    (first, last) = run_on_virtual_devices("float64", "3", "2")["2"]
+    first, last = errors_of(start_on_virtual_devices("float64", "3", "2"))["2"]
     assert first < 1e-11
     assert last < 1e-10
 
 
+BOUNDS = {"float64": (1e-11, 1e-9), "float32": (1e-5, 1e-3)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "after_one", "after_20"), [("float64", 1e-11, 1e-9), ("float32", 1e-5, 1e-3)])
-def test_any_number_of_devices_gives_what_one_gives(dtype, after_one, after_20):
-    for first, last in run_on_virtual_devices(dtype, "20", "2", "4", "8").values():
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_any_number_of_devices_gives_what_one_gives(dtype):
+    after_one, after_20 = BOUNDS[dtype]
+    for first, last in errors_of(start_on_virtual_devices(dtype, "20", "2", "4", "8")).values():
         assert first < after_one
         assert last < after_20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_two_processes_of_four_devices_give_what_one_device_gives(dtype):
+    after_one, after_20 = BOUNDS[dtype]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        start_on_virtual_devices(dtype, "20", "8", "--coordinator", address, "--process-id", number) for number in "10"
+    ]
+    first, last = errors_of(both[1])["8"]
+    assert both[0].wait(60) == 0
+    assert first < after_one
+    assert last < after_20
