@@ -44,7 +44,7 @@ def test_a_step_is_jaxs_and_leaves_its_input_alone(x64):
         results[config] = state, metrics
     (ours, our_metrics), (theirs, their_metrics) = results.values()
     assert int(ours.step) == int(theirs.step) == 2
-    assert set(our_metrics) == set(their_metrics)
+    assert set(their_metrics) - set(our_metrics) == {"finite", "grad_norm"}
     assert float(our_metrics["loss"]) == pytest.approx(float(their_metrics["loss"]), rel=1e-9)
     assert float(our_metrics["top1"]) == float(their_metrics["top1"])
     np.testing.assert_array_equal(our_metrics["prediction"], their_metrics["prediction"])
