@@ -49,12 +49,23 @@ def x64():
         yield
 
 
+def give_memory_back():
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform.startswith("linux"):
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
+
+
 @pytest.fixture(autouse=True)
 def memory_given_back(request):
     """After slow tests, each of which may compile a deep network: a worker that kept all of them took 10 GB."""
     yield
     if request.node.get_closest_marker("slow"):
-        jax.clear_caches()
-        gc.collect()
-        if sys.platform.startswith("linux"):
-            getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
+        give_memory_back()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back_after_a_file():
+    """Compiled programs are of no use to the next file, and two workers kept 13 GB of them."""
+    yield
+    give_memory_back()

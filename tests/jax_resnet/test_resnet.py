@@ -19,6 +19,9 @@ PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model
 }
 
 
+apply = jax.jit(resnet.apply, static_argnums=0, static_argnames=("train", "dtype", "remat", "return_activations"))
+
+
 def shapes(config):
     params, batch_stats = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
     return flatten_dict(params, sep="."), flatten_dict(batch_stats, sep=".")
@@ -156,14 +159,14 @@ def test_running_statistics_of_a_network(x64):
     config = resnet.resnet18(num_classes=3)
     params, batch_stats = randomized(config)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)))
-    out = resnet.apply(config, params, batch_stats, images, train=True)
+    out = apply(config, params, batch_stats, images, train=True)
     x = layers.conv2d(images, params["conv1"]["weight"], stride=2, padding=3).reshape(-1, 64)
     old, new = batch_stats["bn1"], out.batch_stats["bn1"]
     np.testing.assert_allclose(new["running_mean"], 0.9 * old["running_mean"] + 0.1 * x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(new["running_var"], 0.9 * old["running_var"] + 0.1 * x.var(0, ddof=1), rtol=1e-12)
     assert jax.tree.structure(out.batch_stats) == jax.tree.structure(batch_stats)
     assert out.activations == {}
-    same = resnet.apply(config, params, batch_stats, images, train=False).batch_stats
+    same = apply(config, params, batch_stats, images, train=False).batch_stats
     jax.tree.map(np.testing.assert_array_equal, same, batch_stats)
 
 
@@ -188,7 +191,7 @@ def test_bfloat16_activations():
     config = resnet.resnet18(num_classes=10)
     params, batch_stats = randomized(config, dtype=np.float32)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), jnp.float32)
-    run = functools.partial(resnet.apply, config, params, batch_stats, images, train=True, return_activations=True)
+    run = functools.partial(apply, config, params, batch_stats, images, train=True, return_activations=True)
     half, single = run(dtype=jnp.bfloat16), run()
     assert {half.activations[name].dtype for name in ("stem", "layer4.1")} == {jnp.dtype(jnp.bfloat16)}
     assert {half.logits.dtype, half.activations["pool"].dtype} == {jnp.dtype(jnp.float32)}
@@ -223,7 +226,7 @@ def test_zero_gamma_makes_each_block_its_shortcut():
     assert float(jnp.abs(params["layer3"]["2"]["bn3"]["weight"]).max()) == 0
     assert float(params["layer3"]["2"]["bn2"]["weight"].min()) == 1
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    out = resnet.apply(config, params, batch_stats, images, train=True, return_activations=True)
+    out = apply(config, params, batch_stats, images, train=True, return_activations=True)
     np.testing.assert_array_equal(out.activations["layer3.2"], out.activations["layer3.0"])
 
 
@@ -236,7 +239,7 @@ def test_no_batch_norm_keeps_its_scale():
     assert not [name for name in flat if "bn" in name or "downsample.1" in name]
     assert flat["layer2.0.downsample.0.bias"].shape == (128,)
     images = jax.random.normal(jax.random.key(1), (4, 64, 64, 1))
-    out = resnet.apply(config, params, batch_stats, images, train=True, return_activations=True)
+    out = apply(config, params, batch_stats, images, train=True, return_activations=True)
     assert out.batch_stats == {}
     assert 1e-2 < float(out.activations["layer4.2"].std()) < 1e2
 
@@ -246,7 +249,7 @@ def test_any_size_from_32_works(arch):
     config = getattr(resnet, arch)(num_classes=3, in_channels=1)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     for size in [(32, 32), (33, 47), (64, 96)]:
-        out = resnet.apply(config, params, batch_stats, jnp.ones((2, *size, 1)), train=False)
+        out = apply(config, params, batch_stats, jnp.ones((2, *size, 1)), train=False)
         assert out.logits.shape == (2, 3)
         assert bool(jnp.isfinite(out.logits).all())
 

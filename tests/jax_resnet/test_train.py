@@ -27,7 +27,8 @@ from jax_resnet.train import (
     make_train_step,
 )
 
-CONFIG = resnet.resnet18(num_classes=7, in_channels=1)
+# Few blocks, of both kinds: quick to compile.
+CONFIG = resnet.ResNetConfig(block="basic", stage_sizes=(1, 1, 1, 1), num_classes=7, in_channels=1)
 
 
 def batch(n=4, size=32):
@@ -64,7 +65,9 @@ def test_a_step_is_gradient_optimizer_update(x64):
     images, labels = batch()
     images = images.astype(jnp.float64)
     loss = functools.partial(loss_and_logits, CONFIG, label_smoothing=0.2)
-    (value, (logits, new_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch_stats, images, labels)
+    (value, (logits, new_stats)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, batch_stats, images, labels
+    )
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     step = make_train_step(CONFIG, optimizer, label_smoothing=0.2)
     state, metrics = step(create_train_state(params, batch_stats, optimizer), images, labels)
@@ -80,7 +83,8 @@ def test_a_step_is_gradient_optimizer_update(x64):
 def test_label_smoothing_is_cross_entropy_with_smoothed_targets(x64):
     params, batch_stats = resnet.init(CONFIG, jax.random.key(0))
     images, labels = batch()
-    value, (logits, _) = loss_and_logits(CONFIG, params, batch_stats, images, labels, label_smoothing=0.1)
+    loss = jax.jit(functools.partial(loss_and_logits, CONFIG, label_smoothing=0.1))
+    value, (logits, _) = loss(params, batch_stats, images, labels)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, 7), 0.1)
     assert float(value) == pytest.approx(float(optax.softmax_cross_entropy(logits, targets).mean()), rel=1e-12)
 
@@ -128,7 +132,7 @@ def test_eval_step_by_hand():
     params, batch_stats = resnet.init(CONFIG, jax.random.key(0))
     images, labels = batch()
     result = make_eval_step(CONFIG, preprocess=lambda x: 2 * x)(params, batch_stats, images, labels)
-    logits = resnet.apply(CONFIG, params, batch_stats, 2 * images, train=False).logits
+    logits = jax.jit(functools.partial(resnet.apply, CONFIG, train=False))(params, batch_stats, 2 * images).logits
     np.testing.assert_array_equal(result["prediction"], logits.argmax(-1))
     np.testing.assert_allclose(result["confidence"], jax.nn.softmax(logits).max(-1), rtol=1e-5)
     ranks = (logits > jnp.take_along_axis(logits, labels[:, None], 1)).sum(-1)
@@ -315,7 +319,7 @@ def errors_of(process):
 
 
 def test_two_devices_give_what_one_gives():
-    """Parameters and BatchNorm's statistics of a ResNet-18, after one step and after three."""
+    """Parameters and BatchNorm's statistics, after one step and after three."""
     first, last = errors_of(start_on_virtual_devices("float64", "3", "2"))["2"]
     assert first < 1e-11
     assert last < 1e-10
