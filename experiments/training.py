@@ -351,7 +351,8 @@ class _Fit:
         with self.batches(error.step - 1, workers=0, prefetch=0) as again:
             found = self.steps.search(self.state, *self.steps.put(*next(again)))
         text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
-        return DivergedError(f"{text}; {where}: try a lower --learning-rate, --clip-norm or --skip-nonfinite")
+        advice = "try a lower --learning-rate, --clip-norm or --skip-nonfinite, in a new --out"
+        return DivergedError(f"{text}; {where}: {advice}")
 
 
 def describe_epoch(title: str, row: dict[str, float]) -> str:

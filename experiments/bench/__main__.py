@@ -1,4 +1,4 @@
-"""Measures this machine: `python -m experiments.bench step`, `python -m experiments.bench conv2d`."""
+"""Measures this machine: `python -m experiments.bench step`, `conv2d`, `remat`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import sys
 import tyro
 
 from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
+from experiments.bench.remat import RematBench, run_remat_bench
 from experiments.bench.step import StepBench, run_step_bench
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     bench = tyro.extras.subcommand_cli_from_dict(
-        {"step": StepBench, "conv2d": Conv2dBench},
+        {"step": StepBench, "conv2d": Conv2dBench, "remat": RematBench},
         args=arguments,
         description=__doc__,
         prog="python -m experiments.bench",
     )
     try:
-        if isinstance(bench, StepBench):
-            run_step_bench(bench)
-        else:
-            run_conv2d_bench(bench)
+        match bench:
+            case StepBench():
+                run_step_bench(bench)
+            case Conv2dBench():
+                run_conv2d_bench(bench)
+            case RematBench():
+                run_remat_bench(bench)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

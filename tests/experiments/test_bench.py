@@ -243,3 +243,16 @@ def test_kept_memory():
     patches = 9 * conv2d.operands(case).x.nbytes
     assert conv2d.kept_memory("conv2d", case) < 0.01 * patches
     assert patches <= conv2d.kept_memory("conv2d_unfolded", case) < 1.1 * patches
+
+
+def test_remat_keeps_less_and_changes_no_product_away(capsys):
+    assert main(["remat", "--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    (without,), (remat,) = rows(printed, "without"), rows(printed, "--remat")
+    assert int(remat[0]) < int(without[0])
+    assert int(remat[1]) >= int(without[1])
+
+
+def test_remat_without_rounds(capsys):
+    assert main(["remat", "--rounds", "0"]) == 2
+    assert "--rounds and --batch-size must be at least 1" in capsys.readouterr().err
