@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +83,7 @@ class Checkpoints:
         Args:
           step: the steps done; the name. One that is there is replaced, unless there is no other.
           state: a tree of arrays, each whole on this process.
-          facts: JSON values.
+          facts: JSON values; they may be changed afterwards, too.
           score: larger is better; without one the checkpoint cannot be the best.
 
         Raises:
@@ -93,7 +92,8 @@ class Checkpoints:
         """
         arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state)}
         written = {name: [list(array.shape), str(array.dtype), _crc(array)] for name, array in arrays.items()}
-        record = {"facts": facts, "arrays": written}
+        # Copied: orbax writes them while the caller goes on, who may change what is in them.
+        record = {"facts": json.loads(json.dumps(facts)), "arrays": written}
         record["crc"] = _crc_of_json(record)
         try:
             manager = self._open()
@@ -210,14 +210,8 @@ class Checkpoints:
         previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
             arrays = self._read(path / "state", record["arrays"])
-        except Exception:
-            # Once, on a busy machine, an undamaged one could not be read right after a damaged one, whose reads were
-            # still under way; a network's file system may fail once, too.
-            time.sleep(0.3)
-            try:
-                arrays = self._read(path / "state", record["arrays"])
-            except Exception as error:  # the hook stays: reads under way end later
-                raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
+        except Exception as error:  # the hook stays: reads under way end later
+            raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         sys.unraisablehook = previous
         for name, (*_, crc) in record["arrays"].items():
             if _crc(arrays[name]) != crc:

@@ -144,7 +144,7 @@ def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quie
     printed = capsys.readouterr()
     assert f"{folder / f'{last + 1}.orbax-checkpoint-tmp'} is half-written: it is not used" in printed.err
     assert f"{folder / str(last)} is damaged: " in printed.err
-    assert f"going on at step {before}" in printed.out
+    assert f"going on at step {before}" in printed.out, printed.err
     assert differences(quiet, out) == []
 
 
@@ -267,7 +267,8 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
         ({"devices": "two"}, "--devices is a number or all"),
         ({"process_id": 1}, "need --coordinator"),
         ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes must be positive"),
-        ({"framework": "numpy", "ema": 0.9}, "--ema is for --framework jax, not for numpy"),
+        ({"framework": "numpy", "keep": 2, "ema": 0.9}, "--ema is for --framework jax, not for numpy"),
+        ({"framework": "torch", "keep": 3}, "--keep is for --framework jax, not for torch"),
     ],
 )
 def test_settings_that_cannot_be(changes, message, tmp_path):

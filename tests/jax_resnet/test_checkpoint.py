@@ -79,6 +79,19 @@ def test_the_step_after_a_save_may_consume_the_state(tmp_path):
     assert_equal_bits(checkpoints.restore(1, template).state, expected)
 
 
+def test_facts_may_change_after_a_save(small, tmp_path):
+    """They too are written while the training goes on: a list that grew meanwhile made a checkpoint useless."""
+    checkpoints = Checkpoints(tmp_path)
+    losses: list[int] = []
+    for step in range(1, 6):
+        losses.append(step)
+        checkpoints.save(step, small, {"losses": losses})
+        losses.extend([0] * 1000)
+        checkpoints.wait()
+        assert checkpoints.restore(step, small).facts == {"losses": losses[:-1000]}
+    checkpoints.close()
+
+
 def test_the_last_and_the_best_stay(small, tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.3)):
