@@ -20,7 +20,6 @@ CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
 FILES = (
-    CONFIG,
     f"{CONFIG}.new",
     METRICS,
     "metrics.cut",
@@ -34,6 +33,7 @@ FILES = (
     CHECKPOINTS,
     PROFILE,
     ".weights*",  # what a killed process has left
+    CONFIG,  # removed last: it tells that the rest is a run's
 )
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # as far as installed
 
@@ -123,8 +123,12 @@ class RunFolder:
         self.rows += 1
         if not self._writes:
             return
-        self._metrics.write(json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n")
-        self._metrics.flush()
+        line = json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n"
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:  # Python's has no name of the file in it
+            raise OSError(error.errno, error.strerror, self._metrics.name) from error
         for name, value in row.items():
             if name != "step" and value == value:
                 self._board.add_scalar(name, value, row["step"])

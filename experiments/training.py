@@ -351,7 +351,9 @@ class _Fit:
         with self.batches(error.step - 1, workers=0, prefetch=0) as again:
             found = self.steps.search(self.state, *self.steps.put(*next(again)))
         text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
-        advice = "try a lower --learning-rate, --clip-norm or --skip-nonfinite, in a new --out"
+        advice = "try a lower --learning-rate or --clip-norm in a new --out"
+        if self.saver.checkpoints is not None:
+            advice += ", or --resume with --skip-nonfinite"
         return DivergedError(f"{text}; {where}: {advice}")
 
 

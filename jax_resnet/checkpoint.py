@@ -7,22 +7,21 @@ shape, type and CRC-32, since a file system may hand back other bytes than were 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
-SCORE = "score"
 PATTERN_CHARACTERS = set("[*\\")
 UNFINISHED = "*orbax-checkpoint-tmp*"  # orbax's name for what it has not yet renamed
 
@@ -47,6 +46,19 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
+class _LastAndBest:
+    """Which ones stay. orbax's own BestN knows no score of a checkpoint that another process wrote."""
+
+    def __init__(self, keep: int, scores: Mapping[int, float]):
+        self._keep, self._scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max((step for step in steps if step in self._scores), key=lambda step: self._scores[step], default=None)
+        last = sorted(steps)[-self._keep :]
+        return [step in last or step == best for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a run. With several processes each makes one and calls the same methods.
 
@@ -61,19 +73,18 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if bad := PATTERN_CHARACTERS & set(str(self.folder)):  # would be written, and not found again
             raise ValueError(f"{self.folder} cannot hold checkpoints: TensorStore reads no path with {min(bad)}")
-        policies = [
-            checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
+        self._scores: dict[int, float] = {}
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=_LastAndBest(keep, self._scores), cleanup_tmp_directories=True
         )
         self._manager: ocp.CheckpointManager | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            for step in self.steps():
+                with contextlib.suppress(DamagedError):
+                    if (score := self._record(step).get("score")) is not None:
+                        self._scores.setdefault(step, score)
             self._manager = ocp.CheckpointManager(self.folder, options=self._options)
         return self._manager
 
@@ -81,7 +92,8 @@ class Checkpoints:
         """Begins to write a checkpoint; returns when the arrays are copied, and they may be changed or donated.
 
         Args:
-          step: the steps done; the name. One that is there is replaced, unless there is no other.
+          step: the steps done; the name. One that is there, undamaged, stays as it is and takes the score: the same
+            steps make the same state, and between its end and the new one's there would be none.
           state: a tree of arrays, each whole on this process.
           facts: JSON values; they may be changed afterwards, too.
           score: larger is better; without one the checkpoint cannot be the best.
@@ -93,19 +105,20 @@ class Checkpoints:
         arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state)}
         written = {name: [list(array.shape), str(array.dtype), _crc(array)] for name, array in arrays.items()}
         # Copied: orbax writes them while the caller goes on, who may change what is in them.
-        record = {"facts": json.loads(json.dumps(facts)), "arrays": written}
+        record = {"facts": json.loads(json.dumps(facts)), "arrays": written, "score": score}
         record["crc"] = _crc_of_json(record)
         try:
             manager = self._open()
             manager.wait_until_finished()
+            if score is not None:
+                self._scores[step] = score
             if step in manager.all_steps():
-                if len(manager.all_steps()) == 1:
-                    return  # between its end and the new one's there would be none
+                if self._is_undamaged(step):
+                    return
                 manager.delete(step)
             manager.save(
                 step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
-                metrics=None if score is None else {SCORE: score},
                 force=True,
             )
         except Exception as error:  # orbax's and TensorStore's are of many types
@@ -169,6 +182,13 @@ class Checkpoints:
         if crc != _crc_of_json(record):
             raise DamagedError(f"{self.folder / str(step)} is damaged: its record is not what was written")
         return record
+
+    def _is_undamaged(self, step: int) -> bool:
+        try:
+            self.read(step)
+        except DamagedError:
+            return False
+        return True
 
     def restore(self, step: int, template: Any) -> Restored:
         """Reads a checkpoint and checks every byte.
@@ -257,5 +277,7 @@ def _reason(error: Exception) -> str:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if unread := re.search(r'Error reading "([^"]+)/\.zarray"', str(error)):
+        return f"{unread[1]} cannot be read"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -207,7 +207,7 @@ def test_what_is_not_finite_ends_the_run_with_the_state_from_before(quiet, tmp_p
     assert str(caught.value) == (
         "the loss is nan at step 8 (epoch 2). Not finite are the pictures, the activation conv1, the activation pool, "
         f"the logits and 5 more; the checkpoint of step 7, before it, is in {out / CHECKPOINTS}: try a lower "
-        "--learning-rate, --clip-norm or --skip-nonfinite, in a new --out"
+        "--learning-rate or --clip-norm in a new --out, or --resume with --skip-nonfinite"
     )
     assert Checkpoints(out / CHECKPOINTS).steps()[-1] == 7
     assert train(settings_for(out, resume=True)) is None

@@ -100,16 +100,28 @@ def test_the_last_and_the_best_stay(small, tmp_path):
     assert checkpoints.steps() == [2, 5, 6]
 
 
-def test_a_step_is_replaced_unless_it_is_the_only_one(small, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+def test_the_best_stays_when_another_process_goes_on(small, tmp_path):
+    for step, score in ((1, 0.9), (2, None), (3, 0.3), (4, None)):
+        checkpoints = Checkpoints(tmp_path, keep=2)  # each as if in a process of its own
+        checkpoints.save(step, small, {}, score=score)
+        checkpoints.close()
+    assert checkpoints.steps() == [1, 3, 4]
+
+
+def test_a_step_that_is_there_stays_unless_it_is_damaged(small, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, small, {"epoch": 1})
-    checkpoints.save(1, small, {"epoch": 2})
+    checkpoints.save(1, small, {"epoch": 2}, score=0.5)
+    checkpoints.save(2, small, {})
+    checkpoints.save(3, small, {})
     checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
     assert checkpoints.restore(1, small).facts == {"epoch": 1}
-    checkpoints.save(2, small, {"epoch": 2})
-    checkpoints.save(2, small, {"epoch": 3}, score=0.5)
+    for file in (tmp_path / "3" / "record").iterdir():
+        file.write_bytes(b"{")
+    checkpoints.save(3, small, {"epoch": 4})
     checkpoints.close()
-    assert checkpoints.restore(2, small).facts == {"epoch": 3}
+    assert checkpoints.restore(3, small).facts == {"epoch": 4}
 
 
 @pytest.mark.parametrize("character", ["[", "*", "\\"])
