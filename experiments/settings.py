@@ -19,7 +19,6 @@ DATA_VARIABLE = "STANFORD_CARS_DIR"
 MAX_SIZE, MAX_EPOCHS, MAX_WORKERS = 4096, 1_000_000, 256  # more is a slip of the finger
 JAX_ONLY = (
     "resume",
-    "keep",
     "checkpoint_steps",
     "checkpoint_minutes",
     "deterministic",
