@@ -1,6 +1,6 @@
 """Kills a training again and again, lets it go on each time, and compares it with one that was never killed.
 
-    python -m experiments.soak                     # 20 times SIGKILL, 8 of them while a checkpoint is being written
+    python -m experiments.soak                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
 
 The exit code is 1 if a parameter, a running statistic, a moment of the optimizer or a metric differs in one bit.
 """
