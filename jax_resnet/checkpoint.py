@@ -229,7 +229,9 @@ class Checkpoints:
         path = self.folder / str(step)
         previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
-            arrays = self._read(path / "state", record["arrays"])
+            template = {name: np.empty(shape, dtype) for name, (shape, dtype, _) in record["arrays"].items()}
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                arrays = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
         except Exception as error:  # the hook stays: reads under way end later
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         sys.unraisablehook = previous
@@ -237,12 +239,6 @@ class Checkpoints:
             if _crc(arrays[name]) != crc:
                 raise DamagedError(f"{path} is damaged: {name} is not what was written")
         return arrays
-
-    @staticmethod
-    def _read(path: Path, written: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        template = {name: np.empty(shape, dtype) for name, (shape, dtype, _) in written.items()}
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            return reader.restore(path, args=ocp.args.StandardRestore(template))
 
 
 def _without_closed_loops(unraisable: Any) -> None:

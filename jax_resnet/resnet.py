@@ -158,24 +158,24 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
     params: dict[str, Any] = {}
     batch_stats: dict[str, Any] = {}
 
-    def draw(sample: Callable[..., Array], *shape: int) -> Array:
+    def draw(sample: Callable[..., Array], scale: float, *shape: int) -> Array:
         nonlocal key
         key, subkey = jax.random.split(key)
-        return sample(subkey, shape, dtype)
+        return _draw(sample, scale, subkey, shape, dtype)
 
     def add(conv: Conv, gamma: float = 1.0) -> None:
         size, c_in, c_out = conv.size, conv.in_channels, conv.out_channels
         if config.batch_norm:
             deviation = math.sqrt(2 / (size * size * c_out))
-            params[f"{conv.name}.weight"] = draw(jax.random.normal, size, size, c_in, c_out) * deviation
+            params[f"{conv.name}.weight"] = draw(jax.random.normal, deviation, size, size, c_in, c_out)
             params[f"{conv.norm}.weight"] = jnp.full(c_out, gamma, dtype)
             params[f"{conv.norm}.bias"] = jnp.zeros(c_out, dtype)
             batch_stats[f"{conv.norm}.running_mean"] = jnp.zeros(c_out, dtype)
             batch_stats[f"{conv.norm}.running_var"] = jnp.ones(c_out, dtype)
         else:
             bound = 1 / math.sqrt(size * size * c_in)
-            params[f"{conv.name}.weight"] = draw(_uniform(bound), size, size, c_in, c_out)
-            params[f"{conv.name}.bias"] = draw(_uniform(bound), c_out)
+            params[f"{conv.name}.weight"] = draw(_uniform, bound, size, size, c_in, c_out)
+            params[f"{conv.name}.bias"] = draw(_uniform, bound, c_out)
 
     add(stem(config))
     for block in blocks(config):
@@ -189,17 +189,30 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
 
 def init_dense(config: ResNetConfig, key: Array, dtype: Any = None) -> dict[str, Array]:
     """Draws the dense layer alone: {"weight": (features, num_classes), "bias": (num_classes,)}."""
-    sample = _uniform(1 / math.sqrt(feature_channels(config)))
+    features = feature_channels(config)
     weight_key, bias_key = jax.random.split(key)
     dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
     return {
-        "weight": sample(weight_key, (feature_channels(config), config.num_classes), dtype),
-        "bias": sample(bias_key, (config.num_classes,), dtype),
+        "weight": _draw(_uniform, features**-0.5, weight_key, (features, config.num_classes), dtype),
+        "bias": _draw(_uniform, features**-0.5, bias_key, (config.num_classes,), dtype),
     }
 
 
-def _uniform(bound: float) -> Callable[..., Array]:
-    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+_uniform = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
+
+
+def _draw(sample: Callable[..., Array], scale: float, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """scale * sample(key, shape, dtype), cut from a power of two: each size is a program, which XLA compiles for long.
+
+    Entry i of a draw depends on the key and on i alone, so that these are the numbers of the shape itself.
+    """
+    size = math.prod(shape)
+    return _cut(sample(key, (1 << (size - 1).bit_length(),), dtype), scale, shape)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(flat: Array, scale: float, shape: tuple[int, ...]) -> Array:
+    return (flat[: math.prod(shape)] * scale).reshape(shape)
 
 
 def apply(
@@ -234,44 +247,97 @@ def apply(
     _check_images(config, images)
     weights = flatten_dict(dict(params), sep=".")
     stats = flatten_dict(dict(batch_stats), sep=".")
+    _check_names(config, weights, stats)
+    options = {"train": train, "dtype": dtype, "batch_norm": config.batch_norm}
 
-    def get(arrays: dict[str, Array], name: str) -> Array:
-        if name not in arrays:
-            raise ValueError(f"params and batch_stats must be those of {config}: there is no {name!r}")
-        return arrays[name]
-
-    def conv_norm(x: Array, conv: Conv) -> tuple[Array, dict[str, Array]]:
-        kernel = get(weights, f"{conv.name}.weight").astype(dtype or jnp.result_type(x, weights[f"{conv.name}.weight"]))
-        bias = None if config.batch_norm else get(weights, f"{conv.name}.bias").astype(kernel.dtype)
-        y = layers.conv2d(x, kernel, bias, stride=conv.stride, padding=conv.size // 2)
-        if not config.batch_norm:
-            return y, {}
-        affine = (get(weights, f"{conv.norm}.weight"), get(weights, f"{conv.norm}.bias"))
-        names = (f"{conv.norm}.running_mean", f"{conv.norm}.running_var")
-        y, *running = layers.batch_norm(y, *affine, *(get(stats, name) for name in names), train=train)
-        return y, dict(zip(names, running, strict=True))
-
-    def residual(block: Block, x: Array) -> tuple[Array, dict[str, Array]]:
-        shortcut, new_stats = conv_norm(x, block.projection) if block.projection else (x, {})
-        for conv in block.convs:
-            x, update = conv_norm(x, conv)
-            new_stats = new_stats | update
-            if conv is not block.convs[-1]:
-                x = layers.relu(x)
-        return _materialize(layers.relu(x + shortcut)), new_stats
-
-    x, new_stats = conv_norm(images if dtype is None else images.astype(dtype), stem(config))
+    x, new_stats = _conv_norm(
+        images if dtype is None else images.astype(dtype), stem(config), weights, stats, **options
+    )
     x = layers.max_pool(layers.relu(x))
     activations = {"stem": x}
     for block in blocks(config):
-        run = functools.partial(residual, block)
-        x, update = jax.checkpoint(run)(x) if remat else run(x)
-        new_stats |= update
+        run = functools.partial(_residual, *_without_prefix(block), **options)
+        run = jax.checkpoint(run) if remat else run
+        x, update = run(x, *(_below(arrays, block.name) for arrays in (weights, stats)))
+        new_stats |= {f"{block.name}.{name}": array for name, array in update.items()}
         activations[block.name] = x
     x = layers.global_avg_pool(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     activations["pool"] = x
-    logits = layers.dense(x, get(weights, "fc.weight"), get(weights, "fc.bias"))
+    logits = layers.dense(x, weights["fc.weight"], weights["fc.bias"])
     return Output(logits, unflatten_dict(new_stats, sep="."), activations if return_activations else {})
+
+
+def _conv_norm(
+    x: Array,
+    conv: Conv,
+    weights: Mapping[str, Array],
+    stats: Mapping[str, Array],
+    *,
+    train: bool,
+    dtype: Any,
+    batch_norm: bool,
+) -> tuple[Array, dict[str, Array]]:
+    """A convolution with its BatchNorm, and the running statistics after it."""
+    kernel = weights[f"{conv.name}.weight"]
+    kernel = kernel.astype(dtype or jnp.result_type(x, kernel))
+    bias = None if batch_norm else weights[f"{conv.name}.bias"].astype(kernel.dtype)
+    y = layers.conv2d(x, kernel, bias, stride=conv.stride, padding=conv.size // 2)
+    if not batch_norm:
+        return y, {}
+    affine = (weights[f"{conv.norm}.weight"], weights[f"{conv.norm}.bias"])
+    names = (f"{conv.norm}.running_mean", f"{conv.norm}.running_var")
+    y, *running = layers.batch_norm(y, *affine, *(stats[name] for name in names), train=train)
+    return y, dict(zip(names, running, strict=True))
+
+
+# Under jit, with names that do not say which block it is, so that equal blocks are traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("convs", "projection", "train", "dtype", "batch_norm"))
+def _residual(
+    convs: tuple[Conv, ...],
+    projection: Conv | None,
+    x: Array,
+    weights: Mapping[str, Array],
+    stats: Mapping[str, Array],
+    **options: Any,
+) -> tuple[Array, dict[str, Array]]:
+    """A residual block, and the running statistics after it."""
+    shortcut, new_stats = _conv_norm(x, projection, weights, stats, **options) if projection else (x, {})
+    for conv in convs:
+        x, update = _conv_norm(x, conv, weights, stats, **options)
+        new_stats |= update
+        if conv is not convs[-1]:
+            x = layers.relu(x)
+    return _materialize(layers.relu(x + shortcut)), new_stats
+
+
+def _without_prefix(block: Block) -> tuple[tuple[Conv, ...], Conv | None]:
+    """The convolutions of a block and of its shortcut, named as within it: "conv1", "downsample.0"."""
+
+    def bare(conv: Conv) -> Conv:
+        name, norm = (text.removeprefix(f"{block.name}.") for text in (conv.name, conv.norm))
+        return conv._replace(name=name, norm=norm)
+
+    return tuple(map(bare, block.convs)), block.projection and bare(block.projection)
+
+
+def _below(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """Those of a block, named as within it."""
+    return {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
+
+
+def _check_names(config: ResNetConfig, weights: Mapping[str, Array], stats: Mapping[str, Array]) -> None:
+    convs = [stem(config)]
+    for block in blocks(config):
+        convs += [*block.convs, block.projection] if block.projection else block.convs
+    for conv in convs:
+        names = [f"{conv.name}.weight"]
+        names += [f"{conv.norm}.weight", f"{conv.norm}.bias"] if config.batch_norm else [f"{conv.name}.bias"]
+        running = [f"{conv.norm}.running_mean", f"{conv.norm}.running_var"] if config.batch_norm else []
+        missing = [name for name in names if name not in weights] + [name for name in running if name not in stats]
+        if missing:
+            raise ValueError(f"params and batch_stats must be those of {config}: there is no {missing[0]!r}")
+    if not {"fc.weight", "fc.bias"} <= weights.keys():
+        raise ValueError(f"params and batch_stats must be those of {config}: there is no dense layer 'fc'")
 
 
 def _materialize(x: Array) -> Array:

@@ -1,36 +1,96 @@
-"""Measures this machine: `python -m experiments.bench step`, `conv2d`, `remat`."""
+"""Measures this machine: `python -m experiments.bench NAME`.
+
+All of them let their contestants take turns, each in a process of its own with the same number of cores, and print
+ratios, medians and quartiles; --json keeps every single time, --plot draws them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import tyro
 
+from experiments.bench.compile import CompileBench, run_compile_bench
 from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
+from experiments.bench.layers import LayersBench, run_layers_bench
+from experiments.bench.memory import MemoryBench, run_memory_bench
 from experiments.bench.remat import RematBench, run_remat_bench
+from experiments.bench.scaling import ScalingBench, run_scaling_bench
+from experiments.bench.settings import BenchSettings
 from experiments.bench.step import StepBench, run_step_bench
+from experiments.bench.tables import Table, describe_machine, print_table
+
+BENCHES = {
+    "step": (StepBench, run_step_bench),
+    "layers": (LayersBench, run_layers_bench),
+    "compile": (CompileBench, run_compile_bench),
+    "memory": (MemoryBench, run_memory_bench),
+    "scaling": (ScalingBench, run_scaling_bench),
+    "conv2d": (Conv2dBench, run_conv2d_bench),
+    "remat": (RematBench, run_remat_bench),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     bench = tyro.extras.subcommand_cli_from_dict(
-        {"step": StepBench, "conv2d": Conv2dBench, "remat": RematBench},
+        {name: settings for name, (settings, _) in BENCHES.items()},
         args=arguments,
         description=__doc__,
         prog="python -m experiments.bench",
     )
+    name, run = next((name, run) for name, (settings, run) in BENCHES.items() if type(bench) is settings)
     try:
-        match bench:
-            case StepBench():
-                run_step_bench(bench)
-            case Conv2dBench():
-                run_conv2d_bench(bench)
-            case RematBench():
-                run_remat_bench(bench)
-    except ValueError as error:
+        bench.check()
+        machine = describe_machine()
+        print(machine)
+        print(described(bench))
+        tables = []
+        for table in run(bench):
+            print(f"\n{table.title}")
+            print_table(table.rows)
+            tables.append(table)
+            keep(bench, name, machine, tables)  # after each, so that an interrupted run leaves what it has
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def settings_of(bench: BenchSettings) -> dict[str, Any]:
+    """Those that shape a measurement, by their flags' names."""
+    values = dataclasses.asdict(bench)
+    return {name: value for name, value in values.items() if name not in ("json", "plot") and value is not None}
+
+
+def described(bench: BenchSettings) -> str:
+    """The settings in a line."""
+    words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in settings_of(bench).items()}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
+
+
+def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table]) -> None:
+    """Writes --json and --plot."""
+    if bench.json:
+        written = {"benchmark": name, "machine": machine, "settings": settings_of(bench)}
+        write_whole(
+            bench.json, json.dumps(written | {"tables": [table.as_json() for table in tables]}, indent=1) + "\n"
+        )
+    if bench.plot:
+        from experiments.bench.plots import plot_tables  # matplotlib takes a second to import
+
+        plot_tables(bench.plot, tables, f"{name}: {machine}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Aside, then renamed: a reader never sees half of it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.bench.processes import Step
 
+Precision = Literal["float32", "bfloat16"]
 Task = Literal["training", "inference"]
+Contestants = Literal["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]
 
 
 class Case(NamedTuple):
-    """A network, its input, images (batch_size, height, width, channels) in float32, and what is done with it."""
+    """A network, its input, images (batch_size, height, width, channels), and what is done with it."""
 
     arch: str
     batch_size: int
@@ -23,9 +25,10 @@ class Case(NamedTuple):
     task: Task = "training"
     channels: int = 3
     num_classes: int = 196
+    precision: Precision = "float32"
 
     def __str__(self) -> str:
-        return f"{self.arch}, batch {self.batch_size} of {self.height}x{self.width}x{self.channels}, float32"
+        return f"{self.arch}, batch {self.batch_size} of {self.height}x{self.width}x{self.channels}, {self.precision}"
 
 
 def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +39,13 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numpy_step(case: Case) -> Step:
-    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits."""
+    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits.
+
+    Raises:
+      ValueError: for bfloat16, which NumPy does not have.
+    """
+    if case.precision != "float32":
+        raise ValueError(f"NumPy has no {case.precision}")
     from numpy_ref import layers, resnet
 
     config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
@@ -57,36 +66,51 @@ def numpy_step(case: Case) -> Step:
     return {"training": training, "inference": inference}[case.task]
 
 
-def jax_step(case: Case) -> Step:
-    """jax_resnet's network under jit. Training returns (loss, running statistics, gradients), inference the logits."""
+def jax_step(case: Case, devices: int | None = None) -> Step:
+    """jax_resnet's network under jit. Training returns (loss, running statistics, gradients), inference the logits.
+
+    Args:
+      case: what to build.
+      devices: the batch is shared among so many; on the first one if None.
+
+    Raises:
+      ValueError: if there are fewer devices.
+    """
     import jax
     import jax.numpy as jnp
 
     from jax_resnet import resnet
-    from jax_resnet.train import loss_and_logits
+    from jax_resnet.train import data_mesh, loss_and_logits, replicate, shard_batch
 
     config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     images, labels = (jnp.asarray(a) for a in batch(case))
+    if devices is not None:
+        if devices > jax.device_count():
+            raise ValueError(f"{devices} devices: there are {jax.device_count()}")
+        mesh = data_mesh(jax.devices()[:devices])
+        params, batch_stats = replicate((params, batch_stats), mesh)
+        images, labels = shard_batch((images, labels), mesh)
+    dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
 
     @jax.jit
     def training(params, batch_stats, images, labels):
         def loss(params):
-            return loss_and_logits(config, params, batch_stats, images, labels)
+            return loss_and_logits(config, params, batch_stats, images, labels, dtype=dtype)
 
         (value, (_, new_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, new_stats, grads
 
     @jax.jit
     def inference(params, batch_stats, images, labels):
-        return resnet.apply(config, params, batch_stats, images, train=False).logits
+        return resnet.apply(config, params, batch_stats, images, train=False, dtype=dtype).logits
 
     function = {"training": training, "inference": inference}[case.task]
     return lambda: jax.block_until_ready(function(params, batch_stats, images, labels))
 
 
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
-    """torchvision's network. Training returns (loss, running statistics, gradients), inference the logits.
+    """torchvision's network, on a GPU if there is one, bfloat16 by autocast. Returns what the others do.
 
     Args:
       case: what to build.
@@ -101,28 +125,52 @@ def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = Fals
         model.conv1 = torch.nn.Conv2d(case.channels, 64, 7, 2, 3, bias=False)
     model.train(case.task == "training")
     images, labels = batch(case)
+    device = torch_device()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(memory_format=memory_format)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format)
-    labels = torch.from_numpy(labels)
-    forward = torch.compile(model) if compiled else model
+    model = model.to(device, memory_format=memory_format)
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=memory_format)
+    labels = torch.from_numpy(labels).to(device)
+    network = torch.compile(model) if compiled else model
+
+    def forward():
+        with torch.autocast(device, torch.bfloat16, enabled=case.precision == "bfloat16"):
+            return network(images)
 
     def training():
         model.zero_grad()
-        loss = torch.nn.functional.cross_entropy(forward(images), labels)
+        loss = torch.nn.functional.cross_entropy(forward(), labels)
         loss.backward()
         return loss.detach(), dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()}
 
-    @torch.inference_mode()
-    def inference():
-        return forward(images)
+    inference = torch.inference_mode()(forward)
+    return finished(device, {"training": training, "inference": inference}[case.task])
 
-    return {"training": training, "inference": inference}[case.task]
+
+def torch_device() -> str:
+    """ "cuda" where there is one, or "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def finished(device: str, step: Callable[[], Any]) -> Step:
+    """A step of torch that returns when its device has done the work: a GPU runs behind."""
+    import torch
+
+    if device == "cpu":
+        return step
+
+    def synchronized():
+        result = step()
+        torch.cuda.synchronize()
+        return result
+
+    return synchronized
 
 
 CONTESTANTS: dict[str, Callable[..., Step]] = {
-    "numpy": numpy_step,
     "jax": jax_step,
+    "numpy": numpy_step,
     "torch": torch_step,
     "torch.channels_last": functools.partial(torch_step, channels_last=True),
     "torch.compile": functools.partial(torch_step, compiled=True),

@@ -1,8 +1,9 @@
-"""One convolution, forward and backward, in NumPy, JAX and PyTorch: the classic small one and a ResNet-101's.
+"""One convolution, forward and backward, in NumPy, JAX and PyTorch: the classic small one.
 
     python -m experiments.bench conv2d
 
 "kept" is what the NumPy forms hold from the forward to the backward pass besides x and y, which the caller has anyway.
+A ResNet's convolutions are in `python -m experiments.bench layers`.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.bench.processes import Contestant, Result, Step, available, compete, started
-from experiments.bench.tables import describe_machine, print_table, ratios_to_best_torch, time_columns
+from experiments.bench.processes import Result, Step, available, compete, started
+from experiments.bench.settings import BenchSettings
+from experiments.bench.tables import Cell, Table, ratios_to_best_torch, times_in_ms
 
 
 class Case(NamedTuple):
-    """A convolution: images (batch_size, height, width, in_channels) in float32, kernel x kernel taps."""
+    """A convolution: images (batch_size, height, width, in_channels), kernel x kernel taps; float32."""
 
     height: int
     width: int
@@ -45,22 +47,13 @@ class Case(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions, padding included: three products, for y, dx and dweight."""
+        """Multiplications and additions of one product (y, dx and dweight need as many each), padding included."""
         taps = self.kernel**2 * self.in_channels
-        return 3 * 2 * self.batch_size * np.prod(self.output_size) * taps * self.out_channels
+        return int(2 * self.batch_size * np.prod(self.output_size) * taps * self.out_channels)
 
 
 CLASSIC = Case(3, 5, 4, 2, kernel=3, stride=1, padding=3)
-RESNET101 = (  # at 96x96, from the stem down
-    Case(96, 96, 3, 64, kernel=7, stride=2, padding=3),
-    Case(24, 24, 64, 64, kernel=3, stride=1, padding=1),
-    Case(24, 24, 64, 256, kernel=1, stride=1, padding=0),
-    Case(24, 24, 128, 128, kernel=3, stride=2, padding=1),
-    Case(24, 24, 256, 512, kernel=1, stride=2, padding=0),
-    Case(6, 6, 256, 256, kernel=3, stride=1, padding=1),
-    Case(6, 6, 1024, 256, kernel=1, stride=1, padding=0),
-    Case(3, 3, 512, 512, kernel=3, stride=1, padding=1),
-)
+SHOWN = 1000  # convolutions whose time the table gives
 
 
 class Operands(NamedTuple):
@@ -145,62 +138,43 @@ CONTESTANTS: dict[str, Callable[[Case], Step]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv2dBench:
-    """Time a convolution, forward and backward: the classic small one, plain loops included, and those of a ResNet-101.
+class Conv2dBench(BenchSettings):
+    """Time the classic convolution, forward and backward, plain loops included: 3x3, padding 3, 4 -> 2 channels.
 
     Ratios are to the fastest form of PyTorch in the table.
     """
 
     contestants: tuple[
         Literal["numpy.loops", "numpy", "numpy.unfolded", "jax", "torch", "torch.channels_last"], ...
-    ] = ()
-    """Who takes part [default: all]."""
+    ] = tuple(CONTESTANTS)
+    """Who takes part."""
     rounds: int = 10
     """The contestants take turns this often."""
     iterations: int = 100
-    """Iterations a turn, after a tenth of them (at least one) to warm up; a tenth of that for ResNet-101."""
+    """Convolutions a turn, after a tenth of them (at least one) to warm up."""
 
 
-def run_conv2d_bench(bench: Conv2dBench) -> None:
-    """Runs the benchmark and prints a table per convolution.
-
-    Raises:
-      ValueError: for settings that make no sense.
-    """
-    if min(bench.rounds, bench.iterations) < 1:
-        raise ValueError("--rounds and --iterations must be at least 1")
-    print(describe_machine())
-    names = available(bench.contestants or tuple(CONTESTANTS))
-    print("forward and backward (gradients of x, weight and bias), float32; times in ms, ratio to the best torch")
-    with started(names) as contestants:
-        print(f"\n{CLASSIC}: 1,000 iterations, measured in {bench.rounds} turns of {bench.iterations}")
-        results = measure(CLASSIC, contestants, bench.rounds, bench.iterations)
-        print_table(table(CLASSIC, results, shown_iterations=1000, decimals=0))
-        contestants = [contestant for contestant in contestants if contestant.name != "numpy.loops"]
-        iterations = max(1, bench.iterations // 10)
-        for case in RESNET101 if contestants else ():
-            print(f"\n{case}: one iteration, measured in {bench.rounds} turns of {iterations}")
-            results = measure(case, contestants, bench.rounds, iterations)
-            print_table(table(case, results, shown_iterations=1, decimals=2))
+def run_conv2d_bench(bench: Conv2dBench) -> Iterator[Table]:
+    """The table of the classic convolution: the time of 1,000 of them."""
+    names = available(bench.contestants)
+    make_steps = {name: functools.partial(CONTESTANTS[name], CLASSIC) for name in names}
+    with started(names, bench.threads) as contestants:
+        results = compete(contestants, make_steps, bench.rounds, bench.iterations)
+    title = f"{CLASSIC}, float32; forward and backward (gradients of x, weight and bias), {SHOWN:,} times"
+    yield Table(title, rows(CLASSIC, results), ("median ms",), {name: r.seconds for name, r in results.items()})
 
 
-def measure(case: Case, contestants: Sequence[Contestant], rounds: int, iterations: int) -> dict[str, Result]:
-    """Lets the contestants take turns at one convolution."""
-    make_steps = {c.name: functools.partial(CONTESTANTS[c.name], case) for c in contestants}
-    return compete(contestants, make_steps, rounds, iterations)
-
-
-def table(case: Case, results: dict[str, Result], *, shown_iterations: int, decimals: int) -> dict[str, dict[str, str]]:
-    """The rows of a table: the time of so many iterations, from the mean of each turn."""
+def rows(case: Case, results: dict[str, Result]) -> dict[str, dict[str, Cell]]:
+    """The rows of the table, from the mean of each turn."""
     seconds = {name: result.seconds.mean(1) for name, result in results.items()}
     ratios = ratios_to_best_torch(seconds)
     rows = {}
     for name, times in seconds.items():
-        rows[name] = {"ratio": f"{ratios[name]:.2f}"} if ratios else {}
-        rows[name] |= time_columns(shown_iterations * times, decimals)
-        rows[name]["GFLOP/s"] = f"{case.operations / np.median(times) / 1e9:.2f}"
+        rows[name] = {"ratio": ratios[name]} if ratios else {}
+        rows[name] |= times_in_ms(SHOWN * times)
+        rows[name]["GFLOP/s"] = 3 * case.operations / float(np.median(times)) / 1e9
         if name in NUMPY_FORMS:
-            rows[name]["kept"] = f"{kept_memory(NUMPY_FORMS[name], case) / 1e3:,.0f} kB"
+            rows[name]["kept kB"] = kept_memory(NUMPY_FORMS[name], case) / 1e3
     return rows
 
 

@@ -10,8 +10,9 @@ import contextlib
 import importlib
 import importlib.util
 import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
@@ -53,11 +54,13 @@ class Contestant:
     memory_before, peak_memory: as in `Result`, so far.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
+        """Starts it, on so many cores (all if None), with these variables besides the ones that are set."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name), daemon=True)
-        self._process.start()
+        with _inherited(threads, environment or {}):
+            self._process.start()
         theirs.close()
         self.name = name
         self.memory_before = self.peak_memory = self._receive()
@@ -114,16 +117,41 @@ def available(names: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(names: Sequence[str]) -> Iterator[list[Contestant]]:
+def started(
+    names: Sequence[str], threads: int | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[list[Contestant]]:
     """The contestants' processes, one after the other; they end with the context."""
     contestants = []
     try:
         for name in names:
-            contestants.append(Contestant(name))
+            contestants.append(Contestant(name, threads, environment))
         yield contestants
     finally:
         for contestant in contestants:
             contestant.close()
+
+
+@contextlib.contextmanager
+def _inherited(threads: int | None, environment: Mapping[str, str]) -> Iterator[None]:
+    """What a process that is started meanwhile finds: cores, and variables of the environment.
+
+    Cores rather than each library's own setting, since all of them count the cores that they may use; OpenMP's besides,
+    where a system cannot bind a process to cores.
+    """
+    if threads is not None:
+        environment = {"OMP_NUM_THREADS": str(threads), **environment}
+    variables = dict(os.environ)
+    cores = os.sched_getaffinity(0) if threads is not None and hasattr(os, "sched_setaffinity") else None
+    try:
+        os.environ.update(environment)
+        if cores:
+            os.sched_setaffinity(0, sorted(cores)[:threads])
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        os.environ.clear()
+        os.environ.update(variables)
 
 
 def compete(
@@ -173,7 +201,7 @@ def _serve(connection: Connection, name: str) -> None:
         _send(connection, lambda: _prepare(framework(name)))
         while True:
             request = connection.recv()
-            _send(connection, lambda request=request: (answer(request), _memory("VmHWM")))
+            _send(connection, lambda request=request: (answer(request), _peak_memory(framework(name))))
     except EOFError:  # the parent is gone
         pass
 
@@ -198,6 +226,21 @@ def _seconds(step: Step) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
+
+
+def _peak_memory(framework: str) -> float:
+    """MB: of the GPU where the framework runs on one, else of the process."""
+    if framework == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 1e6
+    if framework == "jax":
+        import jax
+
+        if jax.default_backend() != "cpu":
+            return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan")) / 1e6
+    return _memory("VmHWM")
 
 
 def _memory(field: Literal["VmRSS", "VmHWM"]) -> float:

@@ -10,51 +10,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
-from typing import Literal
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.contestants import Case, batch
-from experiments.bench.tables import describe_machine, print_table, time_columns
-from experiments.settings import parse_image_size
+from experiments.bench.contestants import batch
+from experiments.bench.settings import NetworkSettings
+from experiments.bench.tables import Table, times_in_ms
 from jax_resnet import resnet
 from jax_resnet.train import loss_and_logits
 
 
 @dataclasses.dataclass(frozen=True)
-class RematBench:
-    """Measure the memory that --remat saves between forward and backward pass, and the time it takes."""
+class RematBench(NetworkSettings):
+    """Measure the memory that --remat saves between forward and backward pass of grey pictures, and the time it takes.
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
-    """The network."""
-    batch_size: int = 8
-    """Images at a time."""
-    image_size: str = "96"
-    """A side, or HEIGHTxWIDTH."""
-    rounds: int = 7
-    """The two take turns this often."""
-
-
-def run_remat_bench(bench: RematBench) -> None:
-    """Runs the benchmark and prints its table.
-
-    Raises:
-      ValueError: for settings that make no sense.
+    It runs in this process, JAX alone: --threads binds it to as many cores.
     """
-    if min(bench.rounds, bench.batch_size) < 1:
-        raise ValueError("--rounds and --batch-size must be at least 1")
-    case = Case(bench.arch, bench.batch_size, *parse_image_size(bench.image_size), channels=1)
-    print(describe_machine())
-    print(f"{case}: forward and backward pass as two programs, {bench.rounds} rounds in turns; ms, MB")
+
+
+def run_remat_bench(bench: RematBench) -> Iterator[Table]:
+    """Its table."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.threads])
+    case = bench.case._replace(channels=1)
     config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     arguments = (batch_stats, *map(jnp.asarray, batch(case)))
 
     def loss(params, batch_stats, images, labels, remat):
-        return loss_and_logits(config, params, batch_stats, images, labels, remat=remat)[0]
+        dtype = None if case.precision == "float32" else jnp.dtype(case.precision)
+        return loss_and_logits(config, params, batch_stats, images, labels, remat=remat, dtype=dtype)[0]
 
     passes, rows = {}, {}
     for remat in (False, True):
@@ -66,8 +56,8 @@ def run_remat_bench(bench: RematBench) -> None:
         passes[remat] = forward, backward
         whole = jax.jit(jax.value_and_grad(of_params)).lower(params, *arguments).compile()
         rows["--remat" if remat else "without"] = {
-            "kept": f"{kept_bytes(vjp, (params, arguments)) / 1e6:.0f}",
-            "products in one program": str(whole.as_text().count(" dot(")),
+            "kept MB": kept_bytes(vjp, (params, arguments)) / 1e6,
+            "products in one program": whole.as_text().count(" dot("),
         }
     seconds = np.empty((bench.rounds, 2))
     for row in seconds:
@@ -76,9 +66,9 @@ def run_remat_bench(bench: RematBench) -> None:
             jax.block_until_ready(backward(forward(params, *arguments)[1]))
             row[int(remat)] = time.perf_counter() - start
     for column, row in enumerate(rows.values()):
-        row |= time_columns(seconds[:, column], decimals=0)
-        row["ratio"] = f"{np.median(seconds[:, column] / seconds[:, 0]):.2f}"
-    print_table(rows)
+        row |= times_in_ms(seconds[:, column])
+        row["ratio"] = float(np.median(seconds[:, column] / seconds[:, 0]))
+    yield Table(f"{case}: forward and backward pass as two programs", rows, ("kept MB",))
 
 
 def kept_bytes(vjp, known) -> int:

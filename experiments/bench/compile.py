@@ -1,0 +1,68 @@
+"""How long the first step takes: `python -m experiments.bench compile`.
+
+Cold is with an empty cache of compiled programs, warm with the one that the cold start has filled; each start is a new
+process, which has imported its libraries and built its network. torch.compile keeps its programs in a folder as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.bench.contestants import CONTESTANTS, Task
+from experiments.bench.processes import available, started
+from experiments.bench.settings import NetworkSettings
+from experiments.bench.step import TASKS
+from experiments.bench.tables import Cell, Table
+
+CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileBench(NetworkSettings):
+    """Time the first training step and the first inference, cold and with a warm cache, against torch.compile's.
+
+    Ratios are to torch.compile. torch.compile takes a minute or more for a deep network: a round of this takes minutes.
+    """
+
+    contestants: tuple[Literal["jax", "torch.compile"], ...] = ("jax", "torch.compile")
+    """Who takes part."""
+    rounds: int = 3
+    """The contestants take turns this often, each from an empty cache."""
+    tasks: tuple[Task, ...] = ("training", "inference")
+    """What is run."""
+
+
+def run_compile_bench(bench: CompileBench) -> Iterator[Table]:
+    """A table each for training and inference."""
+    names = available(bench.contestants)
+    for task in bench.tasks:
+        case = bench.case._replace(task=task)
+        seconds = {name: np.empty((bench.rounds, 2)) for name in names}
+        for number in tqdm(range(bench.rounds), desc="rounds", leave=False):
+            for name in names:
+                with tempfile.TemporaryDirectory() as cache:
+                    for start in range(2):
+                        with started([name], bench.threads, {CACHE_VARIABLES[name]: cache}) as (contestant,):
+                            seconds[name][number, start] = contestant.build(functools.partial(CONTESTANTS[name], case))
+        yield Table(f"{case}, first {TASKS[task]}", rows(seconds), ("cold s", "warm s"), seconds)
+
+
+def rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
+    """By contestant the medians over rounds, and all rounds from the shortest to the longest."""
+    rows: dict[str, dict[str, Cell]] = {}
+    for name, times in seconds.items():
+        rows[name] = {}
+        for column, start in enumerate(("cold", "warm")):
+            of_start = times[:, column]
+            if "torch.compile" in seconds:
+                rows[name][f"{start} ratio"] = float(np.median(of_start / seconds["torch.compile"][:, column]))
+            rows[name][f"{start} s"] = float(np.median(of_start))
+            rows[name][f"{start} range s"] = (float(of_start.min()), float(of_start.max()))
+    return rows
