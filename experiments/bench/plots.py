@@ -16,18 +16,18 @@ matplotlib.use("Agg")  # files only; no window system is needed
 
 def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
     """Draws a panel of bars per table, one group per row, one bar for each of its plotted columns."""
-    heights = [max(2, len(table.rows) * max(1, len(table.plotted))) for table in tables]
+    columns = 1 if len(tables) <= 4 else 3
+    panels = max(len(table.rows) * len(table.plotted) for table in tables)
+    rows = -(-len(tables) // columns)
     figure, axes = plt.subplots(
-        len(tables),
-        1,
-        figsize=(9, 0.7 * len(tables) + 0.26 * sum(heights) + 0.6),
-        layout="constrained",
-        squeeze=False,
-        gridspec_kw={"height_ratios": [h + 1.5 for h in heights]},
+        rows, columns, figsize=(9 if columns == 1 else 18, 0.6 + rows * (0.9 + 0.24 * panels)), layout="constrained"
     )
-    for axis, table in zip(axes[:, 0], tables, strict=True):
+    axes = np.atleast_1d(axes).ravel()
+    for axis, table in zip(axes, tables, strict=False):
         _bars(axis, table)
-    figure.suptitle(title, fontsize=8)
+    for axis in axes[len(tables) :]:
+        axis.set_axis_off()
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -47,9 +47,9 @@ def _bars(axis: plt.Axes, table: Table) -> None:
     axis.set_yticks(np.arange(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_title(table.title, fontsize=9, loc="left")
+    axis.set_title(table.title + ("\n" if len(table.plotted) > 1 else ""), fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     if len(table.plotted) == 1:
         axis.set_xlabel(table.plotted[0], fontsize=8)
     else:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.plotted), frameon=False)

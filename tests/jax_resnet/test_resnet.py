@@ -220,6 +220,30 @@ def test_weights_are_at_least_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves((params, batch_stats))} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (3, 3, 16, 32)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_draws_are_those_of_their_shape(shape, dtype, x64):
+    """They are cut from longer ones."""
+    key = jax.random.key(1)
+    drawn = resnet._draw(jax.random.normal, 0.5, key, shape, dtype)
+    assert drawn.dtype == dtype
+    np.testing.assert_array_equal(drawn, 0.5 * jax.random.normal(key, shape, dtype))
+
+
+def test_equal_blocks_are_traced_once(monkeypatch):
+    """ResNet-101 has 104 convolutions: the stem, and 28 in the 8 kinds of blocks."""
+    traced = []
+    conv2d = layers.conv2d
+    monkeypatch.setattr(layers, "conv2d", lambda *args, **kwargs: traced.append(args) or conv2d(*args, **kwargs))
+    jax.clear_caches()
+    config = resnet.resnet101()
+    arrays = jax.eval_shape(lambda key: resnet.init(config, key), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    jax.eval_shape(lambda params, stats, x: resnet.apply(config, params, stats, x, train=True), *arrays, images)
+    assert len(traced) == 1 + 4 * 4 + 4 * 3
+    jax.clear_caches()  # what was traced here has the counting function in it
+
+
 def test_zero_gamma_makes_each_block_its_shortcut():
     config = resnet.resnet50(zero_gamma=True)
     params, batch_stats = resnet.init(config, jax.random.key(0))
