@@ -56,7 +56,7 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.
     def train_step(state, images, labels):
         seen.append(images.reshape(-1).tolist())
         if len(seen) == interrupt_at:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         prediction = np.minimum(labels, 1)
         metrics = {"loss": next(losses), "top1": (prediction == labels).mean(), "prediction": prediction}
         return state, {name: array(value) for name, value in metrics.items()}
@@ -130,12 +130,16 @@ def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
 
 
 def test_the_same_signal_once_more_acts_at_once():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Stopped):
-            stop.check()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped):
+                stop.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
