@@ -28,12 +28,12 @@ import tyro
 
 import numpy_ref.resnet
 import numpy_ref.weights
-from experiments.convert import Architecture, recognize
+from experiments.convert import recognize
 from experiments.data import imagenet
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
-from experiments.settings import MAX_SIZE
+from experiments.settings import MAX_SIZE, Arch
 from jax_resnet import resnet, weights
 
 TORCHVISION = "torchvision"
@@ -52,7 +52,7 @@ class Settings:
     """Files in any format that Pillow reads."""
     weights: str
     """A file (.safetensors, .npz, .pth, .pt), a run's folder, or torchvision, which downloads ImageNet's weights."""
-    arch: Architecture | None = None
+    arch: Arch | None = None
     """The network [default: a file's own, resnet101 for torchvision]."""
     framework: Literal["jax", "numpy", "torch"] = "jax"
     """What computes."""

@@ -14,19 +14,19 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import numpy as np
 import tyro
 
+from experiments.settings import Arch
 from jax_resnet import resnet, weights
 
-Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 COUNT = "num_batches_tracked"  # torch's, of each BatchNorm: no part of the network
 
 
-def recognize(arrays: Mapping[str, np.ndarray], arch: Architecture | None = None) -> tuple[str, resnet.ResNetConfig]:
+def recognize(arrays: Mapping[str, np.ndarray], arch: Arch | None = None) -> tuple[str, resnet.ResNetConfig]:
     """Tells from names and shapes what network weights are for; whether everything fits is for `check_arrays`.
 
     Where a bottleneck has its stride (stride_in) cannot be told from weights: it is torchvision's in what is returned.
@@ -51,7 +51,7 @@ def recognize(arrays: Mapping[str, np.ndarray], arch: Architecture | None = None
     settings = dict(
         num_classes=ends["fc.weight"][0], in_channels=ends["conv1.weight"][1], batch_norm="bn1.weight" in arrays
     )
-    networks = {name: getattr(resnet, name)(**settings) for name in get_args(Architecture)}
+    networks = {name: getattr(resnet, name)(**settings) for name in get_args(Arch)}
     if arch is not None:
         return arch, networks[arch]
     blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
@@ -69,7 +69,7 @@ def recognize(arrays: Mapping[str, np.ndarray], arch: Architecture | None = None
 def convert(
     source: tyro.conf.Positional[Path],
     target: tyro.conf.Positional[Path],
-    arch: Architecture | None = None,
+    arch: Arch | None = None,
     entry: str | None = None,
     overwrite: bool = False,
 ) -> None:

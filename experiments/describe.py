@@ -14,7 +14,7 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from experiments.bench.tables import print_table
-from experiments.settings import parse_image_size
+from experiments.settings import Arch, parse_image_size
 from jax_resnet import layers, resnet
 
 
@@ -68,7 +68,7 @@ def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator
 
 
 def describe(
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101",
+    arch: Arch = "resnet101",
     image_size: str = "224",
     in_channels: int = 3,
     num_classes: int = 1000,

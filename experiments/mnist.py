@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from experiments.malloc import keep_freed_memory
 from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
 from experiments.processes import start_processes
 from experiments.run_folder import refuse_earlier_run
-from experiments.settings import RunSettings, logging_all, read_ahead
+from experiments.settings import Arch, RunSettings, logging_all, read_ahead
 from experiments.training import Results, State, count_steps
 from experiments.training_run import (
     describe_input,
@@ -44,7 +44,6 @@ from experiments.training_run import (
     write_weights,
 )
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CONTESTANTS = {name: {"framework": name} for name in TITLES}
 
 
@@ -52,7 +51,7 @@ CONTESTANTS = {name: {"framework": name} for name in TITLES}
 class Settings(RunSettings):
     """Train a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch. The defaults depend on --model."""
 
-    model: Literal["cnn", *RESNETS] = "cnn"
+    model: Literal["cnn", *get_args(Arch)] = "cnn"
     """cnn: one convolution, ReLU, a dense layer. A ResNet gets the pictures padded to 32x32. `--model NAME --help`
     shows its defaults."""
     framework: FrameworkName = "numpy"
@@ -75,7 +74,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     """
     named = read_ahead(arguments, "model", "compare")
     model = named.model
-    default = dataclasses.replace(RESNET, model=model) if model in RESNETS else CNN  # others are refused by tyro
+    default = dataclasses.replace(RESNET, model=model) if model in get_args(Arch) else CNN  # others are refused by tyro
     default = logging_all(default, named.compare)
     settings = tyro.cli(Settings, args=arguments, default=default, prog="python -m experiments.mnist")
     settings.check()

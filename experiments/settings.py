@@ -15,6 +15,7 @@ from experiments.frameworks import FrameworkName, Precision
 from experiments.optimizers import LEARNING_RATES, OptimizerName, ScheduleName
 from jax_resnet.resnet import MIN_SIZE
 
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 DATA_VARIABLE = "STANFORD_CARS_DIR"
 MAX_SIZE, MAX_EPOCHS, MAX_WORKERS = 4096, 1_000_000, 256  # more is a slip of the finger
 JAX_ONLY = (
@@ -179,7 +180,7 @@ class Settings(RunSettings):
     pictures. `--preset NAME --help` shows its defaults."""
     data: Path | None = None
     """Folder of Stanford Cars in one of the layouts that people have [default: $STANFORD_CARS_DIR]."""
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
+    arch: Arch = "resnet101"
     """The network."""
     zero_gamma: bool = False
     """Start each block as its shortcut: the weight of its last BatchNorm is 0."""

@@ -1,7 +1,7 @@
 """Measures this machine: `python -m experiments.bench NAME`.
 
-All of them let their contestants take turns, each in a process of its own with the same number of cores, and print
-ratios, medians and quartiles; --json keeps every single time, --plot draws them.
+Contestants take turns, each in a process of its own, all with the same number of cores; ratios come first, then medians
+and quartiles. --json keeps every single time, --plot draws them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench.contestants import CONTESTANTS, Task
+from experiments.bench.contestants import CONTESTANTS, Case, Task
 from experiments.bench.processes import available, started
 from experiments.bench.settings import NetworkSettings
 from experiments.bench.step import TASKS
@@ -44,14 +44,33 @@ def run_compile_bench(bench: CompileBench) -> Iterator[Table]:
     names = available(bench.contestants)
     for task in bench.tasks:
         case = bench.case._replace(task=task)
-        seconds = {name: np.empty((bench.rounds, 2)) for name in names}
-        for number in tqdm(range(bench.rounds), desc="rounds", leave=False):
-            for name in names:
-                with tempfile.TemporaryDirectory() as cache:
-                    for start in range(2):
-                        with started([name], bench.threads, {CACHE_VARIABLES[name]: cache}) as (contestant,):
-                            seconds[name][number, start] = contestant.build(functools.partial(CONTESTANTS[name], case))
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for _ in tqdm(range(bench.rounds), desc="rounds", leave=False):
+            for name in list(times):
+                try:
+                    times[name].append(cold_and_warm(name, case, bench.threads))
+                except RuntimeError as error:
+                    print(f"left out: {error}")
+                    del times[name]
+        if not times:
+            raise ValueError("nobody is left to measure")
+        seconds = {name: np.array(of_contestant) for name, of_contestant in times.items()}
         yield Table(f"{case}, first {TASKS[task]}", rows(seconds), ("cold s", "warm s"), seconds)
+
+
+def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
+    """Seconds of the first step in a process that finds nothing compiled, and in one that finds what that one left.
+
+    Raises:
+      RuntimeError: if the step fails.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            with started([name], threads, {CACHE_VARIABLES[name]: cache}) as (contestant,):
+                seconds.append(contestant.build(functools.partial(CONTESTANTS[name], case)))
+    cold, warm = seconds
+    return cold, warm
 
 
 def rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:

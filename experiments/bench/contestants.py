@@ -12,7 +12,7 @@ from experiments.bench.processes import Step
 
 Precision = Literal["float32", "bfloat16"]
 Task = Literal["training", "inference"]
-Contestants = Literal["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]
+ContestantName = Literal["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]
 
 
 class Case(NamedTuple):

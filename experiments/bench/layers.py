@@ -211,29 +211,34 @@ class LayersBench(NetworkSettings):
 
 
 def run_layers_bench(bench: LayersBench) -> Iterator[Table]:
-    """A table per contestant-independent pass of each layer, and one of their sum."""
+    """A table of the matrix product that is the peak, one for each layer, and one of all layers together."""
     names = available(bench.contestants)
     layers = distinct_layers(bench.case)
     itemsize = 2 if bench.precision == "bfloat16" else 4
     with started(names, bench.threads) as contestants:
 
-        def medians(makers: dict[str, Callable[..., Step]], *arguments: Any) -> dict[str, float]:
+        def measure(makers: dict[str, Callable[..., Step]], *arguments: Any) -> dict[str, np.ndarray]:
             make_steps = {name: functools.partial(makers[name], *arguments, bench.precision) for name in names}
             results = compete(contestants, make_steps, bench.rounds, bench.iterations)
-            return {name: float(np.median(result.seconds)) for name, result in results.items()}
+            return {name: result.seconds for name, result in results.items()}
 
-        products = medians(PRODUCTS)
-        peak = 2 * SIDE**3 / min(products.values()) / 1e9
+        products = measure(PRODUCTS)
+        speeds = {name: 2 * SIDE**3 / float(np.median(seconds)) / 1e9 for name, seconds in products.items()}
         yield Table(
             f"matrix product {SIDE}x{SIDE}x{SIDE}, {bench.precision}",
-            {name: {"GFLOP/s": 2 * SIDE**3 / seconds / 1e9} for name, seconds in products.items()},
+            {name: {"GFLOP/s": speed} for name, speed in speeds.items()},
             ("GFLOP/s",),
+            products,
         )
+        peak = max(speeds.values())
         totals: dict[str, dict[str, float]] = {name: {} for name in names}
         for layer in layers:
             rows: dict[str, dict[str, Cell]] = {}
+            all_seconds = {}
             for name in passes(layer):
-                for contestant, seconds in medians(CONTESTANTS, layer, name).items():
+                for contestant, times in measure(CONTESTANTS, layer, name).items():
+                    all_seconds[f"{contestant}, {name}"] = times
+                    seconds = float(np.median(times))
                     row = rows.setdefault(contestant, {})
                     row[f"{name} ms"] = 1e3 * seconds
                     if layer.operations:
@@ -245,7 +250,7 @@ def run_layers_bench(bench: LayersBench) -> Iterator[Table]:
                     kind = f"{'products' if layer.operations else 'other'} {name} ms"
                     total[kind] = total.get(kind, 0) + 1e3 * layer.count * seconds
             unit = "GFLOP/s" if layer.operations else "GB/s"
-            yield Table(f"{layer}, x{layer.count}", rows, [f"{name} {unit}" for name in passes(layer)])
+            yield Table(f"{layer}, x{layer.count}", rows, [f"{name} {unit}" for name in passes(layer)], all_seconds)
         for total in totals.values():
             total["sum ms"] = sum(total.values())
         yield Table(f"{bench.case}: all layers together, each as often as the network has it", totals, ("sum ms",))

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from experiments.bench.compile import CACHE_VARIABLES
-from experiments.bench.contestants import CONTESTANTS, Contestants, Task
+from experiments.bench.contestants import CONTESTANTS, ContestantName, Task
 from experiments.bench.processes import MakeStep, available, compete, started
 from experiments.bench.settings import NetworkSettings
 from experiments.bench.step import TASKS
@@ -29,7 +29,7 @@ class MemoryBench(NetworkSettings):
 
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N...")] = (1, 8, 32)
     """Images at a time, one table row for each."""
-    contestants: tuple[Contestants, ...] = ("jax", "numpy", "torch", "torch.channels_last")
+    contestants: tuple[ContestantName, ...] = ("jax", "numpy", "torch", "torch.channels_last")
     """Who takes part."""
     rounds: int = 3
     """Steps of each."""
@@ -54,9 +54,12 @@ def run_memory_bench(bench: MemoryBench) -> Iterator[Table]:
                 used = {}
                 for name in names:
                     make_step = functools.partial(CONTESTANTS[name], case._replace(batch_size=batch_size))
-                    if name == "jax":
-                        compiling = _peak(name, make_step, 1, bench.threads, environment)
-                    used[name] = _peak(name, make_step, bench.rounds, bench.threads, environment)
+                    try:
+                        if name == "jax":
+                            compiling = _peak(name, make_step, 1, bench.threads, environment)
+                        used[name] = _peak(name, make_step, bench.rounds, bench.threads, environment)
+                    except ValueError:  # it failed, and has said so
+                        continue
                 for name, megabytes in used.items():
                     row = rows[f"{name}, batch {batch_size}"] = {}
                     if "torch" in used:
@@ -64,6 +67,8 @@ def run_memory_bench(bench: MemoryBench) -> Iterator[Table]:
                     row["MB"] = megabytes
                     if name == "jax":
                         row["with compiling MB"] = compiling
+            if not rows:
+                raise ValueError("nobody is left to measure")
             size = f"{case.height}x{case.width}x{case.channels}"
             yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[task]}", rows, ("MB",))
 

@@ -59,7 +59,7 @@ class Contestant:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name), daemon=True)
-        with _inherited(threads, environment or {}):
+        with bound(threads, environment):
             self._process.start()
         theirs.close()
         self.name = name
@@ -132,18 +132,18 @@ def started(
 
 
 @contextlib.contextmanager
-def _inherited(threads: int | None, environment: Mapping[str, str]) -> Iterator[None]:
-    """What a process that is started meanwhile finds: cores, and variables of the environment.
+def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Binds this process to so many cores and sets variables, for as long as the context; what it starts inherits both.
 
     Cores rather than each library's own setting, since all of them count the cores that they may use; OpenMP's besides,
     where a system cannot bind a process to cores.
     """
     if threads is not None:
-        environment = {"OMP_NUM_THREADS": str(threads), **environment}
+        environment = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
     variables = dict(os.environ)
     cores = os.sched_getaffinity(0) if threads is not None and hasattr(os, "sched_setaffinity") else None
     try:
-        os.environ.update(environment)
+        os.environ.update(environment or {})
         if cores:
             os.sched_setaffinity(0, sorted(cores)[:threads])
         yield

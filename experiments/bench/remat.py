@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Iterator
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.contestants import batch
+from experiments.bench.processes import bound
 from experiments.bench.settings import NetworkSettings
 from experiments.bench.tables import Table, times_in_ms
 from jax_resnet import resnet
@@ -35,8 +35,11 @@ class RematBench(NetworkSettings):
 
 def run_remat_bench(bench: RematBench) -> Iterator[Table]:
     """Its table."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: bench.threads])
+    with bound(bench.threads):
+        yield _measure(bench)
+
+
+def _measure(bench: RematBench) -> Table:
     case = bench.case._replace(channels=1)
     config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
     params, batch_stats = resnet.init(config, jax.random.key(0))
@@ -68,7 +71,8 @@ def run_remat_bench(bench: RematBench) -> Iterator[Table]:
     for column, row in enumerate(rows.values()):
         row |= times_in_ms(seconds[:, column])
         row["ratio"] = float(np.median(seconds[:, column] / seconds[:, 0]))
-    yield Table(f"{case}: forward and backward pass as two programs", rows, ("kept MB",))
+    both = {name: seconds[:, [column]] for column, name in enumerate(rows)}
+    return Table(f"{case}: forward and backward pass as two programs", rows, ("kept MB",), both)
 
 
 def kept_bytes(vjp, known) -> int:

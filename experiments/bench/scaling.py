@@ -6,21 +6,23 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from experiments.bench.contestants import CONTESTANTS, Case, Contestants, Task, jax_step
+from experiments.bench.contestants import CONTESTANTS, Case, ContestantName, Task, jax_step
 from experiments.bench.processes import MakeStep, available, compete, started
 from experiments.bench.settings import NetworkSettings
 from experiments.bench.step import TASKS
 from experiments.bench.tables import Cell, Table, ratios_to_best_torch
+from experiments.settings import Arch
 
 Axis = Literal["batch-size", "image-size", "depth", "devices"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 IMAGE_SIZES = (64, 96, 128, 160, 224)
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+ARCHS = get_args(Arch)
 DEVICES = (1, 2, 4)
+VIRTUAL = "--xla_force_host_platform_device_count={}"  # of a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ScalingBench(NetworkSettings):
 
     over: tuple[Axis, ...] = ("batch-size", "image-size", "depth", "devices")
     """What grows, a table each."""
-    contestants: tuple[Contestants, ...] = ("jax", "torch")
+    contestants: tuple[ContestantName, ...] = ("jax", "torch")
     """Who takes part."""
     task: Task = "training"
     """What is run."""
@@ -104,10 +106,13 @@ def _devices_table(bench: ScalingBench, base: Case) -> Table:
     for count in DEVICES:
         if base.batch_size % count:
             continue
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {VIRTUAL.format(count)}".strip()
         with started(["jax"], bench.threads, {"XLA_FLAGS": flags}) as contestants:
             make_step = functools.partial(jax_step, base, devices=count)
-            results = compete(contestants, {"jax": make_step}, bench.rounds, bench.steps)
+            try:
+                results = compete(contestants, {"jax": make_step}, bench.rounds, bench.steps)
+            except ValueError:  # a GPU is no CPU that can be several; it has said so
+                continue
         seconds = results["jax"].seconds
         name = f"{count} device{'s' if count > 1 else ''}"
         median = float(np.median(seconds))

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from experiments.bench.contestants import Case, Precision
-from experiments.settings import parse_image_size
-
-Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from experiments.settings import Arch, parse_image_size
+from numpy_ref.threads import cores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from experiments.bench.contestants import CONTESTANTS, Case, Contestants
+from experiments.bench.contestants import CONTESTANTS, Case, ContestantName
 from experiments.bench.processes import Result, available, compete, started
-from experiments.bench.settings import Arch, NetworkSettings
+from experiments.bench.settings import NetworkSettings
 from experiments.bench.tables import Cell, Table, ratios_to_best_torch, times_in_ms
+from experiments.settings import Arch
 
 CASES = (Case("resnet101", 8, 96, 96), Case("resnet18", 32, 64, 64))
 TASKS = {"training": "training step: loss, gradients, running statistics", "inference": "inference: logits"}
@@ -31,7 +32,7 @@ class StepBench(NetworkSettings):
     """With --arch [default: 8]."""
     image_size: str | None = None
     """With --arch: a side, or HEIGHTxWIDTH [default: 96]."""
-    contestants: tuple[Contestants, ...] = tuple(CONTESTANTS)
+    contestants: tuple[ContestantName, ...] = tuple(CONTESTANTS)
     """Who takes part."""
     steps: int = 3
     """Steps a turn, after a tenth of them, at least one, to warm up."""

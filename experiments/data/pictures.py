@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
-import os
 import stat
 import unicodedata
 import warnings
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from numpy_ref.threads import cores
 
 SPLITS = ("train", "test")
 MAX_FILE_BYTES = 2**30
@@ -121,7 +122,7 @@ def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tup
     Yields each picture with its (H, W, C) uint8 array, or with the reason why there is none, in the order given. At
     most a few pictures per thread are in memory at a time.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     waiting: collections.deque = collections.deque()
     try:

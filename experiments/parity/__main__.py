@@ -21,9 +21,8 @@ from experiments.parity.cases import Network, check_batch, draw_batch, draw_weig
 from experiments.parity.compare import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings, torch_module
 from experiments.parity.page import write_page
 from experiments.parity.report import Report, print_report
-from experiments.settings import parse_image_size
+from experiments.settings import Arch, parse_image_size
 
-Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Framework = Literal["numpy", "torch_ref", "torchvision"]
 PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}
 TRAINING_BATCH = (8, 64, 64)  # images, height, width
