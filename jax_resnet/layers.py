@@ -15,7 +15,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+MIN_GATHERED = 16  # channels from which a gather unfolds faster than slices do, on a CPU
 
 
 def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0) -> Array:
@@ -105,13 +108,67 @@ def _transposed_matmul(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
-    _, h, w, _ = x.shape
+    if kh == kw == 1 or x.shape[3] < MIN_GATHERED:
+        return _unfold_by_slices(x, kh, kw, stride, padding)
+    return _unfold_by_gather(x, kh, kw, stride, padding)
+
+
+def _unfold_fwd(x, kh, kw, stride, padding):
+    return unfold(x, kh, kw, stride, padding), x
+
+
+def _unfold_bwd(kh, kw, stride, padding, x, dpatches):
+    """Each value gets the sum of what its copies got. Written out: a gather's own gradient is slow on a CPU."""
+
+    def unfold_by_taps(x):
+        return jnp.concatenate(_taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
+
+    return jax.linear_transpose(unfold_by_taps, x)(dpatches)
+
+
+unfold.defvjp(_unfold_fwd, _unfold_bwd)
+
+
+def _unfold_by_gather(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """`unfold` in one gather of whole kernel rows, kw·C values that are neighbours in memory.
+
+    It takes a third of the time of kh·kw slices and is one program to compile instead of ten. Zeros stand on the left
+    and on the right of each row of the image; the rows above and below it are taken from those on the left. They are
+    concatenated since XLA would fuse jnp.pad, and all that x is computed from, into the gather, once for each tap.
+    """
+    n, h, w, c = x.shape
     out_h, out_w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-    if padding:
-        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    return jnp.concatenate(_taps(x, kh, kw, stride, out_h, out_w), axis=3)
+    left = max(kw, padding)
+    zeros = [jnp.zeros((n, h, width * c), x.dtype) for width in (left, padding)]
+    image_rows = jnp.concatenate([zeros[0], x.reshape(n, h, w * c), zeros[1]], axis=2)
+    row = stride * np.arange(out_h)[:, None, None] - padding + np.arange(kh)
+    column = c * (left - padding + stride * np.arange(out_w))[:, None]
+    inside = (row >= 0) & (row < h)
+    starts = np.stack(np.broadcast_arrays(np.where(inside, row, 0), np.where(inside, column, 0)), axis=-1)
+    patches = lax.gather(
+        image_rows,
+        jnp.asarray(starts, jnp.int32),
+        lax.GatherDimensionNumbers(offset_dims=(0, 4), collapsed_slice_dims=(1,), start_index_map=(1, 2)),
+        slice_sizes=(n, 1, kw * c),
+        mode="promise_in_bounds",
+    )
+    return patches.reshape(n, out_h, out_w, kh * kw * c)
+
+
+def _unfold_by_slices(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """`unfold` in kw slices and then kh slices, which is faster for few channels."""
+    x = _pad(x, padding)
+    for axis, size in ((2, kw), (1, kh)):
+        end = x.shape[axis] - size + 1
+        x = jnp.concatenate([lax.slice_in_dim(x, u, u + end, stride, axis) for u in range(size)], axis=3)
+    return x
+
+
+def _pad(x: Array, padding: int) -> Array:
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))) if padding else x
 
 
 def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
