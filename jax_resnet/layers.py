@@ -12,13 +12,13 @@ reverse mode works to any order and forward mode (`jax.jvp`) does not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-MIN_GATHERED = 16  # channels from which a gather unfolds faster than slices do, on a CPU
+from jax_resnet import convolution
 
 
 def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0) -> Array:
@@ -59,20 +59,24 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
-    matmul = functools.partial(_conv2d_matmul, stride=stride, padding=padding)
-    direct = functools.partial(_conv2d_direct, stride=stride, padding=padding)
-    return lax.platform_dependent(x, weight, cpu=matmul, default=direct)
+    return _conv2d_on(convolution.conv2d, x, weight, stride, padding)
 
 
 def _conv2d_fwd(x, weight, stride, padding):
-    return _conv2d(x, weight, stride, padding), (x, weight)
+    return _conv2d_on(convolution.conv2d_unfolded, x, weight, stride, padding), (x, weight)
+
+
+def _conv2d_on(cpu: Callable[..., Array], x: Array, weight: Array, stride: int, padding: int) -> Array:
+    """On a CPU by the form given, elsewhere by XLA's own convolution."""
+    forms = (functools.partial(form, stride=stride, padding=padding) for form in (cpu, _conv2d_direct))
+    return lax.platform_dependent(x, weight, cpu=next(forms), default=next(forms))
 
 
 def _conv2d_bwd(stride, padding, residuals, dy):
     def direct(x, weight, dy):
         return jax.vjp(lambda x, w: _conv2d_direct(x, w, stride=stride, padding=padding), x, weight)[1](dy)
 
-    matmul = functools.partial(_conv2d_matmul_vjp, stride=stride, padding=padding)
+    matmul = functools.partial(convolution.conv2d_unfolded_vjp, stride=stride, padding=padding)
     return lax.platform_dependent(*residuals, dy, cpu=matmul, default=direct)
 
 
@@ -84,100 +88,6 @@ def _conv2d_direct(x: Array, weight: Array, *, stride: int, padding: int) -> Arr
     return lax.conv_general_dilated(
         x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-
-
-def _conv2d_matmul(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """Patches times kernel: XLA:CPU multiplies matrices about as fast as any BLAS, and convolves much slower."""
-    kh, kw, _, k = weight.shape
-    patches = unfold(x, kh, kw, stride, padding)
-    return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
-
-
-def _conv2d_matmul_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    kh, kw, _, k = weight.shape
-    # Unfolded again rather than kept: the patches of a 3x3 kernel take nine times the memory of x.
-    patches, fold = jax.vjp(lambda x: unfold(x, kh, kw, stride, padding), x)
-    dy_rows = dy.reshape(-1, k)
-    dweight = _transposed_matmul(patches.reshape(-1, patches.shape[3]), dy_rows).reshape(weight.shape)
-    (dx,) = fold((dy_rows @ weight.reshape(-1, k).T).reshape(patches.shape))
-    return dx, dweight
-
-
-def _transposed_matmul(a: Array, b: Array) -> Array:
-    """aᵀ·b for tall a (M, P) and b (M, Q)."""
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
-    if kh == kw == 1 or x.shape[3] < MIN_GATHERED:
-        return _unfold_by_slices(x, kh, kw, stride, padding)
-    return _unfold_by_gather(x, kh, kw, stride, padding)
-
-
-def _unfold_fwd(x, kh, kw, stride, padding):
-    return unfold(x, kh, kw, stride, padding), x
-
-
-def _unfold_bwd(kh, kw, stride, padding, x, dpatches):
-    """Each value gets the sum of what its copies got. Written out: a gather's own gradient is slow on a CPU."""
-
-    def unfold_by_taps(x):
-        return jnp.concatenate(_taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
-
-    return jax.linear_transpose(unfold_by_taps, x)(dpatches)
-
-
-unfold.defvjp(_unfold_fwd, _unfold_bwd)
-
-
-def _unfold_by_gather(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`unfold` in one gather of whole kernel rows, kw·C values that are neighbours in memory.
-
-    It takes a third of the time of kh·kw slices and is one program to compile instead of ten. Zeros stand on the left
-    and on the right of each row of the image; the rows above and below it are taken from those on the left. They are
-    concatenated since XLA would fuse jnp.pad, and all that x is computed from, into the gather, once for each tap.
-    """
-    n, h, w, c = x.shape
-    out_h, out_w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-    left = max(kw, padding)
-    zeros = [jnp.zeros((n, h, width * c), x.dtype) for width in (left, padding)]
-    image_rows = jnp.concatenate([zeros[0], x.reshape(n, h, w * c), zeros[1]], axis=2)
-    row = stride * np.arange(out_h)[:, None, None] - padding + np.arange(kh)
-    column = c * (left - padding + stride * np.arange(out_w))[:, None]
-    inside = (row >= 0) & (row < h)
-    starts = np.stack(np.broadcast_arrays(np.where(inside, row, 0), np.where(inside, column, 0)), axis=-1)
-    patches = lax.gather(
-        image_rows,
-        jnp.asarray(starts, jnp.int32),
-        lax.GatherDimensionNumbers(offset_dims=(0, 4), collapsed_slice_dims=(1,), start_index_map=(1, 2)),
-        slice_sizes=(n, 1, kw * c),
-        mode="promise_in_bounds",
-    )
-    return patches.reshape(n, out_h, out_w, kh * kw * c)
-
-
-def _unfold_by_slices(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`unfold` in kw slices and then kh slices, which is faster for few channels."""
-    x = _pad(x, padding)
-    for axis, size in ((2, kw), (1, kh)):
-        end = x.shape[axis] - size + 1
-        x = jnp.concatenate([lax.slice_in_dim(x, u, u + end, stride, axis) for u in range(size)], axis=3)
-    return x
-
-
-def _pad(x: Array, padding: int) -> Array:
-    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))) if padding else x
-
-
-def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
-    """For each tap (u, v) of a kernel, row-major, the values it meets: kh·kw arrays (N, out_h, out_w, C)."""
-    return [
-        x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
-        for u in range(kh)
-        for v in range(kw)
-    ]
 
 
 def batch_norm(
@@ -238,15 +148,27 @@ def _normalize(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array,
 
 def _normalize_fwd(x, weight, bias, eps):
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
-    # One pass for both moments. Shifted by a value of the channel, or they cancel where |mean| >> deviation.
+    mean, var = lax.platform_dependent(rows, cpu=_moments_in_two_passes, default=_moments_in_one_pass)
+    inverse_deviation = lax.rsqrt(var + eps)
+    y = (rows - mean) * (weight * inverse_deviation) + bias
+    return (y.astype(x.dtype).reshape(x.shape), mean, var), (x, weight, mean, inverse_deviation)
+
+
+def _moments_in_one_pass(rows: Array) -> tuple[Array, Array]:
+    """The mean and the biased variance of each column."""
+    # Shifted by a value of the channel, or the moments cancel where |mean| >> deviation.
     shift = rows[0]
     shifted = rows - shift
     mean_shifted = shifted.mean(0)
     var = jnp.maximum((shifted * shifted).mean(0) - mean_shifted * mean_shifted, 0)
-    mean = shift + mean_shifted
-    inverse_deviation = lax.rsqrt(var + eps)
-    y = (rows - mean) * (weight * inverse_deviation) + bias
-    return (y.astype(x.dtype).reshape(x.shape), mean, var), (x, weight, mean, inverse_deviation)
+    return shift + mean_shifted, var
+
+
+def _moments_in_two_passes(rows: Array) -> tuple[Array, Array]:
+    """The same. XLA:CPU writes down what is squared in either case; rows - mean serves the backward pass as well."""
+    mean = rows.mean(0)
+    centred = rows - mean
+    return mean, (centred * centred).mean(0)
 
 
 def _normalize_bwd(eps, residuals, cotangents):
@@ -325,7 +247,7 @@ def _max_pool_bwd(window, stride, padding, residuals, dy):
     def taps(x):
         sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         padded = jnp.pad(x, sides, constant_values=-jnp.inf)
-        return _taps(padded, window, window, stride, *y.shape[1:3])
+        return convolution.taps(padded, window, window, stride, *y.shape[1:3])
 
     x, y = residuals
     values, scatter = jax.vjp(taps, x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_resnet import convolution as matmul
 from jax_resnet import layers, resnet
 
 
@@ -45,6 +46,8 @@ CONVOLUTIONS = [  # N, H, W, C, K, kernel height, kernel width, stride, padding
     (1, 6, 5, 16, 2, 2, 3, 2, 0),
     (1, 2, 3, 16, 2, 1, 2, 1, 4),
     (2, 1, 1, 16, 3, 3, 3, 1, 1),
+    (4, 9, 11, 16, 17, 3, 3, 1, 1),
+    (3, 8, 14, 17, 16, 3, 3, 1, 1),
 ]
 
 
@@ -77,7 +80,7 @@ def test_conv2d_gradients(case, x64):
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_both_forms_of_conv2d_are_one_function(case, x64):
+def test_all_forms_of_conv2d_are_one_function(case, x64):
     """What a GPU or TPU would run (XLA's convolution) against what a CPU runs, with gradients; 1e-13 for rounding."""
     rng = np.random.default_rng(2)
     *_, stride, padding = case
@@ -85,11 +88,23 @@ def test_both_forms_of_conv2d_are_one_function(case, x64):
     direct = functools.partial(layers._conv2d_direct, stride=stride, padding=padding)
     y, vjp = jax.vjp(direct, x, weight)
     dy = random(rng, *y.shape)
-    matmul = layers._conv2d_matmul(x, weight, stride=stride, padding=padding)
-    np.testing.assert_allclose(matmul, y, rtol=1e-13, atol=1e-13)
-    gradients = layers._conv2d_matmul_vjp(x, weight, dy, stride=stride, padding=padding)
+    for form in (matmul.conv2d, matmul.conv2d_unfolded):
+        np.testing.assert_allclose(form(x, weight, stride=stride, padding=padding), y, rtol=1e-13, atol=1e-13)
+    gradients = matmul.conv2d_unfolded_vjp(x, weight, dy, stride=stride, padding=padding)
     for ours, theirs in zip(gradients, vjp(dy), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_winograd_is_among_the_cases():
+    """And not where it does not pay, or would lose digits."""
+    rng = np.random.default_rng(0)
+    chosen = []
+    for case in CONVOLUTIONS:
+        _, (x, weight, _) = convolution(case, rng)
+        if matmul._saves(x, weight, *case[7:]):
+            chosen.append(case[1:3])
+            assert not matmul._saves(x.astype(jnp.bfloat16), weight, *case[7:])
+    assert chosen == [(9, 11), (8, 14)]  # odd sides, and an even and an odd number of tiles
 
 
 def test_conv2d_by_hand():
