@@ -41,7 +41,7 @@ def conv2d_unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Ar
 def conv2d_unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
     """The gradients of x and weight."""
     kh, kw, _, k = weight.shape
-    # Unfolded again rather than kept: the patches of a 3x3 kernel take nine times the memory of x.
+    # Unfolded again, so that x is all that must be kept. XLA:CPU notices in training, and keeps the patches after all.
     patches, fold = jax.vjp(lambda x: unfold(x, kh, kw, stride, padding), x)
     dy_rows = dy.reshape(-1, k)
     dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy_rows, (((0,), (0,)), ((), ())))
@@ -121,7 +121,7 @@ def _gather(x: Array, row: np.ndarray, column: np.ndarray, run: int, *, images_a
     inside = (row >= 0) & (row < h) & (column < w)
     # Zeros on the left and on the right of each row; what is above and below is taken from those on the left. They are
     # concatenated since XLA fuses jnp.pad, and all that x is computed from, into the gather, once for each copy of x.
-    left, right = max(run, -column.min()), max(1, column[inside].max() + run - w)
+    left, right = max(run, -column.min()), max(1, column.max(initial=0, where=inside) + run - w)
     zeros = [jnp.zeros((n, h, pixels * c), x.dtype) for pixels in (left, right)]
     image_rows = jnp.concatenate([zeros[0], x.reshape(n, h, w * c), zeros[1]], axis=2)
     starts = np.stack([np.where(inside, row, 0), np.where(inside, (left + column) * c, 0)], axis=-1)

@@ -68,8 +68,8 @@ def _conv2d_fwd(x, weight, stride, padding):
 
 def _conv2d_on(cpu: Callable[..., Array], x: Array, weight: Array, stride: int, padding: int) -> Array:
     """On a CPU by the form given, elsewhere by XLA's own convolution."""
-    forms = (functools.partial(form, stride=stride, padding=padding) for form in (cpu, _conv2d_direct))
-    return lax.platform_dependent(x, weight, cpu=next(forms), default=next(forms))
+    matmul, direct = (functools.partial(form, stride=stride, padding=padding) for form in (cpu, _conv2d_direct))
+    return lax.platform_dependent(x, weight, cpu=matmul, default=direct)
 
 
 def _conv2d_bwd(stride, padding, residuals, dy):
