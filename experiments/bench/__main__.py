@@ -1,7 +1,7 @@
 """Measures this machine: `python -m experiments.bench NAME`.
 
-Contestants take turns, each in a process of its own, all with the same number of cores; ratios come first, then medians
-and quartiles. --json keeps every single time, --plot draws them.
+Contestants take turns on the same number of cores, those of several frameworks each in a process of its own; ratios
+come first, then medians and quartiles. --json keeps every single time, --plot draws them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tyro
 
 from experiments.bench.compile import CompileBench, run_compile_bench
 from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
+from experiments.bench.feed import FeedBench, run_feed_bench
 from experiments.bench.layers import LayersBench, run_layers_bench
 from experiments.bench.memory import MemoryBench, run_memory_bench
 from experiments.bench.remat import RematBench, run_remat_bench
@@ -30,6 +31,7 @@ BENCHES = {
     "compile": (CompileBench, run_compile_bench),
     "memory": (MemoryBench, run_memory_bench),
     "scaling": (ScalingBench, run_scaling_bench),
+    "feed": (FeedBench, run_feed_bench),
     "conv2d": (Conv2dBench, run_conv2d_bench),
     "remat": (RematBench, run_remat_bench),
 }
@@ -63,8 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def settings_of(bench: BenchSettings) -> dict[str, Any]:
     """Those that shape a measurement, by their flags' names."""
-    values = dataclasses.asdict(bench)
-    return {name: value for name, value in values.items() if name not in ("json", "plot") and value is not None}
+    values = {
+        name: v for name, v in dataclasses.asdict(bench).items() if name not in ("json", "plot") and v is not None
+    }
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def described(bench: BenchSettings) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import re
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from PIL import Image
 
 import jax_resnet.resnet
-from experiments.bench import compile, contestants, conv2d, layers, processes, scaling, step, tables
+from experiments import cars
+from experiments.bench import compile, contestants, conv2d, feed, layers, processes, scaling, step, tables
 from experiments.bench.__main__ import main
 from experiments.bench.processes import Result
 
@@ -224,6 +227,28 @@ def shallow_resnet18(monkeypatch):
     """resnet18 with a block in each stage, for what compiles it several times and does not look at its depth."""
     shallow = functools.partial(jax_resnet.resnet.ResNetConfig, "basic", (1, 1, 1, 1))
     monkeypatch.setattr(jax_resnet.resnet, "resnet18", shallow)
+
+
+@pytest.mark.usefixtures("shallow_resnet18")
+def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
+    """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
+    monkeypatch.setattr(feed, "keep_freed_memory", lambda: None)  # it would slow PyTorch down in tests after this one
+    monkeypatch.setitem(cars.DRAWINGS, "train_count", 196)
+    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
+    assert main(["feed", *arguments]) == 0
+    printed = capsys.readouterr().out
+    (alone,), (in_memory,) = rows(printed, "step alone"), rows(printed, "in memory")
+    assert alone[0] == "1.00"
+    assert len(in_memory) == 4  # ratio, median, quartiles, images/s
+    folder = tmp_path / "cars"
+    for split, name, number in itertools.product(("train", "test"), ("A", "B"), range(6)):
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 20 * number, np.uint8)).save(folder / split / name / f"{number}.png")
+    assert main(["feed", *arguments, "--data", str(folder), "--json", str(tmp_path / "feed.json")]) == 0
+    (table,) = json.loads((tmp_path / "feed.json").read_text())["tables"]
+    assert list(table["rows"]) == ["step alone", "in memory", "--decode lazy", "--decode lazy --workers 2"]
+    assert main(["feed", *arguments[:2], "--batch-size", "400", "--data", str(folder)]) == 2
+    assert "exceeds" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shallow_resnet18")

@@ -1,0 +1,136 @@
+"""Whether pictures come as fast as a training step takes them: `python -m experiments.bench feed --data DIR`.
+
+The step is that of `experiments.cars`, with augmentation and optimizer. "step alone" gets the same batch each time,
+which lies on the device already; the others get theirs as that program does, from the cache in memory or decoded when
+they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import cars
+from experiments.bench.processes import bound
+from experiments.bench.settings import NetworkSettings
+from experiments.bench.tables import Table, times_in_ms
+from experiments.data.dataset import DataError, Dataset
+from experiments.data.stream import Batches, put_ahead
+from experiments.malloc import keep_freed_memory
+from experiments.optimizers import LEARNING_RATES, OptimizerName
+from experiments.settings import PRESETS, Settings
+from experiments.training import count_steps
+
+ALONE = "step alone"
+PAUSE = 0.5  # seconds between turns, in which batches made ahead for the one before are finished
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedBench(NetworkSettings):
+    """Time the training step of experiments.cars on one batch, and fed with pictures in each way that there is.
+
+    Ratios are of images/s to the step alone. Everything runs in this process, JAX alone; without --data on drawn cars,
+    which are in memory.
+    """
+
+    data: Path | None = None
+    """Folder of Stanford Cars in one of the layouts that experiments.cars reads."""
+    opt: OptimizerName = "adabound"
+    """The optimizer."""
+    workers: int = 2
+    """Processes that decode ahead, in the way that has them."""
+    steps: int = 5
+    """Steps a turn, after one to warm up."""
+
+
+def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
+    """Its table."""
+    keep_freed_memory()  # as experiments.cars does
+    with bound(bench.threads), contextlib.ExitStack() as open_batches:
+        settings = settings_of_cars(bench)
+        dataset = cars.load_data(settings)
+        training, _ = cars.prepare(settings, dataset)
+        feeds = {ALONE: itertools.repeat(next(feed(bench, settings, dataset, training.put, open_batches)))}
+        feeds["in memory"] = feed(bench, settings, dataset, training.put, open_batches)
+        if bench.data is not None:
+            lazy = cars.load_data(dataclasses.replace(settings, decode="lazy"))
+            feeds["--decode lazy"] = feed(bench, settings, lazy, training.put, open_batches)
+            with_workers = dataclasses.replace(settings, workers=bench.workers)
+            name = f"--decode lazy --workers {bench.workers}"
+            feeds[name] = feed(bench, with_workers, lazy, training.put, open_batches)
+        state, metrics = training.train_step(training.state, *next(feeds[ALONE]))  # which compiles
+        jax.block_until_ready(metrics)
+        seconds = {name: np.empty((bench.rounds, 1)) for name in feeds}
+        for number in tqdm(range(bench.rounds), desc="rounds", leave=False):
+            for name, batches in feeds.items():
+                time.sleep(PAUSE)
+                state, _ = turn(training.train_step, state, batches, 1)
+                state, taken = turn(training.train_step, state, batches, bench.steps)
+                seconds[name][number] = taken / bench.steps
+    rows = {}
+    for name, times in seconds.items():
+        rows[name] = {"ratio of images/s": float(np.median(seconds[ALONE] / times))}
+        rows[name] |= times_in_ms(times)
+        rows[name]["images/s"] = settings.batch_size / float(np.median(times))
+    title = f"{bench.case._replace(channels=1)}, {bench.opt}, {dataset.title}: a training step of experiments.cars"
+    yield Table(title, rows, ("images/s",), seconds)
+
+
+def settings_of_cars(bench: FeedBench) -> Settings:
+    """What `experiments.cars` would be told.
+
+    Raises:
+      ValueError: for settings that it refuses.
+    """
+    settings = dataclasses.replace(
+        PRESETS["cars96" if bench.data else "demo"],
+        data=bench.data,
+        arch=bench.arch,
+        opt=bench.opt,
+        learning_rate=LEARNING_RATES[bench.opt],
+        batch_size=bench.batch_size,
+        image_size=bench.image_size,
+        precision=bench.precision,
+    )
+    settings.check()
+    return settings
+
+
+def feed(
+    bench: FeedBench, settings: Settings, dataset: Dataset, put: Callable[..., Any], open_batches: contextlib.ExitStack
+) -> Iterator[tuple[Any, Any]]:
+    """The batches on the device, as many as the benchmark takes.
+
+    Raises:
+      DataError: if the pictures are fewer than a batch.
+    """
+    if settings.batch_size > len(dataset.train):
+        raise DataError(f"--batch-size {settings.batch_size} exceeds the {len(dataset.train)} training pictures")
+    needed = bench.rounds * (bench.steps + 1) + 3  # three are made ahead and never taken
+    epochs = -(-needed // count_steps(dataset.train, settings.batch_size))
+    ahead = max(2, 2 * settings.workers)
+    batches = Batches(
+        dataset.train, settings.batch_size, settings.seed, epochs=epochs, workers=settings.workers, prefetch=ahead
+    )
+    return put_ahead(open_batches.enter_context(batches), put)
+
+
+def turn(train_step: Callable[..., Any], state: Any, batches: Iterator[Any], steps: int) -> tuple[Any, float]:
+    """So many steps, whose metrics are read one step late, as in a training; the state after them, and the seconds."""
+    start = time.perf_counter()
+    running = None
+    for images, labels in itertools.islice(batches, steps):
+        ended = running
+        state, running = train_step(state, images, labels)
+        jax.device_get(ended)
+    jax.block_until_ready(running)
+    return state, time.perf_counter() - start
