@@ -187,6 +187,7 @@ def test_memory_of_those_that_can(capsys):
 def test_scaling_goes_on_without_devices(monkeypatch, capsys):
     """As on a machine with one GPU, which cannot be several."""
     monkeypatch.setattr(scaling, "VIRTUAL", "")
+    monkeypatch.setattr(scaling, "DEVICES", (1, 2))
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--task", "inference"]
     assert main(["scaling", *arguments, "--over", "devices", "--contestants", "jax", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
