@@ -1,8 +1,8 @@
 """Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) as products of matrices: the form for CPUs.
 
-XLA:CPU multiplies matrices about as fast as any BLAS, and convolves much slower. A product of unfolded patches (im2col)
-does for every convolution; where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the
-multiplications. `jax_resnet.layers.conv2d` is what checks its arguments and chooses between these and XLA's own.
+XLA:CPU multiplies matrices several times faster than it convolves. A product of unfolded patches (im2col) does for
+every convolution; where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
+`jax_resnet.layers.conv2d` is what checks its arguments and chooses between these and XLA's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 def conv2d(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
     """(N, H', W', K), as `jax_resnet.layers.conv2d` defines it, in the form that is fastest by itself."""
-    if _saves(x, weight, stride, padding):
+    if _winograd_pays(x, weight, stride, padding):
         return _winograd(x, weight)
     return conv2d_unfolded(x, weight, stride=stride, padding=padding)
 
@@ -83,7 +83,7 @@ def taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> lis
 
 
 def _unfold_by_gather(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`unfold` in one gather of whole kernel rows: a third of the time of kh·kw slices, one program instead of ten."""
+    """`unfold` in one gather of whole kernel rows: one pass over memory and one program to compile, not kh·kw."""
     n, h, w, c = x.shape
     out_h, out_w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
     row = stride * np.arange(out_h)[:, None, None] - padding + np.arange(kh)
@@ -131,7 +131,7 @@ def _gather(x: Array, row: np.ndarray, column: np.ndarray, run: int, *, images_a
     return lax.gather(image_rows, jnp.asarray(starts, jnp.int32), dimensions, (n, 1, run * c), mode="promise_in_bounds")
 
 
-def _saves(x: Array, weight: Array, stride: int, padding: int) -> bool:
+def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     """Whether Winograd's form is the faster one: transforms cost time, and in half precision their sums are coarse."""
     n, h, w, _ = x.shape
     saved = 9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2)

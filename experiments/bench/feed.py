@@ -23,7 +23,7 @@ from experiments import cars
 from experiments.bench.processes import bound
 from experiments.bench.settings import NetworkSettings
 from experiments.bench.tables import Table, times_in_ms
-from experiments.data.dataset import DataError, Dataset
+from experiments.data.dataset import Dataset
 from experiments.data.stream import Batches, put_ahead
 from experiments.malloc import keep_freed_memory
 from experiments.optimizers import LEARNING_RATES, OptimizerName
@@ -108,13 +108,7 @@ def settings_of_cars(bench: FeedBench) -> Settings:
 def feed(
     bench: FeedBench, settings: Settings, dataset: Dataset, put: Callable[..., Any], open_batches: contextlib.ExitStack
 ) -> Iterator[tuple[Any, Any]]:
-    """The batches on the device, as many as the benchmark takes.
-
-    Raises:
-      DataError: if the pictures are fewer than a batch.
-    """
-    if settings.batch_size > len(dataset.train):
-        raise DataError(f"--batch-size {settings.batch_size} exceeds the {len(dataset.train)} training pictures")
+    """The batches on the device, as many as the benchmark takes."""
     needed = bench.rounds * (bench.steps + 1) + 3  # three are made ahead and never taken
     epochs = -(-needed // count_steps(dataset.train, settings.batch_size))
     ahead = max(2, 2 * settings.workers)

@@ -102,9 +102,9 @@ def test_winograd_is_among_the_cases():
     chosen = []
     for case in CONVOLUTIONS:
         _, (x, weight, _) = convolution(case, rng)
-        if matmul._saves(x, weight, *case[7:]):
+        if matmul._winograd_pays(x, weight, *case[7:]):
             chosen.append(case[1:3])
-            assert not matmul._saves(x.astype(jnp.bfloat16), weight, *case[7:])
+            assert not matmul._winograd_pays(x.astype(jnp.bfloat16), weight, *case[7:])
     assert chosen == [(9, 11), (8, 14)]  # odd sides, and an even and an odd number of tiles
 
 
