@@ -24,7 +24,14 @@ from experiments import step_sizes
 from experiments.compare import train_and_compare
 from experiments.compilation import use_compilation_cache
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
-from experiments.data.dataset import DataError, Dataset, balanced_subset, channel_statistics
+from experiments.data.dataset import (
+    DataError,
+    Dataset,
+    balanced_subset,
+    channel_statistics,
+    draw_classes,
+    hold_out,
+)
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network, weights_dtype
@@ -52,11 +59,11 @@ CONTESTANTS = {name: {"framework": name, "model": "torch_ref"} for name in TITLE
 
 
 def load_data(settings: Settings) -> Dataset:
-    """Stanford Cars, or drawn cars for the demo; with --limit a part of its training pictures.
+    """Stanford Cars, or drawn cars for the demo; of them --classes, --holdout and --limit take parts, in this order.
 
     Raises:
       DataError: if the folder holds nothing usable.
-      ValueError: for a limit beyond the data.
+      ValueError: for parts that there are not.
     """
     size = parse_image_size(settings.image_size)
     if settings.preset == "demo":
@@ -69,9 +76,13 @@ def load_data(settings: Settings) -> Dataset:
         dataset = load_stanford_cars(
             settings.data, size, settings.grey, skip_bad=settings.skip_bad, decode=settings.decode
         )
-    if settings.limit is None:
-        return dataset
-    return dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
+    if settings.classes is not None:
+        dataset = draw_classes(dataset, settings.classes)
+    if settings.holdout is not None:
+        dataset = hold_out(dataset, settings.holdout)
+    if settings.limit is not None:
+        dataset = dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
+    return dataset
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
@@ -100,8 +111,11 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     Returns:
       the training, and what a weight file must tell about its network and its input.
     """
-    mean, std = channel_statistics(dataset.train.images)
-    shape = dict(num_classes=len(dataset.class_names), in_channels=len(mean))
+    channels = dataset.train.images.shape[-1]
+    mean, std = (
+        channel_statistics(dataset.train.images) if settings.normalize else (np.zeros(channels), np.ones(channels))
+    )
+    shape = dict(num_classes=len(dataset.class_names), in_channels=channels, batch_norm=settings.batch_norm)
     config = getattr(resnet, settings.arch)(**shape, zero_gamma=settings.zero_gamma)
     weights_key, augment_key = jax.random.split(jax.random.key(settings.seed))
     params, batch_stats = initial_weights(settings, config, weights_key)
@@ -136,6 +150,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
         dampening=settings.dampening,
         weight_decay=settings.weight_decay,
         label_smoothing=settings.label_smoothing,
+        loss_scale=settings.loss_scale,
         freeze_backbone=settings.freeze == "backbone",
         **system_options(settings),
     )
@@ -156,15 +171,22 @@ def write_report(
     write_weights(path, training, state, description)
     plot_report(path, title, dataset, results)
     if settings.opt in step_sizes.KNOWN and int(state.step):
-        steps = step_sizes.layer_steps(
-            training.moments(state),
-            base_lr=settings.learning_rate,
-            final_lr=settings.final_lr,
-            gamma=settings.gamma,
-            b1=settings.momentum,
-        )
+        steps = step_sizes.layer_steps(training.moments(state), **bounds_of(settings))
         (path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
         step_sizes.plot_layer_steps(path / STEP_SIZES, steps, title)
+
+
+def bounds_of(settings: Settings) -> dict[str, float]:
+    """What AdaBound's bounds follow from, as `step_sizes` takes it."""
+    return dict(base_lr=settings.learning_rate, final_lr=settings.final_lr, gamma=settings.gamma, b1=settings.momentum)
+
+
+def observe(settings: Settings, training: Training, state: State) -> dict[str, float]:
+    """What an epoch's row of metrics says of the steps that the weights get."""
+    if settings.opt not in step_sizes.KNOWN or not int(state.step):
+        return {}
+    bounded = settings.opt in step_sizes.BOUNDED
+    return step_sizes.summarize_steps(training.moments(state), **bounds_of(settings), bounded=bounded)
 
 
 def run(settings: Settings) -> int | None:
@@ -201,6 +223,7 @@ def train(settings: Settings) -> int | None:
             name=f"{dataset.title}-{network}-{settings.opt}".replace("'", ""),
             description=description,
             write_report=functools.partial(write_report, settings, dataset, title, training, description),
+            observe=functools.partial(observe, settings, training),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from experiments.malloc import keep_freed_memory
 from experiments.plots import plot_comparison
 from experiments.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
 from experiments.settings import RunSettings
+from experiments.stopping import leaving_stops_to_a_child
 from experiments.training_run import exit_code
 
 PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
@@ -181,19 +181,9 @@ def train_and_compare(
 def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -> int:
     """Its own, since what malloc is told for JAX slows PyTorch down, and since memory is then given back."""
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
-    # A terminal's Ctrl-C reaches the child too, which ends with a report: this process waits for it, and hands on what
-    # reaches only itself.
-    handlers = {
-        signal.SIGINT: lambda number, frame: None,
-        signal.SIGTERM: lambda number, frame: process.terminate(),
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
+    with leaving_stops_to_a_child(process.terminate):
         process.start()
         process.join()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return process.exitcode
 
 

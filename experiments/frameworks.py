@@ -62,10 +62,17 @@ class Network(NamedTuple):
 
 
 def resnet_network(
-    arch: str, params: Any, batch_stats: Any, *, num_classes: int, in_channels: int, torchvision: bool = False
+    arch: str,
+    params: Any,
+    batch_stats: Any,
+    *,
+    num_classes: int,
+    in_channels: int,
+    batch_norm: bool = True,
+    torchvision: bool = False,
 ) -> Network:
-    """A ResNet; in PyTorch torch_ref's, or torchvision's."""
-    settings = dict(num_classes=num_classes, in_channels=in_channels)
+    """A ResNet; in PyTorch torch_ref's, or torchvision's, which has BatchNorm."""
+    settings = dict(num_classes=num_classes, in_channels=in_channels, batch_norm=batch_norm)
 
     def make_module() -> torch.nn.Module:
         if not torchvision:
@@ -103,6 +110,7 @@ class Recipe:
     precision: of weights and all that is computed, but bfloat16 is the activations' alone and the weights stay float32;
       float64 needs jax.enable_x64.
     clip_norm: gradients longer than this, taken together, are shortened to it.
+    loss_scale: what gradients are multiplied by before anything else; for JAX.
     accumulate, ema, skip_nonfinite, remat: see `jax_resnet.train.make_train_step`; for JAX, as are:
     devices: how many of JAX's devices share the batch; 1 leaves everything on the first.
     """
@@ -119,6 +127,7 @@ class Recipe:
     dampening: float = 0.0
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    loss_scale: float = 1.0
     freeze_backbone: bool = False
     precision: Precision = "float32"
     clip_norm: float | None = None
@@ -187,6 +196,8 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
     optimizer = make_optimizer(recipe.opt, recipe.schedule, **recipe.hyperparameters)
     if recipe.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), optimizer)
+    if recipe.loss_scale != 1:
+        optimizer = optax.chain(optax.scale(recipe.loss_scale), optimizer)
     params, batch_stats = jax.tree.map(
         lambda array: jnp.asarray(array, weights_dtype(recipe.precision)), (network.params, network.batch_stats)
     )

@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
+TEST_RESULTS, ERROR = "predictions.csv", "error.txt"
 FILES = (
     f"{CONFIG}.new",
     METRICS,
@@ -27,6 +28,8 @@ FILES = (
     AVERAGED_WEIGHTS,
     CURVES,
     PREDICTIONS,
+    TEST_RESULTS,
+    ERROR,
     STEP_SIZES,
     "step_sizes.json",
     "events.out.tfevents.*",
@@ -75,7 +78,7 @@ class RunFolder:
         if not writes:
             return
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(path)
+        self._lock = lock(path / ".lock")
         if rows is None:
             for file in earlier_run(path):
                 _remove(file)
@@ -147,12 +150,14 @@ class RunFolder:
 
 
 def lock(path: Path) -> TextIO:
-    """Takes a folder for this process alone, until the file is closed or the process ends.
+    """Takes a file, which stands for a run, for this process alone, until it is closed or the process ends.
+
+    A child that inherits the open file has it as well, and keeps it when this process ends.
 
     Raises:
       ValueError: another one has it.
     """
-    file = open(path / ".lock", "a")
+    file = open(path, "a")
     with contextlib.suppress(ImportError):  # not on Windows
         import fcntl
 
@@ -160,7 +165,7 @@ def lock(path: Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(f"{path} is in use by another run that has not ended") from None
+            raise ValueError(f"{path.parent} is in use by another run that has not ended") from None
         except OSError:
             pass  # a file system without locks
     return file

@@ -184,12 +184,21 @@ class Settings(RunSettings):
     """The network."""
     zero_gamma: bool = False
     """Start each block as its shortcut: the weight of its last BatchNorm is 0."""
+    batch_norm: bool = True
+    """BatchNorm after each convolution; without it they have biases."""
     image_size: str = "96"
     """A side, or HEIGHTxWIDTH: 96, 64x96."""
     model: Literal["torch_ref", "torchvision"] = "torch_ref"
     """Whose network, with --framework torch."""
     grey: bool = True
     """Grey pictures instead of colour."""
+    normalize: bool = True
+    """Subtract each channel's mean over the training pictures and divide by its deviation."""
+    classes: int | None = None
+    """So many of the classes only, drawn at random but always the same ones."""
+    holdout: float | None = None
+    """Test on this share of each class's training pictures, drawn at random but always the same ones, in place of the
+    test pictures: to choose settings by."""
     augmentation: Literal["shift", "crop", "none"] = "shift"
     """Flips, brightness, contrast and: shifts by up to 10%, or random resized crops. none: no change at all."""
     schedule: ScheduleName = "cosine"
@@ -208,6 +217,8 @@ class Settings(RunSettings):
     """Of kernels only, not of biases and BatchNorm."""
     label_smoothing: float = 0.1
     """The share of each target that is spread over all classes."""
+    loss_scale: float = 1.0
+    """Multiply all gradients by this, as if the loss were: Adam would not mind, AdaBound at its bounds does."""
     init: Path | None = None
     """Weights to start from, .safetensors, .npz or .pth; another number of classes draws a new dense layer."""
     freeze: Literal["none", "backbone"] = "none"
@@ -225,6 +236,16 @@ class Settings(RunSettings):
             raise ValueError(f"--model torchvision needs --framework torch, got {self.framework}")
         if self.freeze == "backbone" and self.init is None:
             raise ValueError("--freeze backbone needs --init FILE: drawn weights know nothing of pictures")
+        if self.model == "torchvision" and not self.batch_norm:
+            raise ValueError("--model torchvision has BatchNorm: --no-batch-norm is for --model torch_ref")
+        if self.zero_gamma and not self.batch_norm:
+            raise ValueError("--zero-gamma is of BatchNorm: pass --no-zero-gamma with --no-batch-norm")
+        if self.loss_scale != 1 and self.framework != "jax":
+            raise ValueError(f"--loss-scale is for --framework jax, not for {self.framework}")
+        if self.classes is not None and self.classes < 2:
+            raise ValueError(f"--classes must be at least 2, got {self.classes}")
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ValueError(f"--holdout must be between 0 and 1, such as 0.1, got {self.holdout}")
         if self.dampening and self.opt != "sgd":
             raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
         if self.momentum == 1:
@@ -237,7 +258,7 @@ class Settings(RunSettings):
                 raise ValueError(
                     f"--{name.replace('_', '-')} must not be negative or infinite, got {getattr(self, name)}"
                 )
-        require_positive(self, "final_lr", "gamma")
+        require_positive(self, "final_lr", "gamma", "loss_scale")
 
 
 PRESETS = {

@@ -16,7 +16,9 @@ from matplotlib import pyplot as plt
 
 from jax_resnet.adabound import AdaBoundState, step_sizes
 
-KNOWN = ("adabound", "amsbound", "adaboundw", "adam", "adamw")
+BOUNDED = ("adabound", "amsbound", "adaboundw")
+KNOWN = (*BOUNDED, "adam", "adamw")
+MOST_SAMPLED = 4096
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
@@ -47,6 +49,40 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamm
         "upper": float(sizes.upper) * base_lr,
         "layers": sorted(layers, key=lambda layer: [int(p) if p.isdigit() else p for p in _parts(layer["name"])]),
     }
+
+
+def summarize_steps(
+    moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float, bounded: bool
+) -> dict[str, float]:
+    """The steps of the latest update in some numbers, for the row of an epoch.
+
+    Args:
+      moments, base_lr, final_lr, gamma, b1: as for `layer_steps`.
+      bounded: whether the optimizer clips its steps.
+
+    Returns:
+      "step_lower" and "step_upper" (the bounds), "at_lower" and "at_upper" (the shares of all weights whose step
+      before clipping is at or beyond them), and "step/NAME" for each kernel: the median over up to MOST_SAMPLED of its
+      entries, evenly spread, clipped if bounded. Steps and bounds include base_lr, wherever the schedule is; of an
+      optimizer without bounds they are those that AdaBound would have.
+    """
+    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
+    entries = sum(step.size for step in steps.values())
+    lower, upper = float(sizes.lower), float(sizes.upper)
+    summary = {
+        "step_lower": lower * base_lr,
+        "step_upper": upper * base_lr,
+        "at_lower": sum(float(at_lower[name]) * step.size for name, step in steps.items()) / entries,
+        "at_upper": sum(float(at_upper[name]) * step.size for name, step in steps.items()) / entries,
+    }
+    for name, step in steps.items():
+        if step.ndim > 1:
+            median = float(np.median(np.asarray(step).reshape(-1)[:: -(-step.size // MOST_SAMPLED)]))
+            summary[f"step/{name.removesuffix('.weight')}"] = base_lr * (
+                np.clip(median, lower, upper) if bounded else median
+            )
+    return {name: float(f"{value:.5g}") for name, value in summary.items()}
 
 
 def _parts(name: str) -> list[str]:

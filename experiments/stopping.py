@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, SIGTERM, and the notice that a cluster gives all processes of a training."""
+"""Being told to stop: Ctrl-C, SIGTERM, the notice that a cluster gives all processes of a training, and a child's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,3 +69,30 @@ class StopRequest(contextlib.AbstractContextManager):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+@contextlib.contextmanager
+def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
+    """Lets a child process end by itself, with a report, when this process is told to stop, and waits for it.
+
+    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on.
+
+    Args:
+      terminate: sends SIGTERM to the child; called only once it has been started.
+
+    Yields:
+      the signals that have come.
+    """
+    came: list[int] = []
+
+    def take(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:
+            terminate()
+
+    previous = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

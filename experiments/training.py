@@ -140,6 +140,7 @@ def fit(
     saver: Saver,
     plan: Plan,
     report: Callable[[State, Results | None], None],
+    observe: Callable[[State], dict[str, float]] = lambda state: {},
     *,
     progress: Progress | None = None,
     profile: Profile | None = None,
@@ -156,6 +157,7 @@ def fit(
       plan: how long, on which batches.
       report: called with the state and the last test results (None before the first) after an epoch if the last call
         is plan.report_seconds ago, and in any case at the end, also when told to stop.
+      observe: called with the state at the end of each epoch; what it returns goes into the epoch's row.
       progress: where it begins; None for the beginning.
       profile: records some steps.
 
@@ -166,15 +168,15 @@ def fit(
       DivergedError: when a loss or gradients are not finite, and not to be skipped; a checkpoint from before is there.
       DataError: a picture can no longer be read.
     """
-    return _Fit(state, steps, dataset, folder, saver, plan, report, progress or Progress(), profile).run()
+    return _Fit(state, steps, dataset, folder, saver, plan, report, observe, progress or Progress(), profile).run()
 
 
 class _Fit:
     """A call of `fit`: what changes while it runs."""
 
-    def __init__(self, state, steps, dataset, folder, saver, plan, report, progress, profile):
+    def __init__(self, state, steps, dataset, folder, saver, plan, report, observe, progress, profile):
         self.state, self.steps, self.dataset, self.folder, self.saver = state, steps, dataset, folder, saver
-        self.plan, self.report, self.progress, self.profile = plan, report, progress, profile
+        self.plan, self.report, self.observe, self.progress, self.profile = plan, report, observe, progress, profile
         self.steps_per_epoch = count_steps(dataset.train, plan.batch_size)
         self.results: Results | None = None
         self.reported = time.perf_counter()
@@ -308,6 +310,7 @@ class _Fit:
             averaged = summarize(self.test(*averages), labels)
             row |= {f"ema_{name}": value for name, value in averaged.items()}
             score = row["ema_test_top1"]
+        row |= self.observe(self.state)
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.folder.log(row)
         if jax.process_index() == 0:

@@ -21,6 +21,7 @@ import numpy as np
 from experiments.data.check import format_findings
 from experiments.data.dataset import Dataset
 from experiments.frameworks import Training
+from experiments.metrics import write_test_results
 from experiments.plots import plot_curves, plot_predictions
 from experiments.preflight import check_data, disk_findings, measure_memory, memory_findings
 from experiments.processes import choose_devices, is_first, warn
@@ -30,10 +31,12 @@ from experiments.run_folder import (
     CHECKPOINTS,
     CONFIG,
     CURVES,
+    ERROR,
     METRICS,
     PREDICTIONS,
     PROFILE,
     STEP_SIZES,
+    TEST_RESULTS,
     WEIGHTS,
     RunFolder,
     environment,
@@ -45,7 +48,18 @@ from experiments.training import DivergedError, Plan, Results, State, count_step
 from jax_resnet.checkpoint import Checkpoints, Restored
 from jax_resnet.weights import write_arrays
 
-REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, STEP_SIZES, WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
+REPORTED = (
+    CONFIG,
+    METRICS,
+    CURVES,
+    PREDICTIONS,
+    TEST_RESULTS,
+    STEP_SIZES,
+    WEIGHTS,
+    AVERAGED_WEIGHTS,
+    CHECKPOINTS,
+    PROFILE,
+)
 NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 # Exit codes. Where a signal ended a run it is 128 and the signal's number, as in a shell.
 FAILED, BAD_INPUT = 1, 2
@@ -144,6 +158,7 @@ def train_and_report(
     name: str,
     description: dict[str, Any],
     write_report: Callable[[Path, State, Results | None], None],
+    observe: Callable[[State], dict[str, float]] = lambda state: {},
 ) -> int | None:
     """Trains in a run folder, a new one or with --resume an earlier one, and says what was reached.
 
@@ -155,6 +170,7 @@ def train_and_report(
       name: of the folder in runs/, a time is added; unless --out says where it is.
       description: see `describe_input`.
       write_report: writes weights and pictures into the folder, given its path, the state and the last test results.
+      observe: the state at the end of an epoch -> what else goes into that epoch's row of metrics.
 
     Returns:
       the signal that ended it, None if all epochs were run, or with --dry-run none.
@@ -191,6 +207,7 @@ def train_and_report(
         state, step = training.place(restored.state), restored.step
         progress = Progress(**{name: restored.facts[name] for name in Progress._fields})
         folder = RunFolder(out, rows=progress.rows, writes=is_first())
+        (out / ERROR).unlink(missing_ok=True)
         for leaf in jax.tree.leaves(training.state):
             leaf.delete()  # or it would take its memory until the end
         del restored
@@ -220,7 +237,13 @@ def train_and_report(
 
     profile = Profile(out / PROFILE, settings.profile) if settings.profile and is_first() else None
     try:
-        ended_by = fit(state, training, dataset, folder, saver, plan, report, progress=progress, profile=profile)
+        ended_by = fit(
+            state, training, dataset, folder, saver, plan, report, observe, progress=progress, profile=profile
+        )
+    except DivergedError as error:
+        if is_first():
+            (out / ERROR).write_text(f"{error}\n", encoding="utf-8")
+        raise
     finally:
         folder.close()
         saver.close()
@@ -345,11 +368,12 @@ def write_weights(path: Path, training: Training, state: State, description: dic
 
 
 def plot_report(path: Path, title: str, dataset: Dataset, results: Results | None) -> None:
-    """Draws the curves of a run folder, and some test pictures with their predictions once there are test results."""
+    """Draws the curves of a run folder; once there are test results, writes them and draws some with their pictures."""
     plot_curves(path / CURVES, read_metrics(path), title)
     if results is None:
         return
     test = dataset.test
+    write_test_results(path / TEST_RESULTS, results, test)
     chosen = np.random.default_rng(0).permutation(len(test))[:PICTURES_SHOWN]
     plot_predictions(
         path / PREDICTIONS,

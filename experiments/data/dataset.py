@@ -33,6 +33,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, indices: np.ndarray) -> Split:
+        """These examples: in memory, or pictures still to be decoded if these are."""
+        images = self.images[indices] if isinstance(self.images, np.ndarray) else self.images.take(indices)
+        names = None if self.names is None else tuple(self.names[index] for index in indices)
+        return Split(images, self.labels[indices], names)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -89,10 +95,62 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
         generator.choice(np.flatnonzero(labels == label), share, replace=False)
         for label, share in zip(classes, shares, strict=True)
     ]
-    indices = np.sort(np.concatenate(chosen))
-    images = split.images[indices] if isinstance(split.images, np.ndarray) else split.images.take(indices)
-    names = None if split.names is None else tuple(split.names[index] for index in indices)
-    return Split(images, labels[indices], names)
+    return split.take(np.sort(np.concatenate(chosen)))
+
+
+def draw_classes(dataset: Dataset, count: int) -> Dataset:
+    """A data set of some of the classes, drawn at random but always the same ones, in their order.
+
+    Raises:
+      ValueError: count is not from 1 to the number of classes.
+    """
+    there = len(dataset.class_names)
+    if not 1 <= count <= there:
+        raise ValueError(f"cannot draw {count:,} of {there:,} classes")
+    chosen = np.sort(np.random.default_rng(0).choice(there, count, replace=False))
+    number = np.full(there, -1, np.int32)
+    number[chosen] = np.arange(count, dtype=np.int32)
+
+    def part(split: Split) -> Split:
+        taken = split.take(np.flatnonzero(number[split.labels] >= 0))
+        return dataclasses.replace(taken, labels=number[taken.labels])
+
+    return dataclasses.replace(
+        dataset,
+        title=f"{count} classes of {dataset.title}",
+        class_names=tuple(dataset.class_names[label] for label in chosen),
+        train=part(dataset.train),
+        test=part(dataset.test),
+    )
+
+
+def hold_out(dataset: Dataset, share: float) -> Dataset:
+    """A data set whose test pictures are a part of its training pictures, the others being left to train on.
+
+    Args:
+      dataset: its own test pictures are not in the result.
+      share: of each class's pictures, rounded, but at least one; drawn at random but always the same ones.
+
+    Raises:
+      ValueError: a class has too few pictures to be in both parts.
+    """
+    generator = np.random.default_rng(0)
+    labels = np.asarray(dataset.train.labels)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        count = max(1, round(share * len(of_class)))
+        if count >= len(of_class):
+            raise ValueError(
+                f"cannot hold out {share:.0%} of {dataset.class_names[label]}: it has {len(of_class)} training pictures"
+            )
+        held[generator.choice(of_class, count, replace=False)] = True
+    return dataclasses.replace(
+        dataset,
+        title=f"{dataset.title}, {held.sum():,} of the training pictures held out",
+        train=dataset.train.take(np.flatnonzero(~held)),
+        test=dataset.train.take(np.flatnonzero(held)),
+    )
 
 
 def channel_statistics(images: np.ndarray | LazyPictures) -> tuple[np.ndarray, np.ndarray]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.page import figure_bytes, html_figure, html_table, write_html
 from experiments.parity.compare import BOUND_FLOAT64, GROWTH_BOUND, OWN_ERROR, Growth, Profile
 from experiments.parity.comparison import Row, columns
 from experiments.parity.report import Report
@@ -27,20 +26,6 @@ STYLES = {
     "torch_ref": dict(color="tab:orange", marker="s", ms=5, markerfacecolor="none"),
     "torchvision": dict(color="tab:green", marker="x", ms=3),
 }
-
-STYLESHEET = """
-body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem;
-       margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
-th, td { padding: .15rem .7rem .15rem 0; text-align: right; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-tr + tr { border-top: 1px solid #e4e4e4; }
-.ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
-figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; height: auto; }
-figcaption { font-size: .85rem; color: #555; }
-"""
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -63,34 +48,15 @@ def write_page(path: Path, report: Report) -> None:
         )
         parts.append(_figure(plot_growths(report.growths), caption))
     parts += [f"<h2>{html.escape(name)}</h2>{_table(rows)}" for name, rows in report.tables.items() if rows]
-    path.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLESHEET}</style></head><body>{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
-    )
+    write_html(path, report.title, parts)
 
 
 def _table(rows: Sequence[Row]) -> str:
-    texts = [{"": row.name} | columns(row) for row in rows]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in texts[0])
-    lines = [f"<tr>{head}</tr>"]
-    for row, text in zip(rows, texts, strict=True):
-        cells = [
-            f'<td class="{row.verdict}">{value}</td>' if name == "verdict" else f"<td>{html.escape(value)}</td>"
-            for name, value in text.items()
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return html_table([{"": row.name} | columns(row) for row in rows], {"ok": "ok", "BROKEN": "BROKEN"})
 
 
 def _figure(figure: Figure, caption: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    plt.close(figure)
-    data = base64.b64encode(file.getvalue()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    return html_figure(figure_bytes(figure, "svg"), caption)
 
 
 def plot_profiles(profiles: Sequence[Profile]) -> Figure:

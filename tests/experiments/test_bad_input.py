@@ -20,6 +20,8 @@ from PIL import Image
 
 import experiments.bench.__main__
 import experiments.parity.__main__
+import experiments.report.__main__
+import experiments.study.__main__
 from experiments import cars, classify, compare, convert, describe, mnist
 from experiments.settings import DATA_VARIABLE
 from jax_resnet import weights
@@ -34,6 +36,8 @@ MAIN = {
     "compare": compare.main,
     "parity": experiments.parity.__main__.main,
     "bench": experiments.bench.__main__.main,
+    "study": experiments.study.__main__.main,
+    "report": experiments.report.__main__.main,
 }
 TIMEOUT = 120  # seconds, of a process that takes 5 where nothing else runs
 NOBODY = 65534

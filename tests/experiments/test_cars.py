@@ -13,8 +13,9 @@ import pytest
 from logistic_regression import pixel_accuracy
 from PIL import Image
 
-from experiments import cars, compare
+from experiments import cars, classify, compare
 from experiments.data.drawn_cars import drawn_cars
+from experiments.metrics import read_test_results
 from experiments.plots import plot_predictions
 from experiments.run_folder import read_metrics
 from experiments.settings import DATA_VARIABLE, PRESETS, parse_image_size, parse_settings
@@ -64,7 +65,7 @@ def test_demo_leaves_its_files(demo):
     (folder, _), (printed, _) = demo
     names = {file.name for file in folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "curves.png", "predictions.png", "weights.safetensors"}
-    assert expected | {"step_sizes.png", "step_sizes.json"} <= names
+    assert expected | {"step_sizes.png", "step_sizes.json", "predictions.csv"} <= names
     assert [name for name in names if name.startswith("events.out.tfevents")]
     for name in ("curves.png", "predictions.png", "step_sizes.png"):
         assert np.asarray(Image.open(folder / name).convert("L")).std() > 5, f"{name} is blank"
@@ -83,12 +84,23 @@ def test_demo_says_drawn_cars_everywhere(demo):
     assert weights.read_metadata(folder / "weights.safetensors")["data"] == '"drawn cars"'
 
 
+def test_every_test_picture_has_its_prediction(demo):
+    results = read_test_results(demo[0][0] / "predictions.csv")
+    last = read_metrics(demo[0][0])[-1]
+    assert len(results["label"]) == 600
+    assert (results["label"] == results["prediction"]).mean() == pytest.approx(last["test_top1"])
+    assert results["top5"].mean() == pytest.approx(last["test_top5"])
+    assert results["loss"].mean() == pytest.approx(last["test_loss"], abs=1e-4)
+
+
 def test_metrics_are_flat_fractions(demo):
     rows = read_metrics(demo[0][0])
     assert [row["step"] for row in rows] == [2, 4, 5, 7, 9, 10]
     for row in rows:
         ends = row["step"] in (5, 10)
-        assert set(row) == METRICS | (TEST_METRICS if ends else set())
+        steps = {name for name in row if name.startswith(("step_", "step/", "at_"))}
+        assert set(row) - steps == METRICS | (TEST_METRICS if ends else set())
+        assert len(steps) == (4 + 21 if ends else 0)  # the bounds, the shares at them, the kernels
         assert all(isinstance(value, int | float) for value in row.values())
         assert all(0 <= row[name] <= 1 for name in row if "top" in name or "f1" in name)
 
@@ -168,6 +180,33 @@ def test_presets_and_what_overrides_them(monkeypatch):
     assert PRESETS["cars224"].grey is False
 
 
+def test_parts_of_the_data_and_of_the_network(tmp_path):
+    """Three classes, some of their training pictures in place of the test pictures, not normalized, no BatchNorm."""
+    parts = ["--classes", "3", "--holdout", "0.1", "--no-normalize", "--no-batch-norm", "--no-zero-gamma"]
+    assert cars.main([*TINY, *parts, "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert len(config["input"]["class_names"]) == 3
+    assert config["data"]["title"].startswith("3 classes of drawn cars, ")
+    assert (config["input"]["mean"], config["input"]["std"]) == ([0], [1])
+    assert len(read_test_results(tmp_path / "run" / "predictions.csv")["label"]) < 100  # of 600 drawings to test
+    arrays = weights.read_arrays(tmp_path / "run" / "weights.safetensors")
+    assert not any("bn" in name for name in arrays)
+    assert "conv1.bias" in arrays
+    picture = tmp_path / "picture.png"
+    Image.new("L", (40, 40), 99).save(picture)
+    assert classify.main([str(picture), "--weights", str(tmp_path / "run")]) == 0
+
+
+def test_a_scaled_loss_is_a_scaled_rate_for_sgd(tmp_path):
+    """A power of two, without momentum's help: bit for bit."""
+    sgd = [*TINY, "--opt", "sgd", "--epochs", "1"]
+    assert cars.main([*sgd, "--loss-scale", "4", "--learning-rate", "0.01", "--out", str(tmp_path / "scaled")]) == 0
+    assert cars.main([*sgd, "--learning-rate", "0.04", "--out", str(tmp_path / "plain")]) == 0
+    scaled, plain = (weights.read_arrays(tmp_path / name / "weights.safetensors") for name in ("scaled", "plain"))
+    for name in plain:
+        np.testing.assert_array_equal(scaled[name], plain[name])
+
+
 def test_image_sizes():
     assert parse_image_size("96") == (96, 96)
     assert parse_image_size("64x96") == (64, 96)
@@ -192,6 +231,17 @@ MISTAKES = {
     "huge": (["--image-size", "999999"], "each 32 to 4096"),
     "torchvision in JAX": (["--model", "torchvision"], "--model torchvision needs --framework torch, got jax"),
     "freeze": (["--freeze", "backbone"], "--freeze backbone needs --init FILE"),
+    "gamma without BatchNorm": (["--no-batch-norm"], "--zero-gamma is of BatchNorm"),
+    "torchvision's without BatchNorm": (
+        ["--framework", "torch", "--model", "torchvision", "--no-batch-norm"],
+        "--model torchvision has BatchNorm",
+    ),
+    "loss scale in torch": (["--framework", "torch", "--loss-scale", "2"], "--loss-scale is for --framework jax"),
+    "loss scale": (["--loss-scale", "0"], "--loss-scale must be positive"),
+    "one class": (["--classes", "1"], "--classes must be at least 2"),
+    "many classes": ([*TINY, "--classes", "99"], "cannot draw 99 of 6 classes"),
+    "holdout": (["--holdout", "1"], "--holdout must be between 0 and 1"),
+    "large holdout": ([*TINY, "--holdout", "0.999"], "cannot hold out 100% of"),
     "amsgrad in NumPy": ([*TINY, "--framework", "numpy", "--opt", "amsgrad"], "--opt amsgrad is in JAX alone"),
     "dampening in torch": (
         [*TINY, "--framework", "torch", "--opt", "sgd", "--dampening", "0.9"],
@@ -315,6 +365,7 @@ def test_a_diverging_run_ends_with_exit_code_1(tmp_path, capsys):
     arguments = [*TINY, "--opt", "sgd", "--learning-rate", "1e30", "--epochs", "2", "--out", str(tmp_path / "run")]
     assert cars.main(arguments) == 1
     assert "the loss is" in capsys.readouterr().err
+    assert "the loss is" in (tmp_path / "run" / "error.txt").read_text()
 
 
 def test_main_path_needs_no_torch(tmp_path):

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments.step_sizes import layer_steps, plot_layer_steps
+from experiments.step_sizes import layer_steps, plot_layer_steps, summarize_steps
 from jax_resnet.adabound import AdaBoundState, adabound
 
 SETTINGS = dict(base_lr=1e-3, final_lr=0.1, gamma=1e-3, b1=0.9)
@@ -38,3 +38,17 @@ def test_first_update_by_hand(optimizer, name, tmp_path):
     assert [layer["at_lower"] for layer in steps["layers"]] == [0, 0, 1, 0]
     plot_layer_steps(tmp_path / "steps.png", steps, "by hand")
     assert (tmp_path / "steps.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_the_summary_of_an_epoch_by_hand(bounded):
+    """As above: of 27 weights 6 are at each bound; medians are clipped only for an optimizer that clips."""
+    state = optax.tree.get(after_one_update(adabound(1e-3)), "AdaBoundState")
+    summary = summarize_steps(state, **SETTINGS, bounded=bounded)
+    assert summary["at_upper"] == pytest.approx(6 / 27, rel=1e-4)
+    assert summary["at_lower"] == pytest.approx(6 / 27, rel=1e-4)
+    assert (summary["step_lower"], summary["step_upper"]) == (pytest.approx(0.1 * 0.001 / 1.001), pytest.approx(100.1))
+    assert summary["step/layer1.2.conv1"] == pytest.approx(0.02, rel=1e-3)
+    assert summary["step/conv1"] == pytest.approx(100.1 if bounded else 1000, rel=0.04)
+    assert summary["step/layer1.10.conv1"] == pytest.approx(1e-4 if bounded else 1e-5, rel=2e-3)
+    assert not any("bias" in name for name in summary)

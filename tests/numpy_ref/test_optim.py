@@ -209,7 +209,9 @@ def randomized(tree, rng):
     return jax.tree.map(moved, tree)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(
+    "name", [name if name in ("sgd", "adabound") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
+)
 def test_training_steps_of_a_resnet_are_those_of_jax(name, x64):
     """float64, ResNet-18 on 8 grey images of 33x33 (in the last stage 32 values per channel), 20 steps, each from the
     state that JAX has then. By the largest entry of each array:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.data.dataset import Split, balanced_subset, channel_statistics
+from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics, draw_classes, hold_out
 
 
 def split_of(counts):
@@ -57,6 +57,47 @@ def test_every_example_and_every_remainder_can_be_drawn():
 def test_more_than_there_are_is_refused(count):
     with pytest.raises(ValueError, match=f"cannot draw {count} examples of 6: ask for 1 to 6"):
         balanced_subset(split_of([3, 3]), count, seed=0)
+
+
+def dataset_of(counts):
+    train = split_of(counts)
+    names = tuple(f"picture {i}" for i in range(len(train)))
+    train = Split(train.images, train.labels, names)
+    return Dataset("pictures", tuple(f"class {i}" for i in range(len(counts))), train, split_of(counts), {})
+
+
+def test_drawn_classes_are_always_the_same():
+    """Their pictures, all of them, under new numbers that go with the new names."""
+    whole = dataset_of([5, 6, 7, 8, 9, 10])
+    few = draw_classes(whole, 3)
+    assert few.class_names == draw_classes(whole, 3).class_names
+    assert few.title == "3 classes of pictures"
+    for split, original in ((few.train, whole.train), (few.test, whole.test)):
+        assert split.labels.dtype == np.int32
+        numbers = split.images.ravel()
+        old = [whole.class_names[label] for label in original.labels[numbers]]
+        assert [few.class_names[label] for label in split.labels] == old
+        assert len(split) == sum(whole.class_names[label] in few.class_names for label in original.labels)
+    assert few.train.names == tuple(f"picture {i}" for i in few.train.images.ravel())
+    assert draw_classes(whole, 6).class_names == whole.class_names
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"cannot draw {count} of 6 classes"):
+            draw_classes(whole, count)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    """A tenth of each class, rounded, but at least one; the test pictures are in neither part."""
+    whole = dataset_of([2, 10, 26])
+    held = hold_out(whole, 0.1)
+    assert np.bincount(held.test.labels).tolist() == [1, 1, 3]
+    trained, tested = (set(split.images.ravel().tolist()) for split in (held.train, held.test))
+    assert trained | tested == set(range(38))
+    assert not trained & tested
+    np.testing.assert_array_equal(whole.train.labels[held.test.images.ravel()], held.test.labels)
+    np.testing.assert_array_equal(hold_out(whole, 0.1).test.images, held.test.images)
+    assert held.title == "pictures, 5 of the training pictures held out"
+    with pytest.raises(ValueError, match="cannot hold out 90% of class 0: it has 2 training pictures"):
+        hold_out(whole, 0.9)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 4, 3), (300, 70, 71, 3)])

@@ -1,0 +1,105 @@
+"""The statistics of a comparison over seeds: intervals, paired differences, and how soon a target was reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+TIE = 0.003  # a smaller difference of accuracies is of no use to anybody, however certain it is
+RESAMPLES = 10_000
+
+Verdict = Literal["better", "worse", "tie", "unknown"]
+
+
+class Interval(NamedTuple):
+    """A mean and its 95% interval; nan for the ends where a single value gives none."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values with Student's interval.
+
+    >>> [round(x, 3) for x in mean_interval([0.50, 0.52, 0.54])]
+    [0.52, 0.47, 0.57, 3]
+    """
+    values = np.asarray(values, float)
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    if len(values) == 1:
+        return Interval(float(values[0]), math.nan, math.nan, 1)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
+    """The mean of ours - theirs with Student's interval, over the seeds (the keys) that both have."""
+    return mean_interval([ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs])
+
+
+def verdict(difference: Interval) -> Verdict:
+    """What a paired difference of accuracies says of ours.
+
+    A tie where the interval holds 0 or the mean is below TIE; unknown where there is no interval.
+
+    >>> verdict(Interval(0.02, 0.01, 0.03, 5)), verdict(Interval(0.02, -0.01, 0.05, 5))
+    ('better', 'tie')
+    >>> verdict(Interval(0.002, 0.001, 0.003, 5)), verdict(Interval(-0.02, math.nan, math.nan, 1))
+    ('tie', 'unknown')
+    """
+    if math.isnan(difference.low):
+        return "unknown"
+    if difference.low <= 0 <= difference.high or abs(difference.mean) < TIE:
+        return "tie"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> Interval:
+    """The difference of accuracies for other seeds and other test pictures of the same kind.
+
+    Student's interval over seeds holds for these very test pictures. Here seeds and pictures are both drawn anew, with
+    replacement and for both contestants alike, and the interval is that of the middle 95% of the draws.
+
+    Args:
+      ours, theirs: (S, N) booleans, whether the run of seed s names picture n rightly.
+      seed: of the draws.
+    """
+    difference = ours.astype(float) - theirs.astype(float)
+    seeds, pictures = difference.shape
+    generator = np.random.default_rng(seed)
+    # How often each is drawn says the same as which are drawn, and makes a product of it.
+    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    of_pictures = drawn_seeds @ difference / seeds
+    means = np.empty(RESAMPLES)
+    for i, row in enumerate(of_pictures):
+        means[i] = generator.multinomial(pictures, np.full(pictures, 1 / pictures)) @ row / pictures
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(difference.mean()), float(low), float(high), seeds)
+
+
+def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
+    """Epochs and seconds until test top-1 first was `target` or more, infinite if it never was.
+
+    >>> rows = [{"epoch": 1.0, "seconds": 9.0, "test_top1": 0.2}, {"epoch": 2.0, "seconds": 18.0, "test_top1": 0.3}]
+    >>> reached(rows, 0.25), reached(rows, 0.5)
+    ((2.0, 18.0), (inf, inf))
+    """
+    for row in rows:
+        if row["test_top1"] >= target:
+            return row["epoch"], row["seconds"]
+    return math.inf, math.inf
+
+
+def confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """How often pictures of class i were taken for class j, (classes, classes), of any number of runs together."""
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts

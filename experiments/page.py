@@ -1,0 +1,72 @@
+"""One page that needs nothing else: tables, and pictures inside it as data."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+STYLESHEET = """
+body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem;
+       margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
+th, td { padding: .15rem .7rem .15rem 0; text-align: right; }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+tr + tr { border-top: 1px solid #e4e4e4; }
+.ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
+.answer { font-size: 1.1rem; background: #f2f5fa; padding: .8rem 1rem; border-left: 4px solid #3465a4; }
+pre, code { font-size: .82rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; height: auto; }
+figcaption { font-size: .85rem; color: #555; }
+"""
+
+
+def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
+    """Writes a page of HTML; title is plain text, parts are HTML."""
+    path.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLESHEET}</style></head><body>{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def html_table(rows: Sequence[Mapping[str, str]], classes: Mapping[str, str] | None = None) -> str:
+    """A table of plain text; the columns are the first row's.
+
+    Args:
+      rows: {column: text}.
+      classes: {text: the CSS class of a cell with that text}.
+    """
+    columns = list(rows[0])
+    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in columns) + "</tr>"]
+    for row in rows:
+        cells = []
+        for name in columns:
+            text = row.get(name, "")
+            style = f' class="{classes[text]}"' if classes and text in classes else ""
+            cells.append(f"<td{style}>{html.escape(text)}</td>")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def figure_bytes(figure: Figure, format: Literal["svg", "png"]) -> bytes:
+    """The picture's file; the figure is closed."""
+    file = io.BytesIO()
+    figure.savefig(file, format=format, dpi=110)
+    plt.close(figure)
+    return file.getvalue()
+
+
+def html_figure(picture: bytes, caption: str, kind: Literal["svg+xml", "png"] = "svg+xml") -> str:
+    """A picture inside the page."""
+    text, data = html.escape(caption), base64.b64encode(picture).decode()
+    return f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>'

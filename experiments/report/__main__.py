@@ -1,0 +1,64 @@
+"""Writes what all studies have shown as one page: `python -m experiments.report results/ --out DIR`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments.report.blocks import Block, Heading, Text, write_report
+from experiments.report.sections import answer, speed_section, study_section
+from experiments.report.study_results import find_studies, read_study
+from experiments.training_run import exit_code
+
+TITLE = "Is AdaBound better than Adam?"
+NOTES, SPEED = "notes.md", "bench"  # in the folder of all studies
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    """Write index.html, with all pictures inside, and report.md, with them beside it, from published files alone."""
+
+    results: tyro.conf.Positional[Path]
+    """The folder of one study, or of several."""
+    out: Path = Path("report")
+    """The folder to write; files of an earlier report in it are replaced."""
+    data: Path | None = None
+    """Folder of Stanford Cars: shows pictures of classes that are taken for one another."""
+
+
+def run(settings: ReportSettings) -> None:
+    """Writes the report.
+
+    Raises:
+      ValueError, OSError: for bad input, with a message for the person who gave it.
+    """
+    if settings.out.exists() and not settings.out.is_dir():
+        raise ValueError(f"--out {settings.out} is a file")
+    if settings.data is not None and not settings.data.is_dir():
+        raise ValueError(f"--data {settings.data} is no folder")
+    studies = [read_study(folder) for folder in find_studies(settings.results)]
+    blocks: list[Block] = [Text(text, answer=True) for study in studies if study.compared and (text := answer(study))]
+    for study in studies:
+        blocks += study_section(study, settings.data)
+    blocks += speed_section(settings.results / SPEED)
+    notes = settings.results / NOTES
+    if notes.exists():
+        blocks.append(Heading("What was not run, and why"))
+        blocks += [
+            Text(" ".join(part.split())) for part in notes.read_text(encoding="utf-8").split("\n\n") if part.strip()
+        ]
+    write_report(settings.out, TITLE, blocks)
+    print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    settings = tyro.cli(ReportSettings, args=arguments, prog="python -m experiments.report")
+    return exit_code(lambda: run(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""What the report says of a study, and of the benchmarks: words, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from experiments.analysis import Interval, confusions, reached, verdict
+from experiments.bench.tables import as_text
+from experiments.cars import load_data
+from experiments.data.dataset import Dataset
+from experiments.page import figure_bytes
+from experiments.report import figures
+from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
+from experiments.report.study_results import Contestant, StudyResults, Trial
+from experiments.run_folder import TEST_RESULTS
+from experiments.settings import Settings
+
+CONFUSED_SHOWN = 8
+MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
+
+
+def percent(interval: Interval) -> str:
+    """
+    >>> percent(Interval(0.5, 0.48, 0.52, 5)), percent(Interval(0.5, math.nan, math.nan, 1))
+    ('50.0% (48.0 to 52.0)', '50.0%')
+    """
+    if not interval.count:
+        return "-"
+    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{interval.mean:.1%}{ends}"
+
+
+def points(interval: Interval) -> str:
+    """
+    >>> points(Interval(-0.02, -0.03, -0.01, 5))
+    '-2.0 points (-3.0 to -1.0)'
+    """
+    if not interval.count:
+        return "-"
+    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+    return f"{100 * interval.mean:+.1f} points{ends}"
+
+
+def answer(results: StudyResults) -> str:
+    """The answer to the study's question in two sentences, by its numbers alone; "" where it compares no two."""
+    if not results.compared:
+        return ""
+    ours, theirs = map(results.find, results.compared)
+    if not ours.finals or not theirs.finals:
+        return f"On {results.title}, the question is still open: not both {ours.name} and {theirs.name} were trained."
+    difference, wider = results.against(ours, theirs)
+    said = {
+        "better": f"{ours.name} is better",
+        "worse": f"{theirs.name} is better",
+        "tie": "this is a tie",
+        "unknown": "with one run each nothing can be said about which is better",
+    }[verdict(difference)]
+    reach = f", or {100 * wider.low:+.1f} to {100 * wider.high:+.1f} for other test pictures as well" if wider else ""
+    first = (
+        f"On {results.title}, {ours.name} reaches a final top-1 of {percent(ours.interval())} and {theirs.name} "
+        f"{percent(theirs.interval())} over {difference.count} seed{'s' * (difference.count > 1)}: a difference of "
+        f"{points(difference)}{reach}, so {said}."
+    )
+    trained = [contestant for contestant in results.contestants if contestant.finals]
+    best = max(trained, key=lambda contestant: contestant.interval().mean)
+    if best is ours or best is theirs:
+        rest = [contestant for contestant in trained if contestant not in (ours, theirs)]
+        second = max(rest, key=lambda contestant: contestant.interval().mean, default=None)
+        if second is None:
+            return first
+        return f"{first} None of the others was better: {second.name} comes next, with {percent(second.interval())}."
+    against = verdict(results.against(best, ours)[0])
+    relation = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}[
+        against
+    ]
+    return f"{first} The highest mean is that of {best.name}, {percent(best.interval())}, {relation} {ours.name}."
+
+
+def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
+    """All that a study has shown."""
+    yield Heading(results.name)
+    yield Text(" ".join(results.about.split()))
+    data = " --data DIR" if any(t.config["settings"]["data"] for t in results.trials if t.rows) else ""
+    yield Command(f"python -m experiments.study experiments/protocols/{results.name}.toml{data}")
+    yield from _counts(results)
+    trained = [contestant for contestant in results.contestants if contestant.finals]
+    if not trained:
+        return
+    if said := answer(results):
+        yield Text(said, answer=True)
+    yield TextTable([_row(results, contestant) for contestant in trained])
+    yield Text(
+        "Means with 95% intervals (Student's) over seeds; epochs and seconds are medians over seeds, infinite where a "
+        "target was never reached. The final epoch is what counts; the best one is chosen on the test pictures, and "
+        "flatters."
+    )
+    if results.compared:
+        yield from _differences(results)
+    yield from _pictures(results, trained)
+    yield from _confusions(results, dataset_folder)
+
+
+def _counts(results: StudyResults) -> Iterator[Block]:
+    """What was run, what failed, and what was not run."""
+    trials = results.trials
+    count = {state: sum(trial.state == state for trial in trials) for state in ("done", "failed", "open", "begun")}
+    missing = count["open"] + count["begun"]
+    rest = f" {missing} have not been run to their end." if missing else " Nothing is left to run."
+    yield Text(f"{len(trials)} runs: {count['done']} reached their end, {count['failed']} failed.{rest}")
+    failures = [
+        {
+            "run": trial.columns["folder"],
+            "what was drawn": _drawn(results, trial),
+            "why": trial.columns.get("error", "")[:160],
+        }
+        for trial in trials
+        if trial.state == "failed"
+    ]
+    if failures:
+        yield TextTable(failures)
+
+
+def _drawn(results: StudyResults, trial: Trial) -> str:
+    return ", ".join(f"{name} {_short(trial.columns[name])}" for name in results.searched if name in trial.columns)
+
+
+def _short(text: str) -> str:
+    try:
+        return f"{float(text):.3g}"
+    except ValueError:
+        return text
+
+
+def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
+    row = {"": contestant.name, "runs": str(len(contestant.finals))}
+    row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
+    for target in results.targets:
+        times = [reached(trial.rows, target) for trial in contestant.finals]
+        epochs, seconds = np.median(times, axis=0)
+        never = math.isinf(epochs)
+        row[f"to {target:.0%}"] = "never" if never else f"{epochs:g} epochs, {seconds:.0f} s"
+    if drawn := _drawn(results, contestant.finals[0]):
+        row["settings"] = drawn
+    return row
+
+
+def _differences(results: StudyResults) -> Iterator[Block]:
+    """Against the second of the two that are compared."""
+    baseline = results.find(results.compared[1])
+    if not baseline.finals:
+        return
+    rows = []
+    words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
+    for contestant in results.contestants:
+        if contestant is baseline or not contestant.finals:
+            continue
+        difference, wider = results.against(contestant, baseline)
+        rows.append(
+            {
+                f"against {baseline.name}": contestant.name,
+                "difference over seeds": points(difference),
+                "over seeds and pictures": points(wider) if wider else "-",
+                "so": words[verdict(difference)],
+            }
+        )
+    if not rows:
+        return
+    yield TextTable(rows)
+    yield Text(
+        "Paired by seed: same first weights, same batches. A tie is an interval over seeds that holds 0, or a "
+        "difference below 0.3 points; intervals are not corrected for how many there are. The wider interval draws "
+        "test pictures anew as well (bootstrap): the difference may be that on other pictures of the same kind."
+    )
+    caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
+    yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
+
+
+def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Block]:
+    if len(trained) <= figures.MOST_CURVES:
+        caption = "Curves: means over seeds and their 95% intervals."
+        yield _picture(results, "curves", figures.plot_curves(trained), caption)
+    else:
+        yield _picture(results, "final", figures.plot_final(results.contestants), "Final top-1 of every run.")
+    if (figure := figures.plot_tuning(results.contestants)) is not None:
+        caption = "Tuning: every trial, by its learning rate; crosses are those that failed."
+        yield _picture(results, "tuning", figure, caption)
+    if (figure := figures.plot_heat_map(results)) is not None:
+        yield _picture(results, "heat-map", figure, "Final top-1 over two settings, means over seeds.")
+    if len(trained) > figures.MOST_CURVES:
+        return
+    if (figure := figures.plot_steps(trained)) is not None:
+        caption = (
+            "What AdaBound's step is. Left: the share of weights whose step before clipping is at a bound (mean over "
+            "seeds). Right: the step on the averaged gradient, median over layers of each layer's median, with 5% to "
+            "95% of the layers; dashed: the bounds; dash-dotted: SGD with momentum has one step for all (first seed)."
+        )
+        yield _picture(results, "steps", figure, caption)
+    if (figure := figures.plot_layer_steps(trained)) is not None:
+        caption = "The median step of each layer after the last epoch, from the stem to the dense layer (first seed)."
+        yield _picture(results, "layer-steps", figure, caption)
+
+
+def _picture(results: StudyResults, name: str, figure: plt.Figure, caption: str) -> Picture:
+    return Picture(f"{results.name}-{name}.png", caption, figure_bytes(figure, "png"))
+
+
+def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
+    """Which classes the two that are compared take for one another, all seeds together."""
+    if not results.compared:
+        return
+    pair = [c for c in map(results.find, results.compared) if c.finals]
+    if not pair or not all((trial.folder / TEST_RESULTS).exists() for c in pair for trial in c.finals):
+        return
+    names = pair[0].finals[0].config["input"]["class_names"]
+    counts = {}
+    for contestant in pair:
+        of_runs = [trial.test_results for trial in contestant.finals]
+        labels, predictions = (np.concatenate([r[column] for r in of_runs]) for column in ("label", "prediction"))
+        counts[contestant.name] = confusions(labels, predictions, len(names))
+    figure, axes = plt.subplots(1, len(counts), figsize=(6.8 * len(counts), 6.6), layout="constrained", squeeze=False)
+    for axis, (name, of_it) in zip(axes[0], counts.items(), strict=True):
+        figures.plot_confusions(of_it, names, name, axis)
+    yield _picture(results, "confusions", figure, "Which class is taken for which, all seeds together.")
+    for name, of_it in counts.items():
+        wrong = of_it - np.diag(np.diag(of_it))
+        order = np.argsort(wrong, axis=None)[::-1][:CONFUSED_SHOWN]
+        found = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+        yield TextTable(
+            [
+                {
+                    f"{name}: is": names[i],
+                    "taken for": names[j],
+                    "of its pictures": f"{wrong[i, j] / of_it[i].sum():.0%}",
+                }
+                for i, j in found
+            ]
+        )
+        if dataset_folder is not None and found:
+            contestant = results.find(name)
+            dataset = _dataset(contestant, dataset_folder)
+            figure = plot_confused(contestant, dataset, found)
+            caption = (
+                f"{name}: above a picture that was taken for the class below it (first seed), and one of that class."
+            )
+            yield _picture(results, f"confused-{name.lower().replace(' ', '-')}", figure, caption)
+
+
+def _dataset(contestant: Contestant, folder: Path) -> Dataset:
+    """The pictures that a contestant's runs were tested on."""
+    known = contestant.finals[0].config["settings"]
+    chosen = {name: known[name] for name in ("preset", "arch", "image_size", "grey", "classes", "seed")}
+    return load_data(Settings(**chosen, data=None if known["preset"] == "demo" else folder))
+
+
+def plot_confused(contestant: Contestant, dataset: Dataset, pairs: list[tuple[int, int]]) -> plt.Figure:
+    """Above a picture that was taken for another class, below one of that class."""
+    results = contestant.finals[0].test_results
+    figure, axes = plt.subplots(2, len(pairs), figsize=(1.9 * len(pairs), 4.4), layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for column, (label, prediction) in enumerate(pairs):
+        wrong = np.flatnonzero((results["label"] == label) & (results["prediction"] == prediction))
+        of_other = np.flatnonzero(results["label"] == prediction)
+        for axis, indices, name in ((axes[0, column], wrong, label), (axes[1, column], of_other, prediction)):
+            if len(indices):
+                axis.imshow(np.asarray(dataset.test.images[int(indices[0])]).squeeze(), cmap="gray", vmin=0, vmax=255)
+            axis.set_title("\n".join(dataset.class_names[name].rsplit(" ", 2)), fontsize=6, parse_math=False)
+    return figure
+
+
+def speed_section(folder: Path) -> Iterator[Block]:
+    """The tables of experiments.bench's JSON files in a folder.
+
+    Raises:
+      ValueError: one is not such a file.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        return
+    yield Heading("Speed of the implementations")
+    for file in files:
+        try:
+            bench = json.loads(file.read_text(encoding="utf-8"))
+            machine, tables, name = bench["machine"], bench["tables"], bench["benchmark"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not what experiments.bench --json writes: {error}") from error
+        yield Text(f"{name}, {file.name}: {machine}; {', '.join(f'{k} {v}' for k, v in bench['settings'].items())}")
+        for table in tables:
+            yield Text(table["title"])
+            columns = list(dict.fromkeys(column for row in table["rows"].values() for column in row))
+            yield TextTable(
+                [
+                    {"": row_name} | {c: _cell(row[c]) if c in row else "" for c in columns}
+                    for row_name, row in table["rows"].items()
+                ]
+            )
+
+
+def _cell(value: float | str | list[float]) -> str:
+    return as_text(tuple(value) if isinstance(value, list) else value)

@@ -1,0 +1,1 @@
+"""Runs a protocol, a comparison written down beforehand: which optimizers, how they are tuned, on how many seeds."""

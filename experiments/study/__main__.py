@@ -1,0 +1,83 @@
+"""Runs a protocol to its end: `python -m experiments.study experiments/protocols/cars64_small.toml --data DIR`.
+
+Killed at any moment, the same command goes on; begun a second time while it runs, on this machine or on another one
+that sees the same folder, it helps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments.study.ledger import Ledger
+from experiments.study.plan import print_plan
+from experiments.study.progress import print_progress
+from experiments.study.protocol import read_protocol
+from experiments.study.worker import RunError, work, write_trials
+from experiments.training_run import FAILED, exit_code
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings:
+    """Run a protocol: tune each of its contestants, train each on several seeds, and keep all that came out."""
+
+    protocol: tyro.conf.Positional[Path]
+    """The protocol, a .toml file."""
+    data: Path | None = None
+    """Folder of Stanford Cars; protocols on drawn cars need none."""
+    out: Path | None = None
+    """The study's folder [default: results/ and the protocol's name]."""
+    storage: str | None = None
+    """URL of a database for Optuna, such as sqlite:///study.db or postgresql://HOST/NAME [default: journal.log in the
+    study's folder]."""
+    runs: int | None = None
+    """End after so many runs."""
+    keep_weights: bool = False
+    """Keep the weights of every run."""
+    dry_run: bool = False
+    """Print the plan and what it will cost, and end."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    settings = tyro.cli(StudySettings, args=arguments, prog="python -m experiments.study")
+    try:
+        return exit_code(lambda: run(settings))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def run(settings: StudySettings) -> int | None:
+    """Runs what is left; returns the signal that ended it, if one did.
+
+    Raises:
+      ValueError, OSError: for bad input, with a message for the person who gave it.
+      RunError: see `work`.
+    """
+    if settings.runs is not None and settings.runs < 1:
+        raise ValueError(f"--runs must be at least 1, got {settings.runs}")
+    protocol = read_protocol(settings.protocol)
+    needing = [c.name for c in protocol.contestants if c.settings.get("preset") != "demo"]
+    if needing and settings.data is None:
+        raise ValueError(f"{protocol.name} trains on Stanford Cars: pass --data DIR")
+    if settings.data is not None and not settings.data.is_dir():
+        raise ValueError(f"--data {settings.data} is no folder")
+    out = settings.out or Path("results") / protocol.name
+    if settings.dry_run:
+        print_plan(protocol, out, settings.data, settings.storage)
+        return None
+    ledger = Ledger(protocol, out, settings.storage)
+    ledger.publish_protocol()
+    print(f"{protocol.name}, in {out}\n{protocol.about}")
+    print_progress(ledger)
+    ended_by = work(ledger, settings.data, most=settings.runs, keep_weights=settings.keep_weights)
+    write_trials(ledger, settings.data)
+    return ended_by
+
+
+if __name__ == "__main__":
+    sys.exit(main())

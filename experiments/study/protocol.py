@@ -1,0 +1,278 @@
+"""A protocol: the TOML file that says what a study runs.
+
+    about = "What is asked, on which hardware, how long it takes, what came out."
+
+    [settings]                      # of every run, as experiments.cars has them
+    arch = "resnet18"
+
+    [tuning]                        # leave it out where nothing is searched
+    trials = 8                      # of each contestant that has a search
+    epochs = 15
+    holdout = 0.1                   # the share of each class's training pictures that they are compared on
+    seed = 0                        # of the random draws, and of the runs
+
+    [final]
+    seeds = [0, 1, 2, 3, 4]         # of the runs of each contestant
+    epochs = 30
+
+    [[contestants]]
+    name = "Adam"
+    settings = { opt = "adam" }
+    search.learning_rate = { low = 1e-4, high = 1e-2, log = true }
+    search.weight_decay = [0.0, 1e-5, 1e-4]
+
+    [[contestants]]                 # with axes: one contestant for each combination
+    name = "AdaBound"
+    settings = { opt = "adabound" }
+    axes.final_lr = [0.01, 0.1]     # a setting and its values, or names and the settings that each stands for:
+    axes.input = { raw = { normalize = false }, normalized = {} }
+
+    [report]
+    compare = ["AdaBound", "Adam"]  # the two that the question is about, the second the one to beat
+    targets = [0.25, 0.5]           # top-1: how soon was it reached?
+
+Contestants of a lower `group` (0 unless it says so) are run to their end before the next group begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from experiments.settings import Settings, parse_settings
+
+# What the study sets itself for each run.
+OURS = ("out", "overwrite", "resume", "compare", "data", "seed", "epochs", "holdout", "dry_run", "keep")
+CARS_FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """What is compared.
+
+    name: for people; `slug` for folders.
+    labels: which value of each axis this is, by the axis's name.
+    settings: of experiments.cars, by field.
+    search: what is drawn at random for each tuning trial, by field.
+    group: see the module.
+    """
+
+    name: str
+    labels: dict[str, str]
+    settings: dict[str, Any]
+    search: dict[str, BaseDistribution]
+    group: int = 0
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Of each contestant that has a search; see the module."""
+
+    trials: int
+    epochs: int
+    holdout: float
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What a study runs; see the module.
+
+    name: the file's, without .toml.
+    text: the file.
+    """
+
+    name: str
+    text: str
+    about: str
+    contestants: tuple[Contestant, ...]
+    tuning: Tuning | None
+    seeds: tuple[int, ...]
+    epochs: int
+
+
+def read_protocol(path: Path) -> Protocol:
+    """Reads a protocol and checks all that can be checked before anything is run.
+
+    Raises:
+      ValueError: it cannot be read or is no protocol; says where and why.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    try:
+        return _protocol(path.stem, text, table)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
+    _only(table, "the protocol", ("about", "settings", "tuning", "final", "contestants", "report"))
+    for key, kind in dict(about=str, final=dict, contestants=list).items():
+        if not isinstance(table.get(key), kind):
+            raise ValueError(f"{key} is missing or of the wrong kind")
+    common = _settings(table.get("settings", {}), "settings")
+    contestants = [c for block in table["contestants"] for c in _contestants(block, common)]
+    for what in ("name", "slug"):
+        values = [getattr(contestant, what) for contestant in contestants]
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"two contestants have the {what} {twice[0]!r}")
+    tuning = _record(Tuning, table["tuning"], "tuning") if "tuning" in table else None
+    searching = [contestant.name for contestant in contestants if contestant.search]
+    if bool(searching) != (tuning is not None):
+        missing = f"{searching[0]} has a search" if searching else "nothing is searched"
+        raise ValueError(f"{missing}, and there is {'no' if searching else 'a'} table tuning")
+    final = table["final"]
+    _only(final, "final", ("seeds", "epochs"))
+    seeds, epochs = final.get("seeds"), final.get("epochs")
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
+        raise ValueError(f"final.seeds must be a list of whole numbers, got {seeds!r}")
+    if type(epochs) is not int or epochs < 1:
+        raise ValueError(f"final.epochs must be a whole number from 1, got {epochs!r}")
+    if tuning and not (tuning.trials >= 1 and tuning.epochs >= 1 and 0 < tuning.holdout < 1):
+        raise ValueError(f"tuning must have trials and epochs from 1 and a holdout between 0 and 1, got {tuning}")
+    _check_report(table.get("report", {}), [contestant.name for contestant in contestants])
+    about, seeds = table["about"].strip(), tuple(dict.fromkeys(seeds))
+    protocol = Protocol(name, text, about, tuple(contestants), tuning, seeds, epochs)
+    for contestant in contestants:
+        _check_runs(protocol, contestant)
+    return protocol
+
+
+def _check_report(report: Any, names: Sequence[str]) -> None:
+    if not isinstance(report, dict):
+        raise ValueError(f"report must be a table, got {report!r}")
+    _only(report, "report", ("compare", "targets"))
+    compare, targets = report.get("compare", []), report.get("targets", [])
+    if compare and not (isinstance(compare, list) and len(compare) == 2 and set(compare) <= set(names)):
+        raise ValueError(f"report.compare must be two of {', '.join(names)}, got {compare!r}")
+    if not (isinstance(targets, list) and all(isinstance(t, float) and 0 < t < 1 for t in targets)):
+        raise ValueError(f"report.targets must be a list of numbers between 0 and 1, got {targets!r}")
+
+
+def _contestants(block: Mapping[str, Any], common: dict[str, Any]) -> list[Contestant]:
+    """All combinations of a block's axes."""
+    if not isinstance(block, dict) or not isinstance(block.get("name"), str):
+        raise ValueError(f"a contestant has no name: {block!r}")
+    name = block["name"]
+    _only(block, name, ("name", "settings", "search", "axes", "group"))
+    for key, kind in dict(search=dict, axes=dict, group=int).items():
+        if not isinstance(block.get(key, kind()), kind):
+            raise ValueError(f"{name}: {key} must be a {'number' if kind is int else 'table'}, got {block[key]!r}")
+    settings = common | _settings(block.get("settings", {}), name)
+    search = {field: _distribution(field, space, name) for field, space in block.get("search", {}).items()}
+    _settings(dict.fromkeys(search), name)
+    axes = {axis: _axis(axis, values, name) for axis, values in block.get("axes", {}).items()}
+    contestants = []
+    for labels in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, labels, strict=True))
+        merged = settings.copy()
+        for axis, label in chosen.items():
+            merged |= axes[axis][label]
+        full_name = ", ".join([name, *(_label(axis, label) for axis, label in chosen.items())])
+        contestants.append(Contestant(full_name, chosen, merged, search, block.get("group", 0)))
+    return contestants
+
+
+def _label(axis: str, label: str) -> str:
+    return f"{axis} {label}" if axis in CARS_FIELDS else label
+
+
+def _axis(axis: str, values: Any, where: str) -> dict[str, dict[str, Any]]:
+    """{label: settings} from the two forms that an axis may have."""
+    if isinstance(values, list) and values:
+        return {str(value): _settings({axis: value}, f"{where}, axis {axis}") for value in values}
+    if isinstance(values, dict) and values:
+        return {label: _settings(settings, f"{where}, axis {axis}") for label, settings in values.items()}
+    raise ValueError(f"{where}: axis {axis} must be a list of values or a table of settings by name, got {values!r}")
+
+
+def _distribution(field: str, space: Any, where: str) -> BaseDistribution:
+    if isinstance(space, list) and space:
+        return CategoricalDistribution(space)
+    if isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log"}:
+        return FloatDistribution(**space)
+    raise ValueError(f"{where}: search.{field} must be a list of values or have low, high and log, got {space!r}")
+
+
+def _settings(settings: Any, where: str) -> dict[str, Any]:
+    """Settings of experiments.cars that are not the study's own."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: settings must be a table, got {settings!r}")
+    for field in settings:
+        if field not in CARS_FIELDS:
+            raise ValueError(f"{where}: experiments.cars has no setting {field!r}")
+        if field in OURS:
+            raise ValueError(f"{where}: {field} is set by the study itself")
+    return dict(settings)
+
+
+def _only(table: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
+    if unknown := set(table) - set(known):
+        raise ValueError(f"{where} has {min(unknown)!r}: known are {', '.join(known)}")
+
+
+def _record(kind: type, table: Any, where: str) -> Any:
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} must be a table, got {table!r}")
+    _only(table, where, [field.name for field in dataclasses.fields(kind)])
+    return kind(**table)
+
+
+def _check_runs(protocol: Protocol, contestant: Contestant) -> None:
+    """Raises a ValueError unless experiments.cars takes a contestant's settings, with each end of what is searched."""
+    spaces = {
+        field: space.choices if isinstance(space, CategoricalDistribution) else (space.low, space.high)
+        for field, space in contestant.search.items()
+    }
+    first = contestant.settings | {field: values[0] for field, values in spaces.items()} | {"epochs": protocol.epochs}
+    for settings in [first, *(first | {field: value} for field, values in spaces.items() for value in values[1:])]:
+        check_command(command(settings, data=Path(".")), contestant.name)
+
+
+def command(settings: Mapping[str, Any], data: Path | None) -> list[str]:
+    """The arguments of experiments.cars that stand for settings; `data` goes where pictures are needed."""
+    arguments = []
+    for field, value in settings.items():
+        flag = field.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments.append(f"--{flag}={value}")
+    if data is not None and settings.get("preset") != "demo":
+        arguments.append(f"--data={data}")
+    return arguments
+
+
+def check_command(arguments: list[str], where: str) -> Settings:
+    """Reads the arguments as experiments.cars would.
+
+    Raises:
+      ValueError: it would refuse them.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse_settings(arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except SystemExit as error:  # tyro's way, with a box around the reason
+        words = " ".join(re.sub(r"[^\x20-\x7e]", " ", said.getvalue()).split())
+        raise ValueError(f"{where}: experiments.cars does not take {' '.join(arguments)}: {words}") from error

@@ -1,0 +1,149 @@
+"""A worker: takes one run after the other, trains it by experiments.cars in its own process, records how it ended."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from experiments.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, ERROR, WEIGHTS
+from experiments.stopping import leaving_stops_to_a_child
+from experiments.study.ledger import Ledger, Run, outcome_of
+from experiments.study.progress import print_progress
+from experiments.study.protocol import command
+from experiments.study_files import TRIALS
+from experiments.training_run import FAILED
+
+CARS = (sys.executable, "-m", "experiments.cars")
+WAIT_SECONDS = 5.0  # between two looks at what other workers are doing
+
+
+class RunError(RuntimeError):
+    """A run could not be trained, and not for anything that it is meant to show."""
+
+
+def work(ledger: Ledger, data: Path | None, *, most: int | None, keep_weights: bool) -> int | None:
+    """Trains all that is left of a study, with others or alone.
+
+    Args:
+      ledger: of the study.
+      data: the folder of pictures.
+      most: runs to train before it ends; None for all.
+      keep_weights: whether the weights of ended runs stay.
+
+    Returns:
+      the signal that ended it; None if nothing is left to do here.
+
+    Raises:
+      RunError: a run failed for want of memory, of data, or the like; it will be tried again.
+    """
+    ended, waiting = 0, False
+    while most is None or ended < most:
+        taken = ledger.take()
+        if taken is None:
+            runs = ledger.runs()
+            # Who waits for another worker's last tuning run has final runs to do afterwards.
+            if not any(run.state == "open" for run in runs) or not any(ledger.busy(run) for run in runs):
+                return None
+            if not waiting:
+                print("waiting for other workers: what is left to begin depends on runs that they are at", flush=True)
+            waiting = True
+            time.sleep(WAIT_SECONDS)
+            continue
+        run, held = taken
+        waiting = False
+        with held:
+            stopped = train(ledger, run, data, held, keep_weights)
+        if stopped is not None:
+            return stopped
+        ended += 1
+        write_trials(ledger, data)
+        print_progress(ledger)
+    return None
+
+
+def train(ledger: Ledger, run: Run, data: Path | None, held: TextIO, keep_weights: bool) -> int | None:
+    """Trains a run to its end, from where it stands.
+
+    Args:
+      held: the run's lock. The child has it too: if this worker is killed, nobody begins the run a second time while
+        its child still trains.
+
+    Returns:
+      the signal that ended it before its end, None if there was none.
+    """
+    folder = ledger.folder / run.folder
+    drawn = ", ".join(
+        f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in run.drawn.items()
+    )
+    print(f"\n{run.contestant.name}, {folder.name}{f': {drawn}' if drawn else ''}", flush=True)
+    arguments = [*CARS, *command(run.settings, data), f"--out={folder}", "--resume", "--keep=1"]
+    child: subprocess.Popen | None = None
+
+    def terminate() -> None:
+        if child is not None:
+            child.terminate()
+
+    with leaving_stops_to_a_child(terminate) as came:
+        child = subprocess.Popen(arguments, pass_fds=[held.fileno()] if os.name == "posix" else [])
+        if came:
+            child.terminate()
+        code = child.wait()
+    if code > 128 or (code < 0 and came):
+        return code - 128 if code > 0 else -code
+    if code == FAILED and (folder / ERROR).exists():
+        ledger.end(run, (folder / ERROR).read_text(encoding="utf-8"))
+    elif code:
+        raise RunError(
+            f"the run in {folder} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}: see above. Once "
+            "that is mended, the same command goes on with it"
+        )
+    else:
+        rows = ledger.rows(run)
+        if not rows or rows[-1]["epoch"] != run.epochs:
+            raise RunError(f"the run in {folder} has no row for epoch {run.epochs} in its metrics")
+        ledger.end(run)
+    discard(folder, keep_weights)
+    return came[0] if came else None
+
+
+def discard(folder: Path, keep_weights: bool) -> None:
+    """Removes what a run needs only until it has ended; hundreds of runs would fill a disk."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    if not keep_weights:
+        for name in (WEIGHTS, AVERAGED_WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_trials(ledger: Ledger, data: Path | None) -> None:
+    """Writes all runs of the protocol, failures and those to come too, to trials.csv in the study's folder."""
+    runs = ledger.runs()
+    searched = list(dict.fromkeys(field for run in runs for field in run.drawn))
+    axes = list(dict.fromkeys(axis for run in runs for axis in run.contestant.labels))
+    rows = []
+    for run in runs:
+        folder = ledger.folder / run.folder
+        row = {"contestant": run.contestant.name, "stage": run.stage, "number": run.number, "state": run.state}
+        row |= run.contestant.labels | {"seed": run.seed, "epochs": run.epochs} | run.drawn
+        if run.state == "done":
+            outcome = outcome_of(ledger.rows(run))
+            row |= {name: round(value, 5) for name, value in vars(outcome).items()}
+        elif (folder / ERROR).exists():
+            row["error"] = (folder / ERROR).read_text(encoding="utf-8").strip()
+        words = command(run.settings, Path("DIR") if data else None)
+        rows.append(row | {"folder": run.folder, "command": " ".join(["python -m experiments.cars", *words])})
+    columns = ["contestant", "stage", "number", "state", *axes, "seed", "epochs", *searched]
+    columns += ["top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds", "error", "folder", "command"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    aside = ledger.folder / f"{TRIALS}.{os.getpid()}"
+    aside.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(aside, ledger.folder / TRIALS)

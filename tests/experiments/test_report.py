@@ -1,0 +1,136 @@
+"""The report: what it says follows from the files of the runs, and bad files are named."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from fake_cars import FAKE, SMALL
+from PIL import Image
+
+from experiments.report import __main__ as report
+from experiments.report.sections import answer
+from experiments.report.study_results import read_study
+from experiments.study import __main__ as study
+from experiments.study import worker
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A study of the fake training, and one over two axes of numbers."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "small.toml").write_text(SMALL)
+    axes = SMALL[SMALL.index("[settings]") : SMALL.index("[tuning]")]
+    (folder / "map.toml").write_text(
+        f'about = "A map."\n{axes}\n[final]\nseeds = [1]\nepochs = 2\n[[contestants]]\nname = "bounds"\n'
+        'settings = { opt = "adabound" }\naxes.learning_rate = [0.001, 0.01]\naxes.final_lr = [0.1, 1.0, 10.0]\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "CARS", (sys.executable, str(FAKE)))
+        for name in ("small", "map"):
+            assert study.main([str(folder / f"{name}.toml"), "--out", str(folder / "results" / name)]) == 0
+    return folder / "results"
+
+
+@pytest.fixture
+def copied(results, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(results, tmp_path / "results")
+
+
+def test_the_page_has_everything_inside(results, tmp_path):
+    assert report.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    pictures = [path.name for path in (tmp_path / "out").glob("*.png")]
+    for name in (
+        "small-curves",
+        "small-steps",
+        "small-layer-steps",
+        "small-tuning",
+        "small-confusions",
+        "map-heat-map",
+    ):
+        assert f"{name}.png" in pictures
+        assert f"({name}.png)" in markdown
+    assert page.count("data:image/png;base64,") == len(pictures) == markdown.count(".png)")
+    for text in ("final top-1", "over seeds and pictures", "to 20%", "to 99%", "never", "Nothing is left to run"):
+        assert text in page
+        assert text in markdown
+
+
+def test_the_answer_follows_the_runs(results, copied):
+    """Both contestants are trained alike by the fake; once one's runs are made better, the answer names it."""
+    assert "so this is a tie" in answer(read_study(results / "small"))
+    text = (copied / "small" / "trials.csv").read_text().splitlines()
+    column = text[0].split(",").index("top1")
+    lines = [text[0]]
+    for line in text[1:]:
+        cells = line.split(",")
+        if cells[0] == "AdaBound" and cells[1] == "final":
+            cells[column] = "0.95" if cells[2] == "0" else "0.951"
+        lines.append(",".join(cells))
+    (copied / "small" / "trials.csv").write_text("\n".join(lines) + "\n")
+    found = answer(read_study(copied / "small"))
+    assert "AdaBound reaches a final top-1 of 95.0%" in found
+    assert "over 2 seeds" in found
+
+
+def test_an_unfinished_study_says_so(copied, tmp_path):
+    path = copied / "small" / "trials.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.replace(",done,", ",open,") if ",final," in line else line for line in lines) + "\n")
+    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "4 have not been run to their end" in page
+    assert "the question is still open" in answer(read_study(copied / "small"))
+
+
+def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
+    (copied / "bench").mkdir()
+    table = {"title": "training step", "rows": {"jax": {"ratio": 0.891, "quartiles ms": [10.0, 12.0]}}, "seconds": {}}
+    bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
+    (copied / "bench" / "step.json").write_text(json.dumps(bench))
+    (copied / "notes.md").write_text("cars96: no GPU was at hand.\n")
+    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    for text in ("| jax | 0.89 | 10.0-12.0 |", "two cores; rounds 7", "no GPU was at hand"):
+        assert text in page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("small/trials.csv", "a,b\n1,2\n", "trials.csv is not that of a study"),
+        ("small/protocol.toml", "about = ", "protocol.toml is damaged"),
+        ("small/adam/seed-4/predictions.csv", "a,b\n", "predictions.csv holds no test results"),
+        ("small/adam/seed-4/config.json", "{", "config.json"),
+        ("small/adam/seed-4/metrics.jsonl", "no\n", "metrics.jsonl"),
+        ("bench/step.json", "{}", "step.json is not what experiments.bench --json writes"),
+    ],
+)
+def test_damaged_files_are_named(copied, tmp_path, capsys, name, text, said):
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_text(text)
+    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bad_arguments_are_named(results, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, said in (
+        ([str(tmp_path / "empty")], "holds no study"),
+        ([str(results), "--out", str(tmp_path / "file")], "is a file"),
+        ([str(results), "--data", str(tmp_path / "file")], "is no folder"),
+    ):
+        assert report.main(arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_confused_classes_are_shown_where_the_pictures_are(results, tmp_path):
+    assert report.main([str(results / "small"), "--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 0
+    for name in ("small-confused-adam.png", "small-confused-adabound.png"):
+        assert np.asarray(Image.open(tmp_path / "out" / name).convert("L")).std() > 5, f"{name} is blank"
