@@ -183,6 +183,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """Those of the rows that end an epoch; [] if there are none yet."""
+    if not (path / METRICS).exists():
+        return []
+    return [row for row in read_metrics(path) if "test_top1" in row]
+
+
 def environment() -> dict[str, Any]:
     """Versions, git commit and machine, as plain JSON values."""
     return {

@@ -40,6 +40,7 @@ from experiments.run_folder import (
     WEIGHTS,
     RunFolder,
     environment,
+    read_epochs,
     read_metrics,
 )
 from experiments.saving import Progress, Saver, last_good
@@ -249,7 +250,7 @@ def train_and_report(
         saver.close()
     if not is_first():
         return ended_by
-    tested = [row for row in read_metrics(out) if "test_top1" in row]
+    tested = read_epochs(out)
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     took = time.perf_counter() - started
     files = ", ".join(n for n in REPORTED if (out / n).exists())

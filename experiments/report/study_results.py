@@ -15,8 +15,8 @@ import numpy as np
 
 from experiments.analysis import Interval, bootstrap_difference, mean_interval, paired_difference
 from experiments.metrics import read_test_results
-from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS
-from experiments.study_files import PROTOCOL, TRIALS, read_rows
+from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs
+from experiments.study import PROTOCOL, TRIALS
 
 KNOWN_COLUMNS = {"contestant", "stage", "number", "state", "seed", "epochs", "folder", "command"}
 
@@ -51,7 +51,7 @@ class Trial:
     def rows(self) -> list[dict[str, Any]]:
         """Those of its metrics that end an epoch."""
         try:
-            return read_rows(self.folder)
+            return read_epochs(self.folder)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.folder / METRICS} is damaged: {error}") from error
 

@@ -23,9 +23,9 @@ from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from experiments.run_folder import METRICS, lock
+from experiments.run_folder import METRICS, lock, read_epochs
+from experiments.study import PROTOCOL
 from experiments.study.protocol import Contestant, Protocol
-from experiments.study_files import PROTOCOL, read_rows
 
 Stage = Literal["tuning", "final"]
 State = Literal["open", "begun", "done", "failed"]
@@ -180,7 +180,7 @@ class Ledger:
         Raises:
           ValueError: the run has ended, and its files are gone.
         """
-        rows = read_rows(self.folder / run.folder)
+        rows = read_epochs(self.folder / run.folder)
         if run.state == "done" and not rows:
             raise ValueError(f"{self.folder / run.folder} has no {METRICS}, and the run in it has ended: put it back")
         return rows
@@ -232,7 +232,7 @@ class Ledger:
         study = self._study(run.contestant, run.stage)
         with self.exclusive():
             if error is None:
-                study.tell(run.number, outcome_of(read_rows(self.folder / run.folder)).top1)
+                study.tell(run.number, outcome_of(read_epochs(self.folder / run.folder)).top1)
             else:
                 study.tell(run.number, state=TrialState.FAIL)
         return dataclasses.replace(run, state="done" if error is None else "failed")

@@ -14,10 +14,10 @@ from typing import TextIO
 
 from experiments.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, ERROR, WEIGHTS
 from experiments.stopping import leaving_stops_to_a_child
+from experiments.study import TRIALS
 from experiments.study.ledger import Ledger, Run, outcome_of
 from experiments.study.progress import print_progress
 from experiments.study.protocol import command
-from experiments.study_files import TRIALS
 from experiments.training_run import FAILED
 
 CARS = (sys.executable, "-m", "experiments.cars")
