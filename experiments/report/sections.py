@@ -275,32 +275,34 @@ def plot_confused(contestant: Contestant, dataset: Dataset, pairs: list[tuple[in
 
 
 def speed_section(folder: Path) -> Iterator[Block]:
-    """The tables of experiments.bench's JSON files in a folder.
+    """The ratios in experiments.bench's JSON files in a folder: those of equal measurements side by side.
 
     Raises:
       ValueError: one is not such a file.
     """
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        return
-    yield Heading("Speed of the implementations")
-    for file in files:
+    ratios: dict[str, dict[str, list[str]]] = {}  # by what was measured, then by contestant
+    machines = set()
+    for file in sorted(folder.glob("*.json")):
         try:
             bench = json.loads(file.read_text(encoding="utf-8"))
-            machine, tables, name = bench["machine"], bench["tables"], bench["benchmark"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not what experiments.bench --json writes: {error}") from error
-        yield Text(f"{name}, {file.name}: {machine}; {', '.join(f'{k} {v}' for k, v in bench['settings'].items())}")
-        for table in tables:
-            yield Text(table["title"])
-            columns = list(dict.fromkeys(column for row in table["rows"].values() for column in row))
-            yield TextTable(
-                [
-                    {"": row_name} | {c: _cell(row[c]) if c in row else "" for c in columns}
-                    for row_name, row in table["rows"].items()
-                ]
-            )
-
-
-def _cell(value: float | str | list[float]) -> str:
-    return as_text(tuple(value) if isinstance(value, list) else value)
+            machines.add(bench["machine"])
+            for table in bench["tables"]:
+                for name, row in table["rows"].items():
+                    if "ratio" in row:
+                        ratios.setdefault(table["title"], {}).setdefault(name, []).append(as_text(row["ratio"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
+    if not ratios:
+        return
+    yield Heading("Speed of the implementations")
+    names = list(dict.fromkeys(name for of_title in ratios.values() for name in of_title))
+    yield TextTable(
+        [
+            {"": title} | {name: ", ".join(of_title.get(name, [])) for name in names}
+            for title, of_title in ratios.items()
+        ]
+    )
+    yield Text(
+        "Time over that of the faster form of PyTorch, less is better: one number for each run of experiments.bench, "
+        f"the median of its rounds. Every single time is in {folder}. On {'; '.join(sorted(machines))}."
+    )

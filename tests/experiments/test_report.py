@@ -89,14 +89,17 @@ def test_an_unfinished_study_says_so(copied, tmp_path):
 
 
 def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
+    """Runs of one measurement side by side."""
     (copied / "bench").mkdir()
-    table = {"title": "training step", "rows": {"jax": {"ratio": 0.891, "quartiles ms": [10.0, 12.0]}}, "seconds": {}}
-    bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
-    (copied / "bench" / "step.json").write_text(json.dumps(bench))
+    for number, ratio in enumerate((0.891, 0.9)):
+        rows = {"jax": {"ratio": ratio, "quartiles ms": [10.0, 12.0]}, "torch": {"ratio": 1.0}}
+        table = {"title": "training step", "rows": rows, "seconds": {}}
+        bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
+        (copied / "bench" / f"step-{number}.json").write_text(json.dumps(bench))
     (copied / "notes.md").write_text("cars96: no GPU was at hand.\n")
     assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.md").read_text()
-    for text in ("| jax | 0.89 | 10.0-12.0 |", "two cores; rounds 7", "no GPU was at hand"):
+    for text in ("| training step | 0.89, 0.90 | 1.00, 1.00 |", "On two cores.", "no GPU was at hand"):
         assert text in page
 
 
