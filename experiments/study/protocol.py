@@ -205,10 +205,13 @@ def _axis(axis: str, values: Any, where: str) -> dict[str, dict[str, Any]]:
 
 
 def _distribution(field: str, space: Any, where: str) -> BaseDistribution:
-    if isinstance(space, list) and space:
-        return CategoricalDistribution(space)
-    if isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log"}:
-        return FloatDistribution(**space)
+    try:
+        if isinstance(space, list) and space:
+            return CategoricalDistribution(space)
+        if isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log"}:
+            return FloatDistribution(**space)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: search.{field}: {error}") from error
     raise ValueError(f"{where}: search.{field} must be a list of values or have low, high and log, got {space!r}")
 
 

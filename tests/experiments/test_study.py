@@ -16,6 +16,7 @@ from experiments.study import worker
 from experiments.study.ledger import Ledger
 from experiments.study.protocol import read_protocol
 
+SEARCH = SMALL[SMALL.index("search.") : SMALL.index('[[contestants]]\nname = "AdaBound')]
 PROTOCOLS = Path(study.__file__).parent.parent / "protocols"
 
 
@@ -64,10 +65,10 @@ def test_every_protocol_is_one(path):
         ('name = "AdaBound"', 'name = "adam!"', "two contestants have the slug 'adam'"),
         ("[tuning]\ntrials = 3\nepochs = 2\nholdout = 0.1\n", "", "Adam has a search, and there is no table tuning"),
         ('compare = ["AdaBound", "Adam"]', 'compare = ["AdaBound", "SGD"]', "report.compare must be two of"),
-        ('settings = { opt = "adam" }', "search = 3", "Adam: search must be a table, got 3"),
+        (SEARCH, "search = 3\n", "Adam: search must be a table, got 3"),
         ('settings = { opt = "adam" }', 'group = "first"', "Adam: group must be a number, got 'first'"),
         ('settings = { opt = "adam" }', "axes.opt = 3", "Adam: axis opt must be a list of values or a table"),
-        ("low = 1e-4, high", 'low = "x", high', "Adam"),
+        ("low = 1e-4, high", 'low = "x", high', "Adam: search.learning_rate"),
         ("trials = 3", 'trials = "x"', "small.toml"),
         ("[final]", "[final", "is not TOML"),
     ],
