@@ -63,9 +63,6 @@ def main() -> int:
     settings = read_settings()
     out, rate, epochs = Path(settings["out"]), settings["learning_rate"], settings["epochs"]
     out.mkdir(parents=True, exist_ok=True)
-    if rate > 1:
-        (out / "error.txt").write_text("the loss is nan at step 3\n")
-        return 1
     if rate < 1e-5:
         print("error: no memory", file=sys.stderr)
         return 2
@@ -75,6 +72,9 @@ def main() -> int:
         "input": {"arch": settings["arch"], "image_size": [32, 32], "grey": True, "class_names": ["a", "b", "c"]},
     }
     (out / "config.json").write_text(json.dumps(config))
+    if rate > 1:
+        (out / "error.txt").write_text(f"the loss is nan at step 3; the checkpoint is in {out}/checkpoints\n")
+        return 1
     (out / "weights.safetensors").write_text("large")
     (out / "checkpoints").mkdir(exist_ok=True)
     metrics = out / "metrics.jsonl"

@@ -155,9 +155,7 @@ class Ledger:
     def publish_protocol(self) -> None:
         """Leaves the protocol's file beside what came of it."""
         self._studies_of_all()
-        aside = self.folder / f"{PROTOCOL}.{os.getpid()}"
-        aside.write_text(self.protocol.text, encoding="utf-8")
-        os.replace(aside, self.folder / PROTOCOL)
+        replace(self.folder / PROTOCOL, self.protocol.text)
 
     def _studies_of_all(self) -> None:
         """Raises a ValueError if the study was begun with another protocol."""
@@ -227,15 +225,14 @@ class Ledger:
             raise ValueError(f"another worker on {study.study_name} does not see {self.folder}: all must share it")
         return dataclasses.replace(run, drawn=trial.params if search else run.drawn, state="begun")
 
-    def end(self, run: Run, error: str | None = None) -> Run:
-        """Records that a run has reached its end, or why it never will."""
+    def end(self, run: Run, *, failed: bool = False) -> None:
+        """Records that a run has reached its end, or never will."""
         study = self._study(run.contestant, run.stage)
         with self.exclusive():
-            if error is None:
-                study.tell(run.number, outcome_of(read_epochs(self.folder / run.folder)).top1)
-            else:
+            if failed:
                 study.tell(run.number, state=TrialState.FAIL)
-        return dataclasses.replace(run, state="done" if error is None else "failed")
+            else:
+                study.tell(run.number, outcome_of(read_epochs(self.folder / run.folder)).top1)
 
     def _trials(self, contestant: Contestant, stage: Stage) -> dict[int, tuple[State, dict[str, Any]]]:
         return {
@@ -273,6 +270,13 @@ class Ledger:
             "holdout": protocol.tuning.holdout,
             "seed": protocol.tuning.seed,
         }
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file that other workers may be reading or writing: they meet the old one or the new one."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _different(earlier: dict[str, Any], facts: dict[str, Any]) -> list[str]:

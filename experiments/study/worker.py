@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,10 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from experiments.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, ERROR, WEIGHTS
+from experiments.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS
 from experiments.stopping import leaving_stops_to_a_child
 from experiments.study import TRIALS
-from experiments.study.ledger import Ledger, Run, outcome_of
+from experiments.study.ledger import Ledger, Run, outcome_of, replace
 from experiments.study.progress import print_progress
 from experiments.study.protocol import command
 from experiments.training_run import FAILED
@@ -98,7 +99,8 @@ def train(ledger: Ledger, run: Run, data: Path | None, held: TextIO, keep_weight
     if code > 128 or (code < 0 and came):
         return code - 128 if code > 0 else -code
     if code == FAILED and (folder / ERROR).exists():
-        ledger.end(run, (folder / ERROR).read_text(encoding="utf-8"))
+        replace(folder / ERROR, (folder / ERROR).read_text(encoding="utf-8").replace(f"{folder}/", ""))
+        ledger.end(run, failed=True)
     elif code:
         raise RunError(
             f"the run in {folder} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}: see above. Once "
@@ -109,12 +111,18 @@ def train(ledger: Ledger, run: Run, data: Path | None, held: TextIO, keep_weight
         if not rows or rows[-1]["epoch"] != run.epochs:
             raise RunError(f"the run in {folder} has no row for epoch {run.epochs} in its metrics")
         ledger.end(run)
-    discard(folder, keep_weights)
+    tidy(folder, keep_weights)
     return came[0] if came else None
 
 
-def discard(folder: Path, keep_weights: bool) -> None:
-    """Removes what a run needs only until it has ended; hundreds of runs would fill a disk."""
+def tidy(folder: Path, keep_weights: bool) -> None:
+    """Makes an ended run fit to be published: without what fills disks, and without this machine's paths."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for where, names in dict(settings=("data", "out"), data=("directory", "cache")).items():
+        for name in names:
+            if config[where].get(name):
+                config[where][name] = Path(config[where][name]).name
+    replace(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if not keep_weights:
         for name in (WEIGHTS, AVERAGED_WEIGHTS):
@@ -144,6 +152,4 @@ def write_trials(ledger: Ledger, data: Path | None) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    aside = ledger.folder / f"{TRIALS}.{os.getpid()}"
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, ledger.folder / TRIALS)
+    replace(ledger.folder / TRIALS, text.getvalue())

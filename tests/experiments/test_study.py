@@ -108,6 +108,7 @@ def test_runs_a_protocol_to_its_end(protocol, fake, tmp_path, capsys):
     assert (out / "protocol.toml").read_text() == SMALL
     assert not list(out.glob("*/*/*.safetensors"))
     assert not list(out.glob("*/*/checkpoints"))
+    assert not [path for path in out.glob("**/*") if path.is_file() and str(tmp_path) in path.read_text()]
     assert "10 of 10 runs" in capsys.readouterr().out
 
 
@@ -187,7 +188,7 @@ def test_a_training_that_diverges_is_a_result(protocol, fake, tmp_path, capsys):
     assert study.main([str(protocol), "--out", str(out)]) == 0
     failed = [row for row in trials(out) if row["state"] == "failed"]
     assert [row["contestant"] for row in failed] == ["Adam"] * 3
-    assert {row["error"] for row in failed} == {"the loss is nan at step 3"}
+    assert {row["error"] for row in failed} == {"the loss is nan at step 3; the checkpoint is in checkpoints"}
     assert {row["state"] for row in trials(out) if row["contestant"] == "Adam" and row["stage"] == "final"} == {"open"}
     assert [row["state"] for row in trials(out) if row["contestant"] == "AdaBound"] == ["done"] * 5
 
