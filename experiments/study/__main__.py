@@ -12,12 +12,17 @@ from pathlib import Path
 
 import tyro
 
-from experiments.study.ledger import Ledger
-from experiments.study.plan import print_plan
-from experiments.study.progress import print_progress
-from experiments.study.protocol import read_protocol
-from experiments.study.worker import RunError, work, write_trials
-from experiments.training_run import FAILED, exit_code
+try:
+    import optuna  # noqa: F401 (whether it can be: it is an extra)
+except ImportError as error:
+    raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
+else:
+    from experiments.study.ledger import Ledger
+    from experiments.study.plan import print_plan
+    from experiments.study.progress import print_progress
+    from experiments.study.protocol import read_protocol
+    from experiments.study.worker import RunError, work, write_trials
+    from experiments.training_run import FAILED, exit_code
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,6 +261,16 @@ def test_bad_input_is_named(capsys, arguments, said):
     assert said in capsys.readouterr().err
 
 
+def test_without_optuna_it_says_what_to_install():
+    """And the report, which reads files alone, does without."""
+    blocked = (
+        "import sys; sys.modules.update(optuna=None); import experiments.report.__main__, experiments.study.__main__"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=PROTOCOLS.parents[1])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: experiments.study needs Optuna")
+
+
 @pytest.mark.slow
 def test_a_real_study_on_drawn_cars(tmp_path, capfd):
     """Two optimizers, really trained, killed once by SIGTERM; the dry run names the time before and after."""
