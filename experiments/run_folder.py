@@ -83,7 +83,7 @@ class RunFolder:
             for file in earlier_run(path):
                 _remove(file)
         else:
-            for file in path.glob(".weights*"):
+            for file in (*path.glob(".weights*"), *path.glob(ERROR)):
                 _remove(file)
             try:
                 self._cut(rows)

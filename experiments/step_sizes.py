@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
 
-from jax_resnet.adabound import AdaBoundState, step_sizes
+from jax_resnet.adabound import AdaBoundState, StepSizes, step_sizes
 
 BOUNDED = ("adabound", "amsbound", "adaboundw")
 KNOWN = (*BOUNDED, "adam", "adamw")
@@ -35,8 +35,7 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamm
       5th, 50th and 95th percentile of the step before clipping ("low", "median", "high"), and the shares of its
       entries that are at the bounds ("at_lower", "at_upper"). All steps and bounds include base_lr.
     """
-    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
-    steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
+    sizes, steps, at_lower, at_upper = _by_name(moments, base_lr, final_lr, gamma, b1)
     layers = []
     for name, step in steps.items():
         if step.ndim > 1:
@@ -47,7 +46,7 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamm
         "update": int(moments.count),
         "lower": float(sizes.lower) * base_lr,
         "upper": float(sizes.upper) * base_lr,
-        "layers": sorted(layers, key=lambda layer: [int(p) if p.isdigit() else p for p in _parts(layer["name"])]),
+        "layers": layers,
     }
 
 
@@ -66,8 +65,7 @@ def summarize_steps(
       entries, evenly spread, clipped if bounded. Steps and bounds include base_lr, wherever the schedule is; of an
       optimizer without bounds they are those that AdaBound would have.
     """
-    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
-    steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
+    sizes, steps, at_lower, at_upper = _by_name(moments, base_lr, final_lr, gamma, b1)
     entries = sum(step.size for step in steps.values())
     lower, upper = float(sizes.lower), float(sizes.upper)
     summary = {
@@ -83,6 +81,16 @@ def summarize_steps(
                 np.clip(median, lower, upper) if bounded else median
             )
     return {name: float(f"{value:.5g}") for name, value in summary.items()}
+
+
+def _by_name(
+    moments: AdaBoundState, base_lr: float, final_lr: float, gamma: float, b1: float
+) -> tuple[StepSizes, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The step sizes; and their steps and shares at the bounds by parameter, in the order of the network."""
+    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
+    names = sorted(steps, key=lambda name: [int(p) if p.isdigit() else p for p in _parts(name)])
+    return sizes, {name: steps[name] for name in names}, at_lower, at_upper
 
 
 def _parts(name: str) -> list[str]:

@@ -78,7 +78,7 @@ def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int
     A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on.
 
     Args:
-      terminate: sends SIGTERM to the child; called only once it has been started.
+      terminate: sends SIGTERM to the child.
 
     Yields:
       the signals that have come.

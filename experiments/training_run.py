@@ -208,7 +208,6 @@ def train_and_report(
         state, step = training.place(restored.state), restored.step
         progress = Progress(**{name: restored.facts[name] for name in Progress._fields})
         folder = RunFolder(out, rows=progress.rows, writes=is_first())
-        (out / ERROR).unlink(missing_ok=True)
         for leaf in jax.tree.leaves(training.state):
             leaf.delete()  # or it would take its memory until the end
         del restored

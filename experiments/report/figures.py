@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.analysis import mean_interval
+from experiments.analysis import mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.step_sizes import BOUNDED
 
@@ -51,7 +50,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     for y, contestant in enumerate(others):
         ours = contestant.by_seed()
         each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        interval, _ = results.against(contestant, baseline)
+        interval = paired_difference(ours, theirs)
         axis.plot(each, [y] * len(each), "o", ms=4, color="tab:gray", alpha=0.6)
         if not math.isnan(interval.low):
             axis.plot([interval.low, interval.high], [y, y], color="tab:blue", lw=2)
@@ -135,7 +134,7 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
         if not contestant.finals:
             continue
         last = contestant.finals[0].rows[-1]
-        steps = layer_order({k.removeprefix("step/"): v for k, v in last.items() if k.startswith("step/")})
+        steps = {name.removeprefix("step/"): v for name, v in last.items() if name.startswith("step/")}
         if steps:
             names = names or list(steps)
             axis.plot(range(len(steps)), list(steps.values()), ".-", color=f"C{number}", label=contestant.name)
@@ -150,20 +149,6 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
-
-
-def layer_order(steps: Mapping[str, float]) -> dict[str, float]:
-    """Stem, stages with their blocks by number, dense layer.
-
-    >>> list(layer_order({"fc": 1, "layer1.10.conv1": 1, "layer1.2.conv1": 1, "conv1": 1}))
-    ['conv1', 'layer1.2.conv1', 'layer1.10.conv1', 'fc']
-    """
-
-    def place(name: str) -> tuple[Any, ...]:
-        first = 0 if name.startswith("conv1") else 2 if name.startswith("fc") else 1
-        return first, [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-    return dict(sorted(steps.items(), key=lambda item: place(item[0])))
 
 
 def numeric_axes(results: StudyResults) -> tuple[str, str] | None:

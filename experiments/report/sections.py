@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.analysis import Interval, confusions, reached, verdict
+from experiments.analysis import Interval, confusions, paired_difference, reached, verdict
 from experiments.bench.tables import as_text
 from experiments.cars import load_data
 from experiments.data.dataset import Dataset
@@ -54,7 +54,7 @@ def answer(results: StudyResults) -> str:
     ours, theirs = map(results.find, results.compared)
     if not ours.finals or not theirs.finals:
         return f"On {results.title}, the question is still open: not both {ours.name} and {theirs.name} were trained."
-    difference, wider = results.against(ours, theirs)
+    difference, wider = results.answers[ours.name]
     said = {
         "better": f"{ours.name} is better",
         "worse": f"{theirs.name} is better",
@@ -75,10 +75,8 @@ def answer(results: StudyResults) -> str:
         if second is None:
             return first
         return f"{first} None of the others was better: {second.name} comes next, with {percent(second.interval())}."
-    against = verdict(results.against(best, ours)[0])
-    relation = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}[
-        against
-    ]
+    words = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}
+    relation = words[verdict(paired_difference(best.by_seed(), ours.by_seed()))]
     return f"{first} The highest mean is that of {best.name}, {percent(best.interval())}, {relation} {ours.name}."
 
 
@@ -92,8 +90,6 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     trained = [contestant for contestant in results.contestants if contestant.finals]
     if not trained:
         return
-    if said := answer(results):
-        yield Text(said, answer=True)
     yield TextTable([_row(results, contestant) for contestant in trained])
     yield Text(
         "Means with 95% intervals (Student's) over seeds; epochs and seconds are medians over seeds, infinite where a "
@@ -155,20 +151,16 @@ def _differences(results: StudyResults) -> Iterator[Block]:
     baseline = results.find(results.compared[1])
     if not baseline.finals:
         return
-    rows = []
     words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
-    for contestant in results.contestants:
-        if contestant is baseline or not contestant.finals:
-            continue
-        difference, wider = results.against(contestant, baseline)
-        rows.append(
-            {
-                f"against {baseline.name}": contestant.name,
-                "difference over seeds": points(difference),
-                "over seeds and pictures": points(wider) if wider else "-",
-                "so": words[verdict(difference)],
-            }
-        )
+    rows = [
+        {
+            f"against {baseline.name}": name,
+            "difference over seeds": points(difference),
+            "over seeds and pictures": points(wider) if wider else "-",
+            "so": words[verdict(difference)],
+        }
+        for name, (difference, wider) in results.answers.items()
+    ]
     if not rows:
         return
     yield TextTable(rows)

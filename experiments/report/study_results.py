@@ -113,6 +113,7 @@ class StudyResults:
     name, about: of its protocol.
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
     targets: top-1 whose reaching is told.
+    searched: the settings that tuning draws.
     """
 
     name: str
@@ -120,6 +121,7 @@ class StudyResults:
     contestants: list[Contestant]
     compared: tuple[str, ...]
     targets: tuple[float, ...]
+    searched: tuple[str, ...]
     folder: Path
 
     @property
@@ -134,25 +136,26 @@ class StudyResults:
         grey = "grey " if config["input"]["grey"] else ""
         return f"{config['data']['title']}, {grey}{height}x{width}, {config['input']['arch']}"
 
-    @property
-    def searched(self) -> list[str]:
-        """The columns that hold what was drawn."""
-        with open(self.folder / TRIALS, newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file))
-        after = columns.index("epochs") + 1
-        return columns[after : columns.index("top1")]
-
     def find(self, name: str) -> Contestant:
         return next(contestant for contestant in self.contestants if contestant.name == name)
 
-    def against(self, ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
-        """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
-        difference = paired_difference(ours.by_seed(), theirs.by_seed())
-        both = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
-        if len(both) < 2 or not all((trial.folder / TEST_RESULTS).exists() for trial in (*ours.finals, *theirs.finals)):
-            return difference, None
-        right = [np.stack([contestant.right()[seed] for seed in both]) for contestant in (ours, theirs)]
-        return difference, bootstrap_difference(*right)
+    @functools.cached_property
+    def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
+        """What is said of each other contestant against the one to beat, by name: see `against`."""
+        if not self.compared or not (theirs := self.find(self.compared[1])).finals:
+            return {}
+        return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.finals}
+
+
+def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
+    """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
+    difference = paired_difference(ours.by_seed(), theirs.by_seed())
+    both = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
+    if len(both) < 2 or not all((trial.folder / TEST_RESULTS).exists() for trial in (*ours.finals, *theirs.finals)):
+        return difference, None
+    our_right, their_right = ours.right(), theirs.right()
+    right = [np.stack([of_seed[seed] for seed in both]) for of_seed in (our_right, their_right)]
+    return difference, bootstrap_difference(*right)
 
 
 def read_study(folder: Path) -> StudyResults:
@@ -180,6 +183,7 @@ def read_study(folder: Path) -> StudyResults:
         contestant = found.setdefault(name, Contestant(name, labels, [], []))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
+    drawn = {field for block in protocol["contestants"] for field in block.get("search", {})}
     report = protocol.get("report", {})
     compared = tuple(name for name in report.get("compare", ()) if name in found)
     return StudyResults(
@@ -188,6 +192,7 @@ def read_study(folder: Path) -> StudyResults:
         list(found.values()),
         compared if len(compared) == 2 else (),
         tuple(report.get("targets", ())),
+        tuple(column for column in lines[0] if column in drawn),
         folder,
     )
 

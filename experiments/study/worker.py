@@ -44,6 +44,10 @@ def work(ledger: Ledger, data: Path | None, *, most: int | None, keep_weights: b
     Raises:
       RunError: a run failed for want of memory, of data, or the like; it will be tried again.
     """
+    for run in ledger.runs():  # whose worker was killed right after it had ended
+        folder = ledger.folder / run.folder
+        if run.state in ("done", "failed") and (folder / CHECKPOINTS).exists():
+            tidy(folder, keep_weights)
     ended, waiting = 0, False
     while most is None or ended < most:
         taken = ledger.take()
@@ -123,10 +127,12 @@ def tidy(folder: Path, keep_weights: bool) -> None:
             if config[where].get(name):
                 config[where][name] = Path(config[where][name]).name
     replace(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     if not keep_weights:
         for name in (WEIGHTS, AVERAGED_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(
+        folder / CHECKPOINTS, ignore_errors=True
+    )  # last: by it the next worker sees that this was not reached
 
 
 def write_trials(ledger: Ledger, data: Path | None) -> None:

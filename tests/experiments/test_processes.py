@@ -133,13 +133,13 @@ def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(tm
 
 
 @pytest.mark.slow
-def test_kills_change_no_bit(tmp_path, capsys):
-    """At least one of them while a checkpoint is being written: what is left of it is named at the next start."""
-    assert soak.main(["--kills", "6", "--out", str(tmp_path)]) == 0
+def test_twenty_kills_change_no_bit(tmp_path, capsys):
+    """At least five of them while a checkpoint is being written: what is left of it is named at the next start."""
+    assert soak.main(["--kills", "20", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    (writing,) = re.findall(r"6 times SIGKILL, (\d+) while a checkpoint was being written", printed)
-    assert int(writing) >= 1
-    assert "is half-written: it is not used" in (tmp_path / "killed.log").read_text()
+    (writing,) = re.findall(r"20 times SIGKILL, (\d+) while a checkpoint was being written", printed)
+    assert int(writing) >= 5
+    assert (tmp_path / "killed.log").read_text().count("is half-written: it is not used") >= 5
     assert (tmp_path / "killed" / METRICS).exists()
 
 

@@ -163,6 +163,20 @@ def test_killed_in_the_middle_it_goes_on(protocol, fake, tmp_path, whole_group):
     assert trials(out) == trials(whole)
 
 
+def test_what_a_killed_worker_left_is_tidied(protocol, fake, tmp_path):
+    """SIGKILL between a run's end and the removal of its large files."""
+    out = tmp_path / "out"
+    assert study.main([str(protocol), "--out", str(out)]) == 0
+    folder = out / "adam" / "seed-4"
+    (folder / "checkpoints").mkdir()
+    (folder / "weights.safetensors").write_text("large")
+    before = fake.read_text()
+    assert study.main([str(protocol), "--out", str(out)]) == 0
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "weights.safetensors").exists()
+    assert fake.read_text() == before
+
+
 def test_two_workers_share_the_runs(protocol, fake, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert study.main([str(protocol), "--out", str(whole)]) == 0
