@@ -53,7 +53,7 @@ def answer(results: StudyResults) -> str:
         return ""
     ours, theirs = map(results.find, results.compared)
     if not ours.finals or not theirs.finals:
-        return f"On {results.title}, the question is still open: not both {ours.name} and {theirs.name} were trained."
+        return f"{results.name}: the question is still open, not both {ours.name} and {theirs.name} were trained."
     difference, wider = results.answers[ours.name]
     said = {
         "better": f"{ours.name} is better",

@@ -130,8 +130,8 @@ class StudyResults:
 
     @property
     def title(self) -> str:
-        """The data and the network, as its runs call them."""
-        config = next(trial.config for c in self.contestants for trial in (*c.finals, *c.final) if trial.rows)
+        """The data and the network, as its runs call them; one at least must have reached its end."""
+        config = next(trial.config for c in self.contestants for trial in c.finals)
         height, width = config["input"]["image_size"]
         grey = "grey " if config["input"]["grey"] else ""
         return f"{config['data']['title']}, {grey}{height}x{width}, {config['input']['arch']}"
