@@ -9,6 +9,11 @@ A run leaves a folder with its settings, metrics, curves, some predictions and t
 
 from __future__ import annotations
 
+from experiments.malloc import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # before all that would be imported twice
+
 import dataclasses
 import functools
 import json
@@ -35,11 +40,10 @@ from experiments.data.dataset import (
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
 from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network, weights_dtype
-from experiments.malloc import keep_freed_memory
 from experiments.optimizers import make_schedule
 from experiments.processes import start_processes
 from experiments.run_folder import STEP_SIZES, refuse_earlier_run
-from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings, read_ahead
+from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
 from experiments.training import Results, State, count_steps
 from experiments.training_run import (
     describe_input,
@@ -233,7 +237,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
-        keep_freed_memory()
     use_compilation_cache()
     sys.exit(main())

@@ -15,7 +15,6 @@ import tyro
 
 from experiments.compilation import use_compilation_cache
 from experiments.frameworks import check_available
-from experiments.malloc import keep_freed_memory
 from experiments.plots import plot_comparison
 from experiments.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
 from experiments.settings import RunSettings
@@ -179,7 +178,7 @@ def train_and_compare(
 
 
 def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -> int:
-    """Its own, since what malloc is told for JAX slows PyTorch down, and since memory is then given back."""
+    """Its own, so that its memory is given back."""
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
     with leaving_stops_to_a_child(process.terminate):
         process.start()
@@ -188,8 +187,6 @@ def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -
 
 
 def _run_alone(run: Callable[[Any], int | None], settings: RunSettings) -> None:
-    if settings.framework != "torch":
-        keep_freed_memory()
     use_compilation_cache()
     sys.exit(exit_code(lambda: run(settings)))
 

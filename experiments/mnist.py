@@ -10,6 +10,11 @@ A run leaves a folder with its settings, metrics, curves, some predictions and t
 
 from __future__ import annotations
 
+from experiments.malloc import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # before all that would be imported twice
+
 import dataclasses
 import functools
 import sys
@@ -28,7 +33,6 @@ from experiments.data.augment import normalize, to_unit_range
 from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics
 from experiments.data.mnist import load_mnist
 from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network, weights_dtype
-from experiments.malloc import keep_freed_memory
 from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
 from experiments.processes import start_processes
 from experiments.run_folder import refuse_earlier_run
@@ -189,7 +193,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if read_ahead(None, "framework").framework != "torch":  # whose steps would take ten times as long
-        keep_freed_memory()
     use_compilation_cache()
     sys.exit(main())

@@ -21,6 +21,7 @@ import numpy as np
 from experiments.data.check import format_findings
 from experiments.data.dataset import Dataset
 from experiments.frameworks import Training
+from experiments.malloc import give_back_freed_memory
 from experiments.metrics import write_test_results
 from experiments.plots import plot_curves, plot_predictions
 from experiments.preflight import check_data, disk_findings, measure_memory, memory_findings
@@ -235,6 +236,7 @@ def train_and_report(
             except OSError as error:
                 raise OSError(f"the report in {out} could not be written: {error.strerror or error}") from error
 
+    give_back_freed_memory()  # of compiling
     profile = Profile(out / PROFILE, settings.profile) if settings.profile and is_first() else None
     try:
         ended_by = fit(

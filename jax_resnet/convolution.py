@@ -1,8 +1,9 @@
-"""Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) as products of matrices: the form for CPUs.
+"""Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) on a CPU, in the forms that are fastest there.
 
-XLA:CPU multiplies matrices several times faster than it convolves. A product of unfolded patches (im2col) does for
-every convolution; where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
-`jax_resnet.layers.conv2d` is what checks its arguments and chooses between these and XLA's own.
+`direct` is XLA's own convolution. XLA:CPU gives it to the library that multiplies its matrices where types and sizes
+suit that, and is many times slower elsewhere; there, and for most gradients, a product of unfolded patches (im2col)
+does. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
+`jax_resnet.layers.conv2d` is what checks its arguments, and what takes XLA's own convolution on a GPU or TPU.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: kernels must fit into the picture
+MAX_DIRECT = 256  # channels up to which it is faster than unfolding: it packs the kernel in each call
 MIN_GATHERED = 16  # channels from which a gather unfolds faster than slices do
-MIN_SAVED = 1200  # multiplications per pair of channels from which Winograd's form pays for transforming the kernel
+# Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
+# own convolution is best at.
+MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
 
 # F(2x2, 3x3) of Winograd's minimal filtering (Lavin & Gray, 2016): y = Aᵀ((G g Gᵀ) ∘ (Bᵀ d B))A for tiles d of 4x4
 # values that overlap by two. Bᵀ takes two values for each of its four results: d[FIRST] + SIGN · d[SECOND].
@@ -24,29 +29,96 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 
+def direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """(N, H', W', K), as `jax_resnet.layers.conv2d` defines it, by XLA's own convolution."""
+    return _convolve(x, weight, stride, [(padding, padding)] * 2)
+
+
 def conv2d(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """(N, H', W', K), as `jax_resnet.layers.conv2d` defines it, in the form that is fastest by itself."""
+    """The same in the form that is fastest by itself."""
     if _winograd_pays(x, weight, stride, padding):
         return _winograd(x, weight)
-    return conv2d_unfolded(x, weight, stride=stride, padding=padding)
+    return conv2d_in_training(x, weight, stride=stride, padding=padding)
 
 
-def conv2d_unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """Patches times kernel: the form for training, where Winograd's transforms cost what its products save."""
+def conv2d_in_training(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """The same for training, where Winograd's transforms cost what its products save."""
+    form = direct if _direct_pays(x, weight) else unfolded
+    return form(x, weight, stride=stride, padding=padding)
+
+
+def conv2d_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
+    """The gradients of x and weight."""
+    # Positions that dweight sums over: where they are few, it is much work for XLA's own convolution to begin each sum.
+    many = dy.size // dy.shape[3] >= 2 * max(weight.shape[2:])
+    form = direct_vjp if many and _direct_pays(x, weight) else unfolded_vjp
+    if max(weight.shape[:2]) > 1:
+        x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
+    return form(x, weight, dy, stride=stride, padding=padding)
+
+
+def _direct_pays(x: Array, weight: Array) -> bool:
+    fits = max(weight.shape[:2]) > 1 and min(x.shape[1:3]) >= MIN_DIRECT and max(weight.shape[2:]) <= MAX_DIRECT
+    return fits and x.dtype == jnp.float32
+
+
+def direct_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
+    """The gradients of x and weight, as convolutions of dy with the kernel turned around and of x with dy."""
+    kernel = weight.shape[:2]
+    if stride == 1:
+        around = weight[::-1, ::-1].swapaxes(2, 3)
+        dx = _convolve(dy, around, 1, [(size - 1 - padding,) * 2 for size in kernel])
+    else:  # dy would have to be filled up with zeros
+        dx = _unfolded_dx(x, weight, dy, stride, padding)
+    # Channels take the place of images and images that of channels. Without a barrier XLA folds the transpositions into
+    # the convolution, and its library does not take what comes of that.
+    channels, filters = lax.optimization_barrier((x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)))
+    ends = [stride * (o - 1) + k - i - padding for o, k, i in zip(dy.shape[1:3], kernel, x.shape[1:3], strict=True)]
+    dweight = _convolve(channels, filters, 1, [(padding, end) for end in ends], dilation=stride)
+    return dx, dweight.transpose(1, 2, 0, 3)
+
+
+def _convolve(x: Array, weight: Array, stride: int, padding: list[tuple[int, int]], dilation: int = 1) -> Array:
+    names = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, weight, (stride,) * 2, padding, rhs_dilation=(dilation,) * 2, dimension_numbers=names
+    )
+
+
+def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """The convolution as one product, patches times kernel."""
     kh, kw, _, k = weight.shape
     patches = unfold(x, kh, kw, stride, padding)
     return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
 
 
-def conv2d_unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x and weight."""
+def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
+    """The gradients of x and weight, one product each."""
     kh, kw, _, k = weight.shape
-    # Unfolded again, so that x is all that must be kept. XLA:CPU notices in training, and keeps the patches after all.
-    patches, fold = jax.vjp(lambda x: unfold(x, kh, kw, stride, padding), x)
-    dy_rows = dy.reshape(-1, k)
-    dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy_rows, (((0,), (0,)), ((), ())))
-    (dx,) = fold((dy_rows @ weight.reshape(-1, k).T).reshape(patches.shape))
-    return dx, dweight.reshape(weight.shape)
+    patches = unfold(x, kh, kw, stride, padding)
+    dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy.reshape(-1, k), (((0,), (0,)), ((), ())))
+    return _unfolded_dx(x, weight, dy, stride, padding), dweight.reshape(weight.shape)
+
+
+def _unfolded_dx(x: Array, weight: Array, dy: Array, stride: int, padding: int) -> Array:
+    kh, kw, c, k = weight.shape
+    dpatches = dy.reshape(-1, k) @ weight.reshape(-1, k).T
+    (dx,) = _unfold_bwd(kh, kw, stride, padding, x, dpatches.reshape(*dy.shape[:3], kh * kw * c))
+    return dx
+
+
+def once_known(late: Array, x: Array) -> Array:
+    """x, but not before `late`, of any shape, is there: what is computed from it is not computed, and kept, sooner.
+
+    That is `lax.optimization_barrier`, which XLA:CPU drops too early: before it merges what is computed twice and
+    before it decides on an order. There it is x + 0, the 0 being a nan if the first entry of `late` is one.
+    """
+
+    def on_cpu(late, x):
+        first = late[(0,) * late.ndim]
+        return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)
+
+    return lax.platform_dependent(late, x, cpu=on_cpu, default=lambda late, x: lax.optimization_barrier((late, x))[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -136,7 +208,8 @@ def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     n, h, w, _ = x.shape
     saved = 9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2)
     fits = weight.shape[:2] == (3, 3) and (stride, padding) == (1, 1) and min(weight.shape[2:]) >= MIN_GATHERED
-    return fits and saved >= MIN_SAVED and x.dtype.itemsize >= 4
+    enough = MIN_SAVED_128 if max(weight.shape[2:]) == 128 else MIN_SAVED
+    return fits and saved >= enough and x.dtype.itemsize >= 4
 
 
 def _winograd(x: Array, weight: Array) -> Array:

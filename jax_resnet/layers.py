@@ -63,31 +63,25 @@ def _conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
 
 
 def _conv2d_fwd(x, weight, stride, padding):
-    return _conv2d_on(convolution.conv2d_unfolded, x, weight, stride, padding), (x, weight)
+    return _conv2d_on(convolution.conv2d_in_training, x, weight, stride, padding), (x, weight)
 
 
 def _conv2d_on(cpu: Callable[..., Array], x: Array, weight: Array, stride: int, padding: int) -> Array:
-    """On a CPU by the form given, elsewhere by XLA's own convolution."""
-    matmul, direct = (functools.partial(form, stride=stride, padding=padding) for form in (cpu, _conv2d_direct))
-    return lax.platform_dependent(x, weight, cpu=matmul, default=direct)
+    """On a CPU in the form given; elsewhere by XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
+    on_cpu, default = (functools.partial(f, stride=stride, padding=padding) for f in (cpu, convolution.direct))
+    return lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
 
 
 def _conv2d_bwd(stride, padding, residuals, dy):
-    def direct(x, weight, dy):
-        return jax.vjp(lambda x, w: _conv2d_direct(x, w, stride=stride, padding=padding), x, weight)[1](dy)
+    def default(x, weight, dy):
+        direct = functools.partial(convolution.direct, stride=stride, padding=padding)
+        return jax.vjp(direct, x, weight)[1](dy)
 
-    matmul = functools.partial(convolution.conv2d_unfolded_vjp, stride=stride, padding=padding)
-    return lax.platform_dependent(*residuals, dy, cpu=matmul, default=direct)
+    on_cpu = functools.partial(convolution.conv2d_vjp, stride=stride, padding=padding)
+    return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=default)
 
 
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
-
-
-def _conv2d_direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
-    return lax.conv_general_dilated(
-        x, weight, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def batch_norm(
@@ -174,6 +168,8 @@ def _moments_in_two_passes(rows: Array) -> tuple[Array, Array]:
 def _normalize_bwd(eps, residuals, cotangents):
     """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)): the batch's mean and scale carry no gradient."""
     x, weight, mean, inverse_deviation = residuals
+    # Or XLA:CPU would keep x and x - mean from the forward pass on.
+    x = convolution.once_known(cotangents[0], x)
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
     dy = _at_least_float32(cotangents[0].reshape(rows.shape))
     centred = rows - mean
@@ -242,22 +238,38 @@ def _max_pool_fwd(x, window, stride, padding):
 
 
 def _max_pool_bwd(window, stride, padding, residuals, dy):
-    """Tap by tap: the first tap that equals the maximum takes the gradient."""
-
-    def taps(x):
-        sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        padded = jnp.pad(x, sides, constant_values=-jnp.inf)
-        return convolution.taps(padded, window, window, stride, *y.shape[1:3])
-
+    """Each value gets the gradients of those windows whose first maximum it is."""
     x, y = residuals
-    values, scatter = jax.vjp(taps, x)
-    free = jnp.ones(y.shape, bool)
-    gradients = []
-    for value in values:
-        first = free & (value == y)
-        free = free & ~first
-        gradients.append(jnp.where(first, dy, 0))
-    return scatter(gradients)
+    n, _, _, c = x.shape
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(x, sides, constant_values=-jnp.inf)
+    nowhere = window * window  # the number of no tap
+    first = jnp.full(y.shape, nowhere, jnp.int16)
+    for tap, value in reversed(list(enumerate(convolution.taps(padded, window, window, stride, *y.shape[1:3])))):
+        first = jnp.where(value == y, tap, first)
+    # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
+    # a phase (r of their rows, s of their columns) are in the same places of their windows.
+    before = (window - 1) // stride  # windows that begin before a value's own and hold it
+    rows, columns = (-(-size // stride) for size in padded.shape[1:3])
+    around = (
+        (0, 0),
+        *((before, max(0, size - o)) for size, o in zip((rows, columns), y.shape[1:3], strict=True)),
+        (0, 0),
+    )
+    first, dy = lax.optimization_barrier((jnp.pad(first, around, constant_values=nowhere), jnp.pad(dy, around)))
+
+    def phase(r: int, s: int) -> Array:
+        total = jnp.zeros((n, rows, columns, c), dy.dtype)
+        for u in range(r, window, stride):
+            for v in range(s, window, stride):
+                down, across = before - u // stride, before - v // stride
+                here = (slice(None), slice(down, down + rows), slice(across, across + columns))
+                total += jnp.where(first[here] == window * u + v, dy[here], 0)
+        return total
+
+    phases = [jnp.stack([phase(r, s) for s in range(stride)], axis=3) for r in range(stride)]
+    dx = jnp.stack(phases, axis=2).reshape(n, stride * rows, stride * columns, c)
+    return (dx[:, padding : padding + x.shape[1], padding : padding + x.shape[2]],)
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from jax_resnet import layers
+from jax_resnet import convolution, layers
 
 MIN_SIZE = 32
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -257,7 +257,7 @@ def apply(
     activations = {"stem": x}
     for block in blocks(config):
         run = functools.partial(_residual, *_without_prefix(block), **options)
-        run = jax.checkpoint(run) if remat else run
+        run = _recomputed(run) if remat else run
         x, update = run(x, *(_below(arrays, block.name) for arrays in (weights, stats)))
         new_stats |= {f"{block.name}.{name}": array for name, array in update.items()}
         activations[block.name] = x
@@ -308,6 +308,21 @@ def _residual(
         if conv is not convs[-1]:
             x = layers.relu(x)
     return _materialize(layers.relu(x + shortcut)), new_stats
+
+
+def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that is run again for its gradients, so that only its input is kept; jax.checkpoint but for XLA:CPU.
+
+    There jax.checkpoint saves nothing: XLA merges the second run with the first.
+    """
+    again = jax.custom_vjp(run)
+
+    def backward(inputs, cotangents):
+        x, *arrays = inputs
+        return jax.vjp(run, convolution.once_known(cotangents[0], x), *arrays)[1](cotangents)
+
+    again.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
+    return again
 
 
 def _without_prefix(block: Block) -> tuple[tuple[Conv, ...], Conv | None]:

@@ -6,6 +6,11 @@ come first, then medians and quartiles. --json keeps every single time, --plot d
 
 from __future__ import annotations
 
+from experiments.malloc import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # which the contestants' processes inherit
+
 import dataclasses
 import json
 import sys

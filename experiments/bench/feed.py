@@ -25,7 +25,6 @@ from experiments.bench.settings import NetworkSettings
 from experiments.bench.tables import Table, times_in_ms
 from experiments.data.dataset import Dataset
 from experiments.data.stream import Batches, put_ahead
-from experiments.malloc import keep_freed_memory
 from experiments.optimizers import LEARNING_RATES, OptimizerName
 from experiments.settings import PRESETS, Settings
 from experiments.training import count_steps
@@ -54,7 +53,6 @@ class FeedBench(NetworkSettings):
 
 def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
     """Its table."""
-    keep_freed_memory()  # as experiments.cars does
     with bound(bench.threads), contextlib.ExitStack() as open_batches:
         settings = settings_of_cars(bench)
         dataset = cars.load_data(settings)

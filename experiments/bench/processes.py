@@ -1,7 +1,7 @@
 """Contestants in processes of their own, which take turns.
 
-Processes of their own, since thread pools and malloc's settings would get into one another's way, and since memory is
-counted by process. A contestant measures when it is told to.
+Processes of their own, since thread pools would get into one another's way, and since memory is counted by process. A
+contestant measures when it is told to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments.malloc import keep_freed_memory
+from experiments.malloc import give_back_freed_memory
 
 Step = Callable[[], Any]  # what is timed; tests look at what it returns
 MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or functools.partial of one
@@ -192,6 +192,7 @@ def _serve(connection: Connection, name: str) -> None:
         if callable(request):
             step = None  # the memory of the one before
             step = request()
+            give_back_freed_memory()
             return _seconds(step)
         for _ in range(max(1, request // 10)):
             step()
@@ -207,8 +208,6 @@ def _serve(connection: Connection, name: str) -> None:
 
 
 def _prepare(framework: str) -> float:
-    if framework == "jax":  # NumPy's threads gain nothing by it, PyTorch becomes more than ten times slower
-        keep_freed_memory()
     for module in MODULES[framework]:
         importlib.import_module(module)
     return _memory("VmRSS")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import jax_resnet.resnet
 from experiments import cars
-from experiments.bench import compile, contestants, conv2d, feed, layers, processes, scaling, step, tables
+from experiments.bench import compile, contestants, conv2d, layers, processes, scaling, step, tables
 from experiments.bench.__main__ import main
 from experiments.bench.processes import Result
 
@@ -233,7 +233,6 @@ def shallow_resnet18(monkeypatch):
 @pytest.mark.usefixtures("shallow_resnet18")
 def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
     """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
-    monkeypatch.setattr(feed, "keep_freed_memory", lambda: None)  # it would slow PyTorch down in tests after this one
     monkeypatch.setitem(cars.DRAWINGS, "train_count", 196)
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
     assert main(["feed", *arguments]) == 0
@@ -252,13 +251,12 @@ def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
     assert "exceeds" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("shallow_resnet18")
-def test_remat_keeps_less_and_changes_no_product_away(capsys):
-    assert main(["remat", "--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "1"]) == 0
+def test_remat_takes_less_memory(capsys):
+    """In one program, as a training step is: XLA:CPU does not merge the second run of a block with the first."""
+    assert main(["remat", "--arch", "resnet18", "--batch-size", "8", "--image-size", "64", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     (without,), (remat,) = rows(printed, "without"), rows(printed, "--remat")
-    assert float(remat[0]) < float(without[0])
-    assert int(remat[1]) >= int(without[1])
+    assert float(remat[0]) < 0.8 * float(without[0])
 
 
 TWO_LAYERS = [layers.Layer("conv", 1, (2, 6, 7, 3), 5), layers.Layer("norm+relu", 1, (2, 6, 7, 3))]

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from jax_resnet import convolution as matmul
+from jax_resnet import convolution as forms
 from jax_resnet import layers, resnet
 
 
@@ -86,14 +87,57 @@ def test_all_forms_of_conv2d_are_one_function(case, x64):
     rng = np.random.default_rng(2)
     *_, stride, padding = case
     _, (x, weight, _) = convolution(case, rng)
-    direct = functools.partial(layers._conv2d_direct, stride=stride, padding=padding)
-    y, vjp = jax.vjp(direct, x, weight)
+    y, vjp = jax.vjp(functools.partial(forms.direct, stride=stride, padding=padding), x, weight)
     dy = random(rng, *y.shape)
-    for form in (matmul.conv2d, matmul.conv2d_unfolded):
+    for form in (forms.conv2d, forms.conv2d_in_training, forms.unfolded):
         np.testing.assert_allclose(form(x, weight, stride=stride, padding=padding), y, rtol=1e-13, atol=1e-13)
-    gradients = matmul.conv2d_unfolded_vjp(x, weight, dy, stride=stride, padding=padding)
-    for ours, theirs in zip(gradients, vjp(dy), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    for form in (forms.conv2d_vjp, forms.direct_vjp, forms.unfolded_vjp):
+        for ours, theirs in zip(form(x, weight, dy, stride=stride, padding=padding), vjp(dy), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_takes_the_forms_that_are_fastest():
+    """Forward and backward, XLA's own convolution where picture and channels suit it, products where they do not."""
+
+    def program(size, channels, dtype):
+        x, weight = jnp.zeros((8, size, size, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
+        conv = functools.partial(layers.conv2d, padding=1)
+
+        def both_passes(x, weight):
+            y, vjp = jax.vjp(conv, x, weight)
+            return vjp(y)
+
+        return jax.jit(both_passes).lower(x, weight).as_text()
+
+    suits, small, deep, half = (
+        program(*case) for case in ((8, 32, "float32"), (2, 32, "float32"), (8, 512, "float32"), (8, 32, "bfloat16"))
+    )
+    assert "stablehlo.convolution" in suits
+    assert "dot_general" not in suits
+    for other in (small, deep, half):
+        assert "stablehlo.convolution" not in other
+        assert "dot_general" in other
+
+
+@pytest.mark.parametrize("late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), -0.0)], ids=str)
+def test_once_known_changes_no_value(late):
+    x = np.array([1.5, -np.inf, 0.0, np.nan, 1e30], np.float32)
+    np.testing.assert_array_equal(jax.jit(forms.once_known)(jnp.float32(late), x), x)
+
+
+def test_once_known_keeps_work_apart():
+    """XLA:CPU merges what is computed twice, also beyond a barrier, but not beyond this."""
+
+    def twice(between):
+        def function(x, y):
+            first = jnp.sin(x @ x)
+            return first, jnp.sin((z := between(first, x)) @ z) * y
+
+        a = jnp.zeros((64, 64))
+        return jax.jit(function).lower(a, a).compile().as_text().count(" dot(")
+
+    assert twice(lambda late, x: lax.optimization_barrier((late, x))[1]) == 1
+    assert twice(forms.once_known) == 2
 
 
 def test_winograd_is_among_the_cases():
@@ -102,9 +146,9 @@ def test_winograd_is_among_the_cases():
     chosen = []
     for case in CONVOLUTIONS:
         _, (x, weight, _) = convolution(case, rng)
-        if matmul._winograd_pays(x, weight, *case[7:]):
+        if forms._winograd_pays(x, weight, *case[7:]):
             chosen.append(case[1:3])
-            assert not matmul._winograd_pays(x.astype(jnp.bfloat16), weight, *case[7:])
+            assert not forms._winograd_pays(x.astype(jnp.bfloat16), weight, *case[7:])
     assert chosen == [(9, 11), (8, 14)]  # odd sides, and an even and an odd number of tiles
 
 

@@ -157,9 +157,11 @@ def test_resnet101_step_lowers_for_every_platform():
     images = jax.ShapeDtypeStruct((8, 96, 96, 1), jnp.float32)
     labels = jax.ShapeDtypeStruct((8,), jnp.int32)
     step = make_train_step(config, optimizer)
-    for platform, own_convolutions in {"cpu": False, "cuda": True, "tpu": True}.items():
-        exported = jax.export.export(step, platforms=[platform])(state, images, labels)
-        assert ("stablehlo.convolution" in exported.mlir_module()) == own_convolutions, platform
+    for platform, only_own_convolutions in {"cpu": False, "cuda": True, "tpu": True}.items():
+        program = jax.export.export(step, platforms=[platform])(state, images, labels).mlir_module()
+        assert "stablehlo.convolution" in program, platform
+        products = program.count("stablehlo.dot_general")  # the dense layer's three, and on a CPU those of convolutions
+        assert (products == 3) == only_own_convolutions, (platform, products)
 
 
 def tiny_state(optimizer, batch_norm=True, ema=False):
