@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 TUNABLES = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: ask for huge pages for what malloc maps
+MARK = "huge_pages"  # an option of Python's own, -X huge_pages, that says: started anew, do not do so again
 
 
 def use_huge_pages() -> None:
@@ -15,14 +17,30 @@ def use_huge_pages() -> None:
 
     XLA:CPU allocates the temporary memory of a step (hundreds of MB) anew for each call, and glibc has the system map
     and zero its pages every time, which takes a tenth of a step of ResNet-101 in pages of 4 kB and much less in those
-    of 2 MB. glibc reads its settings when a process starts and never again. To be called first of all; does nothing
-    where the setting is there already or the system is not Linux, and other C libraries than glibc do not mind.
+    of 2 MB. glibc (from 2.35) reads its settings when a process starts and never again. To be called first of all, by a
+    program that `python -m` has started; does nothing where the setting has been made or Linux would not heed it.
     """
     before = os.environ.get(TUNABLES, "")
-    if not sys.platform.startswith("linux") or HUGE_PAGES in before:
+    if "-m" not in sys.orig_argv or MARK in sys._xoptions or HUGE_PAGES in before or not _on_request():
         return
     os.environ[TUNABLES] = ":".join(filter(None, [before, f"{HUGE_PAGES}=1"]))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        os.execv(sys.executable, [sys.executable, "-X", MARK, *sys.orig_argv[1:]])
+    except OSError:  # it goes on in small pages
+        os.environ[TUNABLES] = before
+
+
+def _on_request() -> bool:
+    """Whether Linux gives huge pages to who asks: not in its settings "never" and "always"."""
+    try:
+        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
+def describe_pages() -> str:
+    """For the description of a machine: the pages that malloc's large blocks are in."""
+    return "huge pages" if f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") else "the system's pages"
 
 
 def give_back_freed_memory() -> None:

@@ -159,7 +159,7 @@ def _moments_in_one_pass(rows: Array) -> tuple[Array, Array]:
 
 
 def _moments_in_two_passes(rows: Array) -> tuple[Array, Array]:
-    """The same. XLA:CPU writes down what is squared in either case; rows - mean serves the backward pass as well."""
+    """The same. XLA:CPU writes down what is squared in either case."""
     mean = rows.mean(0)
     centred = rows - mean
     return mean, (centred * centred).mean(0)
@@ -168,7 +168,7 @@ def _moments_in_two_passes(rows: Array) -> tuple[Array, Array]:
 def _normalize_bwd(eps, residuals, cotangents):
     """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)): the batch's mean and scale carry no gradient."""
     x, weight, mean, inverse_deviation = residuals
-    # Or XLA:CPU would keep x and x - mean from the forward pass on.
+    # Or XLA:CPU would keep x - mean from the forward pass on, besides x.
     x = convolution.once_known(cotangents[0], x)
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
     dy = _at_least_float32(cotangents[0].reshape(rows.shape))

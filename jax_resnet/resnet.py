@@ -311,17 +311,21 @@ def _residual(
 
 
 def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A block that is run again for its gradients, so that only its input is kept; jax.checkpoint but for XLA:CPU.
+    """A block that is run again for its gradients, so that only its input is kept.
 
-    There jax.checkpoint saves nothing: XLA merges the second run with the first.
+    jax.checkpoint does that on a GPU or TPU; XLA:CPU merges its second run with the first, and saves nothing.
     """
     again = jax.custom_vjp(run)
 
-    def backward(inputs, cotangents):
-        x, *arrays = inputs
-        return jax.vjp(run, convolution.once_known(cotangents[0], x), *arrays)[1](cotangents)
+    def forward(*inputs):
+        y, _ = jax.vjp(run, *inputs)  # in the forms of training, as the second run: run(*inputs) takes other ones
+        return y, inputs
 
-    again.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
+    def backward(inputs, cotangents):
+        dy, x = lax.optimization_barrier((cotangents[0], inputs[0]))
+        return jax.vjp(run, convolution.once_known(dy, x), *inputs[1:])[1](cotangents)
+
+    again.defvjp(forward, backward)
     return again
 
 

@@ -192,7 +192,7 @@ def _serve(connection: Connection, name: str) -> None:
         if callable(request):
             step = None  # the memory of the one before
             step = request()
-            give_back_freed_memory()
+            give_back_freed_memory()  # of drawing the weights
             return _seconds(step)
         for _ in range(max(1, request // 10)):
             step()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.processes import framework
+from experiments.malloc import describe_pages
 
 Cell = float | str | tuple[float, float]  # a number, a word, or quartiles
 
@@ -83,7 +84,7 @@ def print_table(rows: dict[str, dict[str, Cell]]) -> None:
 
 
 def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
-    """Processor, cores and versions, in a line."""
+    """Processor, cores, pages and versions, in a line."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -96,4 +97,4 @@ def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchv
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"no {name}")
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}; {', '.join(versions)}"
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {', '.join(versions)}"
