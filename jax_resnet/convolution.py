@@ -111,7 +111,7 @@ def once_known(late: Array, x: Array) -> Array:
     """x, but not before `late`, of any shape, is there: what is computed from it is not computed, and kept, sooner.
 
     `lax.optimization_barrier` does not do: XLA:CPU drops it before it merges what is computed twice and before it
-    decides on an order. So there this is x + 0, the 0 being a nan if the first entry of `late` is one; elsewhere it is x.
+    decides on an order. There this is x + 0, the 0 being a nan if the first entry of `late` is one; elsewhere it is x.
     """
 
     def on_cpu(late, x):
