@@ -26,7 +26,7 @@ def use_huge_pages() -> None:
     os.environ[TUNABLES] = ":".join(filter(None, [before, f"{HUGE_PAGES}=1"]))
     try:
         os.execv(sys.executable, [sys.executable, "-X", MARK, *sys.orig_argv[1:]])
-    except OSError:  # it goes on in small pages
+    except (OSError, ValueError):  # there is no such executable: it goes on in small pages
         os.environ[TUNABLES] = before
 
 

@@ -110,15 +110,17 @@ FLOAT32_CONVOLUTIONS = [  # sizes of which XLA's own convolution is taken, each 
 @pytest.mark.parametrize("case", FLOAT32_CONVOLUTIONS, ids=str)
 def test_float32_convolutions_are_those_of_float64(case, x64):
     """With gradients, in the library that XLA:CPU has for float32 only; 1e-5 of the largest for rounding."""
-    conv, (x, weight, _) = convolution(case, np.random.default_rng(4))
+    rng = np.random.default_rng(4)
+    conv, (x, weight, _) = convolution(case, rng)
+    dy = random(rng, *jax.eval_shape(conv, x, weight).shape)
     assert forms._direct_pays(x.astype(jnp.float32), weight)
 
-    def both_passes(x, weight):
+    def both_passes(x, weight, dy):
         y, vjp = jax.vjp(conv, x, weight)
-        return y, *vjp(jnp.cos(y))
+        return y, *vjp(dy)
 
-    expected = jax.jit(both_passes)(x, weight)
-    found = jax.jit(both_passes)(x.astype(jnp.float32), weight.astype(jnp.float32))
+    expected = jax.jit(both_passes)(x, weight, dy)
+    found = jax.jit(both_passes)(*(array.astype(jnp.float32) for array in (x, weight, dy)))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
