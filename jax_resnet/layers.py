@@ -244,7 +244,7 @@ def _max_pool_bwd(window, stride, padding, residuals, dy):
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(x, sides, constant_values=-jnp.inf)
     nowhere = window * window  # the number of no tap
-    first = jnp.full(y.shape, nowhere, jnp.int16)
+    first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
     for tap, value in reversed(list(enumerate(convolution.taps(padded, window, window, stride, *y.shape[1:3])))):
         first = jnp.where(value == y, tap, first)
     # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
