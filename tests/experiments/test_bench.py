@@ -1,11 +1,13 @@
 """The benchmarks run and print what they say; what they measure is not tested."""
 
+import contextlib
 import functools
 import importlib.util
 import itertools
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,13 +276,39 @@ def test_layers_prints_its_tables(monkeypatch, capsys):
     assert float(total[-1]) == pytest.approx(milliseconds, abs=0.05)
 
 
-def test_compile_tells_cold_from_warm(tmp_path, capsys):
-    arguments = ["--arch", "resnet18", "--batch-size", "2", "--image-size", "32", "--contestants", "jax"]
-    arguments += ["--tasks", "inference", "--rounds", "1", "--json", str(tmp_path / "compile.json")]
-    assert main(["compile", *arguments]) == 0
+def test_compile_starts_cold_and_then_warm(tmp_path, monkeypatch):
+    """The first start finds no compiled program, the second one those of the first, and compiles no other."""
+    kept = []
+
+    def started(names, threads, environment):
+        kept.append(programs(environment["JAX_COMPILATION_CACHE_DIR"]))
+        return processes.started(names, threads, environment)
+
+    class Cache(contextlib.nullcontext):
+        def __exit__(self, *_):
+            kept.append(programs(self.enter_result))
+
+    monkeypatch.setattr(compile, "started", started)
+    monkeypatch.setattr(compile.tempfile, "TemporaryDirectory", lambda: Cache(str(tmp_path)))
+    case = contestants.Case("resnet18", 2, 32, 32, task="inference")
+    assert min(compile.cold_and_warm("jax", case, 1)) > 0
+    before_cold, before_warm, at_the_end = kept
+    assert not before_cold
+    assert before_warm
+    assert at_the_end == before_warm
+
+
+def programs(cache):
+    return {path.name for path in Path(cache).glob("*-cache")}
+
+
+def test_compile_prints_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "cold_and_warm", lambda name, case, threads: (2.0, 1.0))
+    arguments = ["--contestants", "jax", "--tasks", "inference", "--rounds", "3"]
+    assert main(["compile", *arguments, "--json", str(tmp_path / "compile.json")]) == 0
     (table,) = json.loads((tmp_path / "compile.json").read_text())["tables"]
-    assert table["rows"]["jax"]["warm s"] < table["rows"]["jax"]["cold s"]
-    assert np.shape(table["seconds"]["jax"]) == (1, 2)
+    assert (table["rows"]["jax"]["cold s"], table["rows"]["jax"]["warm s"]) == (2.0, 1.0)
+    assert np.shape(table["seconds"]["jax"]) == (3, 2)
 
 
 def test_compile_ratios_are_to_torch_compile():
