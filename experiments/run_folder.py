@@ -207,16 +207,23 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def usable_cores() -> int | None:
+    """How many cores this process may use; in which order sums are taken, and so their last digits, depends on it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def jax_device() -> dict[str, Any]:
     """Where JAX computes, as plain JSON values."""
     device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()} | (
+        {"cores": usable_cores()} if device.platform == "cpu" else {}
+    )
 
 
 def numpy_device() -> dict[str, Any]:
     """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": os.cpu_count()}
+    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": usable_cores()}
 
 
 def torch_device() -> dict[str, Any]:

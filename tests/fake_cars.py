@@ -68,6 +68,7 @@ def main() -> int:
         return 2
     config = {
         "settings": settings,
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "data": {"title": "drawn cars"},
         "input": {"arch": settings["arch"], "image_size": [32, 32], "grey": True, "class_names": ["a", "b", "c"]},
     }

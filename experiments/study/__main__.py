@@ -17,6 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
 else:
+    from experiments.study.cores import own_cores
     from experiments.study.ledger import Ledger
     from experiments.study.plan import print_plan
     from experiments.study.progress import print_progress
@@ -79,7 +80,8 @@ def run(settings: StudySettings) -> int | None:
     ledger.publish_protocol()
     print(f"{protocol.name}, in {out}\n{protocol.about}")
     print_progress(ledger)
-    ended_by = work(ledger, settings.data, most=settings.runs, keep_weights=settings.keep_weights)
+    with own_cores(protocol.cores) as locks:
+        ended_by = work(ledger, settings.data, locks, most=settings.runs, keep_weights=settings.keep_weights)
     write_trials(ledger, settings.data)
     return ended_by
 

@@ -260,7 +260,7 @@ class Ledger:
     def _facts(self, contestant: Contestant, stage: Stage) -> dict[str, Any]:
         """What may not change once runs have begun; more trials and more seeds may come."""
         protocol = self.protocol
-        facts: dict[str, Any] = {"settings": contestant.settings}
+        facts: dict[str, Any] = {"settings": contestant.settings, "cores": protocol.cores}
         if stage == "final":
             return facts | {"epochs": protocol.epochs, "seeds": list(protocol.seeds)}
         search = {field: distribution_to_json(space) for field, space in contestant.search.items()}

@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from experiments.bench.tables import Cell, print_table
 from experiments.cars import load_data, prepare
 from experiments.settings import Settings
+from experiments.study.cores import own_cores, room_for_workers
 from experiments.study.ledger import JOURNAL, Ledger, Run
 from experiments.study.progress import duration, measured_seconds, network_of, seconds_left
 from experiments.study.protocol import Protocol, check_command, command
@@ -45,13 +46,16 @@ def print_plan(protocol: Protocol, folder: Path, data: Path | None, url: str | N
         print(f"\n{len(runs)} runs, {ended} of them ended; nothing was trained: --dry-run")
         seconds = measured_seconds(ledger, runs)
     sources = ["runs that have ended"] if seconds else []
-    for run in runs:
-        if run.state in ("open", "begun") and network_of(run) not in seconds:
-            seconds[network_of(run)] = _time_epoch(_settings(run, data))
-            sources.append(f"{TIMED_STEPS} steps of {run.contestant.name}")
+    with own_cores(protocol.cores):
+        for run in runs:
+            if run.state in ("open", "begun") and network_of(run) not in seconds:
+                seconds[network_of(run)] = _time_epoch(_settings(run, data))
+                sources.append(f"{TIMED_STEPS} steps of {run.contestant.name}")
     left = seconds_left(runs, seconds)
     if left:
-        print(f"about {duration(left)} with one worker here, by {', '.join(sources)}")
+        workers = room_for_workers(protocol.cores)
+        many = f"{workers} workers (begin the command {workers} times)" if workers > 1 else "one worker"
+        print(f"about {duration(left / workers)} with {many} here, by {', '.join(sources)}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
     about = "What is asked, on which hardware, how long it takes, what came out."
 
+    cores = 1                       # of each worker [default: all]; begin as many workers as there is room for
+
     [settings]                      # of every run, as experiments.cars has them
     arch = "resnet18"
 
@@ -93,6 +95,7 @@ class Protocol:
 
     name: the file's, without .toml.
     text: the file.
+    cores: of each worker, None for all; they decide about rounding.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Protocol:
     tuning: Tuning | None
     seeds: tuple[int, ...]
     epochs: int
+    cores: int | None = None
 
 
 def read_protocol(path: Path) -> Protocol:
@@ -124,7 +128,7 @@ def read_protocol(path: Path) -> Protocol:
 
 
 def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
-    _only(table, "the protocol", ("about", "settings", "tuning", "final", "contestants", "report"))
+    _only(table, "the protocol", ("about", "cores", "settings", "tuning", "final", "contestants", "report"))
     for key, kind in dict(about=str, final=dict, contestants=list).items():
         if not isinstance(table.get(key), kind):
             raise ValueError(f"{key} is missing or of the wrong kind")
@@ -149,8 +153,11 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
     if tuning and not (tuning.trials >= 1 and tuning.epochs >= 1 and 0 < tuning.holdout < 1):
         raise ValueError(f"tuning must have trials and epochs from 1 and a holdout between 0 and 1, got {tuning}")
     _check_report(table.get("report", {}), [contestant.name for contestant in contestants])
+    cores = table.get("cores")
+    if cores is not None and (type(cores) is not int or cores < 1):
+        raise ValueError(f"cores must be a whole number from 1, got {cores!r}")
     about, seeds = table["about"].strip(), tuple(dict.fromkeys(seeds))
-    protocol = Protocol(name, text, about, tuple(contestants), tuning, seeds, epochs)
+    protocol = Protocol(name, text, about, tuple(contestants), tuning, seeds, epochs, cores)
     for contestant in contestants:
         _check_runs(protocol, contestant)
     return protocol

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -29,12 +30,15 @@ class RunError(RuntimeError):
     """A run could not be trained, and not for anything that it is meant to show."""
 
 
-def work(ledger: Ledger, data: Path | None, *, most: int | None, keep_weights: bool) -> int | None:
+def work(
+    ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, most: int | None, keep_weights: bool
+) -> int | None:
     """Trains all that is left of a study, with others or alone.
 
     Args:
       ledger: of the study.
       data: the folder of pictures.
+      locks: what else a training shall keep from other workers if this one is killed.
       most: runs to train before it ends; None for all.
       keep_weights: whether the weights of ended runs stay.
 
@@ -64,7 +68,7 @@ def work(ledger: Ledger, data: Path | None, *, most: int | None, keep_weights: b
         run, held = taken
         waiting = False
         with held:
-            stopped = train(ledger, run, data, held, keep_weights)
+            stopped = train(ledger, run, data, [held, *locks], keep_weights)
         if stopped is not None:
             return stopped
         ended += 1
@@ -73,12 +77,12 @@ def work(ledger: Ledger, data: Path | None, *, most: int | None, keep_weights: b
     return None
 
 
-def train(ledger: Ledger, run: Run, data: Path | None, held: TextIO, keep_weights: bool) -> int | None:
+def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], keep_weights: bool) -> int | None:
     """Trains a run to its end, from where it stands.
 
     Args:
-      held: the run's lock. The child has it too: if this worker is killed, nobody begins the run a second time while
-        its child still trains.
+      locks: the run's and others. The child has them too: if this worker is killed, nobody begins the run a second
+        time while its child still trains.
 
     Returns:
       the signal that ended it before its end, None if there was none.
@@ -96,7 +100,7 @@ def train(ledger: Ledger, run: Run, data: Path | None, held: TextIO, keep_weight
             child.terminate()
 
     with leaving_stops_to_a_child(terminate) as came:
-        child = subprocess.Popen(arguments, pass_fds=[held.fileno()] if os.name == "posix" else [])
+        child = subprocess.Popen(arguments, pass_fds=[file.fileno() for file in locks] if os.name == "posix" else [])
         if came:
             child.terminate()
         code = child.wait()

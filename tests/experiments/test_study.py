@@ -1,10 +1,12 @@
 """A study: what a protocol may say, and that its runs are each trained once, whatever happens to its workers."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fake_cars import FAKE, SMALL
 
 from experiments.study import __main__ as study
 from experiments.study import worker
+from experiments.study.cores import own_cores
 from experiments.study.ledger import Ledger
 from experiments.study.protocol import read_protocol
 
@@ -71,6 +74,7 @@ def test_every_protocol_is_one(path):
         ("low = 1e-4, high", 'low = "x", high', "Adam: search.learning_rate"),
         ("trials = 3", 'trials = "x"', "small.toml"),
         ("[final]", "[final", "is not TOML"),
+        ("[settings]", "cores = 0\n[settings]", "cores must be a whole number from 1, got 0"),
     ],
 )
 def test_a_bad_protocol_is_refused_by_name(protocol, capsys, old, new, said):
@@ -186,6 +190,27 @@ def test_two_workers_share_the_runs(protocol, fake, tmp_path):
     lines = fake.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2 * (3 * 2 + 2 * 3)
     assert trials(out) == trials(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_each_worker_has_cores_of_its_own(protocol, fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    protocol.write_text(SMALL.replace("[settings]", "cores = 1\n[settings]"))
+    all_cores = os.sched_getaffinity(0)
+    out = tmp_path / "out"
+    workers = [start(protocol, out, seconds=0.2) for _ in sorted(all_cores)[:2]]
+    assert [process.wait(120) for process in workers] == [0] * len(workers)
+    used = [json.loads(path.read_text())["cores"] for path in out.glob("*/*/config.json")]
+    assert {len(cores) for cores in used} == {1}
+    assert len({core for cores in used for core in cores}) == len(workers)
+
+    with own_cores(len(all_cores)):
+        assert study.main([str(protocol), "--out", str(tmp_path / "none")]) == 2
+    error = f"each worker 1 of this machine's {len(all_cores)} cores, and none is free"
+    assert error in capsys.readouterr().err
+    assert study.main([str(protocol), "--out", str(tmp_path / "none"), "--runs", "1"]) == 0
+    assert os.sched_getaffinity(0) == all_cores
 
 
 def test_sigterm_stops_the_training_and_the_worker(protocol, fake, tmp_path):
