@@ -1,8 +1,8 @@
 """Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) on a CPU, in the forms that are fastest there.
 
 `direct` is XLA's own convolution. XLA:CPU gives it to the library that multiplies its matrices where types and sizes
-suit that, and is many times slower elsewhere; there, and for most gradients, a product of unfolded patches (im2col)
-does. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
+suit that, and is many times slower elsewhere; there, and for the gradient of the weight, a product of unfolded patches
+(im2col) does. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
 `jax_resnet.layers.conv2d` is what checks its arguments, and what takes XLA's own convolution on a GPU or TPU.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
-MAX_DIRECT = 256  # channels up to which it is faster than unfolding: it packs the kernel in each call
+MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
 MIN_GATHERED = 16  # channels from which a gather unfolds faster than slices do
 # Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
 # own convolution is best at.
@@ -49,12 +49,17 @@ def conv2d_in_training(x: Array, weight: Array, *, stride: int, padding: int) ->
 
 def conv2d_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
     """The gradients of x and weight."""
-    # Positions that dweight sums over: where they are few, it is much work for XLA's own convolution to begin each sum.
-    many = dy.size // dy.shape[3] >= 2 * max(weight.shape[2:])
-    form = direct_vjp if many and _direct_pays(x, weight) else unfolded_vjp
     if max(weight.shape[:2]) > 1:
         x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
-    return form(x, weight, dy, stride=stride, padding=padding)
+    if stride == 1 and _direct_pays(x, weight):
+        dx = direct_dx(weight, dy, padding=padding)
+    else:
+        dx = unfolded_dx(x, weight, dy, stride=stride, padding=padding)
+    # As a convolution of x with dy this takes up to five times as long.
+    kh, kw, _, k = weight.shape
+    patches = unfold(x, kh, kw, stride, padding)
+    dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy.reshape(-1, k), (((0,), (0,)), ((), ())))
+    return dx, dweight.reshape(weight.shape)
 
 
 def _direct_pays(x: Array, weight: Array) -> bool:
@@ -62,27 +67,22 @@ def _direct_pays(x: Array, weight: Array) -> bool:
     return fits and x.dtype == jnp.float32
 
 
-def direct_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x (at stride 1) and weight, as convolutions of dy with the turned kernel and of x with dy."""
-    kernel = weight.shape[:2]
-    if stride == 1:
-        around = weight[::-1, ::-1].swapaxes(2, 3)
-        dx = _convolve(dy, around, 1, [(size - 1 - padding,) * 2 for size in kernel])
-    else:  # dy would have to be filled up with zeros
-        dx = _unfolded_dx(x, weight, dy, stride, padding)
-    # Channels take the place of images and images that of channels. Without a barrier XLA folds the transpositions into
-    # the convolution, and its library does not take what comes of that.
-    channels, filters = lax.optimization_barrier((x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)))
-    ends = [stride * (o - 1) + k - i - padding for o, k, i in zip(dy.shape[1:3], kernel, x.shape[1:3], strict=True)]
-    dweight = _convolve(channels, filters, 1, [(padding, end) for end in ends], dilation=stride)
-    return dx, dweight.transpose(1, 2, 0, 3)
+def direct_dx(weight: Array, dy: Array, *, padding: int) -> Array:
+    """The gradient of x at stride 1, as a convolution of dy with the turned kernel."""
+    around = weight[::-1, ::-1].swapaxes(2, 3)
+    return _convolve(dy, around, 1, [(size - 1 - padding,) * 2 for size in weight.shape[:2]])
 
 
-def _convolve(x: Array, weight: Array, stride: int, padding: list[tuple[int, int]], dilation: int = 1) -> Array:
-    names = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, weight, (stride,) * 2, padding, rhs_dilation=(dilation,) * 2, dimension_numbers=names
-    )
+def unfolded_dx(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> Array:
+    """The gradient of x, at any stride: that of its patches, folded back."""
+    kh, kw, c, k = weight.shape
+    dpatches = dy.reshape(-1, k) @ weight.reshape(-1, k).T
+    (dx,) = _unfold_bwd(kh, kw, stride, padding, x, dpatches.reshape(*dy.shape[:3], kh * kw * c))
+    return dx
+
+
+def _convolve(x: Array, weight: Array, stride: int, padding: list[tuple[int, int]]) -> Array:
+    return lax.conv_general_dilated(x, weight, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
@@ -90,21 +90,6 @@ def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
     kh, kw, _, k = weight.shape
     patches = unfold(x, kh, kw, stride, padding)
     return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
-
-
-def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x and weight, one product each."""
-    kh, kw, _, k = weight.shape
-    patches = unfold(x, kh, kw, stride, padding)
-    dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy.reshape(-1, k), (((0,), (0,)), ((), ())))
-    return _unfolded_dx(x, weight, dy, stride, padding), dweight.reshape(weight.shape)
-
-
-def _unfolded_dx(x: Array, weight: Array, dy: Array, stride: int, padding: int) -> Array:
-    kh, kw, c, k = weight.shape
-    dpatches = dy.reshape(-1, k) @ weight.reshape(-1, k).T
-    (dx,) = _unfold_bwd(kh, kw, stride, padding, x, dpatches.reshape(*dy.shape[:3], kh * kw * c))
-    return dx
 
 
 def once_known(late: Array, x: Array) -> Array:

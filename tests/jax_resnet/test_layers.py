@@ -90,9 +90,12 @@ def test_all_forms_of_conv2d_are_one_function(case, x64):
     dy = random(rng, *y.shape)
     for form in (forms.conv2d, forms.conv2d_in_training, forms.unfolded):
         np.testing.assert_allclose(form(x, weight, stride=stride, padding=padding), y, rtol=1e-13, atol=1e-13)
-    for form in (forms.conv2d_vjp, forms.direct_vjp, forms.unfolded_vjp):
-        for ours, theirs in zip(form(x, weight, dy, stride=stride, padding=padding), vjp(dy), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    dx, dweight = vjp(dy)
+    found = [forms.unfolded_dx(x, weight, dy, stride=stride, padding=padding)]
+    found += [forms.direct_dx(weight, dy, padding=padding)] if stride == 1 else []
+    both = forms.conv2d_vjp(x, weight, dy, stride=stride, padding=padding)
+    for ours, theirs in [*((ours, dx) for ours in found), *zip(both, (dx, dweight), strict=True)]:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 FLOAT32_CONVOLUTIONS = [  # sizes of which XLA's own convolution is taken, each with something that may go wrong
@@ -103,7 +106,7 @@ FLOAT32_CONVOLUTIONS = [  # sizes of which XLA's own convolution is taken, each 
     (8, 6, 7, 4, 8, 2, 3, 1, 0),
     (8, 6, 7, 4, 8, 2, 3, 3, 1),
     (8, 5, 4, 8, 8, 3, 3, 1, 3),
-    (4, 5, 6, 130, 4, 3, 3, 1, 1),
+    (4, 5, 6, 127, 4, 3, 3, 1, 1),
 ]
 
 
@@ -127,7 +130,7 @@ def test_float32_convolutions_are_those_of_float64(case, x64):
 
 
 def test_float32_takes_the_forms_that_are_fastest():
-    """Forward and backward, XLA's own convolution where picture and channels suit it, products where they do not."""
+    """XLA's own convolution where picture and channels suit it; products where they do not, and for dweight."""
 
     def program(size, channels, dtype):
         x, weight = jnp.zeros((8, size, size, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
@@ -142,11 +145,9 @@ def test_float32_takes_the_forms_that_are_fastest():
     suits, small, deep, half = (
         program(*case) for case in ((8, 32, "float32"), (2, 32, "float32"), (8, 512, "float32"), (8, 32, "bfloat16"))
     )
-    assert "stablehlo.convolution" in suits
-    assert "dot_general" not in suits
+    assert (suits.count("stablehlo.convolution"), suits.count("stablehlo.dot_general")) == (2, 1)
     for other in (small, deep, half):
-        assert "stablehlo.convolution" not in other
-        assert "dot_general" in other
+        assert (other.count("stablehlo.convolution"), other.count("stablehlo.dot_general")) == (0, 3)
 
 
 @pytest.mark.parametrize("late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), -0.0)], ids=str)
