@@ -96,12 +96,14 @@ def once_known(late: Array, x: Array) -> Array:
     """x, but not before `late`, of any shape, is there: what is computed from it is not computed, and kept, sooner.
 
     `lax.optimization_barrier` does not do: XLA:CPU drops it before it merges what is computed twice and before it
-    decides on an order. There this is x + 0, the 0 being a nan if the first entry of `late` is one; elsewhere it is x.
+    decides on an order. There this is x + 0, the 0 being the smallest normal number if the first entry of `late` is a
+    nan; elsewhere it is x.
     """
+    if not late.size:
+        return x
 
     def on_cpu(late, x):
-        first = late[(0,) * late.ndim]
-        return x + jnp.where(jnp.isnan(first), first, 0).astype(x.dtype)
+        return x + jnp.where(jnp.isnan(late[(0,) * late.ndim]), jnp.finfo(x.dtype).tiny, 0).astype(x.dtype)
 
     return lax.platform_dependent(late, x, cpu=on_cpu, default=lambda late, x: x)
 

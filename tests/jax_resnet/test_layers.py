@@ -150,10 +150,24 @@ def test_float32_takes_the_forms_that_are_fastest():
         assert (other.count("stablehlo.convolution"), other.count("stablehlo.dot_general")) == (0, 3)
 
 
-@pytest.mark.parametrize("late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), -0.0)], ids=str)
+@pytest.mark.parametrize(
+    "late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), np.nan), np.zeros((0, 3))], ids=str
+)
 def test_once_known_changes_no_value(late):
-    x = np.array([1.5, -np.inf, 0.0, np.nan, 1e30], np.float32)
+    x = np.array([1.5, -np.inf, 0.5, np.nan, 1e30], np.float32)
     np.testing.assert_array_equal(jax.jit(forms.once_known)(jnp.float32(late), x), x)
+
+
+def test_a_nan_stays_in_its_channel():
+    """And an empty batch has gradients."""
+
+    def dweight(x, dy):
+        return jax.vjp(functools.partial(layers.conv2d, padding=1), x, jnp.ones((3, 3, 4, 8)))[1](dy)[1]
+
+    dy = jnp.zeros((2, 6, 6, 8)).at[0, 0, 0, 0].set(jnp.nan)
+    found = jnp.isnan(dweight(jnp.ones((2, 6, 6, 4)), dy)).any((0, 1, 2))
+    np.testing.assert_array_equal(found, [True] + 7 * [False])
+    np.testing.assert_array_equal(dweight(jnp.ones((0, 6, 6, 4)), dy[:0]), 0)
 
 
 def test_gradients_of_gradients(x64):
