@@ -61,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{table.title}")
             print_table(table.rows)
             tables.append(table)
-            keep(bench, name, machine, tables)  # after each, so that an interrupted run leaves what it has
-    except (ValueError, OSError) as error:
+            keep(bench, name, machine, tables, complete=False)  # so that an interrupted run leaves what it has
+        keep(bench, name, machine, tables, complete=True)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -82,10 +83,10 @@ def described(bench: BenchSettings) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
-def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table]) -> None:
+def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table], *, complete: bool) -> None:
     """Writes --json and --plot."""
     if bench.json:
-        written = {"benchmark": name, "machine": machine, "settings": settings_of(bench)}
+        written = {"benchmark": name, "machine": machine, "settings": settings_of(bench), "complete": complete}
         write_whole(
             bench.json, json.dumps(written | {"tables": [table.as_json() for table in tables]}, indent=1) + "\n"
         )

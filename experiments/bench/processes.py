@@ -6,6 +6,7 @@ contestant measures when it is told to.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import importlib.util
@@ -78,14 +79,15 @@ class Contestant:
         return self._ask(steps)
 
     def _ask(self, request: MakeStep | int):
-        self._connection.send(request)
+        with contextlib.suppress(BrokenPipeError):  # it has died: receiving says so
+            self._connection.send(request)
         answer, self.peak_memory = self._receive()
         return answer
 
     def _receive(self):
         try:
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise RuntimeError(f"{self.name} ended without a word") from None
         if isinstance(answer, Exception):
             raise RuntimeError(f"{self.name}: {answer}")
@@ -177,8 +179,10 @@ def compete(
     if not first:
         raise ValueError("nobody is left to measure")
     seconds = {contestant: [] for contestant in first}
+    turns = collections.deque(first)
     for _ in tqdm(range(rounds), desc="rounds", leave=False):
-        for contestant in first:
+        turns.rotate(-1)  # nobody always follows the same one, or goes first
+        for contestant in turns:
             time.sleep(PAUSE)
             seconds[contestant].append(contestant.measure(steps))
     return {c.name: Result(first[c], np.array(seconds[c]), c.memory_before, c.peak_memory) for c in first}

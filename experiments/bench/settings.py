@@ -31,6 +31,9 @@ class BenchSettings:
         for name, value in dataclasses.asdict(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
+                got = " ".join(map(str, value)) or "nothing"
+                raise ValueError(f"--{name.replace('_', '-')} must be one or more, none twice, got {got}")
         if self.threads > cores():
             raise ValueError(f"--threads {self.threads}: there are {cores()} cores to use")
         for name, path in (("--json", self.json), ("--plot", self.plot)):

@@ -298,6 +298,27 @@ def test_compile_starts_cold_and_then_warm(tmp_path, monkeypatch):
     assert at_the_end == before_warm
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["memory", "--tasks"], "--tasks must be one or more, none twice, got nothing"),
+        (["step", "--contestants", "numpy", "numpy"], "--contestants must be one or more, none twice, got numpy numpy"),
+    ],
+    ids=["none", "twice"],
+)
+def test_nothing_and_the_same_twice_are_refused(capsys, arguments, said):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_contestant_that_dies_is_named():
+    with processes.started(["numpy"], 1) as (contestant,):
+        contestant._process.kill()
+        contestant._process.join()
+        with pytest.raises(RuntimeError, match="numpy ended without a word"):
+            contestant.measure(1)
+
+
 def programs(cache):
     return {path.name for path in Path(cache).glob("*-cache")}
 
