@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from numpy_ref.threads import cores
+
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
@@ -207,23 +209,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def usable_cores() -> int | None:
-    """How many cores this process may use; in which order sums are taken, and so their last digits, depends on it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def jax_device() -> dict[str, Any]:
-    """Where JAX computes, as plain JSON values."""
+    """Where JAX computes, as plain JSON values; of a CPU its cores too, on which the order of sums depends."""
     device = jax.devices()[0]
-    return {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()} | (
-        {"cores": usable_cores()} if device.platform == "cpu" else {}
-    )
+    found = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+    return found | {"cores": cores()} if device.platform == "cpu" else found
 
 
 def numpy_device() -> dict[str, Any]:
     """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": usable_cores()}
+    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": cores()}
 
 
 def torch_device() -> dict[str, Any]:

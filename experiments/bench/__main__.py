@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\n{table.title}")
             print_table(table.rows)
             tables.append(table)
-            keep(bench, name, machine, tables, complete=False)  # so that an interrupted run leaves what it has
-        keep(bench, name, machine, tables, complete=True)
+            keep(bench, name, machine, tables)  # after each, so that an interrupted run leaves what it has
+        write_json(bench, name, machine, tables, complete=True)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,17 +83,22 @@ def described(bench: BenchSettings) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
-def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table], *, complete: bool) -> None:
+def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table]) -> None:
     """Writes --json and --plot."""
+    write_json(bench, name, machine, tables, complete=False)
+    if bench.plot:
+        from experiments.bench.plots import plot_tables  # matplotlib takes a second to import
+
+        plot_tables(bench.plot, tables, f"{name}: {machine}")
+
+
+def write_json(bench: BenchSettings, name: str, machine: str, tables: list[Table], *, complete: bool) -> None:
+    """Writes --json, with a word on whether there is more to come."""
     if bench.json:
         written = {"benchmark": name, "machine": machine, "settings": settings_of(bench), "complete": complete}
         write_whole(
             bench.json, json.dumps(written | {"tables": [table.as_json() for table in tables]}, indent=1) + "\n"
         )
-    if bench.plot:
-        from experiments.bench.plots import plot_tables  # matplotlib takes a second to import
-
-        plot_tables(bench.plot, tables, f"{name}: {machine}")
 
 
 def write_whole(path: Path, text: str) -> None:

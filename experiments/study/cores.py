@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from experiments.run_folder import lock, usable_cores
+from experiments.run_folder import lock
+from numpy_ref.threads import cores
 
 
 @contextlib.contextmanager
@@ -54,7 +55,7 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
 
 def room_for_workers(number: int | None) -> int:
     """How many workers of so many cores this machine has room for."""
-    return 1 if number is None else max(1, (usable_cores() or 1) // number)
+    return 1 if number is None else max(1, cores() // number)
 
 
 def _lock_file(core: int) -> Path:

@@ -46,10 +46,14 @@ def print_plan(protocol: Protocol, folder: Path, data: Path | None, url: str | N
         print(f"\n{len(runs)} runs, {ended} of them ended; nothing was trained: --dry-run")
         seconds = measured_seconds(ledger, runs)
     sources = ["runs that have ended"] if seconds else []
-    with own_cores(protocol.cores):
-        for run in runs:
-            if run.state in ("open", "begun") and network_of(run) not in seconds:
-                seconds[network_of(run)] = _time_epoch(_settings(run, data))
+    untimed: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        if run.state in ("open", "begun") and network_of(run) not in seconds:
+            untimed.setdefault(network_of(run), run)
+    if untimed:  # if not, no cores are needed, and workers may have them all
+        with own_cores(protocol.cores):
+            for network, run in untimed.items():
+                seconds[network] = _time_epoch(_settings(run, data))
                 sources.append(f"{TIMED_STEPS} steps of {run.contestant.name}")
     left = seconds_left(runs, seconds)
     if left:

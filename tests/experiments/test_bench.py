@@ -17,7 +17,7 @@ from PIL import Image
 import jax_resnet.resnet
 from experiments import cars
 from experiments.bench import compile, contestants, conv2d, layers, processes, scaling, step, tables
-from experiments.bench.__main__ import main
+from experiments.bench.__main__ import BENCHES, main
 from experiments.bench.processes import Result
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
@@ -54,6 +54,7 @@ def test_json_and_plot_hold_what_was_printed(tmp_path, capsys):
     assert written["benchmark"] == "step"
     assert written["machine"] == printed.splitlines()[0]
     assert written["settings"]["image_size"] == "32x40"
+    assert written["complete"] is True
     training, inference = written["tables"]
     assert inference["title"] in printed
     assert np.shape(training["seconds"]["numpy"]) == (2, 1)
@@ -276,26 +277,62 @@ def test_layers_prints_its_tables(monkeypatch, capsys):
     assert float(total[-1]) == pytest.approx(milliseconds, abs=0.05)
 
 
-def test_compile_starts_cold_and_then_warm(tmp_path, monkeypatch):
+def programs(cache):
+    return {path.name for path in Path(cache).glob("*-cache")}
+
+
+def test_compile_starts_cold_and_then_warm(monkeypatch):
     """The first start finds no compiled program, the second one those of the first, and compiles no other."""
-    kept = []
+    seen = []
 
+    @contextlib.contextmanager
     def started(names, threads, environment):
-        kept.append(programs(environment["JAX_COMPILATION_CACHE_DIR"]))
-        return processes.started(names, threads, environment)
-
-    class Cache(contextlib.nullcontext):
-        def __exit__(self, *_):
-            kept.append(programs(self.enter_result))
+        cache = environment["JAX_COMPILATION_CACHE_DIR"]
+        seen.append(programs(cache))
+        with processes.started(names, threads, environment) as those:
+            yield those
+        seen.append(programs(cache))
 
     monkeypatch.setattr(compile, "started", started)
-    monkeypatch.setattr(compile.tempfile, "TemporaryDirectory", lambda: Cache(str(tmp_path)))
     case = contestants.Case("resnet18", 2, 32, 32, task="inference")
     assert min(compile.cold_and_warm("jax", case, 1)) > 0
-    before_cold, before_warm, at_the_end = kept
+    before_cold, after_cold, before_warm, after_warm = seen
     assert not before_cold
-    assert before_warm
-    assert at_the_end == before_warm
+    assert after_cold
+    assert after_cold == before_warm == after_warm
+
+
+def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch):
+    def one_table_then_none(bench):
+        yield tables.Table("first", {"numpy": {"ms": 1.0}}, ("ms",))
+        raise ValueError("nobody is left")
+
+    monkeypatch.setitem(BENCHES, "step", (BENCHES["step"][0], one_table_then_none))
+    assert main(["step", "--contestants", "numpy", "--json", str(tmp_path / "step.json")]) == 2
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert (written["complete"], len(written["tables"])) == (False, 1)
+
+
+def test_turns_rotate():
+    """So that nobody always follows the same contestant."""
+    took = []
+
+    class Fake:
+        memory_before = peak_memory = 0
+
+        def __init__(self, name):
+            self.name = name
+
+        def build(self, make_step):
+            return 0.0
+
+        def measure(self, steps):
+            took.append(self.name)
+            return [float(ord(self.name))]
+
+    results = processes.compete([Fake("a"), Fake("b"), Fake("c")], dict.fromkeys("abc"), rounds=3, steps=1)
+    assert "".join(took) == "bcacababc"
+    assert {name: result.seconds.tolist() for name, result in results.items()} == {n: 3 * [[ord(n)]] for n in "abc"}
 
 
 @pytest.mark.parametrize(
@@ -317,10 +354,6 @@ def test_a_contestant_that_dies_is_named():
         contestant._process.join()
         with pytest.raises(RuntimeError, match="numpy ended without a word"):
             contestant.measure(1)
-
-
-def programs(cache):
-    return {path.name for path in Path(cache).glob("*-cache")}
 
 
 def test_compile_prints_its_table(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_all_forms_of_conv2d_are_one_function(case, x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-FLOAT32_CONVOLUTIONS = [  # sizes of which XLA's own convolution is taken, each with something that may go wrong
+FLOAT32_CONVOLUTIONS = [  # XLA's own convolution is taken but for the last, each with something that may go wrong
     (8, 8, 8, 8, 16, 3, 3, 1, 1),
     (8, 9, 7, 8, 4, 3, 3, 2, 1),
     (8, 8, 10, 8, 4, 3, 3, 2, 1),
@@ -107,6 +107,7 @@ FLOAT32_CONVOLUTIONS = [  # sizes of which XLA's own convolution is taken, each 
     (8, 6, 7, 4, 8, 2, 3, 3, 1),
     (8, 5, 4, 8, 8, 3, 3, 1, 3),
     (4, 5, 6, 127, 4, 3, 3, 1, 1),
+    (4, 5, 6, 130, 4, 3, 3, 1, 1),
 ]
 
 
@@ -116,7 +117,7 @@ def test_float32_convolutions_are_those_of_float64(case, x64):
     rng = np.random.default_rng(4)
     conv, (x, weight, _) = convolution(case, rng)
     dy = random(rng, *jax.eval_shape(conv, x, weight).shape)
-    assert forms._direct_pays(x.astype(jnp.float32), weight)
+    assert forms._direct_pays(x.astype(jnp.float32), weight) == (x.shape[3] <= 128)
 
     def both_passes(x, weight, dy):
         y, vjp = jax.vjp(conv, x, weight)
@@ -151,11 +152,16 @@ def test_float32_takes_the_forms_that_are_fastest():
 
 
 @pytest.mark.parametrize(
-    "late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), np.nan), np.zeros((0, 3))], ids=str
+    "late", [np.zeros((2, 3)), np.full((2, 3), np.inf), np.full((2, 3), -0.0), np.zeros((0, 3))], ids=str
 )
 def test_once_known_changes_no_value(late):
-    x = np.array([1.5, -np.inf, 0.5, np.nan, 1e30], np.float32)
+    x = np.array([1.5, -np.inf, 0.0, np.nan, 1e30], np.float32)
     np.testing.assert_array_equal(jax.jit(forms.once_known)(jnp.float32(late), x), x)
+
+
+def test_once_known_spreads_no_nan():
+    x = np.array([1.5, -np.inf, 0.0, np.nan, 1e30], np.float32)
+    np.testing.assert_allclose(jax.jit(forms.once_known)(jnp.full((2, 3), jnp.nan), x), x, rtol=0, atol=1e-37)
 
 
 def test_a_nan_stays_in_its_channel():
