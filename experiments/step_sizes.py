@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
@@ -20,6 +21,8 @@ BOUNDED = ("adabound", "amsbound", "adaboundw")
 KNOWN = (*BOUNDED, "adam", "adamw")
 MOST_SAMPLED = 4096
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
+# As one program: step by step it is compiled six times for each shape of a kernel, longer than a short training takes.
+_step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
 
 def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def _by_name(
     moments: AdaBoundState, base_lr: float, final_lr: float, gamma: float, b1: float
 ) -> tuple[StepSizes, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The step sizes; and their steps and shares at the bounds by parameter, in the order of the network."""
-    sizes = step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    sizes = _step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
     steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
     names = sorted(steps, key=lambda name: [int(p) if p.isdigit() else p for p in _parts(name)])
     return sizes, {name: steps[name] for name in names}, at_lower, at_upper

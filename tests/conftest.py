@@ -2,13 +2,31 @@
 
 import ctypes
 import gc
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    """What one test has compiled the others read, in all workers and programs: many train the same tiny network."""
+    if not hasattr(config, "workerinput"):
+        config.compiled = tempfile.mkdtemp(prefix="compiled-by-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.compiled)
 
 
 def folder_or_skip(name: str) -> Path:

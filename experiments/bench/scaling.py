@@ -105,6 +105,7 @@ def _devices_table(bench: ScalingBench, base: Case) -> Table:
     all_seconds = {}
     for count in DEVICES:
         if base.batch_size % count:
+            print(f"left out: {count} devices, which do not divide a batch of {base.batch_size}")
             continue
         flags = f"{os.environ.get('XLA_FLAGS', '')} {VIRTUAL.format(count)}".strip()
         with started(["jax"], bench.threads, {"XLA_FLAGS": flags}) as contestants:
