@@ -20,6 +20,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
 th, td { padding: .15rem .7rem .15rem 0; text-align: right; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+@media (max-width: 40rem) { td:first-child { white-space: normal; min-width: 8rem; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
 .ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
 .answer { font-size: 1.1rem; background: #f2f5fa; padding: .8rem 1rem; border-left: 4px solid #3465a4; }

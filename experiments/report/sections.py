@@ -89,6 +89,7 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     yield from _counts(results)
     trained = [contestant for contestant in results.contestants if contestant.finals]
     if not trained:
+        yield from _tuning(results)
         return
     yield TextTable([_row(results, contestant) for contestant in trained])
     yield Text(
@@ -108,7 +109,9 @@ def _counts(results: StudyResults) -> Iterator[Block]:
     count = {state: sum(trial.state == state for trial in trials) for state in ("done", "failed", "open", "begun")}
     missing = count["open"] + count["begun"]
     rest = f" {missing} have not been run to their end." if missing else " Nothing is left to run."
-    yield Text(f"{len(trials)} runs: {count['done']} reached their end, {count['failed']} failed.{rest}")
+    yield Text(
+        f"{len(trials)} runs: {count['done']} reached their end, {count['failed']} failed.{rest} Each is in trials.csv."
+    )
     failures = [
         {
             "run": trial.columns["folder"],
@@ -179,9 +182,7 @@ def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Bloc
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     else:
         yield _picture(results, "final", figures.plot_final(results.contestants), "Final top-1 of every run.")
-    if (figure := figures.plot_tuning(results.contestants)) is not None:
-        caption = "Tuning: every trial, by its learning rate; crosses are those that failed."
-        yield _picture(results, "tuning", figure, caption)
+    yield from _tuning(results)
     if (figure := figures.plot_heat_map(results)) is not None:
         yield _picture(results, "heat-map", figure, "Final top-1 over two settings, means over seeds.")
     if len(trained) > figures.MOST_CURVES:
@@ -196,6 +197,12 @@ def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Bloc
     if (figure := figures.plot_layer_steps(trained)) is not None:
         caption = "The median step of each layer after the last epoch, from the stem to the dense layer (first seed)."
         yield _picture(results, "layer-steps", figure, caption)
+
+
+def _tuning(results: StudyResults) -> Iterator[Block]:
+    if (figure := figures.plot_tuning(results.contestants)) is not None:
+        caption = "Tuning: every trial, by its learning rate; crosses are those that failed."
+        yield _picture(results, "tuning", figure, caption)
 
 
 def _picture(results: StudyResults, name: str, figure: plt.Figure, caption: str) -> Picture:
@@ -267,7 +274,7 @@ def plot_confused(contestant: Contestant, dataset: Dataset, pairs: list[tuple[in
 
 
 def speed_section(folder: Path) -> Iterator[Block]:
-    """The ratios in experiments.bench's JSON files in a folder: those of equal measurements side by side.
+    """The ratios in the JSON files of `experiments.bench step` in a folder: those of equal measurements side by side.
 
     Raises:
       ValueError: one is not such a file.
@@ -277,11 +284,14 @@ def speed_section(folder: Path) -> Iterator[Block]:
     for file in sorted(folder.glob("*.json")):
         try:
             bench = json.loads(file.read_text(encoding="utf-8"))
+            if bench["benchmark"] != "step":
+                continue
             machines.add(bench["machine"])
             for table in bench["tables"]:
+                measured = table["title"].partition(":")[0]  # what a step consists of is the same in all
                 for name, row in table["rows"].items():
                     if "ratio" in row:
-                        ratios.setdefault(table["title"], {}).setdefault(name, []).append(as_text(row["ratio"]))
+                        ratios.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
     if not ratios:
@@ -295,6 +305,6 @@ def speed_section(folder: Path) -> Iterator[Block]:
         ]
     )
     yield Text(
-        "Time over that of the faster form of PyTorch, less is better: one number for each run of experiments.bench, "
-        f"the median of its rounds. Every single time is in {folder}. On {'; '.join(sorted(machines))}."
+        "Time over that of the faster form of PyTorch, less is better: one number for each run of experiments.bench "
+        f"step, the median of its rounds. Every single time is in {folder}. On {'; '.join(sorted(machines))}."
     )

@@ -95,9 +95,11 @@ def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
     (copied / "bench").mkdir()
     for number, ratio in enumerate((0.891, 0.9)):
         rows = {"jax": {"ratio": ratio, "quartiles ms": [10.0, 12.0]}, "torch": {"ratio": 1.0}}
-        table = {"title": "training step", "rows": rows, "seconds": {}}
+        table = {"title": "training step: gradients", "rows": rows, "seconds": {}}
         bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
         (copied / "bench" / f"step-{number}.json").write_text(json.dumps(bench))
+    memory = bench | {"benchmark": "memory"}  # its ratios are not of times
+    (copied / "bench" / "memory.json").write_text(json.dumps(memory))
     (copied / "notes.md").write_text("cars96: no GPU was at hand.\n")
     assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.md").read_text()
