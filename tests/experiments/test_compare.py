@@ -59,6 +59,7 @@ def compared(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compared")
 def test_one_command_trains_in_all_and_compares(compared):
     """Every step is logged, under the same names; the first losses are one, the others as far as float32 lets them."""
     folder, printed = compared
@@ -78,6 +79,7 @@ def test_one_command_trains_in_all_and_compares(compared):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compared")
 def test_earlier_runs_are_kept(compared, capsys):
     folder, _ = compared
     assert cars.main([*TINY, "--compare", "torch,jax", "--out", str(folder)]) == 2
@@ -114,6 +116,7 @@ def test_contestants_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compared")
 def test_against_an_unknown_run(compared, tmp_path, capsys):
     folder, _ = compared
     arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]
