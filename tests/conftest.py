@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(config.compiled)
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 def folder_or_skip(name: str) -> Path:
