@@ -105,7 +105,7 @@ def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng:
     seen: set[Path] = set()
     while process.poll() is None:
         now = time.monotonic() - start
-        if kind == "time" and now > 10 * delay:  # mostly before the first step
+        if kind == "time" and now > 20 * delay:
             return True
         if kind == "checkpoint":
             seen |= fresh_unfinished(out, start)

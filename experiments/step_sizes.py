@@ -21,7 +21,7 @@ BOUNDED = ("adabound", "amsbound", "adaboundw")
 KNOWN = (*BOUNDED, "adam", "adamw")
 MOST_SAMPLED = 4096
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
-# As one program: step by step it is compiled six times for each shape of a kernel, longer than a short training takes.
+# As one program: operation by operation it is compiled some six times for each shape of a kernel.
 _step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
 
