@@ -232,9 +232,14 @@ def torch_device() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout, "-dirty" behind it where files differ; None outside of a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of this checkout, "-dirty" behind it where Python files differ; None outside of a checkout."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    # Results that are kept in the checkout change while a study runs, and change nothing.
+    commands = [[*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", "*.py"]]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, changed = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in commands
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit

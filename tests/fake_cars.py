@@ -16,6 +16,7 @@ from pathlib import Path
 FAKE = Path(__file__)
 TEST_PICTURES = 200
 DEFAULTS = {"momentum": 0.9, "dampening": 0.0, "preset": "cars96", "classes": None, "data": None, "grey": True}
+DEFAULTS |= {"framework": "jax"}
 
 
 SMALL = """
@@ -70,6 +71,9 @@ def main() -> int:
         "settings": settings,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "data": {"title": "drawn cars"},
+        "device": {"kind": "cpu", "count": 1},
+        "versions": {"jax": "0.10.2", "jaxlib": "0.10.2"},
+        "git_commit": 40 * "a" + "-dirty",
         "input": {"arch": settings["arch"], "image_size": [32, 32], "grey": True, "class_names": ["a", "b", "c"]},
     }
     (out / "config.json").write_text(json.dumps(config))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import tyro
 
+from experiments.report.answer import answer
 from experiments.report.blocks import Block, Heading, Text, write_report
-from experiments.report.sections import answer, speed_section, study_section
+from experiments.report.sections import speed_section, study_section
 from experiments.report.study_results import find_studies, read_study
 from experiments.training_run import exit_code
 

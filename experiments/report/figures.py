@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from experiments.analysis import mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults, Trial
@@ -20,20 +21,21 @@ matplotlib.use("Agg")  # files only; no window system is needed
 
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
 MOST_CURVES = 10  # of one figure; more would hide one another
+LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, and covers all else
 
 
 def plot_curves(contestants: Sequence[Contestant]) -> Figure:
     """Means over seeds with their 95% intervals, by epoch."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
     for axis, (column, title) in zip(axes, PANELS.items(), strict=True):
-        for number, contestant in enumerate(contestants):
+        for contestant in contestants:
             epochs, values = contestant.curve(column)
             if not len(epochs):
                 continue
-            intervals = [mean_interval(at_epoch) for at_epoch in values.T]
-            colour = f"C{number}"
-            axis.plot(epochs, [i.mean for i in intervals], color=colour, lw=1.5, label=contestant.name)
-            axis.fill_between(epochs, [i.low for i in intervals], [i.high for i in intervals], color=colour, alpha=0.18)
+            axis.plot(epochs, values.mean(0), color=contestant.colour, lw=1.5, label=contestant.name)
+            if len(values) >= LEAST_BAND:
+                intervals = np.array([mean_interval(at_epoch) for at_epoch in values.T])
+                axis.fill_between(epochs, intervals[:, 1], intervals[:, 2], color=contestant.colour, alpha=0.18)
         axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
     axes[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -44,7 +46,7 @@ def plot_curves(contestants: Sequence[Contestant]) -> Figure:
 
 def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     """Each contestant's final top-1 minus the baseline's: every seed, the mean, and the interval over seeds."""
-    others = [c for c in results.contestants if c is not baseline and c.finals]
+    others = [c for c in results.contestants if c is not baseline and c.by_seed()]
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.45 * len(others)), layout="constrained")
     theirs = baseline.by_seed()
     for y, contestant in enumerate(others):
@@ -64,24 +66,46 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     return figure
 
 
-def plot_tuning(contestants: Sequence[Contestant]) -> Figure | None:
-    """Every tuning trial: top-1 on held-out pictures over the learning rate; those that failed as crosses at 0."""
-    tuned = [c for c in contestants if any("learning_rate" in trial.columns for trial in c.tuning)]
+def plot_tuning(results: StudyResults) -> Figure | None:
+    """Every tuning trial: top-1 on held-out pictures over each setting that is drawn; those that failed at 0."""
+    tuned = [c for c in results.contestants if any(trial.state in ("done", "failed") for trial in c.tuning)]
     if not tuned:
         return None
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    for number, contestant in enumerate(tuned):
-        for state, marker in (("done", "o"), ("failed", "x")):
-            trials = [trial for trial in contestant.tuning if trial.state == state]
-            x = [trial.number("learning_rate") for trial in trials]
-            y = [trial.number("top1") if state == "done" else 0.0 for trial in trials]
-            label = contestant.name if state == "done" else None
-            axis.plot(x, y, marker, color=f"C{number}", label=label, ms=7, alpha=0.8)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="top-1 on held-out pictures", ylim=(-0.02, None))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    size = (3.6 * len(results.searched), 4)
+    figure, axes = plt.subplots(
+        1, len(results.searched), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, (field, choice) in zip(axes[0], results.searched.items(), strict=True):
+        place = _scale(axis, [t.number(field) for c in tuned for t in c.tuning if field in t.columns], choice)
+        for number, contestant in enumerate(tuned):
+            for state, marker in (("done", "o"), ("failed", "x")):
+                trials = [t for t in contestant.tuning if t.state == state and field in t.columns]
+                x = place(np.array([t.number(field) for t in trials]), number / len(tuned) - 0.5)
+                y = [t.number("top1") if state == "done" else 0.0 for t in trials]
+                axis.plot(x, y, marker, color=contestant.colour, ms=6, alpha=0.8)
+        axis.set(xlabel=field.replace("_", " "), ylim=(-0.02, None))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("top-1 on held-out pictures")
+    handles = [Line2D([], [], color=c.colour, marker="o", ls="", label=c.name) for c in tuned]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(tuned)))
     return figure
+
+
+def _scale(axis: Axes, values: Sequence[float], choice: bool) -> Callable[[np.ndarray, float], np.ndarray]:
+    """Sets an axis for drawn values: one place each for a choice, else logarithmic.
+
+    Returns:
+      where a contestant's values go, given its offset among the others, from -0.5 to 0.5.
+    """
+    if not choice:
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        return lambda x, _: x
+    choices = sorted(set(values))
+    axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices])
+    axis.set_xlim(-0.5, len(choices) - 0.5)
+    return lambda x, offset: np.searchsorted(choices, x) + 0.6 * offset
 
 
 def sgd_step(trial: Trial) -> float:
@@ -93,53 +117,56 @@ def sgd_step(trial: Trial) -> float:
 def plot_steps(contestants: Sequence[Contestant]) -> Figure | None:
     """What step the averaged gradient gets: shares at AdaBound's bounds, and the steps of all layers, by epoch."""
     with_steps = [c for c in contestants if c.curve("at_upper")[0].size]
-    sgds = [c for c in contestants if c.finals and c.finals[0].config["settings"]["opt"] == "sgd"]
     if not with_steps:
         return None
-    bounded = [c for c in with_steps if c.finals[0].config["settings"]["opt"] in BOUNDED]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    colours = {contestant.name: f"C{number}" for number, contestant in enumerate(contestants)}
-    for contestant in bounded:
-        for column, bound, style in (("at_upper", "upper", "-"), ("at_lower", "lower", ":")):
-            epochs, values = contestant.curve(column)
-            label = f"{contestant.name}, at the {bound} bound"
-            axes[0].plot(epochs, values.mean(0), style, color=colours[contestant.name], label=label)
-    axes[0].set(xlabel="epoch", title="share of weights", ylim=(-0.02, 1.02))
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure, (shares, steps) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     for contestant in with_steps:
-        rows = [row for row in contestant.finals[0].rows if "at_upper" in row]
-        epochs = [row["epoch"] for row in rows]
-        steps = np.array([[value for name, value in row.items() if name.startswith("step/")] for row in rows])
-        low, median, high = np.percentile(steps, [5, 50, 95], axis=1)
-        colour = colours[contestant.name]
-        axes[1].plot(epochs, median, color=colour, label=contestant.name)
-        axes[1].fill_between(epochs, low, high, color=colour, alpha=0.15)
-        if contestant in bounded:
-            axes[1].plot(epochs, [row["step_upper"] for row in rows], color=colour, ls="--", lw=0.8)
-            axes[1].plot(epochs, [row["step_lower"] for row in rows], color=colour, ls="--", lw=0.8)
-    for contestant in sgds:
-        axes[1].axhline(sgd_step(contestant.finals[0]), color=colours[contestant.name], ls="-.", label=contestant.name)
-    axes[1].set(xlabel="epoch", yscale="log", title="step on the averaged gradient, at the peak of the schedule")
-    for axis in axes:
+        if contestant.opt in BOUNDED:
+            for column, bound, style in (("at_upper", "upper", "-"), ("at_lower", "lower", ":")):
+                epochs, values = contestant.curve(column)
+                label = f"{contestant.name}, at the {bound} bound"
+                shares.plot(epochs, values.mean(0), style, color=contestant.colour, label=label)
+        _plot_steps_of(contestant, steps)
+    for contestant in contestants:
+        if contestant.opt == "sgd":
+            rate = sgd_step(contestant.finals[0])
+            steps.axhline(rate, color=contestant.colour, ls="-.", label=contestant.name)
+    shares.set(xlabel="epoch", title="share of weights", ylim=(-0.02, 1.02))
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    steps.set(xlabel="epoch", yscale="log", title="step on the averaged gradient, at the peak of the schedule")
+    for axis in (shares, steps):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     return figure
+
+
+def _plot_steps_of(contestant: Contestant, axis: Axes) -> None:
+    """The steps of its layers by epoch, the median and 5% to 95% of them, and its bounds."""
+    rows = [row for row in contestant.finals[0].rows if "at_upper" in row]
+    epochs, colour = [row["epoch"] for row in rows], contestant.colour
+    steps = np.array([[value for name, value in row.items() if name.startswith("step/")] for row in rows])
+    low, median, high = np.percentile(steps, [5, 50, 95], axis=1)
+    axis.plot(epochs, median, color=colour, label=contestant.name)
+    axis.fill_between(epochs, low, high, color=colour, alpha=0.15)
+    if contestant.opt in BOUNDED:
+        for bound in ("step_upper", "step_lower"):
+            axis.plot(epochs, [row[bound] for row in rows], color=colour, ls="--", lw=0.8)
 
 
 def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
     """The median step of each layer after the last epoch, from the stem to the dense layer."""
     figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
     names: list[str] = []
-    for number, contestant in enumerate(contestants):
+    for contestant in contestants:
         if not contestant.finals:
             continue
         last = contestant.finals[0].rows[-1]
         steps = {name.removeprefix("step/"): v for name, v in last.items() if name.startswith("step/")}
         if steps:
             names = names or list(steps)
-            axis.plot(range(len(steps)), list(steps.values()), ".-", color=f"C{number}", label=contestant.name)
-        elif contestant.finals[0].config["settings"]["opt"] == "sgd":
-            axis.axhline(sgd_step(contestant.finals[0]), color=f"C{number}", ls="-.", label=contestant.name)
+            axis.plot(range(len(steps)), list(steps.values()), ".-", color=contestant.colour, label=contestant.name)
+        elif contestant.opt == "sgd":
+            axis.axhline(sgd_step(contestant.finals[0]), color=contestant.colour, ls="-.", label=contestant.name)
     if not names:
         plt.close(figure)
         return None
@@ -148,65 +175,6 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
     axis.set(yscale="log", ylabel="median step, at the peak of the schedule")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return figure
-
-
-def numeric_axes(results: StudyResults) -> tuple[str, str] | None:
-    """The two axes of a heat map: those whose values are numbers, if there are two that some contestants share."""
-    for contestant in results.contestants:
-        numeric = [axis for axis, label in contestant.labels.items() if _is_number(label)]
-        if len(numeric) == 2:
-            return numeric[0], numeric[1]
-    return None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def plot_heat_map(results: StudyResults) -> Figure | None:
-    """Final top-1 over two axes of numbers, the mean over seeds."""
-    found = numeric_axes(results)
-    if found is None:
-        return None
-    down, across = found
-    cells = {
-        (float(c.labels[down]), float(c.labels[across])): c.interval().mean
-        for c in results.contestants
-        if {down, across} <= set(c.labels)
-    }
-    rows, columns = sorted({y for y, _ in cells}), sorted({x for _, x in cells})
-    values = np.array([[cells.get((y, x), np.nan) for x in columns] for y in rows])
-    figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(columns), 1.8 + 0.7 * len(rows)), layout="constrained")
-    image = axis.imshow(values, cmap="viridis", origin="lower", aspect="auto")
-    axis.set_xticks(range(len(columns)), [f"{x:g}" for x in columns])
-    axis.set_yticks(range(len(rows)), [f"{y:g}" for y in rows])
-    axis.set(xlabel=across, ylabel=down)
-    middle = np.nanmin(values) / 2 + np.nanmax(values) / 2 if np.isfinite(values).any() else 0.0
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            axis.text(j, i, f"{value:.1%}", ha="center", va="center", color="white" if value < middle else "black")
-    figure.colorbar(image, format=PercentFormatter(1.0), label="final test top-1")
-    return figure
-
-
-def plot_final(contestants: Sequence[Contestant]) -> Figure:
-    """Final top-1 of every run as a dot, with means: for more contestants than curves could show."""
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.3 * len(contestants)), layout="constrained")
-    for y, contestant in enumerate(contestants):
-        values = list(contestant.by_seed().values())
-        axis.plot(values, [y] * len(values), "o", ms=5, color="tab:blue", alpha=0.6)
-        failed = sum(trial.state == "failed" for trial in contestant.final)
-        axis.plot([0.0] * failed, [y] * failed, "x", color="tab:red")
-    axis.set_yticks(range(len(contestants)), [contestant.name for contestant in contestants], fontsize=8)
-    axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set(xlabel="final test top-1 (red cross: the training failed)", xlim=(-0.01, None))
-    axis.grid(alpha=0.3)
     return figure
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.analysis import Interval, confusions, paired_difference, reached, verdict
+from experiments.analysis import confusions, reached, verdict
 from experiments.bench.tables import as_text
 from experiments.cars import load_data
 from experiments.data.dataset import Dataset
 from experiments.page import figure_bytes
 from experiments.report import figures
+from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
+from experiments.report.grids import find_grids, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.run_folder import TEST_RESULTS
 from experiments.settings import Settings
@@ -25,69 +27,17 @@ CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
 
 
-def percent(interval: Interval) -> str:
-    """
-    >>> percent(Interval(0.5, 0.48, 0.52, 5)), percent(Interval(0.5, math.nan, math.nan, 1))
-    ('50.0% (48.0 to 52.0)', '50.0%')
-    """
-    if not interval.count:
-        return "-"
-    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-    return f"{interval.mean:.1%}{ends}"
-
-
-def points(interval: Interval) -> str:
-    """
-    >>> points(Interval(-0.02, -0.03, -0.01, 5))
-    '-2.0 points (-3.0 to -1.0)'
-    """
-    if not interval.count:
-        return "-"
-    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
-    return f"{100 * interval.mean:+.1f} points{ends}"
-
-
-def answer(results: StudyResults) -> str:
-    """The answer to the study's question in two sentences, by its numbers alone; "" where it compares no two."""
-    if not results.compared:
-        return ""
-    ours, theirs = map(results.find, results.compared)
-    if not ours.finals or not theirs.finals:
-        return f"{results.name}: the question is still open, not both {ours.name} and {theirs.name} were trained."
-    difference, wider = results.answers[ours.name]
-    said = {
-        "better": f"{ours.name} is better",
-        "worse": f"{theirs.name} is better",
-        "tie": "this is a tie",
-        "unknown": "with one run each nothing can be said about which is better",
-    }[verdict(difference)]
-    reach = f", or {100 * wider.low:+.1f} to {100 * wider.high:+.1f} for other test pictures as well" if wider else ""
-    first = (
-        f"On {results.title}, {ours.name} reaches a final top-1 of {percent(ours.interval())} and {theirs.name} "
-        f"{percent(theirs.interval())} over {difference.count} seed{'s' * (difference.count > 1)}: a difference of "
-        f"{points(difference)}{reach}, so {said}."
-    )
-    trained = [contestant for contestant in results.contestants if contestant.finals]
-    best = max(trained, key=lambda contestant: contestant.interval().mean)
-    if best is ours or best is theirs:
-        rest = [contestant for contestant in trained if contestant not in (ours, theirs)]
-        second = max(rest, key=lambda contestant: contestant.interval().mean, default=None)
-        if second is None:
-            return first
-        return f"{first} None of the others was better: {second.name} comes next, with {percent(second.interval())}."
-    words = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}
-    relation = words[verdict(paired_difference(best.by_seed(), ours.by_seed()))]
-    return f"{first} The highest mean is that of {best.name}, {percent(best.interval())}, {relation} {ours.name}."
-
-
 def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
     """All that a study has shown."""
     yield Heading(results.name)
     yield Text(" ".join(results.about.split()))
-    data = " --data DIR" if any(t.config["settings"]["data"] for t in results.trials if t.rows) else ""
+    ended = [trial for trial in results.trials if trial.state == "done"]
+    data = " --data DIR" if any(trial.config["settings"]["data"] for trial in ended) else ""
     yield Command(f"python -m experiments.study experiments/protocols/{results.name}.toml{data}")
     yield from _counts(results)
-    trained = [contestant for contestant in results.contestants if contestant.finals]
+    if ended:
+        yield Text(_where(ended))
+    trained = [contestant for contestant in results.contestants if contestant.by_seed()]
     if not trained:
         yield from _tuning(results)
         return
@@ -95,10 +45,11 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     yield Text(
         "Means with 95% intervals (Student's) over seeds; epochs and seconds are medians over seeds, infinite where a "
         "target was never reached. The final epoch is what counts; the best one is chosen on the test pictures, and "
-        "flatters."
+        "flatters. A training that failed counts as 0. Seconds are those of one run beside others."
     )
     if results.compared:
         yield from _differences(results)
+        yield Text(limits(results))
     yield from _pictures(results, trained)
     yield from _confusions(results, dataset_folder)
 
@@ -123,6 +74,22 @@ def _counts(results: StudyResults) -> Iterator[Block]:
     ]
     if failures:
         yield TextTable(failures)
+    for contestant in results.contestants:
+        if contestant.tuning and all(trial.state == "failed" for trial in contestant.tuning):
+            yield Text(f"{contestant.name}: no tuning run reached its end, so there is no setting for final runs.")
+
+
+def _where(ended: list[Trial]) -> str:
+    """With what the runs were trained."""
+    configs = [trial.config for trial in ended]
+    used = [("jax", "jaxlib") if c["settings"]["framework"] == "jax" else ("torch", "torchvision") for c in configs]
+    versions = {f"{name} {c['versions'][name]}" for c, names in zip(configs, used, strict=True) for name in names}
+    devices = {f"{d.get('cores', d['count'])} {d['kind']}" for d in (c["device"] for c in configs)}
+    commits = dict.fromkeys(c["git_commit"] or "unknown" for c in configs)
+    return (
+        f"Device of each run (cores of a CPU): {' or '.join(sorted(devices))}. {', '.join(sorted(versions))}. Commits: "
+        f"{', '.join(f'{commit[:7]}{commit[40:]}' for commit in commits)}."
+    )
 
 
 def _drawn(results: StudyResults, trial: Trial) -> str:
@@ -137,14 +104,16 @@ def _short(text: str) -> str:
 
 
 def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
-    row = {"": contestant.name, "runs": str(len(contestant.finals))}
+    failed = f", {len(contestant.failed)} failed" if contestant.failed else ""
+    row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
     row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
     for target in results.targets:
         times = [reached(trial.rows, target) for trial in contestant.finals]
+        times += [(math.inf, math.inf)] * len(contestant.failed)
         epochs, seconds = np.median(times, axis=0)
         never = math.isinf(epochs)
         row[f"to {target:.0%}"] = "never" if never else f"{epochs:g} epochs, {seconds:.0f} s"
-    if drawn := _drawn(results, contestant.finals[0]):
+    if drawn := _drawn(results, (contestant.finals or contestant.failed)[0]):
         row["settings"] = drawn
     return row
 
@@ -152,7 +121,7 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
 def _differences(results: StudyResults) -> Iterator[Block]:
     """Against the second of the two that are compared."""
     baseline = results.find(results.compared[1])
-    if not baseline.finals:
+    if not baseline.by_seed():
         return
     words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
     rows = [
@@ -169,23 +138,21 @@ def _differences(results: StudyResults) -> Iterator[Block]:
     yield TextTable(rows)
     yield Text(
         "Paired by seed: same first weights, same batches. A tie is an interval over seeds that holds 0, or a "
-        "difference below 0.3 points; intervals are not corrected for how many there are. The wider interval draws "
-        "test pictures anew as well (bootstrap): the difference may be that on other pictures of the same kind."
+        "difference below 0.3 points; intervals are not corrected for how many there are. The wider interval takes the "
+        "test pictures for a sample as well: the difference may be that on other pictures of the same kind."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
     yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
 
 
 def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Block]:
-    if len(trained) <= figures.MOST_CURVES:
-        caption = "Curves: means over seeds and their 95% intervals."
+    few = len(trained) <= figures.MOST_CURVES
+    if few:
+        caption = f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on."
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
-    else:
-        yield _picture(results, "final", figures.plot_final(results.contestants), "Final top-1 of every run.")
     yield from _tuning(results)
-    if (figure := figures.plot_heat_map(results)) is not None:
-        yield _picture(results, "heat-map", figure, "Final top-1 over two settings, means over seeds.")
-    if len(trained) > figures.MOST_CURVES:
+    yield from _grids(results)
+    if not few:
         return
     if (figure := figures.plot_steps(trained)) is not None:
         caption = (
@@ -199,9 +166,20 @@ def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Bloc
         yield _picture(results, "layer-steps", figure, caption)
 
 
+def _grids(results: StudyResults) -> Iterator[Block]:
+    for grid in find_grids(results.contestants):
+        yield _picture(results, f"{grid.name}-grid", plot_grid(grid), "Final top-1, means over seeds.")
+        for column, title, bounded in (
+            ("test_top1", "test top-1", False),
+            ("at_upper", "share of weights whose step is at the upper bound", True),
+        ):
+            if (figure := plot_grid_curves(grid, column, title, bounded=bounded)) is not None:
+                yield _picture(results, f"{grid.name}-{column}", figure, f"By epoch: {title}.")
+
+
 def _tuning(results: StudyResults) -> Iterator[Block]:
-    if (figure := figures.plot_tuning(results.contestants)) is not None:
-        caption = "Tuning: every trial, by its learning rate; crosses are those that failed."
+    if (figure := figures.plot_tuning(results)) is not None:
+        caption = "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed."
         yield _picture(results, "tuning", figure, caption)
 
 

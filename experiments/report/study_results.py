@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import Interval, bootstrap_difference, mean_interval, paired_difference
+from experiments.analysis import Interval, difference_beyond_pictures, mean_interval, paired_difference
 from experiments.metrics import read_test_results
 from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs
 from experiments.study import PROTOCOL, TRIALS
 
+ACCURACIES = ("top1", "best_top1", "top5", "macro_f1")
+CONFIG_PARTS = ("settings", "data", "input", "device", "versions", "git_commit")
 KNOWN_COLUMNS = {"contestant", "stage", "number", "state", "seed", "epochs", "folder", "command"}
 
 
@@ -57,10 +59,10 @@ class Trial:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Its settings, data and input."""
+        """What CONFIG_PARTS names of its config.json."""
         try:
             config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-            return {name: config[name] for name in ("settings", "data", "input")}
+            return {name: config[name] for name in CONFIG_PARTS}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / CONFIG} is damaged: {error}") from error
 
@@ -72,21 +74,36 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """What was compared: its trials, those of one axis value each where it has axes."""
+    """What was compared: its trials, those of one axis value each where it has axes.
+
+    colour: matplotlib's, the same in all pictures of a study.
+    """
 
     name: str
     labels: dict[str, str]
-    tuning: list[Trial]
-    final: list[Trial]
+    colour: str
+    tuning: list[Trial] = dataclasses.field(default_factory=list)
+    final: list[Trial] = dataclasses.field(default_factory=list)
 
     @property
     def finals(self) -> list[Trial]:
         """Those that reached their end."""
         return [trial for trial in self.final if trial.state == "done"]
 
+    @property
+    def failed(self) -> list[Trial]:
+        """Final runs that broke off, and will again."""
+        return [trial for trial in self.final if trial.state == "failed"]
+
+    @property
+    def opt(self) -> str | None:
+        """The optimizer of its final runs; None if none has reached its end."""
+        return self.finals[0].config["settings"]["opt"] if self.finals else None
+
     def by_seed(self, column: str = "top1") -> dict[int, float]:
-        """A column of the final runs that reached their end."""
-        return {trial.seed: trial.number(column) for trial in self.finals}
+        """One of ACCURACIES, of all final runs that have ended; one that failed has named no picture rightly."""
+        failed = {trial.seed: 0.0 for trial in self.failed}
+        return failed | {trial.seed: trial.number(column) for trial in self.finals}
 
     def interval(self, column: str = "top1") -> Interval:
         return mean_interval(list(self.by_seed(column).values()))
@@ -103,7 +120,8 @@ class Contestant:
     def right(self) -> dict[int, np.ndarray]:
         """By seed whether each test picture was named rightly, (N,) booleans."""
         results = {trial.seed: trial.test_results for trial in self.finals}
-        return {seed: result["label"] == result["prediction"] for seed, result in results.items()}
+        right = {seed: result["label"] == result["prediction"] for seed, result in results.items()}
+        return right | {trial.seed: np.zeros_like(next(iter(right.values()))) for trial in self.failed if right}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +131,7 @@ class StudyResults:
     name, about: of its protocol.
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
     targets: top-1 whose reaching is told.
-    searched: the settings that tuning draws.
+    searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
     """
 
     name: str
@@ -121,8 +139,7 @@ class StudyResults:
     contestants: list[Contestant]
     compared: tuple[str, ...]
     targets: tuple[float, ...]
-    searched: tuple[str, ...]
-    folder: Path
+    searched: dict[str, bool]
 
     @property
     def trials(self) -> list[Trial]:
@@ -130,8 +147,10 @@ class StudyResults:
 
     @property
     def title(self) -> str:
-        """The data and the network, as its runs call them; one at least must have reached its end."""
-        config = next(trial.config for c in self.contestants for trial in c.finals)
+        """The data and the network, as its runs call them; its name if none has reached its end."""
+        config = next((trial.config for c in self.contestants for trial in c.finals), None)
+        if config is None:
+            return self.name
         height, width = config["input"]["image_size"]
         grey = "grey " if config["input"]["grey"] else ""
         return f"{config['data']['title']}, {grey}{height}x{width}, {config['input']['arch']}"
@@ -142,20 +161,22 @@ class StudyResults:
     @functools.cached_property
     def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
         """What is said of each other contestant against the one to beat, by name: see `against`."""
-        if not self.compared or not (theirs := self.find(self.compared[1])).finals:
+        if not self.compared or not (theirs := self.find(self.compared[1])).by_seed():
             return {}
-        return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.finals}
+        return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.by_seed()}
 
 
 def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
     """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
     difference = paired_difference(ours.by_seed(), theirs.by_seed())
-    both = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
-    if len(both) < 2 or not all((trial.folder / TEST_RESULTS).exists() for trial in (*ours.finals, *theirs.finals)):
+    if not all((trial.folder / TEST_RESULTS).exists() for trial in (*ours.finals, *theirs.finals)):
         return difference, None
     our_right, their_right = ours.right(), theirs.right()
+    both = sorted(set(our_right) & set(their_right))
+    if len(both) < 2:
+        return difference, None
     right = [np.stack([of_seed[seed] for seed in both]) for of_seed in (our_right, their_right)]
-    return difference, bootstrap_difference(*right)
+    return difference, difference_beyond_pictures(*right)
 
 
 def read_study(folder: Path) -> StudyResults:
@@ -175,15 +196,16 @@ def read_study(folder: Path) -> StudyResults:
         raise ValueError(f"{folder / PROTOCOL} is damaged: {error}") from error
     if not lines or not set(lines[0]) >= KNOWN_COLUMNS:
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
-    labelled = {axis for block in protocol["contestants"] for axis in block.get("axes", {})}
+    labelled = dict.fromkeys(axis for block in protocol["contestants"] for axis in block.get("axes", {}))
     found: dict[str, Contestant] = {}
     for line in lines:
         name = line["contestant"]
         labels = {axis: line[axis] for axis in labelled if line.get(axis)}
-        contestant = found.setdefault(name, Contestant(name, labels, [], []))
+        contestant = found.setdefault(name, Contestant(name, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
-    drawn = {field for block in protocol["contestants"] for field in block.get("search", {})}
+    spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
+    chosen = {field: isinstance(space, list) for field, space in spaces}
     report = protocol.get("report", {})
     compared = tuple(name for name in report.get("compare", ()) if name in found)
     return StudyResults(
@@ -192,8 +214,7 @@ def read_study(folder: Path) -> StudyResults:
         list(found.values()),
         compared if len(compared) == 2 else (),
         tuple(report.get("targets", ())),
-        tuple(column for column in lines[0] if column in drawn),
-        folder,
+        {column: chosen[column] for column in lines[0] if column in chosen},
     )
 
 
@@ -206,5 +227,5 @@ def find_studies(folder: Path) -> Sequence[Path]:
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
         raise ValueError(f"{folder} holds no study: neither {TRIALS} nor folders with one")
-    order = ["cars96", "cars64_small", "origins", "sensitivity"]
+    order = ["cars96", "cars64_small", "cars96_cpu", "origins", "sensitivity"]
     return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))

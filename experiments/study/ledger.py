@@ -162,6 +162,13 @@ class Ledger:
         for contestant in self.protocol.contestants:
             for stage in ("tuning", "final") if contestant.search else ("final",):
                 self._study(contestant, stage)
+            if contestant.search and self._trials(contestant, "final"):
+                tried, wanted = len(self._trials(contestant, "tuning")), self.protocol.tuning.trials
+                if tried != wanted:
+                    raise ValueError(
+                        f"{self.folder}: {contestant.name} has begun its final runs after {tried} tuning trials, and "
+                        f"the protocol has {wanted}: settings are not chosen again once test results may be known"
+                    )
 
     def best(self, tuning: list[Run]) -> Run | None:
         """The tuning run that won, by top-1 on held-out pictures, then by their loss; None unless all have ended."""
@@ -209,9 +216,10 @@ class Ledger:
         """Whether a worker is at it."""
         if run.state != "begun":
             return False
-        held = self._hold(run)
-        if held:
-            held.close()
+        with self.exclusive():  # or a worker that looks for its next run would find this one held
+            held = self._hold(run)
+            if held:
+                held.close()
         return held is None
 
     def _begin(self, run: Run) -> Run:
@@ -258,7 +266,7 @@ class Ledger:
         return self._studies[name]
 
     def _facts(self, contestant: Contestant, stage: Stage) -> dict[str, Any]:
-        """What may not change once runs have begun; more trials and more seeds may come."""
+        """What may not change once runs have begun; more seeds may come, and until the final runs more trials."""
         protocol = self.protocol
         facts: dict[str, Any] = {"settings": contestant.settings, "cores": protocol.cores}
         if stage == "final":

@@ -254,7 +254,16 @@ def _check_runs(protocol: Protocol, contestant: Contestant) -> None:
     }
     first = contestant.settings | {field: values[0] for field, values in spaces.items()} | {"epochs": protocol.epochs}
     for settings in [first, *(first | {field: value} for field, values in spaces.items() for value in values[1:])]:
-        check_command(command(settings, data=Path(".")), contestant.name)
+        check_command([*command(settings, Path(".")), *bookkeeping(settings, Path("run"))], contestant.name)
+
+
+def bookkeeping(settings: Mapping[str, Any], folder: Path) -> list[str]:
+    """The arguments of experiments.cars that say where a run is, and that it goes on from where it stands.
+
+    Only JAX's can; what other frameworks left is replaced.
+    """
+    goes_on = settings.get("framework", "jax") == "jax"
+    return [f"--out={folder}", *(("--resume", "--keep=1") if goes_on else ("--overwrite",))]
 
 
 def command(settings: Mapping[str, Any], data: Path | None) -> list[str]:

@@ -19,7 +19,7 @@ from experiments.stopping import leaving_stops_to_a_child
 from experiments.study import TRIALS
 from experiments.study.ledger import Ledger, Run, outcome_of, replace
 from experiments.study.progress import print_progress
-from experiments.study.protocol import command
+from experiments.study.protocol import bookkeeping, command
 from experiments.training_run import FAILED
 
 CARS = (sys.executable, "-m", "experiments.cars")
@@ -92,7 +92,7 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], 
         f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in run.drawn.items()
     )
     print(f"\n{run.contestant.name}, {folder.name}{f': {drawn}' if drawn else ''}", flush=True)
-    arguments = [*CARS, *command(run.settings, data), f"--out={folder}", "--resume", "--keep=1"]
+    arguments = [*CARS, *command(run.settings, data), *bookkeeping(run.settings, folder)]
     child: subprocess.Popen | None = None
 
     def terminate() -> None:
@@ -141,7 +141,14 @@ def tidy(folder: Path, keep_weights: bool) -> None:
 
 def write_trials(ledger: Ledger, data: Path | None) -> None:
     """Writes all runs of the protocol, failures and those to come too, to trials.csv in the study's folder."""
-    runs = ledger.runs()
+    with ledger.exclusive():  # of two workers the later one writes what both have done
+        replace(ledger.folder / TRIALS, _trials_text(ledger, data))
+
+
+def _trials_text(ledger: Ledger, data: Path | None) -> str:
+    runs, cores = ledger.runs(), ledger.protocol.cores
+    # How many cores compute decides about the last digits.
+    program = f"{f'taskset -c 0-{cores - 1} ' if cores else ''}python -m experiments.cars"
     searched = list(dict.fromkeys(field for run in runs for field in run.drawn))
     axes = list(dict.fromkeys(axis for run in runs for axis in run.contestant.labels))
     rows = []
@@ -155,11 +162,11 @@ def write_trials(ledger: Ledger, data: Path | None) -> None:
         elif (folder / ERROR).exists():
             row["error"] = (folder / ERROR).read_text(encoding="utf-8").strip()
         words = command(run.settings, Path("DIR") if data else None)
-        rows.append(row | {"folder": run.folder, "command": " ".join(["python -m experiments.cars", *words])})
+        rows.append(row | {"folder": run.folder, "command": " ".join([program, *words])})
     columns = ["contestant", "stage", "number", "state", *axes, "seed", "epochs", *searched]
     columns += ["top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds", "error", "folder", "command"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace(ledger.folder / TRIALS, text.getvalue())
+    return text.getvalue()

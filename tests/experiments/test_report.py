@@ -10,7 +10,7 @@ from fake_cars import FAKE, SMALL
 from PIL import Image
 
 from experiments.report import __main__ as report
-from experiments.report.sections import answer
+from experiments.report.answer import answer
 from experiments.report.study_results import read_study
 from experiments.study import __main__ as study
 from experiments.study import worker
@@ -51,7 +51,9 @@ def test_the_page_has_everything_inside(results, tmp_path):
         "small-layer-steps",
         "small-tuning",
         "small-confusions",
-        "map-heat-map",
+        "map-learning_rate-final_lr-grid",
+        "map-learning_rate-final_lr-test_top1",
+        "map-learning_rate-final_lr-at_upper",
     ):
         assert f"{name}.png" in pictures
         assert f"({name}.png)" in markdown
@@ -76,6 +78,45 @@ def test_the_answer_follows_the_runs(results, copied):
     found = answer(read_study(copied / "small"))
     assert "AdaBound reaches a final top-1 of 95.0%" in found
     assert "over 2 seeds" in found
+
+
+def test_an_answer_is_called_interim_until_all_seeds_have_ended(copied):
+    path = copied / "small" / "trials.csv"
+    text = path.read_text()
+    path.write_text(text.replace("Adam,final,1,done,", "Adam,final,1,open,"))
+    found = answer(read_study(copied / "small"))
+    assert found.startswith("So far, with 1 of 2 seeds: on drawn cars")
+    assert "nothing can be said" in found
+
+
+def test_a_training_that_failed_counts_as_nothing_right(copied, tmp_path):
+    """To leave it out would make the better of an optimizer the more often it diverges."""
+    path = copied / "small" / "trials.csv"
+    path.write_text(path.read_text().replace("AdaBound,final,1,done,", "AdaBound,final,1,failed,"))
+    results = read_study(copied / "small")
+    ours = results.find("AdaBound")
+    assert ours.by_seed()[5] == 0
+    assert ours.by_seed()[4] > 0
+    assert not ours.right()[5].any()
+    assert "1 of AdaBound's trainings failed, and count as 0." in answer(results)
+    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 0
+    assert "| AdaBound | 2, 1 failed |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_best_of_the_others_is_measured_against_the_better_of_the_two(copied):
+    """A third contestant, a copy of one of the two with other accuracies."""
+    path = copied / "small" / "trials.csv"
+    lines = path.read_text().splitlines()
+    column = lines[0].split(",").index("top1")
+    others = []
+    for line in lines:
+        cells = line.split(",")
+        if cells[0] == "Adam" and cells[1] == "final":
+            others.append(",".join(["SGD", *cells[1:column], f"0.{98 + int(cells[2])}", *cells[column + 1 :]]))
+    path.write_text("\n".join(lines + others) + "\n")
+    found = answer(read_study(copied / "small"))
+    assert "Of the others SGD comes highest with 98.5%" in found
+    assert "better than A" in found
 
 
 def test_an_unfinished_study_says_so(copied, tmp_path):

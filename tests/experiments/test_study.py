@@ -243,11 +243,18 @@ def test_a_training_that_cannot_be_run_is_none(protocol, fake, tmp_path, capsys)
 
 
 def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, tmp_path, capsys):
-    """More trials and more seeds may come; all else would mix two studies."""
+    """More seeds may come, and before the final runs more trials; all else would mix two studies."""
     out = tmp_path / "out"
+    protocol.write_text(SMALL.replace("trials = 3", "trials = 2"))
+    assert study.main([str(protocol), "--out", str(out), "--runs", "3"]) == 0
+    protocol.write_text(SMALL)
     assert study.main([str(protocol), "--out", str(out)]) == 0
-    protocol.write_text(SMALL.replace("seeds = [4, 5]", "seeds = [4, 5, 6]").replace("trials = 3", "trials = 4"))
+    protocol.write_text(SMALL.replace("seeds = [4, 5]", "seeds = [4, 5, 6]"))
     assert study.main([str(protocol), "--out", str(out), "--runs", "1"]) == 0
+    for trials in (2, 4):
+        protocol.write_text(SMALL.replace("trials = 3", f"trials = {trials}"))
+        assert study.main([str(protocol), "--out", str(out)]) == 2
+        assert f"after 3 tuning trials, and the protocol has {trials}" in capsys.readouterr().err
     for old, new in (
         ("epochs = 3", "epochs = 4"),
         ('"adam"', '"adamw"'),

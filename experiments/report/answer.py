@@ -1,0 +1,97 @@
+"""What a study's numbers say, in words."""
+
+from __future__ import annotations
+
+import math
+
+from experiments.analysis import Interval, mean_interval, paired_difference, verdict
+from experiments.report.study_results import StudyResults
+from experiments.run_folder import TEST_RESULTS
+
+NORMAL = 1.96  # standard errors that hold 95%
+
+
+def percent(interval: Interval) -> str:
+    """
+    >>> percent(Interval(0.5, 0.48, 0.52, 5)), percent(Interval(0.5, math.nan, math.nan, 1))
+    ('50.0% (48.0 to 52.0)', '50.0%')
+    """
+    if not interval.count:
+        return "-"
+    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{interval.mean:.1%}{ends}"
+
+
+def points(interval: Interval) -> str:
+    """
+    >>> points(Interval(-0.02, -0.03, -0.01, 5))
+    '-2.0 points (-3.0 to -1.0)'
+    """
+    if not interval.count:
+        return "-"
+    ends = "" if math.isnan(interval.low) else f" ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+    return f"{100 * interval.mean:+.1f} points{ends}"
+
+
+def answer(results: StudyResults) -> str:
+    """The answer to the study's question in two sentences, by its numbers alone; "" where it compares no two."""
+    if not results.compared:
+        return ""
+    ours, theirs = map(results.find, results.compared)
+    seeds = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
+    if not seeds:
+        names = f"{ours.name} and {theirs.name}"
+        return f"{results.name}: the question is still open, no seed has been trained to its end with both {names}."
+    difference, wider = results.answers[ours.name]
+    said = {
+        "better": f"{ours.name} is better",
+        "worse": f"{theirs.name} is better",
+        "tie": "this is a tie",
+        "unknown": "with one seed nothing can be said about which is better",
+    }[verdict(difference)]
+    planned = max(len(ours.final), len(theirs.final))
+    so_far = f"So far, with {len(seeds)} of {planned} seeds: on" if len(seeds) < planned else "On"
+    reach = f", or {100 * wider.low:+.1f} to {100 * wider.high:+.1f} for other test pictures as well" if wider else ""
+    failures = [f" {len(c.failed)} of {c.name}'s trainings failed, and count as 0." for c in (ours, theirs) if c.failed]
+    our_mean, their_mean = (mean_interval([c.by_seed()[seed] for seed in seeds]) for c in (ours, theirs))
+    first = (
+        f"{so_far} {results.title}, {ours.name} reaches a final top-1 of {percent(our_mean)} and {theirs.name} "
+        f"{percent(their_mean)} over {len(seeds)} seed{'s' * (len(seeds) > 1)}: a difference of "
+        f"{points(difference)}{reach}, so {said}.{''.join(failures)}"
+    )
+    leader = ours if our_mean.mean > their_mean.mean else theirs
+    rest = [c for c in results.contestants if c not in (ours, theirs) and c.by_seed()]
+    if not rest:
+        return first
+    best = max(rest, key=lambda contestant: contestant.interval().mean)
+    words = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}
+    relation = words[verdict(paired_difference(best.by_seed(), leader.by_seed()))]
+    return f"{first} Of the others {best.name} comes highest with {percent(best.interval())}, {relation} {leader.name}."
+
+
+def limits(results: StudyResults) -> str:
+    """What the study cannot tell of the two that it compares."""
+    ours, theirs = map(results.find, results.compared)
+    said = []
+    difference, wider = results.answers.get(ours.name, (None, None))
+    if difference and not math.isnan(difference.low):
+        beyond = f", {100 * (wider.high - wider.mean):.1f} for other test pictures" if wider else ""
+        said.append(
+            f"Between {ours.name} and {theirs.name} a difference of less than "
+            f"{100 * (difference.high - difference.mean):.1f} points would have been called a tie{beyond}: a tie says "
+            "that these runs do not tell the two apart, not that they are equal."
+        )
+    if (right := next(iter(theirs.right().values()), None)) is not None:
+        share, pictures = float(right.mean()), len(right)
+        of_one = 100 * NORMAL * math.sqrt(share * (1 - share) / pictures)
+        said.append(f"With {pictures:,} test pictures one run's top-1 is uncertain by {of_one:.1f} points.")
+    tuned = next((t for t in theirs.tuning if t.state == "done" and (t.folder / TEST_RESULTS).exists()), None)
+    if tuned is not None:
+        pictures, epochs = len(tuned.test_results["label"]), tuned.columns["epochs"]
+        said.append(
+            f"Settings were chosen from {len(theirs.tuning)} by {pictures:,} held-out pictures after {epochs} epochs: "
+            f"one picture is {100 / pictures:.1f} points. The intervals hold for the settings so chosen: what "
+            "other draws would have brought is not in them, nor that a longer training may want other settings, above "
+            "all AdaBound's, whose bounds close with the number of updates."
+        )
+    return " ".join(said)

@@ -1,0 +1,113 @@
+"""Contestants that are the combinations of axes, as a grid: rows by one half of the axes, columns by the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from experiments.report.study_results import Contestant
+from experiments.step_sizes import BOUNDED
+
+PANELS_WIDE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The contestants of one block of a protocol.
+
+    name: for files.
+    down, across: the axes, by name.
+    rows, columns: their values, in the protocol's order.
+    cells: the contestant of a row and a column.
+    """
+
+    name: str
+    down: tuple[str, ...]
+    across: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    columns: list[tuple[str, ...]]
+    cells: dict[tuple[tuple[str, ...], tuple[str, ...]], Contestant]
+
+
+def find_grids(contestants: Sequence[Contestant]) -> list[Grid]:
+    """One for each set of two axes or more that contestants share; their first half goes across."""
+    found: dict[tuple[str, ...], list[Contestant]] = {}
+    for contestant in contestants:
+        if len(contestant.labels) > 1:
+            found.setdefault(tuple(contestant.labels), []).append(contestant)
+    grids = []
+    for axes, members in found.items():
+        across, down = axes[: len(axes) // 2], axes[len(axes) // 2 :]
+        places = {tuple(tuple(c.labels[axis] for axis in part) for part in (down, across)): c for c in members}
+        rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in range(2))
+        grids.append(Grid("-".join(axes), down, across, rows, columns, places))
+    return grids
+
+
+def label(axes: Sequence[str], values: Sequence[str]) -> str:
+    """
+    >>> label(("optimizer", "learning_rate"), ("Adam", "0.001"))
+    'Adam, learning rate 0.001'
+    """
+    names = [f"{axis.replace('_', ' ')} " for axis in axes]
+    return ", ".join(f"{name if v[0].isdigit() else ''}{v}" for name, v in zip(names, values, strict=True))
+
+
+def plot_grid(grid: Grid) -> Figure:
+    """Final top-1, the mean over seeds; of what has not ended nothing."""
+    values = np.full((len(grid.rows), len(grid.columns)), np.nan)
+    for (row, column), contestant in grid.cells.items():
+        values[grid.rows.index(row), grid.columns.index(column)] = contestant.interval().mean
+    size = (3.5 + 1.5 * len(grid.columns), 1.6 + 0.5 * len(grid.rows))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+    axis.set_xticks(range(len(grid.columns)), [label(grid.across, c).replace(", ", "\n") for c in grid.columns])
+    axis.set_yticks(range(len(grid.rows)), [label(grid.down, row) for row in grid.rows])
+    middle = np.nanmax(values) / 2 if np.isfinite(values).any() else 0.0
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            failed = len(grid.cells[grid.rows[i], grid.columns[j]].failed)
+            text = f"{value:.1%}" + (f"\n{failed} failed" if failed else "")
+            axis.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
+    figure.colorbar(image, format=PercentFormatter(1.0), label="final test top-1")
+    return figure
+
+
+def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = False) -> Figure | None:
+    """A column of the metrics by epoch, the mean over seeds: a panel for each row of the grid, a curve for each column.
+
+    Args:
+      bounded: only optimizers with bounds.
+    """
+    wide = min(PANELS_WIDE, len(grid.rows))
+    deep = -(-len(grid.rows) // wide)
+    shape = dict(figsize=(3.4 * wide, 0.9 + 2.6 * deep), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(deep, wide, layout="constrained", **shape)
+    handles = {}
+    for axis, row in zip(axes.flat, grid.rows, strict=False):
+        for number, of_column in enumerate(grid.columns):
+            contestant = grid.cells.get((row, of_column))
+            if contestant is None or (bounded and contestant.opt not in BOUNDED):
+                continue
+            epochs, values = contestant.curve(column)
+            if len(epochs):
+                name = label(grid.across, of_column)
+                (handles[name],) = axis.plot(epochs, values.mean(0), color=f"C{number}", lw=1.4)
+        axis.set_title(label(grid.down, row), fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axis in axes.flat[len(grid.rows) :]:
+        axis.set_axis_off()
+    if not handles:
+        plt.close(figure)
+        return None
+    axes[0, 0].set_ylim(bottom=0)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel(title, fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+    return figure
