@@ -2,5 +2,5 @@
 
 `torch_ref.resnet` has the networks, whose state_dict is torchvision's, `torch_ref.adabound` the optimizer,
 `torch_ref.train` the steps. Importing this package imports none of them; they need torch
-(`pip install "resnet-adabound[torch]"`) and nothing else.
+(`pip install -e ".[torch]"`) and nothing else.
 """

@@ -47,7 +47,7 @@ def run(settings: ReportSettings) -> None:
     blocks += speed_section(settings.results / SPEED)
     notes = settings.results / NOTES
     if notes.exists():
-        blocks.append(Heading("What was not run, and why"))
+        blocks.append(Heading("What was not run, and what else is to be known"))
         blocks += [
             Text(" ".join(part.split())) for part in notes.read_text(encoding="utf-8").split("\n\n") if part.strip()
         ]

@@ -1,7 +1,7 @@
 """Gives each worker cores of its own.
 
 How many cores compute decides in which order sums are taken, and so about the last digits; and on a small network two
-workers with a core each train nearly twice as much as one with both.
+workers with a core each train more than one with both.
 """
 
 from __future__ import annotations
