@@ -11,7 +11,8 @@ from PIL import Image
 
 from experiments.report import __main__ as report
 from experiments.report.answer import answer
-from experiments.report.study_results import read_study
+from experiments.report.grids import find_grids, plot_grid_curves
+from experiments.report.study_results import Contestant, read_study
 from experiments.study import __main__ as study
 from experiments.study import worker
 
@@ -182,3 +183,17 @@ def test_confused_classes_are_shown_where_the_pictures_are(results, tmp_path):
     assert report.main([str(results / "small"), "--out", str(tmp_path / "out"), "--data", str(tmp_path)]) == 0
     for name in ("small-confused-adam.png", "small-confused-adabound.png"):
         assert np.asarray(Image.open(tmp_path / "out" / name).convert("L")).std() > 5, f"{name} is blank"
+
+
+def test_axes_become_a_grid():
+    """The first half of the axes across, the rest down, both in the protocol's order; a missing cell stays empty."""
+    values = [("Adam", "0.001", "own", "as it was"), ("Adam", "0.002", "own", "both"), ("SGD", "0.001", "own", "both")]
+    axes = ("optimizer", "learning_rate", "network", "input")
+    contestants = [Contestant(", ".join(v), dict(zip(axes, v, strict=True)), "C0") for v in values]
+    (grid,) = find_grids([*contestants, Contestant("alone", {}, "C1"), Contestant("one axis", {"gamma": "1"}, "C2")])
+    assert (grid.across, grid.down) == (axes[:2], axes[2:])
+    assert grid.columns == [("Adam", "0.001"), ("Adam", "0.002"), ("SGD", "0.001")]
+    assert grid.rows == [("own", "as it was"), ("own", "both")]
+    assert grid.cells[("own", "both"), ("SGD", "0.001")] is contestants[2]
+    assert (("own", "as it was"), ("SGD", "0.001")) not in grid.cells
+    assert plot_grid_curves(grid, "test_top1", "test top-1") is None  # nothing has been trained
