@@ -227,5 +227,5 @@ def find_studies(folder: Path) -> Sequence[Path]:
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
         raise ValueError(f"{folder} holds no study: neither {TRIALS} nor folders with one")
-    order = ["cars96", "cars64_small", "cars96_cpu", "origins", "sensitivity"]
+    order = ["cars96", "cars64_small", "upper_bound", "cars96_cpu", "origins", "sensitivity"]
     return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
