@@ -60,8 +60,8 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     axis.axvline(0, color="black", lw=1)
     axis.set_yticks(range(len(others)), [contestant.name for contestant in others])
     axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set(xlabel=f"final test top-1 minus that of {baseline.name}, same seed")
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axis.set(xlabel=f"final test top-1 minus that of {baseline.name}, same seed, in points")
     axis.grid(alpha=0.3, axis="x")
     return figure
 
