@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 CONFIDENCE = 0.95
 TIE = 0.003  # a smaller difference of accuracies is of no use to anybody, however certain it is
@@ -80,6 +80,19 @@ def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval
     variance = max(0.0, of_pictures.var(ddof=1) - within / seeds) / pictures
     half = math.hypot(of_seeds.mean - of_seeds.low, stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt(variance))
     return Interval(of_seeds.mean, of_seeds.mean - half, of_seeds.mean + half, seeds)
+
+
+def expected_best(values: Sequence[float]) -> np.ndarray:
+    """What the best of k trials has on average over all choices of k of these, for k = 1 to their number.
+
+    >>> expected_best([0.3, 0.1, 0.2]).round(3).tolist()
+    [0.2, 0.267, 0.3]
+    """
+    ranked, count = np.sort(np.asarray(values, float)), len(values)
+    drawn = np.arange(1, count + 1)
+    # Of all choices of k those whose best is the one of rank i: its k - 1 companions are among the i below it.
+    ways = special.comb(np.arange(count), drawn[:, None] - 1)
+    return ways @ ranked / special.comb(count, drawn)
 
 
 def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:

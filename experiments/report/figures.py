@@ -11,9 +11,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from experiments.analysis import mean_interval, paired_difference
+from experiments.analysis import expected_best, mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.step_sizes import BOUNDED
 
@@ -68,7 +68,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
 
 def plot_tuning(results: StudyResults) -> Figure | None:
     """Every tuning trial: top-1 on held-out pictures over each setting that is drawn; those that failed at 0."""
-    tuned = [c for c in results.contestants if any(trial.state in ("done", "failed") for trial in c.tuning)]
+    tuned = [contestant for contestant in results.contestants if contestant.ended_tuning]
     if not tuned:
         return None
     size = (3.6 * len(results.searched), 4)
@@ -89,6 +89,23 @@ def plot_tuning(results: StudyResults) -> Figure | None:
     axes[0, 0].set_ylabel("top-1 on held-out pictures")
     handles = [Line2D([], [], color=c.colour, marker="o", ls="", label=c.name) for c in tuned]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(tuned)))
+    return figure
+
+
+def plot_tuning_effort(results: StudyResults) -> Figure | None:
+    """How good the best of k tuning trials is on average; those that failed count as 0. None for fewer than two."""
+    tuned = [contestant for contestant in results.contestants if len(contestant.ended_tuning) > 1]
+    if not tuned:
+        return None
+    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for contestant in tuned:
+        best = expected_best([t.number("top1") if t.state == "done" else 0.0 for t in contestant.ended_tuning])
+        axis.plot(range(1, len(best) + 1), best, "o-", ms=3, color=contestant.colour, label=contestant.name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set(xlabel="tuning trials", ylabel="the best one's top-1 on held-out pictures", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
     return figure
 
 

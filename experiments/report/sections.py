@@ -181,6 +181,12 @@ def _tuning(results: StudyResults) -> Iterator[Block]:
     if (figure := figures.plot_tuning(results)) is not None:
         caption = "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed."
         yield _picture(results, "tuning", figure, caption)
+    if (figure := figures.plot_tuning_effort(results)) is not None:
+        caption = (
+            "What tuning is worth: the best of so many trials, on average over all choices of them. A curve that still "
+            "rises at its end would have gained from more."
+        )
+        yield _picture(results, "tuning-effort", figure, caption)
 
 
 def _picture(results: StudyResults, name: str, figure: plt.Figure, caption: str) -> Picture:

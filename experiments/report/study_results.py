@@ -91,6 +91,11 @@ class Contestant:
         return [trial for trial in self.final if trial.state == "done"]
 
     @property
+    def ended_tuning(self) -> list[Trial]:
+        """Tuning trials that reached their end or failed."""
+        return [trial for trial in self.tuning if trial.state in ("done", "failed")]
+
+    @property
     def failed(self) -> list[Trial]:
         """Final runs that broke off, and will again."""
         return [trial for trial in self.final if trial.state == "failed"]

@@ -51,6 +51,7 @@ def test_the_page_has_everything_inside(results, tmp_path):
         "small-steps",
         "small-layer-steps",
         "small-tuning",
+        "small-tuning-effort",
         "small-confusions",
         "map-learning_rate-final_lr-grid",
         "map-learning_rate-final_lr-test_top1",
