@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from experiments.machine import processor
 from numpy_ref.threads import cores
 
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
@@ -210,16 +211,17 @@ def _versions() -> dict[str, str]:
 
 
 def jax_device() -> dict[str, Any]:
-    """Where JAX computes, as plain JSON values; of a CPU its cores too, on which the order of sums depends."""
+    """Where JAX computes, as plain JSON values; of a CPU its name and cores too, which decide about last digits."""
     device = jax.devices()[0]
     found = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
-    return found | {"cores": cores()} if device.platform == "cpu" else found
+    return found | {"cores": cores(), "processor": processor()} if device.platform == "cpu" else found
 
 
 def numpy_device() -> dict[str, Any]:
     """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {"platform": "cpu", "kind": f"{blas.get('name')} {blas.get('version')}", "count": cores()}
+    kind = f"{blas.get('name')} {blas.get('version')}"
+    return {"platform": "cpu", "kind": kind, "count": cores(), "processor": processor()}
 
 
 def torch_device() -> dict[str, Any]:
@@ -228,7 +230,8 @@ def torch_device() -> dict[str, Any]:
 
     if torch.cuda.is_available():
         return {"platform": "cuda", "kind": torch.cuda.get_device_name(), "count": 1}
-    return {"platform": "cpu", "kind": f"torch {torch.__version__}", "count": torch.get_num_threads()}
+    kind = f"torch {torch.__version__}"
+    return {"platform": "cpu", "kind": kind, "count": torch.get_num_threads(), "processor": processor()}
 
 
 def _git_commit() -> str | None:

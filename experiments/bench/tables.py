@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.processes import framework
+from experiments.machine import processor
 from experiments.malloc import describe_pages
 
 Cell = float | str | tuple[float, float]  # a number, a word, or quartiles
@@ -85,16 +86,10 @@ def print_table(rows: dict[str, dict[str, Cell]]) -> None:
 
 def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
     """Processor, cores, pages and versions, in a line."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    except OSError:
-        pass
     versions = []
     for name in packages:
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"no {name}")
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {', '.join(versions)}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {', '.join(versions)}"

@@ -81,8 +81,7 @@ def plot_tuning(results: StudyResults) -> Figure | None:
             for state, marker in (("done", "o"), ("failed", "x")):
                 trials = [t for t in contestant.tuning if t.state == state and field in t.columns]
                 x = place(np.array([t.number(field) for t in trials]), number / len(tuned) - 0.5)
-                y = [t.number("top1") if state == "done" else 0.0 for t in trials]
-                axis.plot(x, y, marker, color=contestant.colour, ms=6, alpha=0.8)
+                axis.plot(x, [t.accuracy() for t in trials], marker, color=contestant.colour, ms=6, alpha=0.8)
         axis.set(xlabel=field.replace("_", " "), ylim=(-0.02, None))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
@@ -99,7 +98,7 @@ def plot_tuning_effort(results: StudyResults) -> Figure | None:
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for contestant in tuned:
-        best = expected_best([t.number("top1") if t.state == "done" else 0.0 for t in contestant.ended_tuning])
+        best = expected_best([trial.accuracy() for trial in contestant.ended_tuning])
         axis.plot(range(1, len(best) + 1), best, "o-", ms=3, color=contestant.colour, label=contestant.name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))

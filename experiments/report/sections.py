@@ -84,7 +84,7 @@ def _where(ended: list[Trial]) -> str:
     configs = [trial.config for trial in ended]
     used = [("jax", "jaxlib") if c["settings"]["framework"] == "jax" else ("torch", "torchvision") for c in configs]
     versions = {f"{name} {c['versions'][name]}" for c, names in zip(configs, used, strict=True) for name in names}
-    devices = {f"{d.get('cores', d['count'])} {d['kind']}" for d in (c["device"] for c in configs)}
+    devices = {f"{d.get('cores', d['count'])} {d.get('processor', d['kind'])}" for d in (c["device"] for c in configs)}
     commits = dict.fromkeys(c["git_commit"] or "unknown" for c in configs)
     return (
         f"Device of each run (cores of a CPU): {' or '.join(sorted(devices))}. {', '.join(sorted(versions))}. Commits: "

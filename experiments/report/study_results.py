@@ -49,6 +49,10 @@ class Trial:
     def number(self, column: str) -> float:
         return float(self.columns[column])
 
+    def accuracy(self, column: str = "top1") -> float:
+        """One of ACCURACIES; a training that failed has named no picture rightly."""
+        return 0.0 if self.state == "failed" else self.number(column)
+
     @functools.cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Those of its metrics that end an epoch."""
@@ -106,9 +110,8 @@ class Contestant:
         return self.finals[0].config["settings"]["opt"] if self.finals else None
 
     def by_seed(self, column: str = "top1") -> dict[int, float]:
-        """One of ACCURACIES, of all final runs that have ended; one that failed has named no picture rightly."""
-        failed = {trial.seed: 0.0 for trial in self.failed}
-        return failed | {trial.seed: trial.number(column) for trial in self.finals}
+        """One of ACCURACIES, of all final runs that have ended or failed."""
+        return {trial.seed: trial.accuracy(column) for trial in (*self.failed, *self.finals)}
 
     def interval(self, column: str = "top1") -> Interval:
         return mean_interval(list(self.by_seed(column).values()))

@@ -251,9 +251,12 @@ class Ledger:
     def _study(self, contestant: Contestant, stage: Stage) -> optuna.Study:
         name = f"{self.protocol.name}/{contestant.slug}/{stage}"
         if name not in self._studies:
-            study = optuna.create_study(
-                study_name=name, storage=self._storage, direction="maximize", load_if_exists=True
-            )
+            try:  # to create it again would add a line to the journal each time that somebody looks
+                study = optuna.load_study(study_name=name, storage=self._storage)
+            except KeyError:
+                study = optuna.create_study(
+                    study_name=name, storage=self._storage, direction="maximize", load_if_exists=True
+                )
             facts = self._facts(contestant, stage)
             if "protocol" not in study.user_attrs:
                 study.set_user_attr("protocol", facts)

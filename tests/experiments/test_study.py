@@ -206,7 +206,9 @@ def test_each_worker_has_cores_of_its_own(protocol, fake, tmp_path, monkeypatch,
     assert len({core for cores in used for core in cores}) == len(workers)
 
     with own_cores(len(all_cores)):
+        journal = (out / "journal.log").read_bytes()
         assert study.main([str(protocol), "--out", str(out), "--dry-run"]) == 0  # nothing is left to be timed
+        assert (out / "journal.log").read_bytes() == journal
         assert study.main([str(protocol), "--out", str(tmp_path / "none")]) == 2
     error = f"each worker 1 of this machine's {len(all_cores)} cores, and none is free"
     assert error in capsys.readouterr().err

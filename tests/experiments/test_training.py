@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.data.dataset import Dataset, Split
+from experiments.machine import processor
 from experiments.metrics import macro_f1
 from experiments.run_folder import RunFolder, earlier_run, jax_device, numpy_device, read_metrics
 from experiments.saving import Saver
@@ -178,6 +179,7 @@ def test_devices_are_plain_values():
     assert jax_device()["platform"] == jax.default_backend()
     assert numpy_device()["count"] == os.cpu_count()
     assert json.loads(json.dumps(numpy_device())) == numpy_device()
+    assert numpy_device()["processor"] == processor() != ""
 
 
 def test_macro_f1_by_hand():
