@@ -16,10 +16,9 @@ STYLESHEET = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem;
        margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; }
-th, td { padding: .15rem .7rem .15rem 0; text-align: right; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .9rem .15rem 0; text-align: left; }
 @media (max-width: 40rem) { td:first-child { white-space: normal; min-width: 8rem; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
 .ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }

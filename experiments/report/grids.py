@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.report.study_results import Contestant
+from experiments.report.answer import percent
+from experiments.report.study_results import Contestant, by_axes
 from experiments.step_sizes import BOUNDED
 
 PANELS_WIDE = 4
@@ -36,12 +37,10 @@ class Grid:
 
 def find_grids(contestants: Sequence[Contestant]) -> list[Grid]:
     """One for each set of two axes or more that contestants share; their first half goes across."""
-    found: dict[tuple[str, ...], list[Contestant]] = {}
-    for contestant in contestants:
-        if len(contestant.labels) > 1:
-            found.setdefault(tuple(contestant.labels), []).append(contestant)
     grids = []
-    for axes, members in found.items():
+    for axes, members in by_axes(contestants).items():
+        if len(axes) < 2:
+            continue
         across, down = axes[: len(axes) // 2], axes[len(axes) // 2 :]
         places = {tuple(tuple(c.labels[axis] for axis in part) for part in (down, across)): c for c in members}
         rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in range(2))
@@ -59,11 +58,11 @@ def label(axes: Sequence[str], values: Sequence[str]) -> str:
 
 
 def plot_grid(grid: Grid) -> Figure:
-    """Final top-1, the mean over seeds; of what has not ended nothing."""
+    """Final top-1, the mean over seeds and its interval; of what has not ended nothing."""
     values = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for (row, column), contestant in grid.cells.items():
         values[grid.rows.index(row), grid.columns.index(column)] = contestant.interval().mean
-    size = (3.5 + 1.5 * len(grid.columns), 1.6 + 0.5 * len(grid.rows))
+    size = (3.5 + 1.7 * len(grid.columns), 1.6 + 0.5 * len(grid.rows))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
     axis.set_xticks(range(len(grid.columns)), [label(grid.across, c).replace(", ", "\n") for c in grid.columns])
@@ -71,8 +70,9 @@ def plot_grid(grid: Grid) -> Figure:
     middle = np.nanmax(values) / 2 if np.isfinite(values).any() else 0.0
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            failed = len(grid.cells[grid.rows[i], grid.columns[j]].failed)
-            text = f"{value:.1%}" + (f"\n{failed} failed" if failed else "")
+            contestant = grid.cells[grid.rows[i], grid.columns[j]]
+            failed = f"\n{len(contestant.failed)} failed" if contestant.failed else ""
+            text = percent(contestant.interval()).replace(" (", "\n(") + failed
             axis.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
     figure.colorbar(image, format=PercentFormatter(1.0), label="final test top-1")
     return figure

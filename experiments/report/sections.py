@@ -19,7 +19,7 @@ from experiments.report import figures
 from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
 from experiments.report.grids import find_grids, plot_grid, plot_grid_curves
-from experiments.report.study_results import Contestant, StudyResults, Trial
+from experiments.report.study_results import Contestant, StudyResults, Trial, by_axes
 from experiments.run_folder import TEST_RESULTS
 from experiments.settings import Settings
 
@@ -41,12 +41,16 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     if not trained:
         yield from _tuning(results)
         return
-    yield TextTable([_row(results, contestant) for contestant in trained])
+    for contestants in by_axes(trained).values():
+        yield TextTable([_row(results, contestant) for contestant in contestants])
     yield Text(
         "Means with 95% intervals (Student's) over seeds; epochs and seconds are medians over seeds, infinite where a "
         "target was never reached. The final epoch is what counts; the best one is chosen on the test pictures, and "
         "flatters. A training that failed counts as 0. Seconds are those of one run beside others."
     )
+    if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
+        yield Text("The settings that tuning chose:")
+        yield TextTable(chosen)
     if results.compared:
         yield from _differences(results)
         yield Text(limits(results))
@@ -105,7 +109,8 @@ def _short(text: str) -> str:
 
 def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     failed = f", {len(contestant.failed)} failed" if contestant.failed else ""
-    row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
+    row = {axis.replace("_", " "): value for axis, value in contestant.labels.items()} or {"": contestant.name}
+    row |= {"runs": f"{len(contestant.by_seed())}{failed}"}
     row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
     for target in results.targets:
         times = [reached(trial.rows, target) for trial in contestant.finals]
@@ -113,9 +118,13 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
         epochs, seconds = np.median(times, axis=0)
         never = math.isinf(epochs)
         row[f"to {target:.0%}"] = "never" if never else f"{epochs:g} epochs, {seconds:.0f} s"
-    if drawn := _drawn(results, (contestant.finals or contestant.failed)[0]):
-        row["settings"] = drawn
     return row
+
+
+def _chosen(results: StudyResults, contestant: Contestant) -> dict[str, str]:
+    columns = (contestant.finals or contestant.failed)[0].columns
+    row = {"": contestant.name}
+    return row | {name.replace("_", " "): _short(columns.get(name, "")) or "-" for name in results.searched}
 
 
 def _differences(results: StudyResults) -> Iterator[Block]:
@@ -168,7 +177,8 @@ def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Bloc
 
 def _grids(results: StudyResults) -> Iterator[Block]:
     for grid in find_grids(results.contestants):
-        yield _picture(results, f"{grid.name}-grid", plot_grid(grid), "Final top-1, means over seeds.")
+        caption = "Final top-1: means over seeds, with 95% intervals where there are several."
+        yield _picture(results, f"{grid.name}-grid", plot_grid(grid), caption)
         for column, title, bounded in (
             ("test_top1", "test top-1", False),
             ("at_upper", "share of weights whose step is at the upper bound", True),

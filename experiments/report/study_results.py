@@ -174,6 +174,14 @@ class StudyResults:
         return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.by_seed()}
 
 
+def by_axes(contestants: Sequence[Contestant]) -> dict[tuple[str, ...], list[Contestant]]:
+    """Together those that are combinations of the same axes."""
+    found: dict[tuple[str, ...], list[Contestant]] = {}
+    for contestant in contestants:
+        found.setdefault(tuple(contestant.labels), []).append(contestant)
+    return found
+
+
 def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
     """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
     difference = paired_difference(ours.by_seed(), theirs.by_seed())
@@ -235,5 +243,5 @@ def find_studies(folder: Path) -> Sequence[Path]:
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
         raise ValueError(f"{folder} holds no study: neither {TRIALS} nor folders with one")
-    order = ["cars96", "cars64_small", "upper_bound", "cars96_cpu", "origins", "sensitivity"]
+    order = ["cars96", "cars64_small", "upper_bound", "cars96_cpu", "origins", "depth", "sensitivity"]
     return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
