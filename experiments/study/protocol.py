@@ -32,6 +32,7 @@
     [report]
     compare = ["AdaBound", "Adam"]  # the two that the question is about, the second the one to beat
     targets = [0.25, 0.5]           # top-1: how soon was it reached?
+    beside = { other = ["SGD"] }    # contestants of another study, in the folder beside, whose final runs are shown too
 
 Contestants of a lower `group` (0 unless it says so) are run to their end before the next group begins.
 """
@@ -166,8 +167,14 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
 def _check_report(report: Any, names: Sequence[str]) -> None:
     if not isinstance(report, dict):
         raise ValueError(f"report must be a table, got {report!r}")
-    _only(report, "report", ("compare", "targets"))
-    compare, targets = report.get("compare", []), report.get("targets", [])
+    _only(report, "report", ("compare", "targets", "beside"))
+    compare, targets, beside = report.get("compare", []), report.get("targets", []), report.get("beside", {})
+    lists = beside.values() if isinstance(beside, dict) else [None]
+    if not all(isinstance(others, list) and all(isinstance(name, str) for name in others) for others in lists):
+        raise ValueError(f"report.beside must be lists of contestants by the name of their study, got {beside!r}")
+    names = [*names, *(name for others in lists for name in others)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"report.beside has a contestant with the name of another: {min(twice)!r}")
     if compare and not (isinstance(compare, list) and len(compare) == 2 and set(compare) <= set(names)):
         raise ValueError(f"report.compare must be two of {', '.join(names)}, got {compare!r}")
     if not (isinstance(targets, list) and all(isinstance(t, float) and 0 < t < 1 for t in targets)):
