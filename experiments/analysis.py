@@ -95,6 +95,31 @@ def expected_best(values: Sequence[float]) -> np.ndarray:
     return ways @ ranked / special.comb(count, drawn)
 
 
+def choice_stability(right: np.ndarray, losses: np.ndarray, draws: int = 2000) -> np.ndarray:
+    """How often each of several trials would have been chosen, had the held-out pictures been others of their kind.
+
+    A bootstrap: the pictures are drawn again, with replacement, `draws` times, and each time the trial with the highest
+    accuracy is chosen, of equals the one with the lowest loss.
+
+    Args:
+      right: (T, N) booleans, whether trial t names picture n rightly.
+      losses: (T, N), of trial t on picture n.
+
+    Returns:
+      (T,) shares of the draws, whose sum is 1.
+
+    >>> right = np.array([[True, True, False, False], [False, False, True, False]])
+    >>> choice_stability(right, np.ones((2, 4))).round(1).tolist()
+    [0.8, 0.2]
+    """
+    trials, pictures = right.shape
+    counts = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=draws)
+    # One picture more outweighs any difference of losses.
+    losses = counts @ losses.T
+    score = counts @ right.T.astype(float) - losses / (1 + 2 * np.abs(losses).max())
+    return np.bincount(score.argmax(1), minlength=trials) / draws
+
+
 def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
     """Epochs and seconds until test top-1 first was `target` or more, infinite if it never was.
 

@@ -71,7 +71,7 @@ def main() -> int:
         "settings": settings,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "data": {"title": "drawn cars"},
-        "device": {"kind": "cpu", "count": 1},
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
         "versions": {"jax": "0.10.2", "jaxlib": "0.10.2"},
         "git_commit": 40 * "a" + "-dirty",
         "input": {"arch": settings["arch"], "image_size": [32, 32], "grey": True, "class_names": ["a", "b", "c"]},

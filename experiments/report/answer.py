@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from experiments.analysis import Interval, mean_interval, paired_difference, verdict
-from experiments.report.study_results import StudyResults
+from experiments.report.study_results import Contestant, StudyResults
 from experiments.run_folder import TEST_RESULTS
 
+STABLE = 0.5  # a setting that is chosen again less often than not is one among equals
 NORMAL = 1.96  # standard errors that hold 95%
 
 
@@ -43,9 +44,10 @@ def answer(results: StudyResults) -> str:
         names = f"{ours.name} and {theirs.name}"
         return f"{results.name}: the question is still open, no seed has been trained to its end with both {names}."
     difference, wider = results.answers[ours.name]
+    tuned = ", as it was tuned," if ours.tuning or theirs.tuning else ""
     said = {
-        "better": f"{ours.name} is better",
-        "worse": f"{theirs.name} is better",
+        "better": f"{ours.name}{tuned} is better",
+        "worse": f"{theirs.name}{tuned} is better",
         "tie": "this is a tie",
         "unknown": "with one seed nothing can be said about which is better",
     }[verdict(difference)]
@@ -61,12 +63,24 @@ def answer(results: StudyResults) -> str:
     )
     leader = ours if our_mean.mean > their_mean.mean else theirs
     rest = [c for c in results.contestants if c not in (ours, theirs) and c.by_seed()]
+    first += _doubts(results, ours, theirs)
     if not rest:
         return first
     best = max(rest, key=lambda contestant: contestant.interval().mean)
     words = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}
     relation = words[verdict(paired_difference(best.by_seed(), leader.by_seed()))]
     return f"{first} Of the others {best.name} comes highest with {percent(best.interval())}, {relation} {leader.name}."
+
+
+def _doubts(results: StudyResults, *contestants: Contestant) -> str:
+    """Whose setting hangs on the held-out pictures."""
+    shares = {contestant.name: results.chosen_again(contestant) for contestant in contestants}
+    weak = [f"{share:.0%} ({name})" for name, share in shares.items() if share is not None and share < STABLE]
+    if not weak:
+        return ""
+    return (
+        f" Tuning on other held-out pictures would have chosen the same setting in only {' and '.join(weak)} of cases."
+    )
 
 
 def limits(results: StudyResults) -> str:

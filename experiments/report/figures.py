@@ -20,6 +20,7 @@ from experiments.step_sizes import BOUNDED
 matplotlib.use("Agg")  # files only; no window system is needed
 
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
+TUNING_WIDE = 3
 MOST_CURVES = 10  # of one figure; more would hide one another
 LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, and covers all else
 
@@ -71,11 +72,13 @@ def plot_tuning(results: StudyResults) -> Figure | None:
     tuned = [contestant for contestant in results.contestants if contestant.ended_tuning]
     if not tuned:
         return None
-    size = (3.6 * len(results.searched), 4)
-    figure, axes = plt.subplots(
-        1, len(results.searched), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    for axis, (field, choice) in zip(axes[0], results.searched.items(), strict=True):
+    wide = min(TUNING_WIDE, len(results.searched))
+    deep = -(-len(results.searched) // wide)
+    shape = dict(figsize=(3.4 * wide, 0.8 + 3 * deep), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(deep, wide, **shape)
+    for axis in axes.flat[len(results.searched) :]:
+        axis.set_axis_off()
+    for axis, (field, choice) in zip(axes.flat, results.searched.items(), strict=False):
         place = _scale(axis, [t.number(field) for c in tuned for t in c.tuning if field in t.columns], choice)
         for number, contestant in enumerate(tuned):
             for state, marker in (("done", "o"), ("failed", "x")):
@@ -85,7 +88,7 @@ def plot_tuning(results: StudyResults) -> Figure | None:
         axis.set(xlabel=field.replace("_", " "), ylim=(-0.02, None))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("top-1 on held-out pictures")
+    figure.supylabel("top-1 on held-out pictures", fontsize=10)
     handles = [Line2D([], [], color=c.colour, marker="o", ls="", label=c.name) for c in tuned]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(tuned)))
     return figure
@@ -140,7 +143,7 @@ def plot_steps(contestants: Sequence[Contestant]) -> Figure | None:
         if contestant.opt in BOUNDED:
             for column, bound, style in (("at_upper", "upper", "-"), ("at_lower", "lower", ":")):
                 epochs, values = contestant.curve(column)
-                label = f"{contestant.name}, at the {bound} bound"
+                label = f"{contestant.name}, {bound} bound"
                 shares.plot(epochs, values.mean(0), style, color=contestant.colour, label=label)
         _plot_steps_of(contestant, steps)
     for contestant in contestants:

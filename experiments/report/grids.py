@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.report.answer import percent
-from experiments.report.study_results import Contestant, by_axes
+from experiments.report.study_results import Contestant
 from experiments.step_sizes import BOUNDED
 
 PANELS_WIDE = 4
@@ -21,7 +21,7 @@ PANELS_WIDE = 4
 class Grid:
     """The contestants of one block of a protocol.
 
-    name: for files.
+    name: of the block.
     down, across: the axes, by name.
     rows, columns: their values, in the protocol's order.
     cells: the contestant of a row and a column.
@@ -36,15 +36,18 @@ class Grid:
 
 
 def find_grids(contestants: Sequence[Contestant]) -> list[Grid]:
-    """One for each set of two axes or more that contestants share; their first half goes across."""
+    """One for each block of a protocol that has two axes or more; their first half goes across."""
+    found: dict[str, list[Contestant]] = {}
+    for contestant in contestants:
+        if len(contestant.labels) > 1:
+            found.setdefault(contestant.block, []).append(contestant)
     grids = []
-    for axes, members in by_axes(contestants).items():
-        if len(axes) < 2:
-            continue
+    for block, members in found.items():
+        axes = tuple(members[0].labels)
         across, down = axes[: len(axes) // 2], axes[len(axes) // 2 :]
         places = {tuple(tuple(c.labels[axis] for axis in part) for part in (down, across)): c for c in members}
         rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in range(2))
-        grids.append(Grid("-".join(axes), down, across, rows, columns, places))
+        grids.append(Grid(block, down, across, rows, columns, places))
     return grids
 
 

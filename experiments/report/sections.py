@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.analysis import confusions, reached, verdict
+from experiments.analysis import confusions, paired_difference, reached, verdict
 from experiments.bench.tables import as_text
 from experiments.cars import load_data
 from experiments.data.dataset import Dataset
 from experiments.page import figure_bytes
 from experiments.report import figures
-from experiments.report.answer import limits, percent, points
+from experiments.report.answer import answer, limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
-from experiments.report.grids import find_grids, plot_grid, plot_grid_curves
-from experiments.report.study_results import Contestant, StudyResults, Trial, by_axes
+from experiments.report.grids import Grid, find_grids, plot_grid, plot_grid_curves
+from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.run_folder import TEST_RESULTS
 from experiments.settings import Settings
 
@@ -27,13 +29,16 @@ CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
 
 
-def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
-    """All that a study has shown."""
+def study_section(results: StudyResults, dataset_folder: Path | None, *, answered: bool = False) -> Iterator[Block]:
+    """All that a study has shown; its answer too, unless that stands elsewhere."""
     yield Heading(results.name)
+    if not answered and (text := answer(results)):
+        yield Text(text, answer=True)
     yield Text(" ".join(results.about.split()))
     ended = [trial for trial in results.trials if trial.state == "done"]
     data = " --data DIR" if any(trial.config["settings"]["data"] for trial in ended) else ""
-    yield Command(f"python -m experiments.study experiments/protocols/{results.name}.toml{data}")
+    again = f"--out runs/again/{results.name}"  # without it the command goes on with what is published
+    yield Command(f"python -m experiments.study experiments/protocols/{results.name}.toml{data} {again}")
     yield from _counts(results)
     if ended:
         yield Text(_where(ended))
@@ -41,20 +46,23 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     if not trained:
         yield from _tuning(results)
         return
-    for contestants in by_axes(trained).values():
-        yield TextTable([_row(results, contestant) for contestant in contestants])
-    yield Text(
-        "Means with 95% intervals (Student's) over seeds; epochs and seconds are medians over seeds, infinite where a "
-        "target was never reached. The final epoch is what counts; the best one is chosen on the test pictures, and "
-        "flatters. A training that failed counts as 0. Seconds are those of one run beside others."
-    )
+    grids = find_grids(results.contestants)
+    in_grids = [contestant.name for grid in grids for contestant in grid.cells.values()]
+    if listed := [contestant for contestant in trained if contestant.name not in in_grids]:
+        yield TextTable([_row(results, contestant) for contestant in listed])
+        yield Text(_how_to_read(results, listed))
     if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
-        yield Text("The settings that tuning chose:")
+        yield Text("The settings that tuning chose; a star: the largest or smallest, apart from 0, that was tried.")
         yield TextTable(chosen)
+        yield Text(
+            "Chosen again: how often the same trial would have been chosen on other held-out pictures of their kind (a "
+            "bootstrap). Where that is seldom, the setting is one among equals. A value with a star may have a better "
+            "one beyond it."
+        )
     if results.compared:
         yield from _differences(results)
         yield Text(limits(results))
-    yield from _pictures(results, trained)
+    yield from _pictures(results, trained, grids)
     yield from _confusions(results, dataset_folder)
 
 
@@ -88,12 +96,19 @@ def _where(ended: list[Trial]) -> str:
     configs = [trial.config for trial in ended]
     used = [("jax", "jaxlib") if c["settings"]["framework"] == "jax" else ("torch", "torchvision") for c in configs]
     versions = {f"{name} {c['versions'][name]}" for c, names in zip(configs, used, strict=True) for name in names}
-    devices = {f"{d.get('cores', d['count'])} {d.get('processor', d['kind'])}" for d in (c["device"] for c in configs)}
+    devices = {_device(config["device"]) for config in configs}
     commits = dict.fromkeys(c["git_commit"] or "unknown" for c in configs)
     return (
-        f"Device of each run (cores of a CPU): {' or '.join(sorted(devices))}. {', '.join(sorted(versions))}. Commits: "
+        f"Device of each run: {' or '.join(sorted(devices))}. {', '.join(sorted(versions))}. Commits: "
         f"{', '.join(f'{commit[:7]}{commit[40:]}' for commit in commits)}."
     )
+
+
+def _device(device: dict[str, Any]) -> str:
+    if device["platform"] != "cpu":
+        return f"{device['count']} {device['kind']}"
+    cores = device.get("cores", device["count"])
+    return f"{cores} core{'s' * (cores > 1)} of {device.get('processor', 'a CPU that was not recorded')}"
 
 
 def _drawn(results: StudyResults, trial: Trial) -> str:
@@ -109,22 +124,44 @@ def _short(text: str) -> str:
 
 def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     failed = f", {len(contestant.failed)} failed" if contestant.failed else ""
-    row = {axis.replace("_", " "): value for axis, value in contestant.labels.items()} or {"": contestant.name}
-    row |= {"runs": f"{len(contestant.by_seed())}{failed}"}
+    row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
     row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
     for target in results.targets:
         times = [reached(trial.rows, target) for trial in contestant.finals]
         times += [(math.inf, math.inf)] * len(contestant.failed)
         epochs, seconds = np.median(times, axis=0)
-        never = math.isinf(epochs)
-        row[f"to {target:.0%}"] = "never" if never else f"{epochs:g} epochs, {seconds:.0f} s"
+        count = sum(not math.isinf(of_run) for of_run, _ in times)
+        said = "" if math.isinf(epochs) else f"{epochs:g} epochs, {seconds:.0f} s, "
+        row[f"to {target:.0%}"] = f"{said}{count} of {len(times)}" if count else "never"
     return row
 
 
+def _how_to_read(results: StudyResults, listed: list[Contestant]) -> str:
+    said = ["The final epoch is what counts; the best one is chosen on the test pictures, and flatters."]
+    if any(len(contestant.by_seed()) > 1 for contestant in listed):
+        said.insert(0, "Means with 95% intervals (Student's) over seeds.")
+    if results.targets:
+        said.append(
+            "Epochs and seconds to a target are medians over seeds, infinite where it was never reached, and left out "
+            "if they are; then how many of the runs reached it. Seconds are those of one run beside others."
+        )
+    if any(contestant.failed for contestant in listed):
+        said.append("A training that failed counts as 0.")
+    if beside := [contestant.name for contestant in listed if contestant.beside]:
+        said.append(f"Of another study: {', '.join(beside)}.")
+    return " ".join(said)
+
+
 def _chosen(results: StudyResults, contestant: Contestant) -> dict[str, str]:
-    columns = (contestant.finals or contestant.failed)[0].columns
+    """What tuning chose; a star where no larger or no smaller value was tried."""
+    columns = contestant.final[0].columns
     row = {"": contestant.name}
-    return row | {name.replace("_", " "): _short(columns.get(name, "")) or "-" for name in results.searched}
+    for field in results.searched:
+        tried = [trial.number(field) for trial in contestant.tuning if field in trial.columns]
+        edge = field in columns and (value := float(columns[field])) and value in (min(tried), max(tried))
+        row[field.replace("_", " ")] = f"{_short(columns.get(field, '-'))}{' *' if edge else ''}"
+    again = results.chosen_again(contestant)
+    return row | {"chosen again": "-" if again is None else f"{again:.0%}"}
 
 
 def _differences(results: StudyResults) -> Iterator[Block]:
@@ -133,68 +170,83 @@ def _differences(results: StudyResults) -> Iterator[Block]:
     if not baseline.by_seed():
         return
     words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
-    rows = [
-        {
-            f"against {baseline.name}": name,
-            "difference over seeds": points(difference),
-            "over seeds and pictures": points(wider) if wider else "-",
-            "so": words[verdict(difference)],
+    ours = results.find(results.compared[0])
+    rows = []
+    for name, (difference, wider) in results.answers.items():
+        row = {
+            "": name,
+            f"minus {baseline.name}": points(difference),
+            "for other pictures too": points(wider) if wider else "-",
+            "so it is": words[verdict(difference)],
         }
-        for name, (difference, wider) in results.answers.items()
-    ]
+        theirs = results.find(name)
+        if theirs is not ours and ours.by_seed():
+            row |= {f"{ours.name} minus it": points(paired_difference(ours.by_seed(), theirs.by_seed()))}
+        else:
+            row |= {f"{ours.name} minus it": ""}
+        rows.append(row)
     if not rows:
         return
     yield TextTable(rows)
     yield Text(
         "Paired by seed: same first weights, same batches. A tie is an interval over seeds that holds 0, or a "
-        "difference below 0.3 points; intervals are not corrected for how many there are. The wider interval takes the "
-        "test pictures for a sample as well: the difference may be that on other pictures of the same kind."
+        "difference below 0.3 points; intervals are not corrected for how many there are. The second interval takes "
+        "the test pictures for a sample as well: the difference may be that on other pictures of these classes. "
+        "Neither holds what tuning on other pictures would have chosen."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
     yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
 
 
-def _pictures(results: StudyResults, trained: list[Contestant]) -> Iterator[Block]:
+def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid]) -> Iterator[Block]:
     few = len(trained) <= figures.MOST_CURVES
     if few:
         caption = f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on."
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     yield from _tuning(results)
-    yield from _grids(results)
+    yield from _grids(results, grids)
     if not few:
         return
     if (figure := figures.plot_steps(trained)) is not None:
         caption = (
-            "What AdaBound's step is. Left: the share of weights whose step before clipping is at a bound (mean over "
-            "seeds). Right: the step on the averaged gradient, median over layers of each layer's median, with 5% to "
-            "95% of the layers; dashed: the bounds; dash-dotted: SGD with momentum has one step for all (first seed)."
+            "What AdaBound's step is. Left: the share of all weights whose step before clipping is at a bound or "
+            "beyond it (mean over seeds). Right, of the first seed: the step on the averaged gradient, median over "
+            "layers of each layer's median, with 5% to 95% of the layers; dashed: AdaBound's bounds; dash-dotted: SGD "
+            "with momentum has one step for all. At the peak learning rate, wherever the schedule is."
         )
         yield _picture(results, "steps", figure, caption)
     if (figure := figures.plot_layer_steps(trained)) is not None:
-        caption = "The median step of each layer after the last epoch, from the stem to the dense layer (first seed)."
+        caption = (
+            "The median step of each layer after the last epoch, from the stem to the dense layer (first seed), given "
+            "for the peak learning rate: a schedule has scaled all of them down by then."
+        )
         yield _picture(results, "layer-steps", figure, caption)
 
 
-def _grids(results: StudyResults) -> Iterator[Block]:
-    for grid in find_grids(results.contestants):
+def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
+    for grid in grids:
+        name = re.sub(r"[^A-Za-z0-9_]+", "-", grid.name)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
-        yield _picture(results, f"{grid.name}-grid", plot_grid(grid), caption)
+        yield _picture(results, f"{name}-grid", plot_grid(grid), caption)
         for column, title, bounded in (
             ("test_top1", "test top-1", False),
             ("at_upper", "share of weights whose step is at the upper bound", True),
         ):
             if (figure := plot_grid_curves(grid, column, title, bounded=bounded)) is not None:
-                yield _picture(results, f"{grid.name}-{column}", figure, f"By epoch: {title}.")
+                yield _picture(results, f"{name}-{column}", figure, f"By epoch: {title}.")
 
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
     if (figure := figures.plot_tuning(results)) is not None:
-        caption = "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed."
+        caption = (
+            "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed. AdamW's weight "
+            "decay is of the weights themselves, the others' is L2 in the gradient."
+        )
         yield _picture(results, "tuning", figure, caption)
     if (figure := figures.plot_tuning_effort(results)) is not None:
         caption = (
-            "What tuning is worth: the best of so many trials, on average over all choices of them. A curve that still "
-            "rises at its end would have gained from more."
+            "What tuning is worth: the best of so many of the trials, on average over all choices of them. The right "
+            "end is the best single one, whatever more would have brought."
         )
         yield _picture(results, "tuning-effort", figure, caption)
 
@@ -222,8 +274,10 @@ def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[
     yield _picture(results, "confusions", figure, "Which class is taken for which, all seeds together.")
     for name, of_it in counts.items():
         wrong = of_it - np.diag(np.diag(of_it))
-        order = np.argsort(wrong, axis=None)[::-1][:CONFUSED_SHOWN]
+        order = np.argsort(wrong / of_it.sum(1, keepdims=True), axis=None)[::-1][:CONFUSED_SHOWN]
         found = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
+        if not found:
+            continue
         yield TextTable(
             [
                 {
@@ -234,7 +288,7 @@ def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[
                 for i, j in found
             ]
         )
-        if dataset_folder is not None and found:
+        if dataset_folder is not None:
             contestant = results.find(name)
             dataset = _dataset(contestant, dataset_folder)
             figure = plot_confused(contestant, dataset, found)

@@ -7,13 +7,19 @@ import dataclasses
 import functools
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.analysis import Interval, difference_beyond_pictures, mean_interval, paired_difference
+from experiments.analysis import (
+    Interval,
+    choice_stability,
+    difference_beyond_pictures,
+    mean_interval,
+    paired_difference,
+)
 from experiments.metrics import read_test_results
 from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs
 from experiments.study import PROTOCOL, TRIALS
@@ -80,12 +86,16 @@ class Trial:
 class Contestant:
     """What was compared: its trials, those of one axis value each where it has axes.
 
+    block: the name that its combinations of axes share in the protocol; its own where it has none.
     colour: matplotlib's, the same in all pictures of a study.
+    beside: of another study.
     """
 
     name: str
+    block: str
     labels: dict[str, str]
     colour: str
+    beside: bool = False
     tuning: list[Trial] = dataclasses.field(default_factory=list)
     final: list[Trial] = dataclasses.field(default_factory=list)
 
@@ -137,6 +147,7 @@ class StudyResults:
     """A study.
 
     name, about: of its protocol.
+    contestants: its own, then those of other studies that it is shown beside.
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
     targets: top-1 whose reaching is told.
     searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
@@ -151,20 +162,39 @@ class StudyResults:
 
     @property
     def trials(self) -> list[Trial]:
-        return [trial for contestant in self.contestants for trial in (*contestant.tuning, *contestant.final)]
+        """Its own."""
+        own = [contestant for contestant in self.contestants if not contestant.beside]
+        return [trial for contestant in own for trial in (*contestant.tuning, *contestant.final)]
 
     @property
     def title(self) -> str:
         """The data and the network, as its runs call them; its name if none has reached its end."""
-        config = next((trial.config for c in self.contestants for trial in c.finals), None)
-        if config is None:
+        configs = [trial.config for c in self.contestants for trial in c.finals]
+        if not configs:
             return self.name
-        height, width = config["input"]["image_size"]
-        grey = "grey " if config["input"]["grey"] else ""
-        return f"{config['data']['title']}, {grey}{height}x{width}, {config['input']['arch']}"
+        height, width = configs[0]["input"]["image_size"]
+        grey = "grey " if configs[0]["input"]["grey"] else ""
+        networks = dict.fromkeys(config["input"]["arch"] for config in configs)
+        return f"{configs[0]['data']['title']}, {grey}{height}x{width}, {', '.join(networks)}"
 
     def find(self, name: str) -> Contestant:
         return next(contestant for contestant in self.contestants if contestant.name == name)
+
+    def chosen_again(self, contestant: Contestant) -> float | None:
+        """How often tuning would have chosen the same setting on other held-out pictures; None where that is not known.
+
+        See `experiments.analysis.choice_stability`.
+        """
+        ended = [
+            trial for trial in contestant.tuning if trial.state == "done" and (trial.folder / TEST_RESULTS).exists()
+        ]
+        if len(ended) < 2 or not contestant.final:
+            return None
+        right = np.stack([trial.test_results["label"] == trial.test_results["prediction"] for trial in ended])
+        losses = np.stack([trial.test_results["loss"] for trial in ended])
+        final = contestant.final[0].columns
+        same = [all(trial.columns.get(field) == final.get(field) for field in self.searched) for trial in ended]
+        return float(choice_stability(right, losses)[same].sum())
 
     @functools.cached_property
     def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
@@ -172,14 +202,6 @@ class StudyResults:
         if not self.compared or not (theirs := self.find(self.compared[1])).by_seed():
             return {}
         return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.by_seed()}
-
-
-def by_axes(contestants: Sequence[Contestant]) -> dict[tuple[str, ...], list[Contestant]]:
-    """Together those that are combinations of the same axes."""
-    found: dict[tuple[str, ...], list[Contestant]] = {}
-    for contestant in contestants:
-        found.setdefault(tuple(contestant.labels), []).append(contestant)
-    return found
 
 
 def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
@@ -212,17 +234,23 @@ def read_study(folder: Path) -> StudyResults:
         raise ValueError(f"{folder / PROTOCOL} is damaged: {error}") from error
     if not lines or not set(lines[0]) >= KNOWN_COLUMNS:
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
-    labelled = dict.fromkeys(axis for block in protocol["contestants"] for axis in block.get("axes", {}))
     found: dict[str, Contestant] = {}
     for line in lines:
         name = line["contestant"]
-        labels = {axis: line[axis] for axis in labelled if line.get(axis)}
-        contestant = found.setdefault(name, Contestant(name, labels, f"C{len(found)}"))
+        block, axes = _block(name, protocol)
+        labels = {axis: line[axis] for axis in axes}
+        contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
     spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
     chosen = {field: isinstance(space, list) for field, space in spaces}
     report = protocol.get("report", {})
+    for other, names in report.get("beside", {}).items():
+        if (folder.parent / other / TRIALS).exists():
+            theirs = read_study(folder.parent / other)
+            for contestant in (theirs.find(name) for name in names):
+                colour = f"C{len(found)}"
+                found[contestant.name] = dataclasses.replace(contestant, tuning=[], colour=colour, beside=True)
     compared = tuple(name for name in report.get("compare", ()) if name in found)
     return StudyResults(
         folder.name,
@@ -234,8 +262,16 @@ def read_study(folder: Path) -> StudyResults:
     )
 
 
+def _block(name: str, protocol: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The block of a protocol that a contestant comes from, and its axes; see `experiments.study.protocol`."""
+    blocks = {block["name"]: list(block.get("axes", {})) for block in protocol["contestants"]}
+    names = [block for block, axes in blocks.items() if axes and name.startswith(f"{block}, ")]
+    block = max(names, key=len, default=name)
+    return block, blocks.get(block, [])
+
+
 def find_studies(folder: Path) -> Sequence[Path]:
-    """The folders of studies in a folder, itself included, those first that the protocols' names put first.
+    """The folders of studies in a folder, itself included, by name.
 
     Raises:
       ValueError: there is none.
@@ -243,5 +279,4 @@ def find_studies(folder: Path) -> Sequence[Path]:
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
         raise ValueError(f"{folder} holds no study: neither {TRIALS} nor folders with one")
-    order = ["cars96", "cars64_small", "upper_bound", "cars96_cpu", "origins", "depth", "sensitivity"]
-    return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
+    return found

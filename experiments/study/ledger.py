@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +87,9 @@ class Outcome:
 def outcome_of(rows: list[dict[str, Any]]) -> Outcome:
     """What the last epoch reached, and the best."""
     last, best = rows[-1], max(rows, key=lambda row: row["test_top1"])
-    measured = [last[name] for name in ("test_top1", "test_top5", "test_macro_f1", "test_loss")]
-    return Outcome(*measured, best["test_top1"], best["epoch"], last["seconds"])
+    loss = math.nan if last["test_loss"] is None else last["test_loss"]  # JSON has no NaN
+    measured = [last[name] for name in ("test_top1", "test_top5", "test_macro_f1")]
+    return Outcome(*measured, loss, best["test_top1"], best["epoch"], last["seconds"])
 
 
 class Ledger:
@@ -177,7 +179,8 @@ class Ledger:
         outcomes = {run.number: outcome_of(self.rows(run)) for run in tuning if run.state == "done"}
         if not outcomes:
             return None
-        return tuning[max(outcomes, key=lambda number: (outcomes[number].top1, -outcomes[number].loss))]
+        losses = {number: math.inf if math.isnan(of.loss) else of.loss for number, of in outcomes.items()}
+        return tuning[max(outcomes, key=lambda number: (outcomes[number].top1, -losses[number]))]
 
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """The rows of a run's metrics that end an epoch.
@@ -228,6 +231,9 @@ class Ledger:
             # The same point of the unit cube for trial n of every contestant.
             seed = np.random.SeedSequence([self.protocol.tuning.seed, run.number]).generate_state(1)[0]
             study.sampler, search = RandomSampler(seed=int(seed)), run.contestant.search
+        facts = self._facts(run.contestant, run.stage)
+        if study.user_attrs["protocol"] != facts:  # seeds were added: now they are begun, and may change no more
+            study.set_user_attr("protocol", facts)
         trial = study.ask(search)
         if trial.number != run.number:
             raise ValueError(f"another worker on {study.study_name} does not see {self.folder}: all must share it")

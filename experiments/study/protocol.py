@@ -139,6 +139,11 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
         values = [getattr(contestant, what) for contestant in contestants]
         if twice := [value for value in values if values.count(value) > 1]:
             raise ValueError(f"two contestants have the {what} {twice[0]!r}")
+    searched = {field for contestant in contestants for field in contestant.search}
+    if both := searched & {axis for contestant in contestants for axis in contestant.labels}:
+        raise ValueError(
+            f"{min(both)} is an axis of one contestant and searched for another: trials.csv has one column"
+        )
     tuning = _record(Tuning, table["tuning"], "tuning") if "tuning" in table else None
     searching = [contestant.name for contestant in contestants if contestant.search]
     if bool(searching) != (tuning is not None):

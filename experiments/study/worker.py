@@ -161,8 +161,10 @@ def _trials_text(ledger: Ledger, data: Path | None) -> str:
             row |= {name: round(value, 5) for name, value in vars(outcome).items()}
         elif (folder / ERROR).exists():
             row["error"] = (folder / ERROR).read_text(encoding="utf-8").strip()
-        words = command(run.settings, Path("DIR") if data else None)
-        rows.append(row | {"folder": run.folder, "command": " ".join([program, *words])})
+        row["folder"] = run.folder
+        if run.drawn or not run.contestant.search:  # else it would train at settings that were not drawn
+            row["command"] = " ".join([program, *command(run.settings, Path("DIR") if data else None)])
+        rows.append(row)
     columns = ["contestant", "stage", "number", "state", *axes, "seed", "epochs", *searched]
     columns += ["top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds", "error", "folder", "command"]
     text = io.StringIO()

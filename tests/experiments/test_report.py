@@ -19,17 +19,22 @@ from experiments.study import worker
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A study of the fake training, and one over two axes of numbers."""
+    """A study of the fake training, one over two axes of numbers, and one that is shown beside the first."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "small.toml").write_text(SMALL)
     axes = SMALL[SMALL.index("[settings]") : SMALL.index("[tuning]")]
+    (folder / "small_check.toml").write_text(
+        f'about = "A check."\n{axes}\n[final]\nseeds = [4, 5]\nepochs = 3\n[[contestants]]\nname = "SGD"\n'
+        'settings = { opt = "sgd", learning_rate = 0.01 }\n[report]\nbeside = { small = ["AdaBound", "Adam"] }\n'
+        'compare = ["AdaBound", "SGD"]\n'
+    )
     (folder / "map.toml").write_text(
         f'about = "A map."\n{axes}\n[final]\nseeds = [1]\nepochs = 2\n[[contestants]]\nname = "bounds"\n'
         'settings = { opt = "adabound" }\naxes.learning_rate = [0.001, 0.01]\naxes.final_lr = [0.1, 1.0, 10.0]\n'
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "CARS", (sys.executable, str(FAKE)))
-        for name in ("small", "map"):
+        for name in ("small", "map", "small_check"):
             assert study.main([str(folder / f"{name}.toml"), "--out", str(folder / "results" / name)]) == 0
     return folder / "results"
 
@@ -53,14 +58,14 @@ def test_the_page_has_everything_inside(results, tmp_path):
         "small-tuning",
         "small-tuning-effort",
         "small-confusions",
-        "map-learning_rate-final_lr-grid",
-        "map-learning_rate-final_lr-test_top1",
-        "map-learning_rate-final_lr-at_upper",
+        "map-bounds-grid",
+        "map-bounds-test_top1",
+        "map-bounds-at_upper",
     ):
         assert f"{name}.png" in pictures
         assert f"({name}.png)" in markdown
     assert page.count("data:image/png;base64,") == len(pictures) == markdown.count(".png)")
-    for text in ("final top-1", "over seeds and pictures", "to 20%", "to 99%", "never", "Nothing is left to run"):
+    for text in ("final top-1", "for other pictures too", "to 20%", "2 of 2", "never", "Nothing is left to run"):
         assert text in page
         assert text in markdown
 
@@ -80,6 +85,45 @@ def test_the_answer_follows_the_runs(results, copied):
     found = answer(read_study(copied / "small"))
     assert "AdaBound reaches a final top-1 of 95.0%" in found
     assert "over 2 seeds" in found
+
+
+def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, tmp_path):
+    assert report.main([str(results / "small"), "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith("| chosen again |"))
+    rows = {
+        row[1]: row[2:-1] for row in ([c.strip() for c in line.split("|")] for line in lines[start + 2 : start + 4])
+    }
+    small = read_study(results / "small")
+    for name, cells in rows.items():
+        contestant = small.find(name)
+        rates = [trial.number("learning_rate") for trial in contestant.tuning]
+        chosen = contestant.final[0].number("learning_rate")
+        assert cells[0].endswith("*") == (chosen in (min(rates), max(rates)))
+        assert cells[-1] == f"{small.chosen_again(contestant):.0%}"
+        assert 1 / 3 < small.chosen_again(contestant) <= 1
+
+
+def test_final_runs_of_another_study_stand_beside(results, tmp_path):
+    check = read_study(results / "small_check")
+    assert [(c.name, c.beside) for c in check.contestants] == [("SGD", False), ("AdaBound", True), ("Adam", True)]
+    assert len(check.trials) == 2  # its own
+    theirs = read_study(results / "small").find("AdaBound")
+    assert check.find("AdaBound").by_seed() == theirs.by_seed()
+    assert check.answers["AdaBound"][0].count == 2
+    assert report.main([str(results), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Of another study: AdaBound, Adam." in page
+    answers = [line for line in page.splitlines() if line.startswith("**")]
+    assert len(answers) == 2  # another question is answered where it is asked
+    assert page.index(answers[0]) < page.index("## ")
+    assert page.index(answers[1]) > page.index("## small_check")
+
+
+def test_without_the_other_study_it_stands_alone(copied, tmp_path):
+    shutil.rmtree(copied / "small")
+    assert [contestant.name for contestant in read_study(copied / "small_check").contestants] == ["SGD"]
+    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_an_answer_is_called_interim_until_all_seeds_have_ended(copied):
@@ -190,8 +234,11 @@ def test_axes_become_a_grid():
     """The first half of the axes across, the rest down, both in the protocol's order; a missing cell stays empty."""
     values = [("Adam", "0.001", "own", "as it was"), ("Adam", "0.002", "own", "both"), ("SGD", "0.001", "own", "both")]
     axes = ("optimizer", "learning_rate", "network", "input")
-    contestants = [Contestant(", ".join(v), dict(zip(axes, v, strict=True)), "C0") for v in values]
-    (grid,) = find_grids([*contestants, Contestant("alone", {}, "C1"), Contestant("one axis", {"gamma": "1"}, "C2")])
+    contestants = [Contestant(", ".join(v), "A", dict(zip(axes, v, strict=True)), "C0") for v in values]
+    others = [Contestant("alone", "alone", {}, "C1"), Contestant("one axis", "one axis", {"gamma": "1"}, "C2")]
+    same_axes = Contestant("B", "B", contestants[0].labels, "C3")
+    grid, other = find_grids([*contestants, *others, same_axes])
+    assert list(other.cells.values()) == [same_axes]
     assert (grid.across, grid.down) == (axes[:2], axes[2:])
     assert grid.columns == [("Adam", "0.001"), ("Adam", "0.002"), ("SGD", "0.001")]
     assert grid.rows == [("own", "as it was"), ("own", "both")]

@@ -68,6 +68,13 @@ def test_every_protocol_is_one(path):
         ('name = "AdaBound"', 'name = "adam!"', "two contestants have the slug 'adam'"),
         ("[tuning]\ntrials = 3\nepochs = 2\nholdout = 0.1\n", "", "Adam has a search, and there is no table tuning"),
         ('compare = ["AdaBound", "Adam"]', 'compare = ["AdaBound", "SGD"]', "report.compare must be two of"),
+        ('compare = ["AdaBound", "Adam"]', "beside = { other = 3 }", "report.beside must be lists of contestants"),
+        ('compare = ["AdaBound", "Adam"]', 'beside = { other = ["Adam"] }', "the name of another: 'Adam'"),
+        (
+            'settings = { opt = "adam" }',
+            "axes.final_lr = [0.1, 1.0]",
+            "final_lr is an axis of one contestant and searched",
+        ),
         (SEARCH, "search = 3\n", "Adam: search must be a table, got 3"),
         ('settings = { opt = "adam" }', 'group = "first"', "Adam: group must be a number, got 'first'"),
         ('settings = { opt = "adam" }', "axes.opt = 3", "Adam: axis opt must be a list of values or a table"),
@@ -244,6 +251,26 @@ def test_a_training_that_cannot_be_run_is_none(protocol, fake, tmp_path, capsys)
     assert next(run.state for run in Ledger(read_protocol(protocol), out).runs()) == "begun"
 
 
+def test_a_test_loss_that_is_no_number_is_a_result(protocol, fake, tmp_path):
+    """The last update may spoil what is tested afterwards: the run ends, and does not win by its loss."""
+    out = tmp_path / "out"
+    assert study.main([str(protocol), "--out", str(out), "--runs", "4"]) == 0
+    metrics = out / "adam" / "tuning-000" / "metrics.jsonl"
+    *rows, last = map(json.loads, metrics.read_text().splitlines())
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | {"test_loss": None}]))
+    assert study.main([str(protocol), "--out", str(out)]) == 0
+    assert next(row["loss"] for row in trials(out)) == "nan"
+    assert {row["state"] for row in trials(out)} == {"done"}
+
+
+def test_a_run_that_is_not_drawn_yet_has_no_command(protocol, fake, tmp_path):
+    """It would train at the defaults."""
+    out = tmp_path / "out"
+    assert study.main([str(protocol), "--out", str(out), "--runs", "1"]) == 0
+    rows = trials(out)
+    assert [row["command"] != "" for row in rows] == [row["state"] == "done" for row in rows]
+
+
 def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, tmp_path, capsys):
     """More seeds may come, and before the final runs more trials; all else would mix two studies."""
     out = tmp_path / "out"
@@ -251,19 +278,23 @@ def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, tmp_path
     assert study.main([str(protocol), "--out", str(out), "--runs", "3"]) == 0
     protocol.write_text(SMALL)
     assert study.main([str(protocol), "--out", str(out)]) == 0
-    protocol.write_text(SMALL.replace("seeds = [4, 5]", "seeds = [4, 5, 6]"))
+    more = SMALL.replace("seeds = [4, 5]", "seeds = [4, 5, 6]")
+    protocol.write_text(more)
     assert study.main([str(protocol), "--out", str(out), "--runs", "1"]) == 0
     for trials in (2, 4):
-        protocol.write_text(SMALL.replace("trials = 3", f"trials = {trials}"))
+        protocol.write_text(more.replace("trials = 3", f"trials = {trials}"))
         assert study.main([str(protocol), "--out", str(out)]) == 2
         assert f"after 3 tuning trials, and the protocol has {trials}" in capsys.readouterr().err
     for old, new in (
         ("epochs = 3", "epochs = 4"),
         ('"adam"', '"adamw"'),
         ("high = 1e-1", "high = 1.0"),
-        ("[4, 5]", "[5, 4]"),
+        ("[4, 5, 6]", "[5, 4, 6]"),
+        ("[4, 5, 6]", "[4, 5, 7]"),  # 6 came later, and has begun
+        ("[4, 5, 6]", "[4, 5]"),
     ):
-        protocol.write_text(SMALL.replace(old, new))
+        assert old in more
+        protocol.write_text(more.replace(old, new))
         assert study.main([str(protocol), "--out", str(out)]) == 2
         assert "was begun with another protocol" in capsys.readouterr().err
 
