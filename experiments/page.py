@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 STYLESHEET = """
-body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem;
+body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 68rem;
        margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
@@ -24,7 +24,7 @@ tr + tr { border-top: 1px solid #e4e4e4; }
 .ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
 .answer { font-size: 1.1rem; background: #f2f5fa; padding: .8rem 1rem; border-left: 4px solid #3465a4; }
 pre, code { font-size: .82rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
-figure { margin: 1rem 0; } img { width: 100%; max-width: 46rem; height: auto; }
+figure { margin: 1rem 0; } img { width: 100%; max-width: 60rem; height: auto; }
 figcaption { font-size: .85rem; color: #555; }
 """
 

@@ -122,7 +122,7 @@ def _scale(axis: Axes, values: Sequence[float], choice: bool) -> Callable[[np.nd
         axis.xaxis.set_minor_formatter(NullFormatter())
         return lambda x, _: x
     choices = sorted(set(values))
-    axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices])
+    axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices], fontsize=8)
     axis.set_xlim(-0.5, len(choices) - 0.5)
     return lambda x, offset: np.searchsorted(choices, x) + 0.6 * offset
 

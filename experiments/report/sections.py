@@ -131,8 +131,9 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
         times += [(math.inf, math.inf)] * len(contestant.failed)
         epochs, seconds = np.median(times, axis=0)
         count = sum(not math.isinf(of_run) for of_run, _ in times)
-        said = "" if math.isinf(epochs) else f"{epochs:g} epochs, {seconds:.0f} s, "
-        row[f"to {target:.0%}"] = f"{said}{count} of {len(times)}" if count else "never"
+        said = [] if math.isinf(epochs) else [f"{epochs:g} epochs, {seconds:.0f} s"]
+        said += [f"{count} of {len(times)}"] if count < len(times) else []
+        row[f"to {target:.0%}"] = ", ".join(said) if count else "never"
     return row
 
 
@@ -143,7 +144,7 @@ def _how_to_read(results: StudyResults, listed: list[Contestant]) -> str:
     if results.targets:
         said.append(
             "Epochs and seconds to a target are medians over seeds, infinite where it was never reached, and left out "
-            "if they are; then how many of the runs reached it. Seconds are those of one run beside others."
+            "if they are; then how many of the runs reached it, if not all. Seconds are those of one run beside others."
         )
     if any(contestant.failed for contestant in listed):
         said.append("A training that failed counts as 0.")
