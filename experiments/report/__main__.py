@@ -41,13 +41,12 @@ def run(settings: ReportSettings) -> None:
     if settings.data is not None and not settings.data.is_dir():
         raise ValueError(f"--data {settings.data} is no folder")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
-    studies.sort(key=lambda study: not study.compared)  # those first that have an answer
-    blocks: list[Block] = []
-    for study in studies:  # those that ask what the first one asks stand together, at the top
-        if study.compared == studies[0].compared and (text := answer(study)):
-            blocks.append(Text(text, answer=True))
+    studies.sort(
+        key=lambda study: not study.compared
+    )  # those first that have an answer; sorting keeps the names' order
+    blocks: list[Block] = [Text(text, answer=True) for study in studies if (text := answer(study))]
     for study in studies:
-        blocks += study_section(study, settings.data, answered=study.compared == studies[0].compared)
+        blocks += study_section(study, settings.data)
     blocks += speed_section(settings.results / SPEED)
     notes = settings.results / NOTES
     if notes.exists():

@@ -52,13 +52,13 @@ def answer(results: StudyResults) -> str:
         "unknown": "with one seed nothing can be said about which is better",
     }[verdict(difference)]
     planned = max(len(ours.final), len(theirs.final))
-    so_far = f"So far, with {len(seeds)} of {planned} seeds: on" if len(seeds) < planned else "On"
+    so_far = f"so far, with {len(seeds)} of {planned} seeds, on" if len(seeds) < planned else "on"
     reach = f", or {100 * wider.low:+.1f} to {100 * wider.high:+.1f} for other test pictures as well" if wider else ""
     failures = [f" {len(c.failed)} of {c.name}'s trainings failed, and count as 0." for c in (ours, theirs) if c.failed]
     our_mean, their_mean = (mean_interval([c.by_seed()[seed] for seed in seeds]) for c in (ours, theirs))
     first = (
-        f"{so_far} {results.title}, {ours.name} reaches a final top-1 of {percent(our_mean)} and {theirs.name} "
-        f"{percent(their_mean)} over {len(seeds)} seed{'s' * (len(seeds) > 1)}: a difference of "
+        f"{results.name}: {so_far} {results.title}, {ours.name} reaches a final top-1 of {percent(our_mean)} "
+        f"and {theirs.name} {percent(their_mean)} over {len(seeds)} seed{'s' * (len(seeds) > 1)}: a difference of "
         f"{points(difference)}{reach}, so {said}.{''.join(failures)}"
     )
     leader = ours if our_mean.mean > their_mean.mean else theirs

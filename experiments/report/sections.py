@@ -18,7 +18,7 @@ from experiments.cars import load_data
 from experiments.data.dataset import Dataset
 from experiments.page import figure_bytes
 from experiments.report import figures
-from experiments.report.answer import answer, limits, percent, points
+from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
 from experiments.report.grids import Grid, find_grids, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
@@ -29,11 +29,9 @@ CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
 
 
-def study_section(results: StudyResults, dataset_folder: Path | None, *, answered: bool = False) -> Iterator[Block]:
-    """All that a study has shown; its answer too, unless that stands elsewhere."""
+def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
+    """All that a study has shown."""
     yield Heading(results.name)
-    if not answered and (text := answer(results)):
-        yield Text(text, answer=True)
     yield Text(" ".join(results.about.split()))
     ended = [trial for trial in results.trials if trial.state == "done"]
     data = " --data DIR" if any(trial.config["settings"]["data"] for trial in ended) else ""
