@@ -22,6 +22,7 @@ matplotlib.use("Agg")  # files only; no window system is needed
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
 TUNING_WIDE = 3
 MOST_CURVES = 10  # of one figure; more would hide one another
+MOST_LOSS = 2  # times the lowest loss after one epoch
 LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, and covers all else
 
 
@@ -29,16 +30,22 @@ def plot_curves(contestants: Sequence[Contestant]) -> Figure:
     """Means over seeds with their 95% intervals, by epoch."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
     for axis, (column, title) in zip(axes, PANELS.items(), strict=True):
+        curves = {c.name: c.curve(column) for c in contestants}
+        firsts = [values[:, 0].mean() for epochs, values in curves.values() if len(epochs)]
+        # One that explodes would flatten the others, and its band would cover them.
+        most = MOST_LOSS * min(firsts, default=math.inf) if column.endswith("loss") else math.inf
         for contestant in contestants:
-            epochs, values = contestant.curve(column)
+            epochs, values = curves[contestant.name]
             if not len(epochs):
                 continue
             axis.plot(epochs, values.mean(0), color=contestant.colour, lw=1.5, label=contestant.name)
-            if len(values) >= LEAST_BAND:
+            if len(values) >= LEAST_BAND and values.max() < most:
                 intervals = np.array([mean_interval(at_epoch) for at_epoch in values.T])
                 axis.fill_between(epochs, intervals[:, 1], intervals[:, 2], color=contestant.colour, alpha=0.18)
         axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
+        if axis.get_ylim()[1] > most:
+            axis.set_ylim(0, most)
     axes[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[-1].set_ylim(bottom=0)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(contestants)))

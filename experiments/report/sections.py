@@ -200,7 +200,10 @@ def _differences(results: StudyResults) -> Iterator[Block]:
 def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid]) -> Iterator[Block]:
     few = len(trained) <= figures.MOST_CURVES
     if few:
-        caption = f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on."
+        caption = (
+            f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on. Losses end at "
+            f"{figures.MOST_LOSS} times the lowest after one epoch."
+        )
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
