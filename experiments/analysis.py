@@ -111,12 +111,13 @@ def choice_stability(right: np.ndarray, losses: np.ndarray, draws: int = 2000) -
     >>> right = np.array([[True, True, False, False], [False, False, True, False]])
     >>> choice_stability(right, np.ones((2, 4))).round(1).tolist()
     [0.8, 0.2]
+    >>> choice_stability(np.ones((3, 4), bool), np.array([[np.nan] * 4, [2.0] * 4, [1.0] * 4])).tolist()
+    [0.0, 0.0, 1.0]
     """
     trials, pictures = right.shape
     counts = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=draws)
-    # One picture more outweighs any difference of losses.
-    losses = counts @ losses.T
-    score = counts @ right.T.astype(float) - losses / (1 + 2 * np.abs(losses).max())
+    ranks = (counts @ losses.T).argsort(1, kind="stable").argsort(1)  # from the lowest; NaN is sorted behind all
+    score = trials * (counts @ right.T.astype(int)) - ranks  # one picture more outweighs any rank
     return np.bincount(score.argmax(1), minlength=trials) / draws
 
 

@@ -6,7 +6,6 @@ import math
 
 from experiments.analysis import Interval, mean_interval, paired_difference, verdict
 from experiments.report.study_results import Contestant, StudyResults
-from experiments.run_folder import TEST_RESULTS
 
 STABLE = 0.5  # a setting that is chosen again less often than not is one among equals
 NORMAL = 1.96  # standard errors that hold 95%
@@ -99,7 +98,7 @@ def limits(results: StudyResults) -> str:
         share, pictures = float(right.mean()), len(right)
         of_one = 100 * NORMAL * math.sqrt(share * (1 - share) / pictures)
         said.append(f"With {pictures:,} test pictures one run's top-1 is uncertain by {of_one:.1f} points.")
-    tuned = next((t for t in theirs.tuning if t.state == "done" and (t.folder / TEST_RESULTS).exists()), None)
+    tuned = next((t for t in theirs.tuning if t.state == "done" and t.has_test_results), None)
     if tuned is not None:
         pictures, epochs = len(tuned.test_results["label"]), tuned.columns["epochs"]
         said.append(

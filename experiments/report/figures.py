@@ -26,6 +26,17 @@ MOST_LOSS = 2  # times the lowest loss after one epoch
 LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, and covers all else
 
 
+def panels(count: int, most_wide: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, in rows of up to `most_wide`; what is shared is as for plt.subplots."""
+    wide = min(most_wide, count)
+    deep = -(-count // wide)
+    size = (3.4 * wide, 0.9 + height * deep)
+    figure, axes = plt.subplots(deep, wide, figsize=size, layout="constrained", squeeze=False, **shared)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
 def plot_curves(contestants: Sequence[Contestant]) -> Figure:
     """Means over seeds with their 95% intervals, by epoch."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
@@ -79,13 +90,8 @@ def plot_tuning(results: StudyResults) -> Figure | None:
     tuned = [contestant for contestant in results.contestants if contestant.ended_tuning]
     if not tuned:
         return None
-    wide = min(TUNING_WIDE, len(results.searched))
-    deep = -(-len(results.searched) // wide)
-    shape = dict(figsize=(3.4 * wide, 0.8 + 3 * deep), layout="constrained", sharey=True, squeeze=False)
-    figure, axes = plt.subplots(deep, wide, **shape)
-    for axis in axes.flat[len(results.searched) :]:
-        axis.set_axis_off()
-    for axis, (field, choice) in zip(axes.flat, results.searched.items(), strict=False):
+    figure, axes = panels(len(results.searched), TUNING_WIDE, height=3, sharey=True)
+    for axis, (field, choice) in zip(axes, results.searched.items(), strict=True):
         place = _scale(axis, [t.number(field) for c in tuned for t in c.tuning if field in t.columns], choice)
         for number, contestant in enumerate(tuned):
             for state, marker in (("done", "o"), ("failed", "x")):

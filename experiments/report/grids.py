@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from experiments.report.answer import percent
+from experiments.report.figures import panels
 from experiments.report.study_results import Contestant
 from experiments.step_sizes import BOUNDED
 
@@ -87,12 +88,9 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
     Args:
       bounded: only optimizers with bounds.
     """
-    wide = min(PANELS_WIDE, len(grid.rows))
-    deep = -(-len(grid.rows) // wide)
-    shape = dict(figsize=(3.4 * wide, 0.9 + 2.6 * deep), sharex=True, sharey=True, squeeze=False)
-    figure, axes = plt.subplots(deep, wide, layout="constrained", **shape)
+    figure, axes = panels(len(grid.rows), PANELS_WIDE, height=2.6, sharex=True, sharey=True)
     handles = {}
-    for axis, row in zip(axes.flat, grid.rows, strict=False):
+    for axis, row in zip(axes, grid.rows, strict=True):
         for number, of_column in enumerate(grid.columns):
             contestant = grid.cells.get((row, of_column))
             if contestant is None or (bounded and contestant.opt not in BOUNDED):
@@ -104,12 +102,10 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
         axis.set_title(label(grid.down, row), fontsize=9)
         axis.grid(alpha=0.3)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axis in axes.flat[len(grid.rows) :]:
-        axis.set_axis_off()
     if not handles:
         plt.close(figure)
         return None
-    axes[0, 0].set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel(title, fontsize=9)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
 from experiments.report.grids import Grid, find_grids, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
-from experiments.run_folder import TEST_RESULTS
 from experiments.settings import Settings
+from experiments.study import slug
 
 CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
@@ -44,6 +43,8 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     if not trained:
         yield from _tuning(results)
         return
+    if results.absent:
+        yield Text(f"Not in the same folder: {', '.join(results.absent)}, with contestants that belong beside these.")
     grids = find_grids(results.contestants)
     in_grids = [contestant.name for grid in grids for contestant in grid.cells.values()]
     if listed := [contestant for contestant in trained if contestant.name not in in_grids]:
@@ -170,28 +171,24 @@ def _differences(results: StudyResults) -> Iterator[Block]:
         return
     words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
     ours = results.find(results.compared[0])
-    rows = []
-    for name, (difference, wider) in results.answers.items():
-        row = {
+    minus_it = {c.name: points(paired_difference(ours.by_seed(), c.by_seed())) for c in results.contestants}
+    rows = [
+        {
             "": name,
             f"minus {baseline.name}": points(difference),
             "for other pictures too": points(wider) if wider else "-",
             "so it is": words[verdict(difference)],
+            f"{ours.name} minus it": "" if name == ours.name else minus_it[name],
         }
-        theirs = results.find(name)
-        if theirs is not ours and ours.by_seed():
-            row |= {f"{ours.name} minus it": points(paired_difference(ours.by_seed(), theirs.by_seed()))}
-        else:
-            row |= {f"{ours.name} minus it": ""}
-        rows.append(row)
+        for name, (difference, wider) in results.answers.items()
+    ]
     if not rows:
         return
     yield TextTable(rows)
     yield Text(
         "Paired by seed: same first weights, same batches. A tie is an interval over seeds that holds 0, or a "
         "difference below 0.3 points; intervals are not corrected for how many there are. The second interval takes "
-        "the test pictures for a sample as well: the difference may be that on other pictures of these classes. "
-        "Neither holds what tuning on other pictures would have chosen."
+        "the test pictures for a sample as well: the difference may be that on other pictures of these classes."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
     yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
@@ -202,7 +199,7 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
     if few:
         caption = (
             f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on. Losses end at "
-            f"{figures.MOST_LOSS} times the lowest after one epoch."
+            f"{figures.MOST_LOSS} times the lowest after one epoch; what goes beyond that has no band."
         )
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     yield from _tuning(results)
@@ -227,15 +224,14 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
 
 def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
     for grid in grids:
-        name = re.sub(r"[^A-Za-z0-9_]+", "-", grid.name)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
-        yield _picture(results, f"{name}-grid", plot_grid(grid), caption)
+        yield _picture(results, f"{slug(grid.name)}-grid", plot_grid(grid), caption)
         for column, title, bounded in (
             ("test_top1", "test top-1", False),
             ("at_upper", "share of weights whose step is at the upper bound", True),
         ):
             if (figure := plot_grid_curves(grid, column, title, bounded=bounded)) is not None:
-                yield _picture(results, f"{name}-{column}", figure, f"By epoch: {title}.")
+                yield _picture(results, f"{slug(grid.name)}-{column}", figure, f"By epoch: {title}.")
 
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
@@ -262,7 +258,7 @@ def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[
     if not results.compared:
         return
     pair = [c for c in map(results.find, results.compared) if c.finals]
-    if not pair or not all((trial.folder / TEST_RESULTS).exists() for c in pair for trial in c.finals):
+    if not pair or not all(trial.has_test_results for c in pair for trial in c.finals):
         return
     names = pair[0].finals[0].config["input"]["class_names"]
     counts = {}
@@ -297,7 +293,7 @@ def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[
             caption = (
                 f"{name}: above a picture that was taken for the class below it (first seed), and one of that class."
             )
-            yield _picture(results, f"confused-{name.lower().replace(' ', '-')}", figure, caption)
+            yield _picture(results, f"confused-{slug(name)}", figure, caption)
 
 
 def _dataset(contestant: Contestant, folder: Path) -> Dataset:

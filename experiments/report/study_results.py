@@ -76,10 +76,19 @@ class Trial:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / CONFIG} is damaged: {error}") from error
 
+    @property
+    def has_test_results(self) -> bool:
+        return (self.folder / TEST_RESULTS).exists()
+
     @functools.cached_property
     def test_results(self) -> dict[str, np.ndarray]:
         """See `experiments.metrics.read_test_results`."""
         return read_test_results(self.folder / TEST_RESULTS)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each test picture was named rightly, (N,) booleans."""
+        return self.test_results["label"] == self.test_results["prediction"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +146,7 @@ class Contestant:
 
     def right(self) -> dict[int, np.ndarray]:
         """By seed whether each test picture was named rightly, (N,) booleans."""
-        results = {trial.seed: trial.test_results for trial in self.finals}
-        right = {seed: result["label"] == result["prediction"] for seed, result in results.items()}
+        right = {trial.seed: trial.right for trial in self.finals}
         return right | {trial.seed: np.zeros_like(next(iter(right.values()))) for trial in self.failed if right}
 
 
@@ -151,6 +159,7 @@ class StudyResults:
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
     targets: top-1 whose reaching is told.
     searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
+    absent: the studies that it should be shown beside, and that are not there.
     """
 
     name: str
@@ -159,6 +168,7 @@ class StudyResults:
     compared: tuple[str, ...]
     targets: tuple[float, ...]
     searched: dict[str, bool]
+    absent: tuple[str, ...] = ()
 
     @property
     def trials(self) -> list[Trial]:
@@ -185,12 +195,10 @@ class StudyResults:
 
         See `experiments.analysis.choice_stability`.
         """
-        ended = [
-            trial for trial in contestant.tuning if trial.state == "done" and (trial.folder / TEST_RESULTS).exists()
-        ]
+        ended = [trial for trial in contestant.tuning if trial.state == "done" and trial.has_test_results]
         if len(ended) < 2 or not contestant.final:
             return None
-        right = np.stack([trial.test_results["label"] == trial.test_results["prediction"] for trial in ended])
+        right = np.stack([trial.right for trial in ended])
         losses = np.stack([trial.test_results["loss"] for trial in ended])
         final = contestant.final[0].columns
         same = [all(trial.columns.get(field) == final.get(field) for field in self.searched) for trial in ended]
@@ -207,7 +215,7 @@ class StudyResults:
 def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
     """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
     difference = paired_difference(ours.by_seed(), theirs.by_seed())
-    if not all((trial.folder / TEST_RESULTS).exists() for trial in (*ours.finals, *theirs.finals)):
+    if not all(trial.has_test_results for trial in (*ours.finals, *theirs.finals)):
         return difference, None
     our_right, their_right = ours.right(), theirs.right()
     both = sorted(set(our_right) & set(their_right))
@@ -218,11 +226,39 @@ def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | 
 
 
 def read_study(folder: Path) -> StudyResults:
-    """Reads a study's folder.
+    """Reads a study's folder, and of the folders beside it those whose contestants it is shown with.
 
     Raises:
       ValueError: it is none, or a file in it is damaged; says which.
     """
+    protocol, columns, found = _read(folder)
+    spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
+    chosen = {field: isinstance(space, list) for field, space in spaces}
+    report = protocol.get("report", {})
+    absent = []
+    for other, names in report.get("beside", {}).items():
+        if not (folder.parent / other / TRIALS).exists():
+            absent.append(other)
+            continue
+        _, _, theirs = _read(folder.parent / other)
+        for name in names:
+            if name not in theirs:
+                raise ValueError(f"{folder} is to be shown beside {name} of {other}, which has no such contestant")
+            found[name] = dataclasses.replace(theirs[name], tuning=[], colour=f"C{len(found)}", beside=True)
+    compared = tuple(report.get("compare", ()))
+    return StudyResults(
+        folder.name,
+        protocol["about"].strip(),
+        list(found.values()),
+        compared if found.keys() >= set(compared) else (),
+        tuple(report.get("targets", ())),
+        {column: chosen[column] for column in columns if column in chosen},
+        tuple(absent),
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contestant]]:
+    """A study's protocol, the columns of its trials.csv, and its own contestants by name."""
     try:
         with open(folder / PROTOCOL, "rb") as file:
             protocol = tomllib.load(file)
@@ -232,7 +268,8 @@ def read_study(folder: Path) -> StudyResults:
         raise ValueError(f"{folder} holds no study: {error.strerror}: {error.filename}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / PROTOCOL} is damaged: {error}") from error
-    if not lines or not set(lines[0]) >= KNOWN_COLUMNS:
+    known = KNOWN_COLUMNS.union(*(block.get("axes", {}) for block in protocol["contestants"]))
+    if not lines or not lines[0].keys() >= known:
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
     found: dict[str, Contestant] = {}
     for line in lines:
@@ -242,24 +279,7 @@ def read_study(folder: Path) -> StudyResults:
         contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
-    spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
-    chosen = {field: isinstance(space, list) for field, space in spaces}
-    report = protocol.get("report", {})
-    for other, names in report.get("beside", {}).items():
-        if (folder.parent / other / TRIALS).exists():
-            theirs = read_study(folder.parent / other)
-            for contestant in (theirs.find(name) for name in names):
-                colour = f"C{len(found)}"
-                found[contestant.name] = dataclasses.replace(contestant, tuning=[], colour=colour, beside=True)
-    compared = tuple(name for name in report.get("compare", ()) if name in found)
-    return StudyResults(
-        folder.name,
-        protocol["about"].strip(),
-        list(found.values()),
-        compared if len(compared) == 2 else (),
-        tuple(report.get("targets", ())),
-        {column: chosen[column] for column in lines[0] if column in chosen},
-    )
+    return protocol, list(lines[0]), found
 
 
 def _block(name: str, protocol: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -52,6 +52,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from experiments.settings import Settings, parse_settings
+from experiments.study import slug
 
 # What the study sets itself for each run.
 OURS = ("out", "overwrite", "resume", "compare", "data", "seed", "epochs", "holdout", "dry_run", "keep")
@@ -77,7 +78,7 @@ class Contestant:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+        return slug(self.name)
 
 
 @dataclasses.dataclass(frozen=True)

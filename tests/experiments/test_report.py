@@ -104,6 +104,19 @@ def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, tm
         assert 1 / 3 < small.chosen_again(contestant) <= 1
 
 
+def test_a_setting_that_hangs_on_the_held_out_pictures_is_no_secret(copied):
+    """One trial names all pictures rightly; then another one does so too, with a lower loss."""
+    best, *_, last = sorted(read_study(copied / "small").find("Adam").tuning, key=lambda trial: -trial.accuracy())
+    for trial, loss, share, said in ((best, 1.0, 1.0, False), (last, 0.5, 0.0, True)):
+        header, *lines = (trial.folder / "predictions.csv").read_text().splitlines()
+        rows = [line.split(",") for line in lines]
+        lines = [",".join([number, label, label, *rest, f"{loss}"]) for number, label, _, *rest, _ in rows]
+        (trial.folder / "predictions.csv").write_text("\n".join([header, *lines]) + "\n")
+        small = read_study(copied / "small")
+        assert small.chosen_again(small.find("Adam")) == share
+        assert ("chosen the same setting in only 0% (Adam)" in answer(small)) == said
+
+
 def test_final_runs_of_another_study_stand_beside(results, tmp_path):
     check = read_study(results / "small_check")
     assert [(c.name, c.beside) for c in check.contestants] == [("SGD", False), ("AdaBound", True), ("Adam", True)]
@@ -118,10 +131,25 @@ def test_final_runs_of_another_study_stand_beside(results, tmp_path):
     assert [line.partition(":")[0] for line in answers] == ["**small", "**small_check"]
 
 
+def test_a_contestant_that_the_other_study_lacks_is_named(copied, tmp_path, capsys):
+    path = copied / "small_check" / "protocol.toml"
+    path.write_text(path.read_text().replace('"AdaBound", "Adam"', '"AdaBound", "Adom"'))
+    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 2
+    assert "Adom of small, which has no such contestant" in capsys.readouterr().err
+
+
+def test_studies_may_stand_beside_one_another(copied):
+    path = copied / "small" / "protocol.toml"
+    path.write_text(path.read_text() + 'beside = { small_check = ["SGD"] }\n')
+    assert [c.name for c in read_study(copied / "small").contestants] == ["Adam", "AdaBound", "SGD"]
+    assert [c.name for c in read_study(copied / "small_check").contestants] == ["SGD", "AdaBound", "Adam"]
+
+
 def test_without_the_other_study_it_stands_alone(copied, tmp_path):
     shutil.rmtree(copied / "small")
     assert [contestant.name for contestant in read_study(copied / "small_check").contestants] == ["SGD"]
     assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
+    assert "Not in the same folder: small, with" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_an_answer_is_called_interim_until_all_seeds_have_ended(copied):

@@ -254,13 +254,18 @@ def test_a_training_that_cannot_be_run_is_none(protocol, fake, tmp_path, capsys)
 def test_a_test_loss_that_is_no_number_is_a_result(protocol, fake, tmp_path):
     """The last update may spoil what is tested afterwards: the run ends, and does not win by its loss."""
     out = tmp_path / "out"
-    assert study.main([str(protocol), "--out", str(out), "--runs", "4"]) == 0
-    metrics = out / "adam" / "tuning-000" / "metrics.jsonl"
-    *rows, last = map(json.loads, metrics.read_text().splitlines())
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | {"test_loss": None}]))
+    assert study.main([str(protocol), "--out", str(out), "--runs", "6"]) == 0
+    for number, loss in enumerate((None, 2.0, 1.0)):  # three that are equal but for their loss
+        metrics = out / "adam" / f"tuning-{number:03}" / "metrics.jsonl"
+        *rows, last = map(json.loads, metrics.read_text().splitlines())
+        rows.append(last | {"test_top1": 0.9, "test_loss": loss})
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert study.main([str(protocol), "--out", str(out)]) == 0
-    assert next(row["loss"] for row in trials(out)) == "nan"
-    assert {row["state"] for row in trials(out)} == {"done"}
+    adam = [row for row in trials(out) if row["contestant"] == "Adam"]
+    tuned, final = ([row for row in adam if row["stage"] == stage] for stage in ("tuning", "final"))
+    assert [row["loss"] for row in tuned] == ["nan", "2.0", "1.0"]
+    assert {row["learning_rate"] for row in final} == {tuned[2]["learning_rate"]}
+    assert {row["state"] for row in adam} == {"done"}
 
 
 def test_a_run_that_is_not_drawn_yet_has_no_command(protocol, fake, tmp_path):
