@@ -1,14 +1,13 @@
 """Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) on a CPU, in the forms that are fastest there.
 
 `direct` is XLA's own convolution. XLA:CPU gives it to the library that multiplies its matrices where types and sizes
-suit that, and is many times slower elsewhere; there, and for the gradient of the weight, a product of unfolded patches
-(im2col) does. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9 of the multiplications.
-`jax_resnet.layers.conv2d` is what checks its arguments, and what takes XLA's own convolution on a GPU or TPU.
+suit that, and is many times slower elsewhere. A product of unfolded patches (im2col) is fast everywhere, and in
+training, with its gradients, as fast as any. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9
+of the multiplications. `jax_resnet.layers.conv2d` is what checks its arguments, and what takes XLA's own convolution on
+a GPU or TPU.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,9 @@ from jax import Array, lax
 
 MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
 MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
-MIN_GATHERED = 16  # channels from which a gather unfolds faster than slices do
+MIN_CHANNELS_BY_ROW = 16  # channels from which the weight's gradient is faster row by row of the kernel
+MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ
+MIN_WINOGRAD = 16  # channels from which Winograd's form is tried
 # Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
 # own convolution is best at.
 MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
@@ -31,65 +32,55 @@ A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 def direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
     """(N, H', W', K), as `jax_resnet.layers.conv2d` defines it, by XLA's own convolution."""
-    return _convolve(x, weight, stride, [(padding, padding)] * 2)
+    around = [(padding, padding)] * 2
+    return lax.conv_general_dilated(x, weight, (stride,) * 2, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def conv2d(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """The same in the form that is fastest by itself."""
+    """The same in the form that is fastest by itself, where no gradient is asked for."""
     if _winograd_pays(x, weight, stride, padding):
         return _winograd(x, weight)
-    return conv2d_in_training(x, weight, stride=stride, padding=padding)
-
-
-def conv2d_in_training(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """The same for training, where Winograd's transforms cost what its products save."""
     form = direct if _direct_pays(x, weight) else unfolded
     return form(x, weight, stride=stride, padding=padding)
 
 
-def conv2d_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x and weight."""
-    if max(weight.shape[:2]) > 1:
-        x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
-    if stride == 1 and _direct_pays(x, weight):
-        dx = direct_dx(weight, dy, padding=padding)
-    else:
-        dx = unfolded_dx(x, weight, dy, stride=stride, padding=padding)
-    # As a convolution of x with dy this takes up to five times as long.
+def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """The same as one product, patches times kernel: the form for training, where the others gain nothing."""
     kh, kw, _, k = weight.shape
     patches = unfold(x, kh, kw, stride, padding)
-    dweight = lax.dot_general(patches.reshape(-1, patches.shape[3]), dy.reshape(-1, k), (((0,), (0,)), ((), ())))
-    return dx, dweight.reshape(weight.shape)
+    return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
+
+
+def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
+    """The gradients of x and weight."""
+    kh, kw, c, k = weight.shape
+    if max(kh, kw) > 1:
+        x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
+    rows = dy.reshape(-1, k)
+    dpatches = (rows @ weight.reshape(-1, k).T).reshape(*dy.shape[:3], kh * kw * c)
+    dx = _fold(dpatches, x, kh, kw, stride, padding)
+    if c < MIN_CHANNELS_BY_ROW:
+        patches = unfold(x, kh, kw, stride, padding)
+        return dx, _product_over_rows(patches, rows).reshape(weight.shape)
+    # A row of the kernel at a time: unfolded across alone there is a third of the patches, which caches may hold.
+    across = _side_by_side(pad(x, padding), 2, kw, stride)
+    last = stride * (dy.shape[1] - 1)
+    of_rows = [_product_over_rows(lax.slice_in_dim(across, u, u + last + 1, stride, 1), rows) for u in range(kh)]
+    return dx, jnp.stack(of_rows).reshape(weight.shape)
+
+
+def _product_over_rows(x: Array, dy: Array) -> Array:
+    """xᵀ·dy, (..., C) and (rows, K) -> (C, K)."""
+    x = x.reshape(-1, x.shape[-1])
+    if dy.shape[0] < MIN_ROWS_TURNED:
+        return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+    # The library transposes its left side, and dy is the smaller one. Without a barrier XLA turns it around again.
+    return lax.optimization_barrier(lax.dot_general(dy, x, (((0,), (0,)), ((), ())))).T
 
 
 def _direct_pays(x: Array, weight: Array) -> bool:
     fits = max(weight.shape[:2]) > 1 and min(x.shape[1:3]) >= MIN_DIRECT and max(weight.shape[2:]) <= MAX_DIRECT
     return fits and x.dtype == jnp.float32
-
-
-def direct_dx(weight: Array, dy: Array, *, padding: int) -> Array:
-    """The gradient of x at stride 1, as a convolution of dy with the turned kernel."""
-    around = weight[::-1, ::-1].swapaxes(2, 3)
-    return _convolve(dy, around, 1, [(size - 1 - padding,) * 2 for size in weight.shape[:2]])
-
-
-def unfolded_dx(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> Array:
-    """The gradient of x, at any stride: that of its patches, folded back."""
-    kh, kw, c, k = weight.shape
-    dpatches = dy.reshape(-1, k) @ weight.reshape(-1, k).T
-    (dx,) = _unfold_bwd(kh, kw, stride, padding, x, dpatches.reshape(*dy.shape[:3], kh * kw * c))
-    return dx
-
-
-def _convolve(x: Array, weight: Array, stride: int, padding: list[tuple[int, int]]) -> Array:
-    return lax.conv_general_dilated(x, weight, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """The convolution as one product, patches times kernel."""
-    kh, kw, _, k = weight.shape
-    patches = unfold(x, kh, kw, stride, padding)
-    return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
 
 
 def once_known(late: Array, x: Array) -> Array:
@@ -108,28 +99,18 @@ def once_known(late: Array, x: Array) -> Array:
     return lax.platform_dependent(late, x, cpu=on_cpu, default=lambda late, x: x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
-    if kh == kw == 1 or x.shape[3] < MIN_GATHERED:
-        return _unfold_by_slices(x, kh, kw, stride, padding)
-    return _unfold_by_gather(x, kh, kw, stride, padding)
+    return _side_by_side(_side_by_side(pad(x, padding), 2, kw, stride), 1, kh, stride)
 
 
-def _unfold_fwd(x, kh, kw, stride, padding):
-    return unfold(x, kh, kw, stride, padding), x
-
-
-def _unfold_bwd(kh, kw, stride, padding, x, dpatches):
-    """Each value gets the sum of what its copies got. Written out: a gather's own gradient is slow on a CPU."""
+def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+    """The transpose of `unfold`, like x: each value gets the sum of what its copies got, all of them in one pass."""
 
     def unfold_by_taps(x):
-        return jnp.concatenate(taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
+        return jnp.concatenate(taps(pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
 
-    return jax.linear_transpose(unfold_by_taps, x)(dpatches)
-
-
-unfold.defvjp(_unfold_fwd, _unfold_bwd)
+    return jax.linear_transpose(unfold_by_taps, x)(dpatches)[0]
 
 
 def taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
@@ -141,26 +122,21 @@ def taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> lis
     ]
 
 
-def _unfold_by_gather(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`unfold` in one gather of whole kernel rows: one pass over memory and one program to compile, not kh·kw."""
+def _side_by_side(x: Array, axis: int, size: int, stride: int) -> Array:
+    """From every stride-th place along an axis on, `size` values, together in the last axis: C becomes size·C."""
+    end = x.shape[axis] - size + 1
+    stacked = jnp.stack([lax.slice_in_dim(x, u, u + end, stride, axis) for u in range(size)], axis=3)
+    return stacked.reshape(*stacked.shape[:3], size * x.shape[3])
+
+
+def pad(x: Array, padding: int, value: float = 0) -> Array:
+    """x with so many pixels more on each of the four sides."""
+    if not padding:
+        return x
+    # Not by jnp.pad, which XLA fuses, with all that x is computed from, into what copies it, once for each copy.
     n, h, w, c = x.shape
-    out_h, out_w = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-    row = stride * np.arange(out_h)[:, None, None] - padding + np.arange(kh)
-    column = stride * np.arange(out_w)[:, None] - padding
-    return _gather(x, row, column, kw, images_axis=0).reshape(n, out_h, out_w, kh * kw * c)
-
-
-def _unfold_by_slices(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """`unfold` in kw slices and then kh slices, which is faster for few channels."""
-    x = _pad(x, padding)
-    for axis, size in ((2, kw), (1, kh)):
-        end = x.shape[axis] - size + 1
-        x = jnp.concatenate([lax.slice_in_dim(x, u, u + end, stride, axis) for u in range(size)], axis=3)
-    return x
-
-
-def _pad(x: Array, padding: int) -> Array:
-    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0))) if padding else x
+    side, above = (jnp.full(shape, value, x.dtype) for shape in ((n, h, padding, c), (n, padding, w + 2 * padding, c)))
+    return jnp.concatenate([above, jnp.concatenate([side, x, side], 2), above], 1)
 
 
 def _gather(x: Array, row: np.ndarray, column: np.ndarray, run: int, *, images_axis: int) -> Array:
@@ -194,7 +170,7 @@ def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     """Whether Winograd's form is the faster one: transforms cost time, and in half precision their sums are coarse."""
     n, h, w, _ = x.shape
     saved = 9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2)
-    fits = weight.shape[:2] == (3, 3) and (stride, padding) == (1, 1) and min(weight.shape[2:]) >= MIN_GATHERED
+    fits = weight.shape[:2] == (3, 3) and (stride, padding) == (1, 1) and min(weight.shape[2:]) >= MIN_WINOGRAD
     enough = MIN_SAVED_128 if max(weight.shape[2:]) == 128 else MIN_SAVED
     return fits and saved >= enough and x.dtype.itemsize >= 4
 

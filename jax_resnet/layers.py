@@ -63,7 +63,7 @@ def _conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
 
 
 def _conv2d_fwd(x, weight, stride, padding):
-    return _conv2d_on(convolution.conv2d_in_training, x, weight, stride, padding), (x, weight)
+    return _conv2d_on(convolution.unfolded, x, weight, stride, padding), (x, weight)
 
 
 def _conv2d_on(cpu: Callable[..., Array], x: Array, weight: Array, stride: int, padding: int) -> Array:
@@ -77,7 +77,7 @@ def _conv2d_bwd(stride, padding, residuals, dy):
         direct = functools.partial(convolution.direct, stride=stride, padding=padding)
         return jax.vjp(direct, x, weight)[1](dy)
 
-    on_cpu = functools.partial(convolution.conv2d_vjp, stride=stride, padding=padding)
+    on_cpu = functools.partial(convolution.unfolded_vjp, stride=stride, padding=padding)
     return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=default)
 
 
@@ -241,8 +241,7 @@ def _max_pool_bwd(window, stride, padding, residuals, dy):
     """Each value gets the gradients of those windows whose first maximum it is."""
     x, y = residuals
     n, _, _, c = x.shape
-    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    padded = jnp.pad(x, sides, constant_values=-jnp.inf)
+    padded = convolution.pad(x, padding, -jnp.inf)
     nowhere = window * window  # the number of no tap
     first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
     for tap, value in reversed(list(enumerate(convolution.taps(padded, window, window, stride, *y.shape[1:3])))):
