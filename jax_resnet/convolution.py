@@ -17,7 +17,7 @@ from jax import Array, lax
 MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
 MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
 MIN_CHANNELS_BY_ROW = 16  # channels from which the weight's gradient is faster row by row of the kernel
-MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ
+MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ, where dy has the fewer channels
 MIN_WINOGRAD = 16  # channels from which Winograd's form is tried
 # Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
 # own convolution is best at.
@@ -72,9 +72,9 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
 def _product_over_rows(x: Array, dy: Array) -> Array:
     """xᵀ·dy, (..., C) and (rows, K) -> (C, K)."""
     x = x.reshape(-1, x.shape[-1])
-    if dy.shape[0] < MIN_ROWS_TURNED:
+    if x.shape[1] <= dy.shape[1] or dy.shape[0] < MIN_ROWS_TURNED:
         return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-    # The library transposes its left side, and dy is the smaller one. Without a barrier XLA turns it around again.
+    # The library transposes its left side: the smaller one, then. Without a barrier XLA turns the product around again.
     return lax.optimization_barrier(lax.dot_general(dy, x, (((0,), (0,)), ((), ())))).T
 
 
