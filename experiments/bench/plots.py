@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
         _bars(axis, table)
     for axis in axes[len(tables) :]:
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, 110 * columns), fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -52,4 +53,4 @@ def _bars(axis: plt.Axes, table: Table) -> None:
     if len(table.plotted) == 1:
         axis.set_xlabel(table.plotted[0], fontsize=8)
     else:
-        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.plotted), frameon=False)
+        axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.plotted), frameon=False, borderpad=0)
