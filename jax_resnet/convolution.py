@@ -17,7 +17,7 @@ from jax import Array, lax
 MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
 MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
 MIN_CHANNELS_BY_ROW = 16  # channels from which the weight's gradient is faster row by row of the kernel
-MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ, where dy has the fewer channels
+MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ, where dy has fewer columns than x
 MIN_WINOGRAD = 16  # channels from which Winograd's form is tried
 # Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
 # own convolution is best at.
@@ -62,7 +62,7 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
     if c < MIN_CHANNELS_BY_ROW:
         patches = unfold(x, kh, kw, stride, padding)
         return dx, _product_over_rows(patches, rows).reshape(weight.shape)
-    # A row of the kernel at a time: unfolded across alone there is a third of the patches, which caches may hold.
+    # A row of the kernel at a time: unfolded across alone there is 1/kh of the patches, which caches may hold.
     across = _side_by_side(pad(x, padding), 2, kw, stride)
     last = stride * (dy.shape[1] - 1)
     of_rows = [_product_over_rows(lax.slice_in_dim(across, u, u + last + 1, stride, 1), rows) for u in range(kh)]

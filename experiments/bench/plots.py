@@ -53,5 +53,6 @@ def _bars(axis: plt.Axes, table: Table) -> None:
     if len(table.plotted) == 1:
         axis.set_xlabel(table.plotted[0], fontsize=8)
     else:
-        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(table.plotted)}
-        axis.legend(fontsize=8, frameon=False, borderpad=0, **above)
+        axis.legend(
+            fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.plotted), frameon=False, borderpad=0
+        )

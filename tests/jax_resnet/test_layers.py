@@ -50,6 +50,8 @@ CONVOLUTIONS = [  # N, H, W, C, K, kernel height, kernel width, stride, padding
     (1, 1, 4, 16, 2, 1, 2, 2, 1),
     (6, 9, 11, 16, 17, 3, 3, 1, 1),
     (6, 17, 21, 16, 3, 3, 3, 2, 1),
+    (8, 17, 17, 17, 4, 1, 1, 2, 0),
+    (2, 5, 6, 16, 20, 1, 1, 1, 0),
     (3, 8, 14, 17, 16, 3, 3, 1, 1),
 ]
 
@@ -97,7 +99,7 @@ def test_all_forms_of_conv2d_are_one_function(case, x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-FLOAT32_CONVOLUTIONS = [  # XLA's own convolution is taken but for the last, each with something that may go wrong
+FLOAT32_CONVOLUTIONS = [  # inference takes XLA's own convolution but for the last; each has something that may go wrong
     (8, 8, 8, 8, 16, 3, 3, 1, 1),
     (8, 9, 7, 8, 4, 3, 3, 2, 1),
     (8, 8, 10, 8, 4, 3, 3, 2, 1),
@@ -106,6 +108,7 @@ FLOAT32_CONVOLUTIONS = [  # XLA's own convolution is taken but for the last, eac
     (8, 6, 7, 4, 8, 2, 3, 3, 1),
     (8, 5, 4, 8, 8, 3, 3, 1, 3),
     (4, 5, 6, 127, 4, 3, 3, 1, 1),
+    (6, 9, 11, 32, 17, 3, 3, 1, 1),
     (4, 5, 6, 130, 4, 3, 3, 1, 1),
 ]
 
@@ -132,7 +135,7 @@ def test_float32_convolutions_are_those_of_float64(case, x64):
 def test_float32_takes_the_forms_that_are_fastest():
     """In inference XLA's own convolution where picture and channels suit it; in training products alone."""
 
-    def count(size, channels, dtype, train=False):
+    def program(size, channels, dtype, train=False):
         x, weight = jnp.zeros((8, size, size, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
         conv = functools.partial(layers.conv2d, padding=1)
 
@@ -140,13 +143,20 @@ def test_float32_takes_the_forms_that_are_fastest():
             y, vjp = jax.vjp(conv, x, weight)
             return vjp(y)
 
-        program = jax.jit(both_passes if train else conv).lower(x, weight).as_text()
-        return program.count("stablehlo.convolution"), program.count("stablehlo.dot_general")
+        return jax.jit(both_passes if train else conv).lower(x, weight).as_text()
+
+    def count(*case, **how):
+        text = program(*case, **how)
+        return text.count("stablehlo.convolution"), text.count("stablehlo.dot_general")
 
     assert count(5, 32, "float32") == (1, 0)
     for other in ((2, 32, "float32"), (5, 512, "float32"), (5, 32, "bfloat16")):
         assert count(*other) == (0, 1)
-    assert count(5, 32, "float32", train=True) == (0, 5)  # the weight's gradient row by row of the kernel
+    for case in ((5, 32, "float32"), (2, 32, "float32"), (5, 512, "float32"), (5, 32, "bfloat16")):
+        assert count(*case, train=True) == (0, 5)  # the weight's gradient row by row of the kernel
+    assert count(5, 8, "float32", train=True) == (0, 3)
+    for size, turned in ((8, True), (5, False)):  # 512 positions and 200
+        assert ("optimization_barrier" in program(size, 32, "float32", train=True)) == turned
 
 
 @pytest.mark.parametrize(
@@ -174,10 +184,11 @@ def test_a_nan_stays_in_its_channel():
     np.testing.assert_array_equal(dweight(jnp.ones((0, 6, 6, 4)), dy[:0]), 0)
 
 
-def test_gradients_of_gradients(x64):
+@pytest.mark.parametrize("shape", [(3, 6, 6, 2), (8, 8, 8, 16)], ids=str)  # the second by rows of the kernel, turned
+def test_gradients_of_gradients(shape, x64):
     """Reverse mode works to any order: the gradient of a squared gradient against central differences."""
     rng = np.random.default_rng(5)
-    weight = random(rng, 3, 3, 2, 4)
+    weight = random(rng, 3, 3, shape[3], 4)
     gamma, beta, mean, var = norm_arguments(rng, 4)
 
     def network(x):
@@ -187,7 +198,7 @@ def test_gradients_of_gradients(x64):
     def squared(x):
         return (jax.grad(network)(x) ** 2).sum()[None]
 
-    check_gradients(squared, random(rng, 3, 6, 6, 2), rng=rng)
+    check_gradients(squared, random(rng, *shape), rng=rng)
 
 
 def test_once_known_keeps_work_apart():
