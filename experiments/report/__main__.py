@@ -41,9 +41,7 @@ def run(settings: ReportSettings) -> None:
     if settings.data is not None and not settings.data.is_dir():
         raise ValueError(f"--data {settings.data} is no folder")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
-    studies.sort(
-        key=lambda study: not study.compared
-    )  # those first that have an answer; sorting keeps the names' order
+    studies.sort(key=lambda study: not study.compared)  # those first that compare two; otherwise by name, as found
     blocks: list[Block] = [Text(text, answer=True) for study in studies if (text := answer(study))]
     for study in studies:
         blocks += study_section(study, settings.data)
