@@ -24,10 +24,8 @@ MIN_CHANNELS_WINOGRAD = 16  # channels from which Winograd's form is tried
 MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
 
 # F(2x2, 3x3) of Winograd's minimal filtering (Lavin & Gray, 2016): y = Aᵀ((G g Gᵀ) ∘ (Bᵀ d B))A for tiles d of 4x4
-# values that overlap by two. Bᵀ takes two values for each of its four results: d[FIRST] + SIGN · d[SECOND].
-FIRST, SECOND, SIGN = np.array([0, 1, 2, 1]), np.array([2, 2, 1, 3]), np.array([-1, 1, -1, -1])
+# values that overlap by two.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
 
 
 def direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
@@ -139,33 +137,6 @@ def pad(x: Array, padding: int, value: float = 0) -> Array:
     return jnp.concatenate([above, jnp.concatenate([side, x, side], 2), above], 1)
 
 
-def _gather(x: Array, row: np.ndarray, column: np.ndarray, run: int, *, images_axis: int) -> Array:
-    """For each position (row, column), `run` pixels of that row of the images from there to the right.
-
-    Args:
-      x: (N, H, W, C).
-      row, column: integers that broadcast to positions of any shape; what lies outside the image is 0.
-      run: pixels, neighbours in memory.
-      images_axis: where N stands among the axes of the positions in what is returned.
-
-    Returns:
-      (the positions and N, run·C).
-    """
-    n, h, w, c = x.shape
-    row, column = np.broadcast_arrays(row, column)
-    inside = (row >= 0) & (row < h) & (column < w)
-    # Zeros on the left and on the right of each row; what is above and below is taken from those on the left. They are
-    # concatenated since XLA fuses jnp.pad, and all that x is computed from, into the gather, once for each copy of x.
-    left, right = max(run, -column.min()), max(1, column.max(initial=0, where=inside) + run - w)
-    zeros = [jnp.zeros((n, h, pixels * c), x.dtype) for pixels in (left, right)]
-    image_rows = jnp.concatenate([zeros[0], x.reshape(n, h, w * c), zeros[1]], axis=2)
-    starts = np.stack([np.where(inside, row, 0), np.where(inside, (left + column) * c, 0)], axis=-1)
-    dimensions = lax.GatherDimensionNumbers(
-        (images_axis, row.ndim + 1), collapsed_slice_dims=(1,), start_index_map=(1, 2)
-    )
-    return lax.gather(image_rows, jnp.asarray(starts, jnp.int32), dimensions, (n, 1, run * c), mode="promise_in_bounds")
-
-
 def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     """Whether Winograd's form is the faster one: transforms cost time, and in half precision their sums are coarse."""
     n, h, w, _ = x.shape
@@ -181,33 +152,18 @@ def _winograd(x: Array, weight: Array) -> Array:
     k = weight.shape[3]
     kernels = (np.kron(G, G).astype(weight.dtype) @ weight.reshape(9, c * k)).reshape(16, c, k)
     tiles = _tiles(x)
-    products = jnp.einsum("tpc,tck->tpk", tiles.reshape(16, -1, c), kernels).reshape(*tiles.shape[:5], k)
-
-    def outputs(m: Array, axis: int) -> Array:
-        """Aᵀ along an axis: m[0] + m[1] + m[2] and m[1] - m[2] - m[3]."""
-        one, two, outer = (lax.slice_in_dim(m, *bounds, axis=axis) for bounds in ((1, 2), (2, 3), (0, 4, 3)))
-        return one + _along(axis, A[2], m) * (two + outer)
-
-    y = outputs(outputs(products, 0), 1)  # (2, 2, N, tiles down, tiles across, K)
+    y = jnp.einsum("tpc,tck->tpk", tiles.reshape(16, -1, c), kernels).reshape(*tiles.shape[:5], k)
+    for axis in range(2):  # Aᵀ y A: (2, 2, N, tiles down, tiles across, K)
+        m = [lax.index_in_dim(y, i, axis, keepdims=False) for i in range(4)]
+        y = jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], axis)
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(n, 2 * y.shape[3], 2 * y.shape[4], k)[:, :h, :w]
 
 
 def _tiles(x: Array) -> Array:
     """Bᵀ d B of each tile: (4, 4, N, tiles down, tiles across, C)."""
-    _, h, w, _ = x.shape
-    row, column = 2 * np.arange(-(-h // 2))[:, None] - 1, 2 * np.arange(-(-w // 2)) - 1
-
-    def values(down: np.ndarray, across: np.ndarray) -> Array:
-        return _gather(x, row + down[:, None, None, None], column + across[:, None, None], 1, images_axis=2)
-
-    down, across = _along(0, SIGN, x), _along(1, SIGN, x)
-    return (
-        values(FIRST, FIRST)
-        + across * values(FIRST, SECOND)
-        + down * (values(SECOND, FIRST) + across * values(SECOND, SECOND))
-    )
-
-
-def _along(axis: int, numbers: np.ndarray, like: Array) -> np.ndarray:
-    """Numbers along an axis of six."""
-    return numbers.astype(like.dtype).reshape([-1 if a == axis else 1 for a in range(6)])
+    x = pad(x, 2)[:, 1:, 1:]  # one before; one behind, and one more for tiles that stick out
+    for axis, size in enumerate(x.shape[1:3]):  # the fours go to the front, so the pixels' axes are 1 and then 3
+        count = (size - 2) // 2
+        d = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, 2 * axis + 1) for i in range(4)]
+        x = jnp.stack([d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]], axis)
+    return x
