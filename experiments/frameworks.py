@@ -26,6 +26,7 @@ from experiments.optimizers import (
     refuse_uncommon,
 )
 from experiments.run_folder import jax_device, numpy_device, torch_device
+from experiments.step_sizes import moments_of
 from experiments.training import State
 from jax_resnet.adabound import AdaBoundState
 
@@ -223,12 +224,6 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
     def put(images: Array, labels: Array) -> tuple[Any, Any]:
         return train.shard_batch((images, labels), mesh) if many else (jnp.asarray(images), jnp.asarray(labels))
 
-    def moments(state: State) -> AdaBoundState:
-        if (found := optax.tree.get(state.opt_state, "AdaBoundState")) is not None:
-            return found
-        adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
-        return AdaBoundState(adam.count, adam.mu, adam.nu, None)
-
     return Training(
         train.replicate(state, mesh) if many else state,
         train.make_train_step(
@@ -242,7 +237,7 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
         train.make_eval_step(config, preprocess=recipe.preprocess_test, **options),
         jax_device() | {"used": recipe.devices},
         network.to_torch,
-        moments,
+        lambda state: moments_of(state.opt_state),
         put,
         place,
         lambda state: None if state.ema is None else (state.ema["params"], state.ema["batch_stats"]),

@@ -5,8 +5,8 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments.step_sizes import layer_steps, plot_layer_steps, summarize_steps
-from jax_resnet.adabound import AdaBoundState, adabound
+from experiments.step_sizes import layer_steps, moments_of, plot_layer_steps, summarize_steps
+from jax_resnet.adabound import adabound
 
 SETTINGS = dict(base_lr=1e-3, final_lr=0.1, gamma=1e-3, b1=0.9)
 GRADIENTS = {"conv1.weight": 1e-5, "layer1.2.conv1.weight": 0.5, "layer1.10.conv1.weight": 1e3, "fc.weight": 2.0}
@@ -17,16 +17,13 @@ def after_one_update(optimizer):
     return optimizer.update(grads, optimizer.init(grads))[1]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "name"), [(optax.adam(1e-3), "ScaleByAdamState"), (adabound(1e-3), "AdaBoundState")]
-)
-def test_first_update_by_hand(optimizer, name, tmp_path):
+@pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.amsgrad(1e-3), adabound(1e-3)])
+def test_first_update_by_hand(optimizer, tmp_path):
     """m = 0.1·g and Adam moves by learning_rate · sign(g): its step on m is learning_rate / (0.1·|g|).
 
     The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. Kernels only, in the network's order.
     """
-    state = optax.tree.get(after_one_update(optimizer), name)
-    steps = layer_steps(AdaBoundState(state.count, state.mu, state.nu, None), **SETTINGS)
+    steps = layer_steps(moments_of(after_one_update(optimizer)), **SETTINGS)
     assert [layer["name"] for layer in steps["layers"]] == list(GRADIENTS)
     for layer, gradient in zip(steps["layers"], GRADIENTS.values(), strict=True):
         for name in ("low", "median", "high"):
@@ -43,8 +40,7 @@ def test_first_update_by_hand(optimizer, name, tmp_path):
 @pytest.mark.parametrize("bounded", [True, False])
 def test_the_summary_of_an_epoch_by_hand(bounded):
     """As above: of 27 weights 6 are at each bound; medians are clipped only for an optimizer that clips."""
-    state = optax.tree.get(after_one_update(adabound(1e-3)), "AdaBoundState")
-    summary = summarize_steps(state, **SETTINGS, bounded=bounded)
+    summary = summarize_steps(moments_of(after_one_update(adabound(1e-3))), **SETTINGS, bounded=bounded)
     assert summary["at_upper"] == pytest.approx(6 / 27, rel=1e-4)
     assert summary["at_lower"] == pytest.approx(6 / 27, rel=1e-4)
     assert summary["step_lower"] == pytest.approx(0.1 * 0.001 / 1.001, rel=1e-4)
@@ -55,3 +51,19 @@ def test_the_summary_of_an_epoch_by_hand(bounded):
     assert [name for name in summary if name.startswith("step/")] == [
         f"step/{name.removesuffix('.weight')}" for name in GRADIENTS
     ]
+
+
+def test_amsgrads_step_is_the_one_that_it_takes():
+    """After a large gradient and two small ones, of which AMSGrad keeps the first: its update over -m."""
+    optimizer = optax.chain(optax.add_decayed_weights(0.0), optax.amsgrad(1e-3))
+    params = {"fc": {"weight": jnp.ones((2, 3))}}
+    opt_state = optimizer.init(params)
+    for gradient in (8.0, 0.5, 0.25):
+        grads = {"fc": {"weight": jnp.full((2, 3), gradient)}}
+        update, opt_state = optimizer.update(grads, opt_state, params)
+    moments = moments_of(opt_state)
+    taken = -update["fc"]["weight"] / moments.mu["fc"]["weight"]
+    (layer,) = layer_steps(moments, **SETTINGS)["layers"]
+    assert layer["median"] == pytest.approx(float(taken[0, 0]), rel=1e-5)
+    (of_adam,) = layer_steps(moments._replace(nu_max=None), **SETTINGS)["layers"]
+    assert of_adam["median"] > 1.2 * layer["median"]
