@@ -46,7 +46,8 @@ def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
     """The same as one product, patches times kernel: the form for training, where the others gain nothing."""
     kh, kw, _, k = weight.shape
     patches = unfold(x, kh, kw, stride, padding)
-    return (patches.reshape(-1, patches.shape[3]) @ weight.reshape(-1, k)).reshape(*patches.shape[:3], k)
+    y = _product(patches.reshape(-1, patches.shape[3]), weight.reshape(-1, k), 1, 0)
+    return y.astype(x.dtype).reshape(*patches.shape[:3], k)
 
 
 def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
@@ -55,25 +56,32 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
     if max(kh, kw) > 1:
         x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
     rows = dy.reshape(-1, k)
-    dpatches = (rows @ weight.reshape(-1, k).T).reshape(*dy.shape[:3], kh * kw * c)
+    dpatches = _product(rows, weight.reshape(-1, k), 1, 1).reshape(*dy.shape[:3], kh * kw * c)
     dx = _fold(dpatches, x, kh, kw, stride, padding)
     if c < MIN_CHANNELS_BY_ROW:
         patches = unfold(x, kh, kw, stride, padding)
-        return dx, _product_over_rows(patches, rows).reshape(weight.shape)
+        return dx, _product_over_rows(patches, rows).astype(weight.dtype).reshape(weight.shape)
     # A row of the kernel at a time: unfolded across alone there is 1/kh of the patches, which caches may hold.
     across = _side_by_side(pad(x, padding), 2, kw, stride)
     last = stride * (dy.shape[1] - 1)
     of_rows = [_product_over_rows(lax.slice_in_dim(across, u, u + last + 1, stride, 1), rows) for u in range(kh)]
-    return dx, jnp.stack(of_rows).reshape(weight.shape)
+    return dx, jnp.stack(of_rows).astype(weight.dtype).reshape(weight.shape)
 
 
 def _product_over_rows(x: Array, dy: Array) -> Array:
     """xᵀ·dy, (..., C) and (rows, K) -> (C, K)."""
     x = x.reshape(-1, x.shape[-1])
     if x.shape[1] <= dy.shape[1] or dy.shape[0] < MIN_ROWS_TURNED:
-        return lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+        return _product(x, dy, 0, 0)
     # The library transposes its left side: the smaller one, then. Without a barrier XLA turns the product around again.
-    return lax.optimization_barrier(lax.dot_general(dy, x, (((0,), (0,)), ((), ())))).T
+    return lax.optimization_barrier(_product(dy, x, 0, 0)).T
+
+
+def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """The sum of products over an axis of each of two matrices, in at least float32."""
+    # To bfloat16 at once XLA:CPU multiplies in float32; the processor's own products (amx_bf16) are summed in float32.
+    summed_in = jnp.promote_types(a.dtype, jnp.float32)
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=summed_in)
 
 
 def _direct_pays(x: Array, weight: Array) -> bool:
@@ -108,7 +116,8 @@ def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int
     def unfold_by_taps(x):
         return jnp.concatenate(taps(pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
 
-    return jax.linear_transpose(unfold_by_taps, x)(dpatches)[0]
+    like_x = jax.ShapeDtypeStruct(x.shape, dpatches.dtype)
+    return jax.linear_transpose(unfold_by_taps, like_x)(dpatches)[0].astype(x.dtype)
 
 
 def taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:

@@ -228,6 +228,31 @@ def test_winograd_is_among_the_cases():
     assert chosen == [(9, 11), (8, 14)]  # odd sides, and an even and an odd number of tiles
 
 
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_conv2d_in_bfloat16_is_summed_in_float32_and_rounded_once(case, x64):
+    """Outputs and gradients are those of the same numbers in float64, up to half a unit in the last of 8 bits.
+
+    float32's sums add up to 1e-6 of the largest entry. Rounded at each of a patch's taps, a gradient is off by more.
+    """
+    rng = np.random.default_rng(7)
+    n, h, w, c, k, kh, kw, stride, padding = case
+    x, weight = (random(rng, *shape).astype(jnp.bfloat16) for shape in ((n, h, w, c), (kh, kw, c, k)))
+
+    convolve = functools.partial(layers.conv2d, stride=stride, padding=padding)
+    dy = random(rng, *jax.eval_shape(convolve, x, weight).shape).astype(jnp.bfloat16)
+
+    @jax.jit
+    def results(x, weight, dy):
+        y, vjp = jax.vjp(convolve, x, weight)
+        return y, *vjp(dy)
+
+    in_float64 = results(*(a.astype(jnp.float64) for a in (x, weight, dy)))
+    for half, exact in zip(results(x, weight, dy), in_float64, strict=True):
+        assert half.dtype == jnp.bfloat16
+        largest = float(jnp.abs(exact).max())
+        np.testing.assert_allclose(half.astype(jnp.float64), exact, rtol=2.0**-8, atol=1e-6 * largest)
+
+
 def test_conv2d_by_hand():
     """A 2x2 picture under a 3x3 kernel of 1 to 9: cross-correlation, not flipped, zeros outside."""
     x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
