@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.report.answer import percent
 from experiments.report.figures import panels
@@ -101,6 +101,7 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
                 (handles[name],) = axis.plot(epochs, values.mean(0), color=f"C{number}", lw=1.4)
         axis.set_title(label(grid.down, row), fontsize=9)
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     if not handles:
         plt.close(figure)
@@ -108,5 +109,5 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
     axes[0].set_ylim(bottom=0)
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel(title, fontsize=9)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)), fontsize=8)
     return figure
