@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from experiments.bench.tables import Cell, print_table
 from experiments.cars import load_data, prepare
 from experiments.settings import Settings
-from experiments.study.cores import own_cores, room_for_workers
+from experiments.study.cores import NoCoreError, own_cores, room_for_workers
 from experiments.study.ledger import JOURNAL, Ledger, Run
 from experiments.study.progress import duration, measured_seconds, network_of, seconds_left
 from experiments.study.protocol import Protocol, check_command, command
@@ -51,10 +51,14 @@ def print_plan(protocol: Protocol, folder: Path, data: Path | None, url: str | N
         if run.state in ("open", "begun") and network_of(run) not in seconds:
             untimed.setdefault(network_of(run), run)
     if untimed:  # if not, no cores are needed, and workers may have them all
-        with own_cores(protocol.cores):
-            for network, run in untimed.items():
-                seconds[network] = _time_epoch(_settings(run, data))
-                sources.append(f"{TIMED_STEPS} steps of {run.contestant.name}")
+        try:
+            with own_cores(protocol.cores):
+                for network, run in untimed.items():
+                    seconds[network] = _time_epoch(_settings(run, data))
+                    sources.append(f"{TIMED_STEPS} steps of {run.contestant.name}")
+        except NoCoreError as error:
+            print(f"how long it takes is not measured: {error}")
+            return
     left = seconds_left(runs, seconds)
     if left:
         workers = room_for_workers(protocol.cores)

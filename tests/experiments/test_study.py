@@ -217,8 +217,12 @@ def test_each_worker_has_cores_of_its_own(protocol, fake, tmp_path, monkeypatch,
         assert study.main([str(protocol), "--out", str(out), "--dry-run"]) == 0  # nothing is left to be timed
         assert (out / "journal.log").read_bytes() == journal
         assert study.main([str(protocol), "--out", str(tmp_path / "none")]) == 2
-    error = f"each worker 1 of this machine's {len(all_cores)} cores, and none is free"
-    assert error in capsys.readouterr().err
+        error = f"each worker 1 of this machine's {len(all_cores)} cores, and none is free"
+        assert error in capsys.readouterr().err
+        assert study.main([str(protocol), "--out", str(tmp_path / "none"), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "10 runs, 0 of them ended" in plan
+    assert error in plan.splitlines()[-1]
     assert study.main([str(protocol), "--out", str(tmp_path / "none"), "--runs", "1"]) == 0
     assert os.sched_getaffinity(0) == all_cores
 
