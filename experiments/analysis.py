@@ -95,11 +95,11 @@ def expected_best(values: Sequence[float]) -> np.ndarray:
     return ways @ ranked / special.comb(count, drawn)
 
 
-def choice_stability(right: np.ndarray, losses: np.ndarray, draws: int = 2000) -> np.ndarray:
+def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = False, draws: int = 2000) -> np.ndarray:
     """How often each of several trials would have been chosen, had the held-out pictures been others of their kind.
 
     A bootstrap: the pictures are drawn again, with replacement, `draws` times, and each time the trial with the highest
-    accuracy is chosen, of equals the one with the lowest loss.
+    accuracy is chosen, of equals the one with the lowest loss; or by_loss that with the lowest loss.
 
     Args:
       right: (T, N) booleans, whether trial t names picture n rightly.
@@ -111,13 +111,17 @@ def choice_stability(right: np.ndarray, losses: np.ndarray, draws: int = 2000) -
     >>> right = np.array([[True, True, False, False], [False, False, True, False]])
     >>> choice_stability(right, np.ones((2, 4))).round(1).tolist()
     [0.8, 0.2]
+    >>> choice_stability(right, np.array([[2.0] * 4, [1.0] * 4]), by_loss=True).tolist()
+    [0.0, 1.0]
     >>> choice_stability(np.ones((3, 4), bool), np.array([[np.nan] * 4, [2.0] * 4, [1.0] * 4])).tolist()
     [0.0, 0.0, 1.0]
     """
     trials, pictures = right.shape
     counts = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=draws)
     ranks = (counts @ losses.T).argsort(1, kind="stable").argsort(1)  # from the lowest; NaN is sorted behind all
-    score = trials * (counts @ right.T.astype(int)) - ranks  # one picture more outweighs any rank
+    score = -ranks
+    if not by_loss:
+        score += trials * (counts @ right.T.astype(int))  # one picture more outweighs any rank
     return np.bincount(score.argmax(1), minlength=trials) / draws
 
 

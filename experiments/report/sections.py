@@ -51,7 +51,11 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
         yield TextTable([_row(results, contestant) for contestant in listed])
         yield Text(_how_to_read(results, listed))
     if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
-        yield Text("The settings that tuning chose; a star: the largest or smallest, apart from 0, that was tried.")
+        by = "loss" if results.chosen_by_loss else "top-1"
+        yield Text(
+            f"The settings that tuning chose, by {by} on held-out pictures; a star: the largest or smallest, apart from "
+            "0, that was tried."
+        )
         yield TextTable(chosen)
         yield Text(
             "Chosen again: how often the same trial would have been chosen on other held-out pictures of their kind (a "

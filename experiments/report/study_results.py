@@ -159,6 +159,7 @@ class StudyResults:
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
     targets: top-1 whose reaching is told.
     searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
+    chosen_by_loss: whether tuning chose by the loss on held-out pictures, not by top-1.
     absent: the studies that it should be shown beside, and that are not there.
     """
 
@@ -168,6 +169,7 @@ class StudyResults:
     compared: tuple[str, ...]
     targets: tuple[float, ...]
     searched: dict[str, bool]
+    chosen_by_loss: bool = False
     absent: tuple[str, ...] = ()
 
     @property
@@ -202,7 +204,7 @@ class StudyResults:
         losses = np.stack([trial.test_results["loss"] for trial in ended])
         final = contestant.final[0].columns
         same = [all(trial.columns.get(field) == final.get(field) for field in self.searched) for trial in ended]
-        return float(choice_stability(right, losses)[same].sum())
+        return float(choice_stability(right, losses, by_loss=self.chosen_by_loss)[same].sum())
 
     @functools.cached_property
     def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
@@ -253,6 +255,7 @@ def read_study(folder: Path) -> StudyResults:
         compared if found.keys() >= set(compared) else (),
         tuple(report.get("targets", ())),
         {column: chosen[column] for column in columns if column in chosen},
+        protocol.get("tuning", {}).get("choose_by") == "loss",
         tuple(absent),
     )
 

@@ -173,14 +173,16 @@ class Ledger:
                     )
 
     def best(self, tuning: list[Run]) -> Run | None:
-        """The tuning run that won, by top-1 on held-out pictures, then by their loss; None unless all have ended."""
+        """The tuning run that won on held-out pictures, by what the protocol chooses by; None unless all have ended."""
         if any(run.state in ("open", "begun") for run in tuning):
             return None
         outcomes = {run.number: outcome_of(self.rows(run)) for run in tuning if run.state == "done"}
         if not outcomes:
             return None
         losses = {number: math.inf if math.isnan(of.loss) else of.loss for number, of in outcomes.items()}
-        return tuning[max(outcomes, key=lambda number: (outcomes[number].top1, -losses[number]))]
+        by_loss = self.protocol.tuning.choose_by == "loss"
+        score = {number: (0 if by_loss else of.top1, -losses[number]) for number, of in outcomes.items()}
+        return tuning[max(score, key=score.get)]
 
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """The rows of a run's metrics that end an epoch.
@@ -286,6 +288,7 @@ class Ledger:
             "epochs": protocol.tuning.epochs,
             "holdout": protocol.tuning.holdout,
             "seed": protocol.tuning.seed,
+            "choose_by": protocol.tuning.choose_by,
         }
 
 
@@ -298,6 +301,7 @@ def replace(path: Path, text: str) -> None:
 
 def _different(earlier: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """In which facts a protocol is another one; seeds may have been added."""
+    earlier = {"choose_by": "top1"} | earlier  # which was the only way once, and not recorded
     seeds = facts.get("seeds", [])[: len(earlier.get("seeds", []))]
     return [key for key, value in facts.items() if earlier.get(key) != (seeds if key == "seeds" else value)]
 

@@ -12,6 +12,7 @@
     epochs = 15
     holdout = 0.1                   # the share of each class's training pictures that they are compared on
     seed = 0                        # of the random draws, and of the runs
+    choose_by = "top1"              # of the held-out pictures, or "loss" [default: top1, of equals the lower loss]
 
     [final]
     seeds = [0, 1, 2, 3, 4]         # of the runs of each contestant
@@ -89,6 +90,7 @@ class Tuning:
     epochs: int
     holdout: float
     seed: int = 0
+    choose_by: str = "top1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,8 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
         raise ValueError(f"final.epochs must be a whole number from 1, got {epochs!r}")
     if tuning and not (tuning.trials >= 1 and tuning.epochs >= 1 and 0 < tuning.holdout < 1):
         raise ValueError(f"tuning must have trials and epochs from 1 and a holdout between 0 and 1, got {tuning}")
+    if tuning and tuning.choose_by not in ("top1", "loss"):
+        raise ValueError(f"tuning.choose_by must be top1 or loss, got {tuning.choose_by!r}")
     _check_report(table.get("report", {}), [contestant.name for contestant in contestants])
     cores = table.get("cores")
     if cores is not None and (type(cores) is not int or cores < 1):

@@ -115,6 +115,9 @@ def test_a_setting_that_hangs_on_the_held_out_pictures_is_no_secret(copied):
         small = read_study(copied / "small")
         assert small.chosen_again(small.find("Adam")) == share
         assert ("chosen the same setting in only 0% (Adam)" in answer(small)) == said
+    protocol = copied / "small" / "protocol.toml"
+    protocol.write_text(protocol.read_text().replace("holdout = 0.1", 'holdout = 0.1\nchoose_by = "loss"'))
+    assert read_study(copied / "small").chosen_by_loss
 
 
 def test_final_runs_of_another_study_stand_beside(results, tmp_path):

@@ -64,6 +64,7 @@ def test_every_protocol_is_one(path):
         ("momentum = [0.8, 0.9]", "momentum = [0.8, 1.9]", "--momentum must be within 0 and 1"),
         ("seeds = [4, 5]", "seeds = 2", "final.seeds must be a list"),
         ("holdout = 0.1", "holdout = 1.0", "a holdout between 0 and 1"),
+        ("holdout = 0.1", 'holdout = 0.1\nchoose_by = "luck"', "tuning.choose_by must be top1 or loss, got 'luck'"),
         ('name = "AdaBound"', 'name = "Adam"', "two contestants have the name 'Adam'"),
         ('name = "AdaBound"', 'name = "adam!"', "two contestants have the slug 'adam'"),
         ("[tuning]\ntrials = 3\nepochs = 2\nholdout = 0.1\n", "", "Adam has a search, and there is no table tuning"),
@@ -121,6 +122,26 @@ def test_runs_a_protocol_to_its_end(protocol, fake, tmp_path, capsys):
     assert not list(out.glob("*/*/checkpoints"))
     assert not [path for path in out.glob("**/*") if path.is_file() and str(tmp_path) in path.read_text()]
     assert "10 of 10 runs" in capsys.readouterr().out
+
+
+def test_tuning_may_choose_by_the_loss(protocol, fake, tmp_path, capsys):
+    """Of three trials the one with the lowest top-1 is given the lowest loss, once all have been run."""
+    by_loss = SMALL.replace("holdout = 0.1", 'holdout = 0.1\nchoose_by = "loss"')
+    protocol.write_text(by_loss)
+    out = tmp_path / "out"
+    assert study.main([str(protocol), "--out", str(out), "--runs", "6"]) == 0
+    tuned = [row for row in trials(out) if row["contestant"] == "Adam" and row["stage"] == "tuning"]
+    worst = min(tuned, key=lambda row: float(row["top1"]))
+    metrics = out / worst["folder"] / "metrics.jsonl"
+    *lines, last = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"test_loss": 0.1})]) + "\n")
+    protocol.write_text(SMALL)
+    assert study.main([str(protocol), "--out", str(out)]) == 2  # not chosen in another way once trials have been seen
+    assert "choose_by" in capsys.readouterr().err
+    protocol.write_text(by_loss)
+    assert study.main([str(protocol), "--out", str(out)]) == 0
+    final = [row for row in trials(out) if row["contestant"] == "Adam" and row["stage"] == "final"]
+    assert {row["learning_rate"] for row in final} == {worst["learning_rate"]}
 
 
 def test_in_pieces_it_is_the_same(protocol, fake, tmp_path):
