@@ -53,8 +53,8 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
         by = "loss" if results.chosen_by_loss else "top-1"
         yield Text(
-            f"The settings that tuning chose, by {by} on held-out pictures; a star: the largest or smallest, apart from "
-            "0, that was tried."
+            f"The settings that tuning chose, by {by} on held-out pictures; a star: the largest or smallest, apart "
+            "from 0, that was tried."
         )
         yield TextTable(chosen)
         yield Text(
