@@ -262,9 +262,9 @@ class Settings(RunSettings):
 
 
 PRESETS = {
-    # python -m experiments.cars: runs anywhere, on drawn cars; 86% of 600 drawings in 2.5 to 4 minutes on two cores.
+    # python -m experiments.cars: runs anywhere, on drawn cars; 87.5% of 600 drawings in 2 to 4 minutes on two cores.
     # AdaBound's final_lr is 1.0 since it averages gradients where SGD adds them up: that is SGD at 0.1 with momentum
-    # 0.9, and the usual 0.1 would be SGD at 0.01 (72% here).
+    # 0.9, and the usual 0.1 would be SGD at 0.01.
     "demo": Settings(
         preset="demo",
         image_size="64",
