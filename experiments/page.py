@@ -12,19 +12,21 @@ from typing import Literal
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+WIDE = 900  # pixels of a picture with letters that a phone's width would make too small
 STYLESHEET = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 68rem;
        margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .82rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .9rem .15rem 0; text-align: left; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .8rem .15rem 0; text-align: left; } td { white-space: nowrap; } th { vertical-align: bottom; }
 @media (max-width: 40rem) { td:first-child { white-space: normal; min-width: 8rem; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
 .ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
 .answer { font-size: 1.1rem; background: #f2f5fa; padding: .8rem 1rem; border-left: 4px solid #3465a4; }
 pre, code { font-size: .82rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
-figure { margin: 1rem 0; } img { width: 100%; max-width: 60rem; height: auto; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+@media (max-width: 40rem) { img.wide { max-width: none; width: 46rem; } }
 figcaption { font-size: .85rem; color: #555; }
 """
 
@@ -67,6 +69,9 @@ def figure_bytes(figure: Figure, format: Literal["svg", "png"]) -> bytes:
 
 
 def html_figure(picture: bytes, caption: str, kind: Literal["svg+xml", "png"] = "svg+xml") -> str:
-    """A picture inside the page."""
+    """A picture inside the page; a wide PNG is moved sideways on a narrow screen, for its letters to be read."""
     text, data = html.escape(caption), base64.b64encode(picture).decode()
-    return f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>'
+    pixels = int.from_bytes(picture[16:20], "big") if kind == "png" else 0  # the header's width
+    style = ' class="wide"' if pixels > WIDE else ""
+    picture_html = f'<img{style} alt="{text}" src="data:image/{kind};base64,{data}">'
+    return f'<figure><div class="scroll">{picture_html}</div><figcaption>{text}</figcaption></figure>'

@@ -44,9 +44,9 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamm
     """The step sizes of the latest update of an optimizer of KNOWN.
 
     Args:
-      moments: of AdaBound or Adam, after at least one update (`moments_of`).
+      moments: after at least one update (`moments_of`).
       base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
-      final_lr, gamma, b1: AdaBound's settings; for Adam they give the bounds it would have had.
+      final_lr, gamma, b1: AdaBound's settings; for one without bounds they give those it would have had.
 
     Returns:
       "update" (the count of updates), "lower" and "upper" (the bounds), and "layers": for each kernel its "name", the

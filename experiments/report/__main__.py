@@ -15,7 +15,7 @@ from experiments.report.study_results import find_studies, read_study
 from experiments.training_run import exit_code
 
 TITLE = "Is AdaBound better than Adam?"
-NOTES, SPEED = "notes.md", "bench"  # in the folder of all studies
+ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all studies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ReportSettings:
     results: tyro.conf.Positional[Path]
     """The folder of one study, or of several."""
     out: Path = Path("report")
-    """The folder to write; files of an earlier report in it are replaced."""
+    """The folder to write; files of the same names are replaced."""
     data: Path | None = None
     """Folder of Stanford Cars: shows pictures of classes that are taken for one another."""
 
@@ -42,18 +42,23 @@ def run(settings: ReportSettings) -> None:
         raise ValueError(f"--data {settings.data} is no folder")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
     studies.sort(key=lambda study: not study.compared)  # those first that compare two; otherwise by name, as found
-    blocks: list[Block] = [Text(text, answer=True) for study in studies if (text := answer(study))]
+    in_words = _paragraphs(settings.results / ANSWER)
+    blocks: list[Block] = [Text(text, answer=True) for text in in_words]
+    blocks += [Text(text, answer=not in_words) for study in studies if (text := answer(study))]
     for study in studies:
         blocks += study_section(study, settings.data)
     blocks += speed_section(settings.results / SPEED)
-    notes = settings.results / NOTES
-    if notes.exists():
+    if notes := _paragraphs(settings.results / NOTES):
         blocks.append(Heading("What was not run, and what else is to be known"))
-        blocks += [
-            Text(" ".join(part.split())) for part in notes.read_text(encoding="utf-8").split("\n\n") if part.strip()
-        ]
+        blocks += [Text(text) for text in notes]
     write_report(settings.out, TITLE, blocks)
     print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")
+
+
+def _paragraphs(path: Path) -> list[str]:
+    """Of a text that was written by hand; [] where there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
 def main(arguments: list[str] | None = None) -> int:

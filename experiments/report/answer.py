@@ -44,9 +44,11 @@ def answer(results: StudyResults) -> str:
         return f"{results.name}: the question is still open, no seed has been trained to its end with both {names}."
     difference, wider = results.answers[ours.name]
     tuned = ", as it was tuned," if ours.tuning or theirs.tuning else ""
+    doubts = _doubts(results, ours, theirs)
+    ahead = "is ahead, which does not show that it is better" if doubts else "is better"
     said = {
-        "better": f"{ours.name}{tuned} is better",
-        "worse": f"{theirs.name}{tuned} is better",
+        "better": f"{ours.name}{tuned} {ahead}",
+        "worse": f"{theirs.name}{tuned} {ahead}",
         "tie": "this is a tie",
         "unknown": "with one seed nothing can be said about which is better",
     }[verdict(difference)]
@@ -62,7 +64,7 @@ def answer(results: StudyResults) -> str:
     )
     leader = ours if our_mean.mean > their_mean.mean else theirs
     rest = [c for c in results.contestants if c not in (ours, theirs) and c.by_seed()]
-    first += _doubts(results, ours, theirs)
+    first += doubts
     if not rest:
         return first
     best = max(rest, key=lambda contestant: contestant.interval().mean)

@@ -19,6 +19,7 @@ from experiments.step_sizes import BOUNDED
 
 matplotlib.use("Agg")  # files only; no window system is needed
 
+OUT_OF_REACH = 4  # medians of the others' distances from 0
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
 TUNING_WIDE = 3
 MOST_CURVES = 10  # of one figure; more would hide one another
@@ -68,6 +69,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     others = [c for c in results.contestants if c is not baseline and c.by_seed()]
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.45 * len(others)), layout="constrained")
     theirs = baseline.by_seed()
+    reach = []
     for y, contestant in enumerate(others):
         ours = contestant.by_seed()
         each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
@@ -76,7 +78,16 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
         if not math.isnan(interval.low):
             axis.plot([interval.low, interval.high], [y, y], color="tab:blue", lw=2)
         axis.plot(interval.mean, y, "D", color="tab:blue", ms=6)
+        ends = [] if math.isnan(interval.low) else [interval.low, interval.high]
+        reach.append(max(abs(value) for value in (*each, *ends, interval.mean)))
     axis.axvline(0, color="black", lw=1)
+    usual = 1.1 * max((r for r in reach if r < OUT_OF_REACH * np.median(reach)), default=0.0)
+    if usual < max(reach):  # one that learned nothing would press the others together
+        axis.set_xlim(-usual, usual)
+        for y in (y for y, r in enumerate(reach) if r > usual):
+            mean = paired_difference(others[y].by_seed(), theirs).mean
+            x, side = (0.01, "left") if mean < 0 else (0.99, "right")
+            axis.annotate(f"{100 * mean:+.0f}", (x, y), xycoords=("axes fraction", "data"), ha=side, va="center")
     axis.set_yticks(range(len(others)), [contestant.name for contestant in others])
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))

@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from experiments.report.answer import percent
+from experiments.analysis import paired_difference
+from experiments.report.answer import percent, points
 from experiments.report.figures import panels
 from experiments.report.study_results import Contestant
 from experiments.step_sizes import BOUNDED
@@ -59,6 +60,24 @@ def label(axes: Sequence[str], values: Sequence[str]) -> str:
     """
     names = [f"{axis.replace('_', ' ')} " for axis in axes]
     return ", ".join(f"{name if v[0].isdigit() else ''}{v}" for name, v in zip(names, values, strict=True))
+
+
+def grid_differences(grid: Grid) -> list[dict[str, str]]:
+    """Along the axis "optimizer", each minus the protocol's first: a row for each combination of the other axes."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    first: dict[tuple[str, ...], Contestant] = {}
+    for cell in grid.cells.values():
+        if "optimizer" not in cell.labels:
+            return []
+        others = {axis: value for axis, value in cell.labels.items() if axis != "optimizer"}
+        place = tuple(others.values())
+        baseline = first.setdefault(place, cell)
+        if cell is not baseline and cell.by_seed() and baseline.by_seed():
+            column = f"{cell.labels['optimizer']} minus {baseline.labels['optimizer']}"
+            row = rows.setdefault(place, {"": label(tuple(others), place)})
+            row[column] = points(paired_difference(cell.by_seed(), baseline.by_seed()))
+    # The first row of a table names its columns.
+    return sorted(rows.values(), key=len, reverse=True)
 
 
 def plot_grid(grid: Grid) -> Figure:

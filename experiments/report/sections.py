@@ -19,7 +19,7 @@ from experiments.page import figure_bytes
 from experiments.report import figures
 from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
-from experiments.report.grids import Grid, find_grids, plot_grid, plot_grid_curves
+from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.settings import Settings
 from experiments.study import slug
@@ -53,8 +53,8 @@ def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterato
     if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
         by = "loss" if results.chosen_by_loss else "top-1"
         yield Text(
-            f"The settings that tuning chose, by {by} on held-out pictures; a star: the largest or smallest, apart "
-            "from 0, that was tried."
+            f"The settings that tuning chose, by {by} on held-out pictures; a star: no larger or no smaller value was "
+            "tried (0 has none)."
         )
         yield TextTable(chosen)
         yield Text(
@@ -228,6 +228,10 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
 
 def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
     for grid in grids:
+        yield TextTable([_row(results, cell) for cell in grid.cells.values() if cell.by_seed()])
+        if rows := grid_differences(grid):
+            yield Text("Final top-1, by what else differs: each optimizer minus the first, paired by seed.")
+            yield TextTable(rows)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
         yield _picture(results, f"{slug(grid.name)}-grid", plot_grid(grid), caption)
         for column, title, bounded in (

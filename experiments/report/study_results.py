@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from experiments.study import PROTOCOL, TRIALS
 
 ACCURACIES = ("top1", "best_top1", "top5", "macro_f1")
 CONFIG_PARTS = ("settings", "data", "input", "device", "versions", "git_commit")
+STAGES, STATES = ("tuning", "final"), ("open", "begun", "done", "failed")
+ROUNDING = 1e-5  # of the numbers in trials.csv
 KNOWN_COLUMNS = {"contestant", "stage", "number", "state", "seed", "epochs", "folder", "command"}
 
 
@@ -63,9 +66,14 @@ class Trial:
     def rows(self) -> list[dict[str, Any]]:
         """Those of its metrics that end an epoch."""
         try:
-            return read_epochs(self.folder)
+            rows = read_epochs(self.folder)
+            if self.state == "done" and abs(rows[-1]["test_top1"] - self.accuracy()) > ROUNDING:
+                raise ValueError(f"it ends with a top-1 of {rows[-1]['test_top1']}, {TRIALS} has {self.accuracy()}")
+        except IndexError:
+            raise ValueError(f"{self.folder / METRICS} is missing, or has no epoch") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.folder / METRICS} is damaged: {error}") from error
+        return rows
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -262,20 +270,30 @@ def read_study(folder: Path) -> StudyResults:
 
 def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contestant]]:
     """A study's protocol, the columns of its trials.csv, and its own contestants by name."""
+    reading = PROTOCOL
     try:
-        with open(folder / PROTOCOL, "rb") as file:
-            protocol = tomllib.load(file)
+        protocol = tomllib.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
+        runs = _count_runs(protocol)
+        reading = TRIALS
         with open(folder / TRIALS, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"{folder} holds no study: {error.strerror}: {error.filename}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / PROTOCOL} is damaged: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{folder / reading} is damaged: {error} is missing") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{folder / reading} is damaged: {error}") from error
     known = KNOWN_COLUMNS.union(*(block.get("axes", {}) for block in protocol["contestants"]))
     if not lines or not lines[0].keys() >= known:
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
+    if len(lines) < runs:
+        raise ValueError(f"{folder / TRIALS} has {len(lines)} runs, and {PROTOCOL} beside it {runs}")
     found: dict[str, Contestant] = {}
-    for line in lines:
+    for number, line in enumerate(lines, 2):
+        try:
+            _check_line(line)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / TRIALS}, line {number}, is damaged: {error}") from error
         name = line["contestant"]
         block, axes = _block(name, protocol)
         labels = {axis: line[axis] for axis in axes}
@@ -283,6 +301,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
     return protocol, list(lines[0]), found
+
+
+def _count_runs(protocol: Mapping[str, Any]) -> int:
+    """How many runs a protocol has, tuning and final ones; a KeyError where it is none."""
+    total, _ = 0, protocol["about"]
+    for block in protocol["contestants"]:
+        tuning = protocol["tuning"]["trials"] if block.get("search") else 0
+        combinations = math.prod(len(values) for values in block.get("axes", {}).values())
+        total += combinations * (tuning + len(set(protocol["final"]["seeds"])))
+    return total
+
+
+def _check_line(line: Mapping[str, str | None]) -> None:
+    """Raises a ValueError or TypeError for a line of trials.csv that no study wrote."""
+    if None in line or None in line.values():
+        raise ValueError("it has another number of columns than the first")
+    for column, values in (("stage", STAGES), ("state", STATES)):
+        if line[column] not in values:
+            raise ValueError(f"{column} {line[column]!r} is none of {', '.join(values)}")
+    int(line["seed"])
+    if line["state"] == "done":
+        for column in ACCURACIES:
+            if not 0 <= float(line[column]) <= 1:
+                raise ValueError(f"{column} is {line[column]}, which is no share")
 
 
 def _block(name: str, protocol: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -159,10 +159,8 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
         raise ValueError(f"final.seeds must be a list of whole numbers, got {seeds!r}")
     if type(epochs) is not int or epochs < 1:
         raise ValueError(f"final.epochs must be a whole number from 1, got {epochs!r}")
-    if tuning and not (tuning.trials >= 1 and tuning.epochs >= 1 and 0 < tuning.holdout < 1):
-        raise ValueError(f"tuning must have trials and epochs from 1 and a holdout between 0 and 1, got {tuning}")
-    if tuning and tuning.choose_by not in ("top1", "loss"):
-        raise ValueError(f"tuning.choose_by must be top1 or loss, got {tuning.choose_by!r}")
+    if tuning:
+        _check_tuning(tuning)
     _check_report(table.get("report", {}), [contestant.name for contestant in contestants])
     cores = table.get("cores")
     if cores is not None and (type(cores) is not int or cores < 1):
@@ -172,6 +170,16 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
     for contestant in contestants:
         _check_runs(protocol, contestant)
     return protocol
+
+
+def _check_tuning(tuning: Tuning) -> None:
+    for name, least in dict(trials=1, epochs=1, seed=0).items():
+        if type(value := getattr(tuning, name)) is not int or value < least:
+            raise ValueError(f"tuning.{name} must be a whole number from {least}, got {value!r}")
+    if type(tuning.holdout) is not float or not 0 < tuning.holdout < 1:
+        raise ValueError(f"tuning needs a holdout between 0 and 1, got {tuning.holdout!r}")
+    if tuning.choose_by not in ("top1", "loss"):
+        raise ValueError(f"tuning.choose_by must be top1 or loss, got {tuning.choose_by!r}")
 
 
 def _check_report(report: Any, names: Sequence[str]) -> None:
@@ -259,7 +267,11 @@ def _only(table: Mapping[str, Any], where: str, known: Sequence[str]) -> None:
 def _record(kind: type, table: Any, where: str) -> Any:
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table, got {table!r}")
-    _only(table, where, [field.name for field in dataclasses.fields(kind)])
+    fields = dataclasses.fields(kind)
+    _only(table, where, [field.name for field in fields])
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in table:
+            raise ValueError(f"{where} has no {field.name}")
     return kind(**table)
 
 

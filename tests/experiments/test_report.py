@@ -274,3 +274,50 @@ def test_axes_become_a_grid():
     assert grid.cells[("own", "both"), ("SGD", "0.001")] is contestants[2]
     assert (("own", "as it was"), ("SGD", "0.001")) not in grid.cells
     assert plot_grid_curves(grid, "test_top1", "test top-1") is None  # nothing has been trained
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        (
+            "trials.csv",
+            ",tuning,",
+            ",tunning,",
+            "trials.csv, line 2, is damaged: stage 'tunning' is none of",
+        ),
+        ("trials.csv", ",done,", ",dne,", "trials.csv, line 2, is damaged: state 'dne' is none of open, begun"),
+        ("trials.csv", ",done,0,", ",done,x,", "trials.csv, line 2, is damaged: invalid literal for int"),
+        ("trials.csv", ",1.0,", ",5.3,", "is 5.3, which is no share"),
+        ("trials.csv", "Adam,tuning,0", "Adam,tuning", "line 2, is damaged: it has another number of columns"),
+        (
+            "protocol.toml",
+            "seeds = [4, 5]",
+            "seeds = [4, 5, 6]",
+            "trials.csv has 10 runs, and protocol.toml beside",
+        ),
+        ("protocol.toml", "about", "abuot", "protocol.toml is damaged: 'about' is missing"),
+        ("protocol.toml", "about =", "about", "protocol.toml is damaged"),
+        ("adam/seed-4/metrics.jsonl", '"test_top1"', '"top1"', "metrics.jsonl is missing, or has no epoch"),
+        ("adam/seed-4/metrics.jsonl", '"test_top1": 0.', '"test_top1": 0.0', "it ends with a top-1 of 0.0"),
+    ],
+)
+def test_damaged_results_are_named(copied, tmp_path, capsys, name, old, new, said):
+    path = copied / "small" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new) if name.endswith("jsonl") else text.replace(old, new, 1))
+    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_trials_that_are_no_text_are_named(copied, tmp_path, capsys):
+    (copied / "small" / "trials.csv").write_bytes(b"\xff\xfe")
+    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 2
+    assert "trials.csv is damaged" in capsys.readouterr().err
+
+
+def test_an_answer_by_hand_stands_first(copied, tmp_path):
+    (copied / "answer.md").write_text("In short:\nnobody knows.\n")
+    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert page.startswith("# Is AdaBound better than Adam?\n\n**In short: nobody knows.**\n\nsmall:")
