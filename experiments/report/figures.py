@@ -20,6 +20,7 @@ from experiments.step_sizes import BOUNDED
 matplotlib.use("Agg")  # files only; no window system is needed
 
 OUT_OF_REACH = 4  # medians of the others' distances from 0
+MAPS_WIDE, DECADES = 4, 3  # maps side by side, and powers of ten on either side of the bound
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
 TUNING_WIDE = 3
 MOST_CURVES = 10  # of one figure; more would hide one another
@@ -218,6 +219,34 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
     axis.set(yscale="log", ylabel="median step, at the peak of the schedule")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
+    return figure
+
+
+def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:
+    """Each layer's median step over AdaBound's upper bound, by epoch: a panel for each contestant that has steps."""
+    found = {}
+    for contestant in contestants:
+        rows = [row for row in contestant.finals[0].rows if "at_upper" in row] if contestant.finals else []
+        if rows:
+            names = [name.removeprefix("step/") for name in rows[0] if name.startswith("step/")]
+            ratios = np.array([[row[f"step/{name}"] / row["step_upper"] for row in rows] for name in names])
+            found[contestant.name] = ([row["epoch"] for row in rows], names, np.log10(ratios))
+    if not found:
+        return None
+    figure, axes = panels(len(found), MAPS_WIDE, height=4.6, sharey=True)
+    for axis, (name, (epochs, names, ratios)) in zip(axes, found.items(), strict=True):
+        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
+        image = axis.imshow(
+            ratios, cmap="RdBu_r", vmin=-DECADES, vmax=DECADES, aspect="auto", extent=extent, interpolation="nearest"
+        )
+        axis.set_title(name, fontsize=9)
+        ticks = range(0, len(names), max(1, len(names) // 26))
+        axis.set_yticks(list(ticks), [names[i] for i in ticks], fontsize=6)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("epoch", fontsize=9)
+    ticks = range(-DECADES, DECADES + 1)
+    bar = figure.colorbar(image, ax=axes, ticks=list(ticks), extend="both", label="median step over the upper bound")
+    bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks])
     return figure
 
 

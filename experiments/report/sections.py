@@ -224,6 +224,13 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
             "for the peak learning rate: a schedule has scaled all of them down by then."
         )
         yield _picture(results, "layer-steps", figure, caption)
+    if (figure := figures.plot_step_map(trained)) is not None:
+        caption = (
+            "Each layer's median step over AdaBound's upper bound, by epoch (first seed): red is above, where AdaBound "
+            "would cut it, blue below. AdaBound's own is white where it is cut. One without bounds is compared with "
+            "those of its run's settings."
+        )
+        yield _picture(results, "step-map", figure, caption)
 
 
 def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:

@@ -55,6 +55,7 @@ def test_the_page_has_everything_inside(results, tmp_path):
         "small-curves",
         "small-steps",
         "small-layer-steps",
+        "small-step-map",
         "small-tuning",
         "small-tuning-effort",
         "small-confusions",
