@@ -103,9 +103,10 @@ def limits(results: StudyResults) -> str:
     tuned = next((t for t in theirs.tuning if t.state == "done" and t.has_test_results), None)
     if tuned is not None:
         pictures, epochs = len(tuned.test_results["label"]), tuned.columns["epochs"]
+        loss, one = ("the loss on ", "") if results.chosen_by_loss else ("", f" (one is {100 / pictures:.1f} points)")
         said.append(
-            f"Settings were chosen from {len(theirs.tuning)} by {pictures:,} held-out pictures after {epochs} epochs: "
-            f"one picture is {100 / pictures:.1f} points. The intervals hold for the settings so chosen: what "
+            f"Settings were chosen from {len(theirs.tuning)} by {loss}{pictures:,} held-out pictures{one}, after "
+            f"{epochs} epochs. The intervals hold for the settings so chosen: what "
             "other draws would have brought is not in them, nor that a longer training may want other settings, above "
             "all AdaBound's, whose bounds close with the number of updates."
         )
