@@ -174,7 +174,7 @@ def write_report(
     """Writes the weights and the pictures of a run into its folder: curves, predictions, and step sizes."""
     write_weights(path, training, state, description)
     plot_report(path, title, dataset, results)
-    if settings.opt in step_sizes.KNOWN and int(state.step):
+    if settings.opt != "sgd" and int(state.step):
         steps = step_sizes.layer_steps(training.moments(state), **bounds_of(settings))
         (path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
         step_sizes.plot_layer_steps(path / STEP_SIZES, steps, title)
@@ -187,7 +187,7 @@ def bounds_of(settings: Settings) -> dict[str, float]:
 
 def observe(settings: Settings, training: Training, state: State) -> dict[str, float]:
     """What an epoch's row of metrics says of the steps that the weights get."""
-    if settings.opt not in step_sizes.KNOWN or not int(state.step):
+    if settings.opt == "sgd" or not int(state.step):
         return {}
     bounded = settings.opt in step_sizes.BOUNDED
     return step_sizes.summarize_steps(training.moments(state), **bounds_of(settings), bounded=bounded)

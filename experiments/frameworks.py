@@ -23,10 +23,10 @@ from experiments.optimizers import (
     make_numpy_optimizer,
     make_optimizer,
     make_torch_optimizer,
+    moments_of,
     refuse_uncommon,
 )
 from experiments.run_folder import jax_device, numpy_device, torch_device
-from experiments.step_sizes import moments_of
 from experiments.training import State
 from jax_resnet.adabound import AdaBoundState
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_resnet.adabound import adabound, adaboundw, amsbound
+from jax_resnet.adabound import AdaBoundState, adabound, adaboundw, amsbound
 from jax_resnet.train import decay_mask
 from numpy_ref import optim
 
@@ -25,6 +25,7 @@ LEARNING_RATES: dict[str, float] = dict.fromkeys(
     ["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad"], 1e-3
 )
 LEARNING_RATES["sgd"] = 0.05
+ADAMS_B2 = 0.999  # everybody's default, which make_optimizer leaves as it is
 
 
 def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int) -> optax.Schedule:
@@ -101,6 +102,19 @@ def make_optimizer(
         return optax.chain(l2, trace, optax.scale_by_learning_rate(learning_rate))
     alias = {"adam": optax.adam, "amsgrad": optax.amsgrad}[name]
     return optax.chain(l2, alias(learning_rate, b1=momentum))
+
+
+def moments_of(opt_state: optax.OptState) -> AdaBoundState:
+    """The moments in the state of any optimizer of `make_optimizer` but SGD, wherever they are inside it."""
+    if (found := optax.tree.get(opt_state, "AdaBoundState")) is not None:
+        return found
+    if (adam := optax.tree.get(opt_state, "ScaleByAdamState")) is not None:
+        return AdaBoundState(adam.count, adam.mu, adam.nu, None)
+    amsgrad = optax.tree.get(opt_state, "ScaleByAmsgradState")
+    # optax corrects nu for its start at 0 before it takes the largest, AdaBoundState's is corrected after.
+    correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, in all digits
+    nu_max = jax.tree.map(lambda v: v * float(correction), amsgrad.nu_max)
+    return AdaBoundState(amsgrad.count, amsgrad.mu, amsgrad.nu, nu_max)
 
 
 def as_numbers(schedule: optax.Schedule, steps: int) -> Callable[[int], float]:

@@ -12,39 +12,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
 
 from jax_resnet.adabound import AdaBoundState, StepSizes, step_sizes
 
 BOUNDED = ("adabound", "amsbound", "adaboundw")
-KNOWN = (*BOUNDED, "adam", "adamw", "amsgrad")
-ADAMS_B2 = 0.999  # everybody's default, which experiments.cars leaves as it is
 MOST_SAMPLED = 4096
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 # As one program: operation by operation it is compiled some six times for each shape of a kernel.
 _step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
 
-def moments_of(opt_state: optax.OptState) -> AdaBoundState:
-    """The moments in the state of an optimizer of KNOWN, from optax or from here, wherever they are inside it."""
-    if (found := optax.tree.get(opt_state, "AdaBoundState")) is not None:
-        return found
-    if (adam := optax.tree.get(opt_state, "ScaleByAdamState")) is not None:
-        return AdaBoundState(adam.count, adam.mu, adam.nu, None)
-    amsgrad = optax.tree.get(opt_state, "ScaleByAmsgradState")
-    # optax corrects nu for its start at 0 before it takes the largest, AdaBoundState's is corrected after.
-    correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, in all digits
-    nu_max = jax.tree.map(lambda v: v * float(correction), amsgrad.nu_max)
-    return AdaBoundState(amsgrad.count, amsgrad.mu, amsgrad.nu, nu_max)
-
-
 def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float) -> dict[str, Any]:
-    """The step sizes of the latest update of an optimizer of KNOWN.
+    """The step sizes of the latest update of any optimizer but SGD.
 
     Args:
-      moments: after at least one update (`moments_of`).
+      moments: after at least one update (`experiments.optimizers.moments_of`).
       base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
       final_lr, gamma, b1: AdaBound's settings; for one without bounds they give those it would have had.
 

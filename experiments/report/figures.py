@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -70,7 +71,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
     others = [c for c in results.contestants if c is not baseline and c.by_seed()]
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.45 * len(others)), layout="constrained")
     theirs = baseline.by_seed()
-    reach = []
+    means, reach = [], []
     for y, contestant in enumerate(others):
         ours = contestant.by_seed()
         each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
@@ -79,16 +80,16 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
         if not math.isnan(interval.low):
             axis.plot([interval.low, interval.high], [y, y], color="tab:blue", lw=2)
         axis.plot(interval.mean, y, "D", color="tab:blue", ms=6)
-        ends = [] if math.isnan(interval.low) else [interval.low, interval.high]
-        reach.append(max(abs(value) for value in (*each, *ends, interval.mean)))
+        means.append(interval.mean)
+        reach.append(np.nanmax(np.abs([*each, interval.low, interval.high])))
     axis.axvline(0, color="black", lw=1)
     usual = 1.1 * max((r for r in reach if r < OUT_OF_REACH * np.median(reach)), default=0.0)
     if usual < max(reach):  # one that learned nothing would press the others together
         axis.set_xlim(-usual, usual)
-        for y in (y for y, r in enumerate(reach) if r > usual):
-            mean = paired_difference(others[y].by_seed(), theirs).mean
-            x, side = (0.01, "left") if mean < 0 else (0.99, "right")
-            axis.annotate(f"{100 * mean:+.0f}", (x, y), xycoords=("axes fraction", "data"), ha=side, va="center")
+        for y, mean in enumerate(means):
+            if reach[y] > usual:
+                x, side = (0.01, "left") if mean < 0 else (0.99, "right")
+                axis.annotate(f"{100 * mean:+.0f}", (x, y), xycoords=("axes fraction", "data"), ha=side, va="center")
     axis.set_yticks(range(len(others)), [contestant.name for contestant in others])
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
@@ -184,12 +185,19 @@ def plot_steps(contestants: Sequence[Contestant]) -> Figure | None:
     return figure
 
 
+def _steps_of(contestant: Contestant) -> tuple[list[dict[str, Any]], list[str], np.ndarray]:
+    """Of its first final run the rows with step sizes, the kernels, and each one's median step by epoch, (L, E)."""
+    rows = [row for row in contestant.finals[0].rows if "at_upper" in row] if contestant.finals else []
+    columns = [column for column in rows[0] if column.startswith("step/")] if rows else []
+    names = [column.removeprefix("step/") for column in columns]
+    return rows, names, np.array([[row[column] for row in rows] for column in columns])
+
+
 def _plot_steps_of(contestant: Contestant, axis: Axes) -> None:
     """The steps of its layers by epoch, the median and 5% to 95% of them, and its bounds."""
-    rows = [row for row in contestant.finals[0].rows if "at_upper" in row]
+    rows, _, steps = _steps_of(contestant)
     epochs, colour = [row["epoch"] for row in rows], contestant.colour
-    steps = np.array([[value for name, value in row.items() if name.startswith("step/")] for row in rows])
-    low, median, high = np.percentile(steps, [5, 50, 95], axis=1)
+    low, median, high = np.percentile(steps, [5, 50, 95], axis=0)
     axis.plot(epochs, median, color=colour, label=contestant.name)
     axis.fill_between(epochs, low, high, color=colour, alpha=0.15)
     if contestant.opt in BOUNDED:
@@ -202,13 +210,10 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
     figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
     names: list[str] = []
     for contestant in contestants:
-        if not contestant.finals:
-            continue
-        last = contestant.finals[0].rows[-1]
-        steps = {name.removeprefix("step/"): v for name, v in last.items() if name.startswith("step/")}
-        if steps:
-            names = names or list(steps)
-            axis.plot(range(len(steps)), list(steps.values()), ".-", color=contestant.colour, label=contestant.name)
+        rows, kernels, steps = _steps_of(contestant)
+        if rows:
+            names = names or kernels
+            axis.plot(range(len(steps)), steps[:, -1], ".-", color=contestant.colour, label=contestant.name)
         elif contestant.opt == "sgd":
             axis.axhline(sgd_step(contestant.finals[0]), color=contestant.colour, ls="-.", label=contestant.name)
     if not names:
@@ -224,20 +229,16 @@ def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
 
 def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:
     """Each layer's median step over AdaBound's upper bound, by epoch: a panel for each contestant that has steps."""
-    found = {}
-    for contestant in contestants:
-        rows = [row for row in contestant.finals[0].rows if "at_upper" in row] if contestant.finals else []
-        if rows:
-            names = [name.removeprefix("step/") for name in rows[0] if name.startswith("step/")]
-            ratios = np.array([[row[f"step/{name}"] / row["step_upper"] for row in rows] for name in names])
-            found[contestant.name] = ([row["epoch"] for row in rows], names, np.log10(ratios))
+    found = {c.name: of_it for c in contestants if (of_it := _steps_of(c))[0]}
     if not found:
         return None
-    figure, axes = panels(len(found), MAPS_WIDE, height=4.6, sharey=True)
-    for axis, (name, (epochs, names, ratios)) in zip(axes, found.items(), strict=True):
-        extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
+    one_network = len({tuple(names) for _, names, _ in found.values()}) == 1
+    figure, axes = panels(len(found), MAPS_WIDE, height=4.6, sharey=one_network)
+    for axis, (name, (rows, names, steps)) in zip(axes, found.items(), strict=True):
+        powers = np.log10(steps / [row["step_upper"] for row in rows])
+        extent = (rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
         image = axis.imshow(
-            ratios, cmap="RdBu_r", vmin=-DECADES, vmax=DECADES, aspect="auto", extent=extent, interpolation="nearest"
+            powers, cmap="RdBu_r", vmin=-DECADES, vmax=DECADES, aspect="auto", extent=extent, interpolation="nearest"
         )
         axis.set_title(name, fontsize=9)
         ticks = range(0, len(names), max(1, len(names) // 26))

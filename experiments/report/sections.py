@@ -235,7 +235,11 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
 
 def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
     for grid in grids:
-        yield TextTable([_row(results, cell) for cell in grid.cells.values() if cell.by_seed()])
+        trained = [cell for cell in grid.cells.values() if cell.by_seed()]
+        if not trained:
+            continue
+        yield TextTable([_row(results, cell) for cell in trained])
+        yield Text(_how_to_read(results, trained))
         if rows := grid_differences(grid):
             yield Text("Final top-1, by what else differs: each optimizer minus the first, paired by seed.")
             yield TextTable(rows)

@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,11 +23,10 @@ from experiments.analysis import (
 )
 from experiments.metrics import read_test_results
 from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs
-from experiments.study import PROTOCOL, TRIALS
+from experiments.study import PROTOCOL, TRIALS, Stage, State
 
 ACCURACIES = ("top1", "best_top1", "top5", "macro_f1")
 CONFIG_PARTS = ("settings", "data", "input", "device", "versions", "git_commit")
-STAGES, STATES = ("tuning", "final"), ("open", "begun", "done", "failed")
 ROUNDING = 1e-5  # of the numbers in trials.csv
 KNOWN_COLUMNS = {"contestant", "stage", "number", "state", "seed", "epochs", "folder", "command"}
 
@@ -273,20 +272,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
     reading = PROTOCOL
     try:
         protocol = tomllib.loads((folder / PROTOCOL).read_text(encoding="utf-8"))
-        runs = _count_runs(protocol)
         reading = TRIALS
         with open(folder / TRIALS, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"{folder} holds no study: {error.strerror}: {error.filename}") from error
-    except KeyError as error:
-        raise ValueError(f"{folder / reading} is damaged: {error} is missing") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{folder / reading} is damaged: {error}") from error
+    if missing := {"about", "contestants", "final"} - protocol.keys():
+        raise ValueError(f"{folder / PROTOCOL} is damaged: {min(missing)} is missing")
     known = KNOWN_COLUMNS.union(*(block.get("axes", {}) for block in protocol["contestants"]))
     if not lines or not lines[0].keys() >= known:
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
-    if len(lines) < runs:
+    if len(lines) < (runs := _count_runs(protocol)):
         raise ValueError(f"{folder / TRIALS} has {len(lines)} runs, and {PROTOCOL} beside it {runs}")
     found: dict[str, Contestant] = {}
     for number, line in enumerate(lines, 2):
@@ -304,8 +302,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
 
 
 def _count_runs(protocol: Mapping[str, Any]) -> int:
-    """How many runs a protocol has, tuning and final ones; a KeyError where it is none."""
-    total, _ = 0, protocol["about"]
+    """How many runs a protocol has, tuning and final ones."""
+    total = 0
     for block in protocol["contestants"]:
         tuning = protocol["tuning"]["trials"] if block.get("search") else 0
         combinations = math.prod(len(values) for values in block.get("axes", {}).values())
@@ -317,8 +315,8 @@ def _check_line(line: Mapping[str, str | None]) -> None:
     """Raises a ValueError or TypeError for a line of trials.csv that no study wrote."""
     if None in line or None in line.values():
         raise ValueError("it has another number of columns than the first")
-    for column, values in (("stage", STAGES), ("state", STATES)):
-        if line[column] not in values:
+    for column, kind in (("stage", Stage), ("state", State)):
+        if line[column] not in (values := get_args(kind)):
             raise ValueError(f"{column} {line[column]!r} is none of {', '.join(values)}")
     int(line["seed"])
     if line["state"] == "done":

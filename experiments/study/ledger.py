@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import optuna
@@ -25,11 +25,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from experiments.run_folder import METRICS, lock, read_epochs
-from experiments.study import PROTOCOL
+from experiments.study import PROTOCOL, Stage, State
 from experiments.study.protocol import Contestant, Protocol
 
-Stage = Literal["tuning", "final"]
-State = Literal["open", "begun", "done", "failed"]
 JOURNAL = "journal.log"
 STATES: dict[TrialState, State] = {
     TrialState.WAITING: "open",

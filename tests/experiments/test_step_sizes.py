@@ -5,7 +5,8 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments.step_sizes import layer_steps, moments_of, plot_layer_steps, summarize_steps
+from experiments.optimizers import moments_of
+from experiments.step_sizes import layer_steps, plot_layer_steps, summarize_steps
 from jax_resnet.adabound import adabound
 
 SETTINGS = dict(base_lr=1e-3, final_lr=0.1, gamma=1e-3, b1=0.9)
