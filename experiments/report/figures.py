@@ -206,19 +206,19 @@ def _plot_steps_of(contestant: Contestant, axis: Axes) -> None:
 
 
 def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
-    """The median step of each layer after the last epoch, from the stem to the dense layer."""
+    """The median step of each layer of one network after the last epoch, from the stem to the dense layer."""
+    found = {c.name: _steps_of(c) for c in contestants}
+    networks = {tuple(names) for rows, names, _ in found.values() if rows}
+    if len(networks) != 1:  # none has steps, or layers of several networks have no axis in common
+        return None
+    (names,) = networks
     figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
-    names: list[str] = []
     for contestant in contestants:
-        rows, kernels, steps = _steps_of(contestant)
+        rows, _, steps = found[contestant.name]
         if rows:
-            names = names or kernels
             axis.plot(range(len(steps)), steps[:, -1], ".-", color=contestant.colour, label=contestant.name)
         elif contestant.opt == "sgd":
             axis.axhline(sgd_step(contestant.finals[0]), color=contestant.colour, ls="-.", label=contestant.name)
-    if not names:
-        plt.close(figure)
-        return None
     ticks = range(0, len(names), max(1, len(names) // 26))
     axis.set_xticks(list(ticks), [names[i] for i in ticks], rotation=60, ha="right", fontsize=7)
     axis.set(yscale="log", ylabel="median step, at the peak of the schedule")
