@@ -36,6 +36,7 @@ from experiments.data.dataset import (
     channel_statistics,
     draw_classes,
     hold_out,
+    limit_test,
 )
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
@@ -63,7 +64,7 @@ CONTESTANTS = {name: {"framework": name, "model": "torch_ref"} for name in TITLE
 
 
 def load_data(settings: Settings) -> Dataset:
-    """Stanford Cars, or drawn cars for the demo; of them --classes, --holdout and --limit take parts, in this order.
+    """Stanford Cars, or drawn cars for the demo; --classes, --holdout, --limit and --test-limit take parts of them.
 
     Raises:
       DataError: if the folder holds nothing usable.
@@ -86,7 +87,7 @@ def load_data(settings: Settings) -> Dataset:
         dataset = hold_out(dataset, settings.holdout)
     if settings.limit is not None:
         dataset = dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
-    return dataset
+    return dataset if settings.test_limit is None else limit_test(dataset, settings.test_limit)
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
@@ -210,7 +211,9 @@ def run(settings: Settings) -> int | None:
 def train(settings: Settings) -> int | None:
     """`run` for one framework, once the processes have met."""
     dataset = load_data(settings)
-    count_steps(dataset.train, settings.batch_size)  # before weights are drawn for nothing
+    steps_per_epoch = count_steps(dataset.train, settings.batch_size)  # before weights are drawn for nothing
+    if settings.gamma_times_steps is not None:
+        settings = dataclasses.replace(settings, gamma=settings.gamma_times_steps / (settings.epochs * steps_per_epoch))
     network = f"torchvision's {settings.arch}" if settings.model == "torchvision" else settings.arch
     if settings.framework != "jax":
         network += f" in {TITLES[settings.framework]}"

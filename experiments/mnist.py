@@ -30,7 +30,7 @@ from experiments import cnn
 from experiments.compare import train_and_compare
 from experiments.compilation import use_compilation_cache
 from experiments.data.augment import normalize, to_unit_range
-from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics
+from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics, limit_test
 from experiments.data.mnist import load_mnist
 from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network, weights_dtype
 from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
@@ -95,6 +95,8 @@ def load_data(settings: Settings) -> Dataset:
     dataset = load_mnist(settings.data)
     if settings.limit is not None:
         dataset = dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
+    if settings.test_limit is not None:
+        dataset = limit_test(dataset, settings.test_limit)
     if settings.model == "cnn":
         return dataset
     return dataclasses.replace(dataset, train=padded(dataset.train), test=padded(dataset.test))

@@ -187,7 +187,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """Those of the rows that end an epoch; [] if there are none yet."""
+    """Those of the rows that end an epoch that was tested; [] if there are none yet."""
     if not (path / METRICS).exists():
         return []
     return [row for row in read_metrics(path) if "test_top1" in row]

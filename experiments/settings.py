@@ -61,6 +61,10 @@ class RunSettings:
     """Train on this many pictures only, drawn by --seed, balanced by class."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl within an epoch."""
+    test_every: int = 1
+    """Epochs between two tests; the last epoch is always tested."""
+    test_limit: int | None = None
+    """Test on this many pictures only, balanced by class: always the same ones."""
     out: Path | None = None
     """The run's folder [default: runs/ and a name made of settings and time]."""
     overwrite: bool = False
@@ -110,7 +114,8 @@ class RunSettings:
 
     def check(self) -> None:
         """Raises a ValueError for values out of range, or that contradict one another."""
-        for name, least in dict(epochs=1, batch_size=2, log_every=1, limit=1, seed=0).items():
+        least_values = dict(epochs=1, batch_size=2, log_every=1, test_every=1, limit=1, test_limit=1, seed=0)
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -209,6 +214,9 @@ class Settings(RunSettings):
     """AdaBound: the SGD rate at which it ends."""
     gamma: float = 1e-3
     """AdaBound: how fast its bounds close."""
+    gamma_times_steps: float | None = None
+    """AdaBound: gamma times the run's number of updates, in place of --gamma. The bounds then close alike in runs of
+    any length: at 1 they have come half the way, at 100 they are nearly closed."""
     momentum: float = 0.9
     """SGD's momentum; b1 of all others."""
     dampening: float = 0.0
@@ -258,7 +266,7 @@ class Settings(RunSettings):
                 raise ValueError(
                     f"--{name.replace('_', '-')} must not be negative or infinite, got {getattr(self, name)}"
                 )
-        require_positive(self, "final_lr", "gamma", "loss_scale")
+        require_positive(self, "final_lr", "gamma", "gamma_times_steps", "loss_scale")
 
 
 PRESETS = {

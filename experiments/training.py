@@ -42,6 +42,7 @@ class Plan:
 
     epochs, batch_size, seed: the batches are those of `Batches`; batch_size is that of all processes together.
     log_every: steps between two rows.
+    test_every: epochs between two tests; the last epoch is always tested.
     workers: processes that make batches ahead; 0 for threads.
     skip_nonfinite: how many steps may be not finite.
     report_seconds: least time between two reports.
@@ -51,6 +52,7 @@ class Plan:
     batch_size: int
     seed: int
     log_every: int
+    test_every: int = 1
     workers: int = 0
     skip_nonfinite: int = 0
     report_seconds: float = 60.0
@@ -302,20 +304,21 @@ class _Fit:
 
     def end_epoch(self) -> None:
         plan, epoch, labels = self.plan, self.progress.epoch + 1, self.dataset.test.labels
-        row = self.meter.row(self.steps_per_epoch)
-        self.results = self.test(self.state.params, self.state.batch_stats)
-        row |= summarize(self.results, labels)
-        score = row["test_top1"]
-        if (averages := self.steps.averages(self.state)) is not None:
-            averaged = summarize(self.test(*averages), labels)
-            row |= {f"ema_{name}": value for name, value in averaged.items()}
-            score = row["ema_test_top1"]
+        row, score = self.meter.row(self.steps_per_epoch), None
+        if epoch % plan.test_every == 0 or epoch == plan.epochs:
+            self.results = self.test(self.state.params, self.state.batch_stats)
+            row |= summarize(self.results, labels)
+            score = row["test_top1"]
+            if (averages := self.steps.averages(self.state)) is not None:
+                averaged = summarize(self.test(*averages), labels)
+                row |= {f"ema_{name}": value for name, value in averaged.items()}
+                score = row["ema_test_top1"]
         row |= self.observe(self.state)
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.folder.log(row)
         if jax.process_index() == 0:
             self.bar.write(f"epoch {epoch}/{plan.epochs}: {describe_epoch(self.dataset.title, row)}")
-        best = self.progress.best is None or score > self.progress.best
+        best = score is not None and (self.progress.best is None or score > self.progress.best)
         self.progress = Progress(epoch, best=score if best else self.progress.best)
         if best or self.saver.due(self.step):
             self.save(score)
@@ -361,12 +364,14 @@ class _Fit:
 
 
 def describe_epoch(title: str, row: dict[str, float]) -> str:
-    """The row at the end of an epoch as a line."""
+    """The row at the end of an epoch, tested or not, as a line."""
+    trained = f"train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} macro-F1 {row['train_macro_f1']:.1%}"
+    if "test_loss" not in row:
+        return f"{trained} | {title}, not tested"
     averaged = f" (averaged weights {row['ema_test_top1']:.1%})" if "ema_test_top1" in row else ""
     speed = f" | {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""
     return (
-        f"train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} macro-F1 {row['train_macro_f1']:.1%} | "
-        f"{title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%}{averaged} "
+        f"{trained} | {title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%}{averaged} "
         f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%}{speed}"
     )
 

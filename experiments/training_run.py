@@ -195,7 +195,7 @@ def train_and_report(
     if settings.keep:
         Checkpoints(out / CHECKPOINTS)  # says now if it could not be read again
     if settings.resume and (out / CONFIG).exists():
-        refuse_other_run(out, json.loads(json.dumps(config)))
+        refuse_other_run(out, json.loads(json.dumps(config)), settings)
     restored = restore_run(settings, training, out)
     refuse_other_processes(config, restored)
     report_findings(settings, dataset, training, out)
@@ -225,6 +225,7 @@ def train_and_report(
         settings.batch_size,
         settings.seed,
         settings.log_every,
+        settings.test_every,
         workers=settings.workers,
         skip_nonfinite=settings.skip_nonfinite,
     )
@@ -252,11 +253,12 @@ def train_and_report(
     if not is_first():
         return ended_by
     tested = read_epochs(out)
+    after = tested[-1]["epoch"] if tested else 0
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     took = time.perf_counter() - started
     files = ", ".join(n for n in REPORTED if (out / n).exists())
     print(
-        f"{title}: {reached} after {len(tested)} of {settings.epochs} epochs, {took // 60:.0f} min {took % 60:.0f} s; "
+        f"{title}: {reached} after {after:g} of {settings.epochs} epochs, {took // 60:.0f} min {took % 60:.0f} s; "
         f"in {out} are {files}"
     )
     if ended_by is not None and saver.checkpoints is not None:
@@ -305,7 +307,7 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
         print("nothing was trained: --dry-run")
 
 
-def refuse_other_run(out: Path, config: dict[str, Any]) -> None:
+def refuse_other_run(out: Path, config: dict[str, Any], defaults: RunSettings) -> None:
     """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions."""
     try:
         earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
@@ -314,6 +316,8 @@ def refuse_other_run(out: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
     if settings.get("keep") == 0:
         raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
+    # A run that was begun before a setting existed was trained at its default.
+    settings = {field.name: field.default for field in dataclasses.fields(defaults)} | settings
     different = [
         f"--{name.replace('_', '-')} {settings.get(name)} there, {value} here"
         for name, value in config["settings"].items()

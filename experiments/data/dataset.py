@@ -153,6 +153,17 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
     )
 
 
+def limit_test(dataset: Dataset, count: int) -> Dataset:
+    """A data set with `count` of the test pictures, balanced by class, always the same ones; its title says so.
+
+    Raises:
+      ValueError: count is not from 1 to the number of test pictures.
+    """
+    return dataclasses.replace(
+        dataset, title=f"{dataset.title}, {count:,} test pictures", test=balanced_subset(dataset.test, count, seed=0)
+    )
+
+
 def channel_statistics(images: np.ndarray | LazyPictures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel, pixels scaled to [0, 1].
 

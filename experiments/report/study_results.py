@@ -305,9 +305,11 @@ def _count_runs(protocol: Mapping[str, Any]) -> int:
     """How many runs a protocol has, tuning and final ones."""
     total = 0
     for block in protocol["contestants"]:
-        tuning = protocol["tuning"]["trials"] if block.get("search") else 0
+        tuning = block.get("trials", protocol["tuning"]["trials"]) if block.get("search") else 0
         combinations = math.prod(len(values) for values in block.get("axes", {}).values())
-        total += combinations * (tuning + len(set(protocol["final"]["seeds"])))
+        final = protocol["final"]
+        seeds = block.get("seeds", [*final["seeds"], *final.get("later_seeds", [])])
+        total += combinations * (tuning + len(set(seeds)))
     return total
 
 

@@ -12,23 +12,25 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import optuna
-from optuna.distributions import distribution_to_json
-from optuna.samplers import RandomSampler
+from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from scipy.stats.qmc import Sobol
 
 from experiments.run_folder import METRICS, lock, read_epochs
 from experiments.study import PROTOCOL, Stage, State
 from experiments.study.protocol import Contestant, Protocol
 
 JOURNAL = "journal.log"
+MOST_SEARCHED = 8  # fields of a contestant's search, where a Sobol sequence draws them
 STATES: dict[TrialState, State] = {
     TrialState.WAITING: "open",
     TrialState.RUNNING: "begun",
@@ -123,9 +125,10 @@ class Ledger:
         """All runs of the protocol in the order in which they are begun.
 
         By group; within it tuning before final runs, and number by number, so that all contestants are equally far at
-        any time. Final runs of a contestant that is still being tuned are among them, with nothing drawn yet.
+        any time; runs of later seeds after all groups. Final runs of a contestant that is still being tuned are among
+        them, with nothing drawn yet.
         """
-        runs = []
+        runs, later = [], set(self.protocol.later_seeds)
         for group in sorted({contestant.group for contestant in self.protocol.contestants}):
             contestants = [c for c in self.protocol.contestants if c.group == group]
             of_each = [self._runs_of(contestant) for contestant in contestants]
@@ -134,23 +137,29 @@ class Ledger:
                 runs += [
                     stages[stage][number] for number in range(most) for stages in of_each if number < len(stages[stage])
                 ]
-        return runs
+        return sorted(runs, key=lambda run: run.stage == "final" and run.contestant.seeds is None and run.seed in later)
 
     def _runs_of(self, contestant: Contestant) -> tuple[list[Run], list[Run]]:
-        tuning, final, protocol = [], [], self.protocol
-        if contestant.search:
-            trials = self._trials(contestant, "tuning")
-            for number in range(protocol.tuning.trials):
-                state, drawn = trials.get(number, ("open", {}))
-                settings = (protocol.tuning.seed, protocol.tuning.epochs, protocol.tuning.holdout)
-                tuning.append(Run(contestant, "tuning", number, drawn, *settings, state))
-        best = self.best(tuning)
+        final, protocol = [], self.protocol
+        tuner, place = protocol.tuning_of(contestant)
+        best = self.best(self._tuning_runs(tuner), place)
         trials = self._trials(contestant, "final")
-        for number, seed in enumerate(protocol.seeds):
+        for number, seed in enumerate(protocol.seeds_of(contestant)):
             state, _ = trials.get(number, ("open", {}))
             drawn = best.drawn if best else {}
             final.append(Run(contestant, "final", number, drawn, seed, protocol.epochs, None, state))
-        return tuning, final
+        return self._tuning_runs(contestant), final
+
+    def _tuning_runs(self, contestant: Contestant) -> list[Run]:
+        if not contestant.search:
+            return []
+        protocol, trials = self.protocol, self._trials(contestant, "tuning")
+        settings = (protocol.tuning.seed, protocol.tuning.epochs, protocol.tuning.holdout)
+        runs = []
+        for number in range(protocol.trials_of(contestant)):
+            state, drawn = trials.get(number, ("open", {}))
+            runs.append(Run(contestant, "tuning", number, drawn, *settings, state))
+        return runs
 
     def publish_protocol(self) -> None:
         """Leaves the protocol's file beside what came of it."""
@@ -163,24 +172,27 @@ class Ledger:
             for stage in ("tuning", "final") if contestant.search else ("final",):
                 self._study(contestant, stage)
             if contestant.search and self._trials(contestant, "final"):
-                tried, wanted = len(self._trials(contestant, "tuning")), self.protocol.tuning.trials
+                tried, wanted = len(self._trials(contestant, "tuning")), self.protocol.trials_of(contestant)
                 if tried != wanted:
                     raise ValueError(
                         f"{self.folder}: {contestant.name} has begun its final runs after {tried} tuning trials, and "
                         f"the protocol has {wanted}: settings are not chosen again once test results may be known"
                     )
 
-    def best(self, tuning: list[Run]) -> Run | None:
-        """The tuning run that won on held-out pictures, by what the protocol chooses by; None unless all have ended."""
+    def best(self, tuning: list[Run], place: int = 1) -> Run | None:
+        """The tuning run at a place on held-out pictures, by what the protocol chooses by.
+
+        None unless all have ended, and as many of them well.
+        """
         if any(run.state in ("open", "begun") for run in tuning):
             return None
         outcomes = {run.number: outcome_of(self.rows(run)) for run in tuning if run.state == "done"}
-        if not outcomes:
+        if len(outcomes) < place:
             return None
         losses = {number: math.inf if math.isnan(of.loss) else of.loss for number, of in outcomes.items()}
         by_loss = self.protocol.tuning.choose_by == "loss"
         score = {number: (0 if by_loss else of.top1, -losses[number]) for number, of in outcomes.items()}
-        return tuning[max(score, key=score.get)]
+        return tuning[sorted(score, key=score.get, reverse=True)[place - 1]]
 
     def rows(self, run: Run) -> list[dict[str, Any]]:
         """The rows of a run's metrics that end an epoch.
@@ -197,7 +209,7 @@ class Ledger:
         """Whether a run can be begun, or gone on with if its worker has died."""
         if run.state not in ("open", "begun"):
             return False
-        return run.stage == "tuning" or not run.contestant.search or bool(run.drawn)
+        return run.stage == "tuning" or not run.contestant.is_tuned or bool(run.drawn)
 
     def take(self) -> tuple[Run, TextIO] | None:
         """The next run that nobody is at, and its lock, which is held until it is closed; None if there is none now."""
@@ -228,9 +240,7 @@ class Ledger:
     def _begin(self, run: Run) -> Run:
         study, search = self._study(run.contestant, run.stage), {}
         if run.stage == "tuning":
-            # The same point of the unit cube for trial n of every contestant.
-            seed = np.random.SeedSequence([self.protocol.tuning.seed, run.number]).generate_state(1)[0]
-            study.sampler, search = RandomSampler(seed=int(seed)), run.contestant.search
+            study.sampler, search = self._sampler(run), run.contestant.search
         facts = self._facts(run.contestant, run.stage)
         if study.user_attrs["protocol"] != facts:  # seeds were added: now they are begun, and may change no more
             study.set_user_attr("protocol", facts)
@@ -238,6 +248,15 @@ class Ledger:
         if trial.number != run.number:
             raise ValueError(f"another worker on {study.study_name} does not see {self.folder}: all must share it")
         return dataclasses.replace(run, drawn=trial.params if search else run.drawn, state="begun")
+
+    def _sampler(self, run: Run) -> BaseSampler:
+        """Draws the same point of the unit cube for trial n of every contestant."""
+        tuning = self.protocol.tuning
+        seed = np.random.SeedSequence([tuning.seed, run.number]).generate_state(1)[0]
+        sampler = RandomSampler(seed=int(seed))
+        if tuning.sampler == "random":
+            return sampler
+        return PartialFixedSampler(sobol_draw(run.contestant.search, tuning.seed, run.number), sampler)
 
     def end(self, run: Run, *, failed: bool = False) -> None:
         """Records that a run has reached its end, or never will."""
@@ -279,7 +298,8 @@ class Ledger:
         protocol = self.protocol
         facts: dict[str, Any] = {"settings": contestant.settings, "cores": protocol.cores}
         if stage == "final":
-            return facts | {"epochs": protocol.epochs, "seeds": list(protocol.seeds)}
+            tuned_as = {"tuned_as": list(contestant.tuned_as)} if contestant.tuned_as else {}
+            return facts | tuned_as | {"epochs": protocol.epochs, "seeds": list(protocol.seeds_of(contestant))}
         search = {field: distribution_to_json(space) for field, space in contestant.search.items()}
         return facts | {
             "search": search,
@@ -287,7 +307,25 @@ class Ledger:
             "holdout": protocol.tuning.holdout,
             "seed": protocol.tuning.seed,
             "choose_by": protocol.tuning.choose_by,
+            "sampler": protocol.tuning.sampler,
         }
+
+
+def sobol_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -> dict[str, Any]:
+    """Point `number` of a scrambled Sobol sequence: every power of two of them fills each range evenly.
+
+    A field's coordinate is its place in the search, so that contestants whose searches begin alike draw alike.
+    """
+    point = Sobol(MOST_SEARCHED, rng=seed).random(2 ** (number + 1).bit_length())[number]
+    drawn = {}
+    for (field, space), share in zip(search.items(), point, strict=False):
+        if isinstance(space, CategoricalDistribution):
+            drawn[field] = space.choices[int(share * len(space.choices))]
+        elif space.log:
+            drawn[field] = float(space.low * (space.high / space.low) ** share)
+        else:
+            drawn[field] = float(space.low + (space.high - space.low) * share)
+    return drawn
 
 
 def replace(path: Path, text: str) -> None:
@@ -299,7 +337,7 @@ def replace(path: Path, text: str) -> None:
 
 def _different(earlier: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """In which facts a protocol is another one; seeds may have been added."""
-    earlier = {"choose_by": "top1"} | earlier  # which was the only way once, and not recorded
+    earlier = {"choose_by": "top1", "sampler": "random"} | earlier  # which were the only ways once, and not recorded
     seeds = facts.get("seeds", [])[: len(earlier.get("seeds", []))]
     return [key for key, value in facts.items() if earlier.get(key) != (seeds if key == "seeds" else value)]
 

@@ -13,10 +13,12 @@
     holdout = 0.1                   # the share of each class's training pictures that they are compared on
     seed = 0                        # of the random draws, and of the runs
     choose_by = "top1"              # of the held-out pictures, or "loss" [default: top1, of equals the lower loss]
+    sampler = "random"              # independent draws, or "sobol": draws that spread evenly [default: random]
 
     [final]
     seeds = [0, 1, 2, 3, 4]         # of the runs of each contestant
     epochs = 30
+    later_seeds = [5, 6]            # begun when all else has ended [default: none]
 
     [[contestants]]
     name = "Adam"
@@ -29,6 +31,12 @@
     settings = { opt = "adabound" }
     axes.final_lr = [0.01, 0.1]     # a setting and its values, or names and the settings that each stands for:
     axes.input = { raw = { normalize = false }, normalized = {} }
+
+    [[contestants]]                 # trained at a setting that another contestant's tuning found
+    name = "Adam, second setting"
+    settings = { opt = "adam" }
+    tuned_as = { contestant = "Adam", place = 2 }    # the second best [default: the best]
+    seeds = [0]                     # in place of all of [final]'s; a contestant with a search may have trials = 4
 
     [report]
     compare = ["AdaBound", "Adam"]  # the two that the question is about, the second the one to beat
@@ -67,8 +75,9 @@ class Contestant:
     name: for people; `slug` for folders.
     labels: which value of each axis this is, by the axis's name.
     settings: of experiments.cars, by field.
-    search: what is drawn at random for each tuning trial, by field.
-    group: see the module.
+    search: what is drawn for each tuning trial, by field.
+    group, trials, seeds: see the module; trials and seeds are None where it has the protocol's.
+    tuned_as: the contestant whose tuning found its settings, and which place they had there.
     """
 
     name: str
@@ -76,10 +85,18 @@ class Contestant:
     settings: dict[str, Any]
     search: dict[str, BaseDistribution]
     group: int = 0
+    trials: int | None = None
+    seeds: tuple[int, ...] | None = None
+    tuned_as: tuple[str, int] | None = None
 
     @property
     def slug(self) -> str:
         return slug(self.name)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether its final runs wait for tuning, its own or another's."""
+        return bool(self.search or self.tuned_as)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +108,7 @@ class Tuning:
     holdout: float
     seed: int = 0
     choose_by: str = "top1"
+    sampler: str = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +128,22 @@ class Protocol:
     seeds: tuple[int, ...]
     epochs: int
     cores: int | None = None
+    later_seeds: tuple[int, ...] = ()
+
+    def trials_of(self, contestant: Contestant) -> int:
+        """How many tuning trials a contestant has."""
+        if not contestant.search:
+            return 0
+        return self.tuning.trials if contestant.trials is None else contestant.trials
+
+    def seeds_of(self, contestant: Contestant) -> tuple[int, ...]:
+        """The seeds of a contestant's final runs, the later ones last."""
+        return (*self.seeds, *self.later_seeds) if contestant.seeds is None else contestant.seeds
+
+    def tuning_of(self, contestant: Contestant) -> tuple[Contestant, int]:
+        """The contestant whose tuning finds this one's settings, mostly itself, and the place of the settings."""
+        name, place = contestant.tuned_as or (contestant.name, 1)
+        return next(other for other in self.contestants if other.name == name), place
 
 
 def read_protocol(path: Path) -> Protocol:
@@ -153,10 +187,12 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
         missing = f"{searching[0]} has a search" if searching else "nothing is searched"
         raise ValueError(f"{missing}, and there is {'no' if searching else 'a'} table tuning")
     final = table["final"]
-    _only(final, "final", ("seeds", "epochs"))
-    seeds, epochs = final.get("seeds"), final.get("epochs")
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
-        raise ValueError(f"final.seeds must be a list of whole numbers, got {seeds!r}")
+    _only(final, "final", ("seeds", "epochs", "later_seeds"))
+    seeds = _seeds(final.get("seeds"), "final.seeds")
+    later = _seeds(final["later_seeds"], "final.later_seeds") if "later_seeds" in final else ()
+    epochs = final.get("epochs")
+    if set(seeds) & set(later):
+        raise ValueError(f"final.later_seeds has {min(set(seeds) & set(later))}, which final.seeds has too")
     if type(epochs) is not int or epochs < 1:
         raise ValueError(f"final.epochs must be a whole number from 1, got {epochs!r}")
     if tuning:
@@ -165,11 +201,30 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
     cores = table.get("cores")
     if cores is not None and (type(cores) is not int or cores < 1):
         raise ValueError(f"cores must be a whole number from 1, got {cores!r}")
-    about, seeds = table["about"].strip(), tuple(dict.fromkeys(seeds))
-    protocol = Protocol(name, text, about, tuple(contestants), tuning, seeds, epochs, cores)
+    protocol = Protocol(name, text, table["about"].strip(), tuple(contestants), tuning, seeds, epochs, cores, later)
+    for contestant in contestants:
+        if contestant.tuned_as:
+            _check_tuned_as(protocol, contestant)
     for contestant in contestants:
         _check_runs(protocol, contestant)
     return protocol
+
+
+def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
+    if not (isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)):
+        raise ValueError(f"{where} must be a list of whole numbers, got {seeds!r}")
+    return tuple(dict.fromkeys(seeds))
+
+
+def _check_tuned_as(protocol: Protocol, contestant: Contestant) -> None:
+    name, place = contestant.tuned_as
+    found = [other for other in protocol.contestants if other.name == name]
+    if not found or not found[0].search:
+        raise ValueError(f"{contestant.name}: tuned_as names {name!r}, which is no contestant with a search")
+    if contestant.search:
+        raise ValueError(f"{contestant.name}: a search of its own and tuned_as contradict one another")
+    if place > (trials := protocol.trials_of(found[0])):
+        raise ValueError(f"{contestant.name}: tuned_as asks for place {place}, and {name} has {trials} trials")
 
 
 def _check_tuning(tuning: Tuning) -> None:
@@ -180,6 +235,8 @@ def _check_tuning(tuning: Tuning) -> None:
         raise ValueError(f"tuning needs a holdout between 0 and 1, got {tuning.holdout!r}")
     if tuning.choose_by not in ("top1", "loss"):
         raise ValueError(f"tuning.choose_by must be top1 or loss, got {tuning.choose_by!r}")
+    if tuning.sampler not in ("random", "sobol"):
+        raise ValueError(f"tuning.sampler must be random or sobol, got {tuning.sampler!r}")
 
 
 def _check_report(report: Any, names: Sequence[str]) -> None:
@@ -204,10 +261,15 @@ def _contestants(block: Mapping[str, Any], common: dict[str, Any]) -> list[Conte
     if not isinstance(block, dict) or not isinstance(block.get("name"), str):
         raise ValueError(f"a contestant has no name: {block!r}")
     name = block["name"]
-    _only(block, name, ("name", "settings", "search", "axes", "group"))
-    for key, kind in dict(search=dict, axes=dict, group=int).items():
+    _only(block, name, ("name", "settings", "search", "axes", "group", "trials", "seeds", "tuned_as"))
+    for key, kind in dict(search=dict, axes=dict, group=int, trials=int, tuned_as=dict).items():
         if not isinstance(block.get(key, kind()), kind):
             raise ValueError(f"{name}: {key} must be a {'number' if kind is int else 'table'}, got {block[key]!r}")
+    trials = block.get("trials")
+    if trials is not None and (trials < 1 or "search" not in block):
+        raise ValueError(f"{name}: trials must be at least 1, for a contestant with a search; got {trials}")
+    seeds = _seeds(block["seeds"], f"{name}: seeds") if "seeds" in block else None
+    tuned_as = _tuned_as(block["tuned_as"], name) if "tuned_as" in block else None
     settings = common | _settings(block.get("settings", {}), name)
     search = {field: _distribution(field, space, name) for field, space in block.get("search", {}).items()}
     _settings(dict.fromkeys(search), name)
@@ -219,8 +281,17 @@ def _contestants(block: Mapping[str, Any], common: dict[str, Any]) -> list[Conte
         for axis, label in chosen.items():
             merged |= axes[axis][label]
         full_name = ", ".join([name, *(_label(axis, label) for axis, label in chosen.items())])
-        contestants.append(Contestant(full_name, chosen, merged, search, block.get("group", 0)))
+        rest = (block.get("group", 0), trials, seeds, tuned_as)
+        contestants.append(Contestant(full_name, chosen, merged, search, *rest))
     return contestants
+
+
+def _tuned_as(table: Mapping[str, Any], name: str) -> tuple[str, int]:
+    _only(table, f"{name}: tuned_as", ("contestant", "place"))
+    contestant, place = table.get("contestant"), table.get("place", 1)
+    if not isinstance(contestant, str) or type(place) is not int or place < 1:
+        raise ValueError(f"{name}: tuned_as must have a contestant and a place from 1, got {table!r}")
+    return contestant, place
 
 
 def _label(axis: str, label: str) -> str:

@@ -162,7 +162,7 @@ def _trials_text(ledger: Ledger, data: Path | None) -> str:
         elif (folder / ERROR).exists():
             row["error"] = (folder / ERROR).read_text(encoding="utf-8").strip()
         row["folder"] = run.folder
-        if run.drawn or not run.contestant.search:  # else it would train at settings that were not drawn
+        if run.drawn or not run.contestant.is_tuned:  # else it would train at settings that were not drawn
             row["command"] = " ".join([program, *command(run.settings, Path("DIR") if data else None)])
         rows.append(row)
     columns = ["contestant", "stage", "number", "state", *axes, "seed", "epochs", *searched]
