@@ -9,7 +9,7 @@ A run leaves a folder with its settings, metrics, curves, some predictions and t
 
 from __future__ import annotations
 
-from experiments.malloc import use_huge_pages
+from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # before all that would be imported twice
@@ -25,9 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import step_sizes
-from experiments.compare import train_and_compare
-from experiments.compilation import use_compilation_cache
+from experiments.cli import exit_code, parse_image_size
 from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
 from experiments.data.dataset import (
     DataError,
@@ -40,21 +38,23 @@ from experiments.data.dataset import (
 )
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
-from experiments.frameworks import TITLES, Recipe, Training, make_training, resnet_network, weights_dtype
-from experiments.optimizers import make_schedule
-from experiments.processes import start_processes
-from experiments.run_folder import STEP_SIZES, refuse_earlier_run
-from experiments.settings import DATA_VARIABLE, Settings, parse_image_size, parse_settings
-from experiments.training import Results, State, count_steps
-from experiments.training_run import (
+from experiments.frameworks.common import TITLES, Recipe, State, Training, make_training, resnet_network, weights_dtype
+from experiments.frameworks.optimizers import make_schedule
+from experiments.machine import use_compilation_cache
+from experiments.training import step_sizes
+from experiments.training.loop import Results, count_steps
+from experiments.training.processes import start_processes
+from experiments.training.run import (
     describe_input,
-    exit_code,
     plot_report,
     system_options,
     title_of,
     train_and_report,
     write_weights,
 )
+from experiments.training.run_folder import STEP_SIZES, refuse_earlier_run
+from experiments.training.settings import DATA_VARIABLE, Settings, parse_settings
+from experiments.training.side_by_side import train_and_compare
 from jax_resnet import resnet, weights
 
 DRAWINGS = dict(train_count=1500, test_count=600)

@@ -28,19 +28,18 @@ import tyro
 
 import numpy_ref.resnet
 import numpy_ref.weights
+from experiments import imagenet
+from experiments.cli import MAX_SIZE, Arch
 from experiments.convert import recognize
-from experiments.data import imagenet
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
-from experiments.settings import MAX_SIZE, Arch
 from jax_resnet import resnet, weights
 
 TORCHVISION = "torchvision"
 RUN_WEIGHTS = "weights.safetensors"  # in the folder of a run
 RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")  # in the metadata of that file
 BATCH_SIZE = 8
-
 Logits = Callable[[np.ndarray], np.ndarray]
 
 

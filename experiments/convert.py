@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.settings import Arch
+from experiments.cli import Arch
 from jax_resnet import resnet, weights
 
 COUNT = "num_batches_tracked"  # torch's, of each BatchNorm: no part of the network

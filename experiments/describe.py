@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import tyro
 from flax.traverse_util import flatten_dict
 
-from experiments.bench.tables import print_table
-from experiments.settings import Arch, parse_image_size
+from experiments.cli import Arch, parse_image_size
+from experiments.output.tables import print_table
 from jax_resnet import layers, resnet
 
 

@@ -1,6 +1,28 @@
-"""What computes: the processor by name."""
+"""The machine that a program runs on: processor, devices, memory pages and the user's cache folder."""
 
+from __future__ import annotations
+
+import ctypes
+import os
 import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: ask for huge pages for what malloc maps
+MARK = "huge_pages"  # Python's option -X huge_pages marks a program that was already started anew
+
+
+class Unwritable(Exception):
+    """The cache cannot be written: no permission, no space, no such folder."""
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
@@ -11,3 +33,107 @@ def processor() -> str:
         return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
     except (OSError, KeyError, ValueError):
         return platform.processor() or platform.machine()
+
+
+def jax_device() -> dict[str, Any]:
+    """Where JAX computes, as plain JSON values; of a CPU its name and cores too, which decide about last digits."""
+    import jax
+
+    device = jax.devices()[0]
+    found = {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()}
+    return found | {"cores": cores(), "processor": processor()} if device.platform == "cpu" else found
+
+
+def numpy_device() -> dict[str, Any]:
+    """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
+    import numpy as np
+
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    kind = f"{blas.get('name')} {blas.get('version')}"
+    return {"platform": "cpu", "kind": kind, "count": cores(), "processor": processor()}
+
+
+def torch_device() -> dict[str, Any]:
+    """Where PyTorch computes, as plain JSON values."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"platform": "cuda", "kind": torch.cuda.get_device_name(), "count": 1}
+    kind = f"torch {torch.__version__}"
+    return {"platform": "cpu", "kind": kind, "count": torch.get_num_threads(), "processor": processor()}
+
+
+def use_huge_pages() -> None:
+    """Starts this program anew, under the same process number, with malloc's large blocks in huge pages.
+
+    XLA:CPU allocates the temporary memory of a step (hundreds of MB) anew for each call, and glibc has the system map
+    and zero its pages every time, which takes a tenth of a step of ResNet-101 in pages of 4 kB and much less in those
+    of 2 MB. glibc (from 2.35) reads its settings when a process starts and never again. To be called first of all, by a
+    program that `python -m` has started; does nothing where the setting has been made or Linux would not heed it.
+    """
+    before = os.environ.get(TUNABLES, "")
+    if "-m" not in sys.orig_argv or MARK in sys._xoptions or HUGE_PAGES in before or not _on_request():
+        return
+    os.environ[TUNABLES] = ":".join(filter(None, [before, f"{HUGE_PAGES}=1"]))
+    try:
+        os.execv(sys.executable, [sys.executable, "-X", MARK, *sys.orig_argv[1:]])
+    except (OSError, ValueError):  # there is no such executable: it goes on in small pages
+        os.environ[TUNABLES] = before
+
+
+def _on_request() -> bool:
+    """Whether Linux gives huge pages to who asks: not in its settings "never" and "always"."""
+    try:
+        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
+def describe_pages() -> str:
+    """For the description of a machine: the pages that malloc's large blocks are in."""
+    return "huge pages" if f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") else "the system's pages"
+
+
+def give_back_freed_memory() -> None:
+    """Returns to the system what malloc has kept for later: compiling takes more memory than steps do."""
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def use_compilation_cache() -> None:
+    """Turns the cache on, in the user's cache folder; $JAX_COMPILATION_CACHE_DIR names another, "" turns it off.
+
+    It keeps what was compiled within JAX's limit of a second too: a hundred small programs come before the first step.
+    """
+    import jax
+
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # JAX has read it
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(None) / "xla"))
+    except Unwritable:
+        return  # without a home there is no cache, and all else works
+
+
+def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
+    """The folder of all entries, which need not exist."""
+    try:
+        if cache_dir is not None:
+            return Path(cache_dir).expanduser().absolute()
+        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "resnet-adabound"
+    except RuntimeError as error:
+        raise Unwritable(str(error)) from error
+
+
+def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
+    """Processor, cores, pages and versions, in a line."""
+    versions = []
+    for name in packages:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            versions.append(f"no {name}")
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {', '.join(versions)}"

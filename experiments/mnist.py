@@ -10,7 +10,7 @@ A run leaves a folder with its settings, metrics, curves, some predictions and t
 
 from __future__ import annotations
 
-from experiments.malloc import use_huge_pages
+from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # before all that would be imported twice
@@ -26,27 +26,36 @@ import numpy as np
 import tyro
 
 import numpy_ref.resnet
-from experiments import cnn
-from experiments.compare import train_and_compare
-from experiments.compilation import use_compilation_cache
+from experiments.cli import Arch, exit_code
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics, limit_test
-from experiments.data.mnist import load_mnist
-from experiments.frameworks import TITLES, FrameworkName, Recipe, Training, make_training, resnet_network, weights_dtype
-from experiments.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
-from experiments.processes import start_processes
-from experiments.run_folder import refuse_earlier_run
-from experiments.settings import Arch, RunSettings, logging_all, read_ahead
-from experiments.training import Results, State, count_steps
-from experiments.training_run import (
+from experiments.data.digits import load_mnist
+from experiments.frameworks import cnn
+from experiments.frameworks.common import (
+    TITLES,
+    FrameworkName,
+    Recipe,
+    State,
+    Training,
+    make_training,
+    resnet_network,
+    weights_dtype,
+)
+from experiments.frameworks.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
+from experiments.machine import use_compilation_cache
+from experiments.training.loop import Results, count_steps
+from experiments.training.processes import start_processes
+from experiments.training.run import (
     describe_input,
-    exit_code,
     plot_report,
     system_options,
     title_of,
     train_and_report,
     write_weights,
 )
+from experiments.training.run_folder import refuse_earlier_run
+from experiments.training.settings import RunSettings, logging_all, read_ahead
+from experiments.training.side_by_side import train_and_compare
 
 CONTESTANTS = {name: {"framework": name} for name in TITLES}
 

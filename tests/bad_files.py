@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from experiments.data.mnist import FILES as MNIST_FILES
+from experiments.data.digits import FILES as MNIST_FILES
 from jax_resnet import resnet, weights
 from jax_resnet.checkpoint import Checkpoints
 

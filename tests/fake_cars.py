@@ -49,7 +49,7 @@ targets = [0.2, 0.99]
 
 
 def read_settings() -> dict[str, object]:
-    """--name=value, numbers where they are numbers: importing experiments.settings would take seconds."""
+    """--name=value, numbers where they are numbers: importing experiments.training.settings would take seconds."""
     settings = dict(DEFAULTS)
     for argument in sys.argv[1:]:
         name, _, text = argument.removeprefix("--").partition("=")

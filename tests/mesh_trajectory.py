@@ -40,8 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.parity.comparison import length_of_difference, relative_errors
-from experiments.processes import join_processes
+from experiments.parity.errors import length_of_difference, relative_errors
+from experiments.training.processes import join_processes
 from jax_resnet import resnet
 from jax_resnet.adabound import amsbound
 from jax_resnet.train import create_train_state, data_mesh, make_train_step, replicate, shard_batch

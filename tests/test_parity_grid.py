@@ -19,7 +19,8 @@ import pytest
 pytest.importorskip("torchvision", reason="needs the extra torch")
 
 from experiments.parity import __main__ as parity
-from experiments.parity import cases, compare, in_jax, in_torch
+from experiments.parity import cases, in_jax, in_torch
+from experiments.parity import checks as compare
 
 pytestmark = pytest.mark.slow
 

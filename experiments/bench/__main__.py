@@ -6,7 +6,7 @@ come first, then medians and quartiles. --json keeps every single time, --plot d
 
 from __future__ import annotations
 
-from experiments.malloc import use_huge_pages
+from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # which the contestants' processes inherit
@@ -24,11 +24,13 @@ from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
 from experiments.bench.feed import FeedBench, run_feed_bench
 from experiments.bench.layers import LayersBench, run_layers_bench
 from experiments.bench.memory import MemoryBench, run_memory_bench
+from experiments.bench.options import BenchSettings
 from experiments.bench.remat import RematBench, run_remat_bench
+from experiments.bench.results import Table
 from experiments.bench.scaling import ScalingBench, run_scaling_bench
-from experiments.bench.settings import BenchSettings
 from experiments.bench.step import StepBench, run_step_bench
-from experiments.bench.tables import Table, describe_machine, print_table
+from experiments.machine import describe_machine
+from experiments.output.tables import print_table
 
 BENCHES = {
     "step": (StepBench, run_step_bench),
@@ -87,7 +89,7 @@ def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table]) -> 
     """Writes --json and --plot."""
     write_json(bench, name, machine, tables, complete=False)
     if bench.plot:
-        from experiments.bench.plots import plot_tables  # matplotlib takes a second to import
+        from experiments.bench.drawing import plot_tables
 
         plot_tables(bench.plot, tables, f"{name}: {machine}")
 

@@ -16,10 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.bench.contestants import CONTESTANTS, Case, Task
-from experiments.bench.processes import available, started
-from experiments.bench.settings import NetworkSettings
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table
 from experiments.bench.step import TASKS
-from experiments.bench.tables import Cell, Table
+from experiments.bench.turns import available, started
+from experiments.output.tables import Cell
 
 CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
 
@@ -66,7 +67,7 @@ def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
     """
     seconds = []
     with tempfile.TemporaryDirectory() as cache:
-        # Small programs are kept as well, as by `experiments.compilation`.
+        # Small programs are kept as well, as by `experiments.machine`.
         environment = {CACHE_VARIABLES[name]: cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         for _ in range(2):
             with started([name], threads, environment) as (contestant,):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.bench.processes import Step
+from experiments.bench.turns import Step
 
 Precision = Literal["float32", "bfloat16"]
 Task = Literal["training", "inference"]

@@ -16,9 +16,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.bench.processes import Result, Step, available, compete, started
-from experiments.bench.settings import BenchSettings
-from experiments.bench.tables import Cell, Table, ratios_to_best_torch, times_in_ms
+from experiments.bench.options import BenchSettings
+from experiments.bench.results import Table, ratios_to_best_torch, times_in_ms
+from experiments.bench.turns import Result, Step, available, compete, started
+from experiments.output.tables import Cell
 
 
 class Case(NamedTuple):

@@ -20,14 +20,14 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import cars
-from experiments.bench.processes import bound
-from experiments.bench.settings import NetworkSettings
-from experiments.bench.tables import Table, times_in_ms
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table, times_in_ms
+from experiments.bench.turns import bound
 from experiments.data.dataset import Dataset
 from experiments.data.stream import Batches, put_ahead
-from experiments.optimizers import LEARNING_RATES, OptimizerName
-from experiments.settings import PRESETS, Settings
-from experiments.training import count_steps
+from experiments.frameworks.optimizers import LEARNING_RATES, OptimizerName
+from experiments.training.loop import count_steps
+from experiments.training.settings import PRESETS, Settings
 
 ALONE = "step alone"
 PAUSE = 0.5  # seconds between turns, in which batches made ahead for the one before are finished

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.bench.contestants import Case, Precision, finished, torch_device
-from experiments.bench.processes import Step, available, compete, started
-from experiments.bench.settings import NetworkSettings
-from experiments.bench.tables import Cell, Table
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table
+from experiments.bench.turns import Step, available, compete, started
+from experiments.output.tables import Cell
 
 Pass = Literal["forward", "dx", "dweight"]
 CONVOLUTION_PASSES: tuple[Pass, ...] = ("forward", "dx", "dweight")

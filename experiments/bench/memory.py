@@ -12,10 +12,11 @@ import tyro
 
 from experiments.bench.compile import CACHE_VARIABLES
 from experiments.bench.contestants import CONTESTANTS, ContestantName, Task
-from experiments.bench.processes import MakeStep, available, compete, started
-from experiments.bench.settings import NetworkSettings
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table
 from experiments.bench.step import TASKS
-from experiments.bench.tables import Cell, Table
+from experiments.bench.turns import MakeStep, available, compete, started
+from experiments.output.tables import Cell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.contestants import batch
-from experiments.bench.processes import bound
-from experiments.bench.settings import NetworkSettings
-from experiments.bench.tables import Table, times_in_ms
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table, times_in_ms
+from experiments.bench.turns import bound
 from jax_resnet import resnet
 from jax_resnet.train import loss_and_logits
 

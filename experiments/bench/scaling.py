@@ -11,11 +11,12 @@ from typing import Literal, get_args
 import numpy as np
 
 from experiments.bench.contestants import CONTESTANTS, Case, ContestantName, Task, jax_step
-from experiments.bench.processes import MakeStep, available, compete, started
-from experiments.bench.settings import NetworkSettings
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table, ratios_to_best_torch
 from experiments.bench.step import TASKS
-from experiments.bench.tables import Cell, Table, ratios_to_best_torch
-from experiments.settings import Arch
+from experiments.bench.turns import MakeStep, available, compete, started
+from experiments.cli import Arch
+from experiments.output.tables import Cell
 
 Axis = Literal["batch-size", "image-size", "depth", "devices"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)

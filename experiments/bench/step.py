@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments.bench.contestants import CONTESTANTS, Case, ContestantName
-from experiments.bench.processes import Result, available, compete, started
-from experiments.bench.settings import NetworkSettings
-from experiments.bench.tables import Cell, Table, ratios_to_best_torch, times_in_ms
-from experiments.settings import Arch
+from experiments.bench.options import NetworkSettings
+from experiments.bench.results import Table, ratios_to_best_torch, times_in_ms
+from experiments.bench.turns import Result, available, compete, started
+from experiments.cli import Arch
+from experiments.output.tables import Cell
 
 CASES = (Case("resnet101", 8, 96, 96), Case("resnet18", 32, 64, 64))
 TASKS = {"training": "training step: loss, gradients, running statistics", "inference": "inference: logits"}

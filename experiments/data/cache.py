@@ -22,12 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from experiments.machine import Unwritable, cache_folder
+
 FORMAT = 1
 ABANDONED_AFTER_SECONDS = 24 * 3600
-
-
-class Unwritable(Exception):
-    """The cache cannot be written: no permission, no space, no such folder."""
 
 
 class Damaged(Exception):
@@ -41,6 +39,7 @@ class Writer(Protocol):
 
 
 Create = Callable[[str, tuple[int, ...], str], Writer]  # name, shape of an item, dtype -> where its items go
+
 Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about them as JSON values
 
 
@@ -102,17 +101,6 @@ def load_or_make(
         notes.append(f"no cache, so {uncached}: {error}")
         entry = make_in_memory(make)
     return dataclasses.replace(entry, notes=tuple(notes))
-
-
-def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    """The folder of all entries, which need not exist."""
-    try:
-        if cache_dir is not None:
-            return Path(cache_dir).expanduser().absolute()
-        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "resnet-adabound"
-    except RuntimeError as error:
-        raise Unwritable(str(error)) from error
 
 
 def hash_of(key: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from experiments.data.lazy import LazyPictures
+    from experiments.data.pictures import LazyPictures
 
 
 class DataError(ValueError):

@@ -18,15 +18,24 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from experiments.data import cache, folders, packed
+from experiments import machine as cache
+from experiments.data import folders, packed
 from experiments.data.dataset import DataError, Dataset, Split
-from experiments.data.lazy import LazyPictures, picture_sums
-from experiments.data.pictures import SPLITS, Decoding, Failure, Picture, PictureFolder, decode_many, printable
+from experiments.data.pictures import (
+    SPLITS,
+    Decoding,
+    Failure,
+    LazyPictures,
+    Picture,
+    PictureFolder,
+    decode_many,
+    picture_sums,
+    printable,
+)
 
 FULL = {"train": 8144, "test": 8041}
 FULL_CLASSES = 196
 CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # of a picture, at most: place, label, sums
-
 LAYOUTS = """\
   by class    train/<Class Name>/*.jpg and test/<Class Name>/*.jpg (or any other pictures)
   original    cars_train/*.jpg and cars_test/*.jpg with cars_meta.mat, cars_train_annos.mat and

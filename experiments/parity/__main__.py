@@ -15,13 +15,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments.bench.tables import describe_machine
+from experiments.cli import Arch, parse_image_size
+from experiments.machine import describe_machine
 from experiments.parity import in_jax
 from experiments.parity.cases import Network, check_batch, draw_batch, draw_weights, layer_cases
-from experiments.parity.compare import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings, torch_module
-from experiments.parity.page import write_page
-from experiments.parity.report import Report, print_report
-from experiments.settings import Arch, parse_image_size
+from experiments.parity.checks import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings, torch_module
+from experiments.parity.summary import Report, print_report, write_page
 
 Framework = Literal["numpy", "torch_ref", "torchvision"]
 PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}

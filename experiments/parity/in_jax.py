@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
-from experiments.parity.comparison import Results
+from experiments.parity.errors import Results
 from jax_resnet import layers, resnet, weights
 from jax_resnet.adabound import adabound, amsbound
 

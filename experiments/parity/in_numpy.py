@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
-from experiments.parity.comparison import Results
+from experiments.parity.errors import Results
 from numpy_ref import layers, optim, resnet, weights
 
 

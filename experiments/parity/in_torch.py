@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.parity.cases import NUM_CLASSES, OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
-from experiments.parity.comparison import Results
+from experiments.parity.errors import Results
 from jax_resnet import weights
 from torch_ref import adabound, resnet
 

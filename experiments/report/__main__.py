@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
+from experiments.cli import exit_code
 from experiments.report.answer import answer
 from experiments.report.blocks import Block, Heading, Text, write_report
 from experiments.report.sections import speed_section, study_section
 from experiments.report.study_results import find_studies, read_study
-from experiments.training_run import exit_code
 
 TITLE = "Is AdaBound better than Adam?"
 ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all studies

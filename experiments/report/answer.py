@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from experiments.analysis import Interval, mean_interval, paired_difference, verdict
+from experiments.report.analysis import Interval, mean_interval, paired_difference, verdict
 from experiments.report.study_results import Contestant, StudyResults
 
 STABLE = 0.5  # a setting that is chosen again less often than not is one among equals

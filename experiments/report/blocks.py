@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.page import html_figure, html_table, write_html
+from experiments.output.page import html_figure, html_table, write_html
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from experiments.analysis import expected_best, mean_interval, paired_difference
+from experiments.report.analysis import expected_best, mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults, Trial
-from experiments.step_sizes import BOUNDED
+from experiments.training.step_sizes import BOUNDED
 
 matplotlib.use("Agg")  # files only; no window system is needed
 

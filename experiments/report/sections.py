@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.analysis import confusions, paired_difference, reached, verdict
-from experiments.bench.tables import as_text
 from experiments.cars import load_data
 from experiments.data.dataset import Dataset
-from experiments.page import figure_bytes
+from experiments.output.page import figure_bytes
+from experiments.output.tables import as_text
 from experiments.report import figures
+from experiments.report.analysis import confusions, paired_difference, reached, verdict
 from experiments.report.answer import limits, percent, points
 from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
-from experiments.settings import Settings
-from experiments.study import slug
+from experiments.study_files import slug
+from experiments.training.settings import Settings
 
 CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}

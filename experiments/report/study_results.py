@@ -14,16 +14,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from experiments.analysis import (
+from experiments.report.analysis import (
     Interval,
     choice_stability,
     difference_beyond_pictures,
     mean_interval,
     paired_difference,
 )
-from experiments.metrics import read_test_results
-from experiments.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs
-from experiments.study import PROTOCOL, TRIALS, Stage, State
+from experiments.study_files import PROTOCOL, TRIALS, Stage, State
+from experiments.training.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs, read_test_results
 
 ACCURACIES = ("top1", "best_top1", "top5", "macro_f1")
 CONFIG_PARTS = ("settings", "data", "input", "device", "versions", "git_commit")
@@ -89,7 +88,7 @@ class Trial:
 
     @functools.cached_property
     def test_results(self) -> dict[str, np.ndarray]:
-        """See `experiments.metrics.read_test_results`."""
+        """See `experiments.training.run_folder.read_test_results`."""
         return read_test_results(self.folder / TEST_RESULTS)
 
     @property
@@ -202,7 +201,7 @@ class StudyResults:
     def chosen_again(self, contestant: Contestant) -> float | None:
         """How often tuning would have chosen the same setting on other held-out pictures; None where that is not known.
 
-        See `experiments.analysis.choice_stability`.
+        See `experiments.report.analysis.choice_stability`.
         """
         ended = [trial for trial in contestant.tuning if trial.state == "done" and trial.has_test_results]
         if len(ended) < 2 or not contestant.final:

@@ -17,13 +17,13 @@ try:
 except ImportError as error:
     raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
 else:
+    from experiments.cli import FAILED, exit_code
     from experiments.study.cores import own_cores
     from experiments.study.ledger import Ledger
     from experiments.study.plan import print_plan
     from experiments.study.progress import print_progress
     from experiments.study.protocol import read_protocol
     from experiments.study.worker import RunError, work, write_trials
-    from experiments.training_run import FAILED, exit_code
 
 
 @dataclasses.dataclass(frozen=True)

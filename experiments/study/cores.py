@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from experiments.run_folder import lock
-from numpy_ref.threads import cores
+from experiments.machine import cores
+from experiments.training.run_folder import lock
 
 
 class NoCoreError(ValueError):

@@ -25,9 +25,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from scipy.stats.qmc import Sobol
 
-from experiments.run_folder import METRICS, lock, read_epochs
-from experiments.study import PROTOCOL, Stage, State
 from experiments.study.protocol import Contestant, Protocol
+from experiments.study_files import PROTOCOL, Stage, State
+from experiments.training.run_folder import METRICS, lock, read_epochs
 
 JOURNAL = "journal.log"
 MOST_SEARCHED = 8  # fields of a contestant's search, where a Sobol sequence draws them

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from experiments.bench.tables import Cell, print_table
 from experiments.cars import load_data, prepare
-from experiments.settings import Settings
+from experiments.output.tables import Cell, print_table
 from experiments.study.cores import NoCoreError, own_cores, room_for_workers
 from experiments.study.ledger import JOURNAL, Ledger, Run
 from experiments.study.progress import duration, measured_seconds, network_of, seconds_left
 from experiments.study.protocol import Protocol, check_command, command
-from experiments.training import count_steps
+from experiments.training.loop import count_steps
+from experiments.training.settings import Settings
 
 TIMED_STEPS = 5
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.tables import Cell, print_table
+from experiments.output.tables import Cell, print_table
 from experiments.study.ledger import Ledger, Run, outcome_of
 
 NETWORK = (

@@ -60,8 +60,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from experiments.settings import Settings, parse_settings
-from experiments.study import slug
+from experiments.study_files import slug
+from experiments.training.settings import Settings, parse_settings
 
 # What the study sets itself for each run.
 OURS = ("out", "overwrite", "resume", "compare", "data", "seed", "epochs", "holdout", "dry_run", "keep")

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from experiments.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS
-from experiments.stopping import leaving_stops_to_a_child
-from experiments.study import TRIALS
+from experiments.cli import FAILED
 from experiments.study.ledger import Ledger, Run, outcome_of, replace
 from experiments.study.progress import print_progress
 from experiments.study.protocol import bookkeeping, command
-from experiments.training_run import FAILED
+from experiments.study_files import TRIALS
+from experiments.training.processes import leaving_stops_to_a_child
+from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS
 
 CARS = (sys.executable, "-m", "experiments.cars")
 WAIT_SECONDS = 5.0  # between two looks at what other workers are doing

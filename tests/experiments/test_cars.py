@@ -13,12 +13,13 @@ import pytest
 from logistic_regression import pixel_accuracy
 from PIL import Image
 
-from experiments import cars, classify, compare
+from experiments import cars, classify
+from experiments.cli import parse_image_size
 from experiments.data.drawn_cars import drawn_cars
-from experiments.metrics import read_test_results
-from experiments.plots import plot_predictions
-from experiments.run_folder import read_metrics
-from experiments.settings import DATA_VARIABLE, PRESETS, parse_image_size, parse_settings
+from experiments.training import side_by_side as compare
+from experiments.training.plots import plot_predictions
+from experiments.training.run_folder import read_metrics, read_test_results
+from experiments.training.settings import DATA_VARIABLE, PRESETS, parse_settings
 from jax_resnet import resnet, weights
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,12 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from experiments import cars, classify, convert
-from experiments.data import imagenet
+from experiments import cars, classify, convert, imagenet
 from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
-from experiments.run_folder import WEIGHTS as RUN_WEIGHTS
-from experiments.settings import DATA_VARIABLE, parse_settings
-from experiments.training_run import describe_input
+from experiments.training.run import describe_input
+from experiments.training.run_folder import WEIGHTS as RUN_WEIGHTS
+from experiments.training.settings import DATA_VARIABLE, parse_settings
 from jax_resnet import weights
 from numpy_ref import resnet
 

@@ -1,4 +1,4 @@
-"""experiments.compilation, in processes of their own."""
+"""experiments.machine, in processes of their own."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import jax
-from experiments.compilation import use_compilation_cache
+from experiments.machine import use_compilation_cache
 use_compilation_cache()
 jax.jit(lambda x: x + 1)(1.0)
 """

@@ -1,4 +1,4 @@
-"""experiments.malloc: a program that starts itself anew must stay the program that was asked for."""
+"""experiments.machine: a program that starts itself anew must stay the program that was asked for."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import malloc
+from experiments import machine as malloc
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, sys, warnings
-from experiments.malloc import use_huge_pages
+from experiments.machine import use_huge_pages
 first = os.getpid()
 use_huge_pages()
 print(json.dumps({"pid": os.getpid(), "arguments": sys.argv[1:], "tunables": os.environ.get("GLIBC_TUNABLES"),

@@ -19,12 +19,14 @@ import jax_resnet.resnet
 import jax_resnet.weights
 import numpy_ref.resnet
 import numpy_ref.weights
-from experiments import compare, mnist
-from experiments.data.mnist import load_mnist
+from experiments import mnist
+from experiments.data.digits import load_mnist
 from experiments.data.stream import Batches
-from experiments.frameworks import TITLES
-from experiments.optimizers import CommonOptimizerName
-from experiments.run_folder import jax_device, numpy_device, read_metrics, torch_device
+from experiments.frameworks.common import TITLES
+from experiments.frameworks.optimizers import CommonOptimizerName
+from experiments.machine import jax_device, numpy_device, torch_device
+from experiments.training import side_by_side as compare
+from experiments.training.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = {

@@ -19,7 +19,7 @@ from tfds_folder import write_tfds
 
 from experiments.data import stanford_cars
 from experiments.data.dataset import DataError, Split, balanced_subset, channel_statistics
-from experiments.data.lazy import LazyPictures
+from experiments.data.pictures import LazyPictures
 from experiments.data.stanford_cars import load_stanford_cars
 from experiments.data.stream import Batches, EvaluationBatches, TrainingSource, put_ahead
 from tests.experiments.data.test_stanford_cars import (

@@ -1,0 +1,77 @@
+"""What the command lines of all programs share: how errors become exit codes, and the settings that several take."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+# Exit codes. If a signal ended a run, the code is 128 plus the signal's number, as in a shell.
+FAILED, BAD_INPUT = 1, 2
+MAX_SIZE = 4096  # pixels a side; more is a typing error
+MIN_SIZE = 32  # of jax_resnet.resnet, which would take a second to import
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+class FailedError(RuntimeError):
+    """The program could not finish, although its input was fine: exit code FAILED."""
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Runs a program and turns its errors into one message on stderr and an exit code.
+
+    Args:
+      run: the program. It returns the signal that stopped it, or None. A ValueError or OSError that it raises is bad
+        input, with a message for the user. A FailedError is a failure for another reason.
+
+    Returns:
+      the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    # orbax and JAX log errors, with tracebacks, that they also raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        ended_by = run()
+        sys.stdout.flush()
+        return 0 if ended_by is None else 128 + ended_by
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except FailedError as error:
+        code, message = FAILED, str(error)
+    except (ValueError, OSError) as error:
+        code, message = BAD_INPUT, str(error)
+    except MemoryError as error:
+        code, message = BAD_INPUT, f"not enough memory: {error}"
+    except RuntimeError as error:
+        jax = sys.modules.get("jax")
+        if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        # The device is out of memory, or another process is gone. The first line says which.
+        code, message = FAILED, str(error).splitlines()[0]
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Reads --image-size: "96" -> (96, 96), "64x96" -> (64, 96). Height comes first.
+
+    Raises:
+      ValueError: it is no size, or a side is not from 32 to 4096.
+    """
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or not MIN_SIZE <= min(sides) <= max(sides) <= MAX_SIZE:
+        raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, each {MIN_SIZE} to {MAX_SIZE}, got {text!r}")
+    return sides[0], sides[-1]

@@ -1,0 +1,217 @@
+"""MNIST, 60,000 + 10,000 grey pictures of handwritten digits, 28x28: from TFDS, or from its four idx files.
+
+LeCun, Bottou, Bengio and Haffner: Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86 (1998).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import struct
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.data import packed
+from experiments.data.dataset import DataError, Dataset, Split
+from experiments.data.pictures import MAX_FILE_BYTES, SPLITS, Decoding, Failure, PictureFolder, decode_many, read_file
+
+IMAGE_SIZE = (28, 28)
+CLASS_NAMES = tuple("0123456789")
+FULL = {"train": 60_000, "test": 10_000}
+FILES = {  # images and labels of each split
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+NAMES = [name for pair in FILES.values() for name in pair]
+HINT = f"pass --data DIR with the four idx files {', '.join(NAMES[:3])} and {NAMES[3]}, each as it is or as .gz"
+UNSIGNED_BYTES = 0x08  # the type code of an idx file
+
+
+def load_mnist(data_dir: Path | None = None, tfds_dir: Path | None = None) -> Dataset:
+    """Reads MNIST, whole: images (N, 28, 28, 1) uint8, labels 0 to 9.
+
+    Args:
+      data_dir: a folder with the four idx files; None takes TFDS's mnist, and downloads it where it is not yet.
+      tfds_dir: where TFDS keeps its data; None for its own choice ($TFDS_DATA_DIR, ~/tensorflow_datasets).
+
+    Raises:
+      DataError: files that are missing or damaged, tensorflow_datasets missing, or no way to download.
+    """
+    dataset = from_tfds(tfds_dir) if data_dir is None else from_idx_files("idx files", data_dir, find_files(data_dir))
+    for split, count in FULL.items():
+        if dataset.source[split] != count:
+            found = f"{dataset.source[split]:,} {split} pictures in {dataset.source['directory']}"
+            print(f"warning: {found}: the whole of MNIST has {count:,}", file=sys.stderr)
+    return dataset
+
+
+def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
+    source = {"layout": layout, "directory": str(directory)} | {split: len(splits[split]) for split in SPLITS}
+    return Dataset("MNIST", CLASS_NAMES, splits["train"], splits["test"], source)
+
+
+# The idx files.
+
+
+def find_files(directory: Path) -> dict[str, tuple[Path, Path]]:
+    """The files with the images and the labels of each split; also with a dot in their names, as some mirrors have it.
+
+    Raises:
+      DataError: there is no such folder, or files are missing in it.
+    """
+    if not directory.is_dir():
+        raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
+    found = {name: find_file(directory, name) for name in NAMES}
+    if missing := [name for name, path in found.items() if path is None]:
+        raise DataError(f"{directory} has no {' and no '.join(missing)}: {HINT}")
+    return {split: (found[images], found[labels]) for split, (images, labels) in FILES.items()}
+
+
+def find_file(directory: Path, name: str) -> Path | None:
+    stems = (name, name.replace("-idx", ".idx"))
+    paths = (directory / (stem + suffix) for stem in stems for suffix in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def from_idx_files(layout: str, directory: Path, files: Mapping[str, tuple[Path, Path]]) -> Dataset:
+    return mnist(layout, directory, {split: read_split(*files[split]) for split in SPLITS})
+
+
+def read_split(images_path: Path, labels_path: Path) -> Split:
+    """Reads the pictures and the labels of a split.
+
+    Raises:
+      DataError: one of the files is damaged or another one, or they do not belong together.
+    """
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if images.shape[1:] != IMAGE_SIZE:
+        raise DataError(f"{images_path} has pictures of {images.shape[1]}x{images.shape[2]}: expected 28x28, {HINT}")
+    if not len(images):
+        raise DataError(f"{images_path} has no pictures: download it again")
+    if len(images) != len(labels):
+        raise DataError(
+            f"{images_path} has {len(images):,} pictures and {labels_path} has {len(labels):,} labels: "
+            "expected as many, download both again"
+        )
+    if labels.max() > 9:
+        place = int(np.argmax(labels > 9))
+        raise DataError(f"{labels_path} has the label {labels[place]} at place {place:,}: expected 0 to 9")
+    return Split(images[..., None], labels.astype(np.int32))
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says.
+
+    The format: a magic number (two bytes 0, the type's code, the number of dimensions), the size of each dimension
+    (big-endian, 4 bytes), then the values in C order.
+
+    Args:
+      path: the file.
+      dimensions: how many the array must have: 3 for images, 1 for labels.
+
+    Returns:
+      a read-only uint8 array.
+
+    Raises:
+      DataError: another magic number, or another length than the sizes make.
+    """
+    try:
+        data = read_file(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: this is none of MNIST's files")
+    expected = UNSIGNED_BYTES << 8 | dimensions
+    magic = int.from_bytes(data[:4], "big")
+    if len(data) < 4 or magic != expected:
+        kind = {1: "labels", 3: "images"}[dimensions]
+        raise DataError(f"{path} has the magic number {magic}: expected {expected}, that of {kind} as bytes; {HINT}")
+    start = 4 + 4 * dimensions
+    if len(data) < start:
+        raise DataError(f"{path} ends inside its header, after {len(data)} of {start} bytes: download it again")
+    shape = struct.unpack(f">{dimensions}I", data[4:start])
+    if len(data) - start != math.prod(shape):
+        raise DataError(
+            f"{path} holds {len(data) - start:,} bytes of values: its header says {'x'.join(map(str, shape))} = "
+            f"{math.prod(shape):,}, download it again"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+# TFDS.
+
+
+def from_tfds(tfds_dir: Path | None = None) -> Dataset:
+    """What TFDS prepared, or else the files that its mnist is made of, downloaded by TFDS and checked by its checksums.
+
+    None of it needs TensorFlow, as TFDS's own preparation of mnist does.
+
+    Raises:
+      DataError: tensorflow_datasets missing, no way to download, or prepared files that are damaged.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise DataError(
+            f"MNIST comes from TFDS, which needs a package that is missing ({error}): "
+            f'pip install "tensorflow-datasets" "array-record", or {HINT}'
+        ) from error
+    builder = tensorflow_datasets.builder("mnist", data_dir=tfds_dir)
+    folder = packed.tfds(Path(builder.data_dir), "mnist", boxes=False)
+    if folder is not None:
+        return mnist(folder.layout, folder.directory, {split: decode_split(folder, split) for split in SPLITS})
+    downloads = Path(builder.data_dir).parents[1] / "downloads"
+    return from_idx_files("idx files downloaded by TFDS", downloads, download(builder, downloads))
+
+
+def decode_split(folder: PictureFolder, split: str) -> Split:
+    """Decodes the pictures of a prepared split.
+
+    Raises:
+      DataError: one cannot be decoded.
+    """
+    images = np.empty((folder.counts[split], *IMAGE_SIZE, 1), np.uint8)
+    labels = np.empty(folder.counts[split], np.int32)
+    decoded = decode_many(folder.pictures(split), Decoding(IMAGE_SIZE, grey=True, margin=None))
+    bar = tqdm(decoded, f"MNIST, decoding {split}", len(labels), leave=False, dynamic_ncols=True, disable=None)
+    for place, (picture, result) in enumerate(bar):
+        if isinstance(result, Failure):
+            raise DataError(f"{folder.directory} is damaged, {result.name} ({result.reason}): prepare it again")
+        images[place], labels[place] = result, picture.label
+    return Split(images, labels)
+
+
+def download(builder: Any, downloads: Path) -> dict[str, tuple[Path, Path]]:
+    """Has TFDS download what its mnist is made of, unless it has done so before; the paths as `find_files` has them.
+
+    Raises:
+      DataError: it cannot be downloaded.
+    """
+    import requests  # which TFDS brings along
+    import tensorflow_datasets
+
+    urls = [urljoin(builder.URL, f"{name}.gz") for name in NAMES]
+    try:
+        if not all(any(downloads.glob(f"mnist/*{name}*.gz")) for name in NAMES):
+            requests.head(urls[0], timeout=10).raise_for_status()  # offline, TFDS would try for minutes
+        manager = tensorflow_datasets.download.DownloadManager(
+            download_dir=downloads, dataset_name="mnist", force_checksums_validation=True
+        )
+        paths = iter([Path(path) for path in manager.download(urls)])
+    except Exception as error:  # TFDS passes on what its downloader raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"MNIST cannot be downloaded: {HINT}. To {downloads}: {reason}") from error
+    return {split: (next(paths), next(paths)) for split in FILES}

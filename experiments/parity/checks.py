@@ -1,0 +1,263 @@
+"""Layers, networks and trainings of all frameworks against those of JAX."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from experiments.parity import in_jax, in_numpy
+from experiments.parity.cases import Arrays, LayerCase, Network, activation_names, draw_batch
+from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_errors
+
+# The design's targets for float64. In float32 a sum of some hundred products may lose two of the seven digits, in a
+# layer; a network may be ten times as far from JAX as JAX in float32 is from JAX in float64, if that is more. Gradients
+# are no continuous function of the weights: each ReLU that rounding turns on or off moves some by a jump, in JAX itself
+# too. What bounds them in float32 is the length of the whole difference.
+BOUND_FLOAT64 = 1e-10
+LAYER_BOUNDS = {"float64": BOUND_FLOAT64, "float32": 1e-5}
+LOGITS_BOUND_FLOAT32 = 1e-4  # absolute
+OWN_ERROR_BOUND_FLOAT32 = 10.0  # times JAX's own
+LENGTH_BOUND_FLOAT32 = 0.1
+GRADIENTS = ("parameter_gradients", "image_gradient")
+OWN_ERROR = "jax against float64"
+FLOAT32_NOTE = (
+    f'float32: "{OWN_ERROR}" is JAX\'s own rounding, the measure of the bounds; single gradients have none: where '
+    "rounding turns a ReLU on or off they jump, in JAX itself too"
+)
+STEP_BOUND = 1e-9
+GROWTH_BOUND = 10.0  # times what one unit in the last place of the weights does
+
+
+def torch_module() -> ModuleType:
+    """`experiments.parity.in_torch`, imported when it is needed: torch may not be installed."""
+    from experiments.parity import in_torch
+
+    return in_torch
+
+
+def compare_layer(case: LayerCase, dtype: str, frameworks: Sequence[str]) -> list[Row]:
+    """A layer's outputs and gradients: a row per framework ("torch" is torch.nn.functional)."""
+    case = case.astype(np.dtype(dtype).type)
+    reference = in_jax.run_layer(case)
+    rows = []
+    for framework in frameworks:
+        results = in_numpy.run_layer(case) if framework == "numpy" else torch_module().run_layer(case)
+        error, where = largest(relative_errors(results, reference))
+        rows.append(Row(f"{case.title}, {dtype}", framework, error, LAYER_BOUNDS[dtype], where))
+    return rows
+
+
+class Profile(NamedTuple):
+    """Errors along a network, in its order: of activations and of the gradients of parameters, by name."""
+
+    framework: str
+    dtype: str
+    mode: str
+    activations: dict[str, float]
+    gradients: dict[str, float]
+
+
+def compare_network(
+    network: Network,
+    state_dict: Arrays,
+    images: np.ndarray,
+    labels: np.ndarray,
+    dtypes: Sequence[str],
+    mode: str,
+    frameworks: Sequence[str],
+) -> Iterator[tuple[list[Row], list[Profile]]]:
+    """A pass of the network, mode "train" or "eval", in JAX and then in each framework, for each dtype.
+
+    Float32 after float64 is compared with it too, in JAX: without that most of float32 has no bound.
+
+    Yields:
+      after each pass its rows and its errors along the network, none after those of JAX in its first dtype.
+    """
+    order = [*activation_names(network), *state_dict]
+    exact = None
+    for dtype in dtypes:
+        weights = {name: value.astype(dtype) for name, value in state_dict.items()}
+        arguments = (network, weights, images.astype(dtype), labels, mode == "train")
+        reference = in_jax.run_network(*arguments)
+        what = f"{mode}, {dtype}"
+        if dtype == "float64":
+            exact, bounds = reference, dict.fromkeys(Results._fields, BOUND_FLOAT64)
+            yield [], []
+        elif exact is None:
+            bounds = {}
+            yield [], []
+        else:
+            own = errors_by_part(reference, exact)
+            bounds = bounds_float32(own)
+            yield rows_by_part(own, what, OWN_ERROR, {}), [_profile(own, OWN_ERROR, dtype, mode, order)]
+        for framework in frameworks:
+            results = network_runner(framework)(*arguments)
+            errors = errors_by_part(results, reference)
+            rows = rows_by_part(errors, what, framework, bounds)
+            if dtype == "float32":
+                rows += rows_of_float32(results, reference, what, framework)
+            yield rows, [_profile(errors, framework, dtype, mode, order)]
+
+
+def network_runner(framework: str) -> Callable[..., Results]:
+    """run_network of a framework: "numpy", "torch_ref" or "torchvision"."""
+    if framework == "numpy":
+        return in_numpy.run_network
+    return functools.partial(torch_module().run_network, library=framework)
+
+
+def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, float]]:
+    """{field of Results: {array: relative error}}; of a field that is one array, under its own name."""
+    errors = {}
+    for part, ours in results._asdict().items():
+        ours, theirs = (
+            value if isinstance(value, dict) else {part: value} for value in (ours, getattr(reference, part))
+        )
+        if ours or theirs:  # without BatchNorm there are no running statistics
+            errors[part] = relative_errors(ours, theirs)
+    return errors
+
+
+def bounds_float32(own: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """By part, from JAX's own errors; no smaller than that of a layer."""
+    return {
+        part: max(OWN_ERROR_BOUND_FLOAT32 * largest(errors)[0], LAYER_BOUNDS["float32"])
+        for part, errors in own.items()
+        if part not in GRADIENTS
+    }
+
+
+def rows_by_part(
+    errors: Mapping[str, Mapping[str, float]], what: str, framework: str, bounds: Mapping[str, float]
+) -> list[Row]:
+    """The largest error of each part; of those not in bounds for information."""
+    rows = []
+    for part, of_part in errors.items():
+        error, where = largest(of_part)
+        rows.append(Row(f"{part.replace('_', ' ')}, {what}", framework, error, bounds.get(part), where))
+    return rows
+
+
+def rows_of_float32(results: Results, reference: Results, what: str, framework: str) -> list[Row]:
+    """What float32 is asked beside: logits, the best five classes, and the gradients as a whole."""
+    difference = np.abs(results.logits - reference.logits)
+    image = f"image {difference.max(1).argmax()}"
+    ours, theirs = (np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (results.logits, reference.logits))
+    different = (ours != theirs).any(1)
+    first = f"image {different.argmax()}" if different.any() else "no image"
+    rows = [
+        Row(f"logits, absolute, {what}", framework, float(difference.max()), LOGITS_BOUND_FLOAT32, image),
+        Row(f"images with another top-5, {what}", framework, float(different.sum()), 0.0, first),
+    ]
+    for part in GRADIENTS:
+        error = length_of_difference(getattr(results, part), getattr(reference, part))
+        name = part.replace("_", " ")
+        rows.append(Row(f"{name}, length of difference, {what}", framework, error, LENGTH_BOUND_FLOAT32, "all"))
+    return rows
+
+
+def _profile(
+    errors: Mapping[str, Mapping[str, float]], framework: str, dtype: str, mode: str, order: Sequence[str]
+) -> Profile:
+    """In the order of the network."""
+    activations, gradients = (
+        {name: errors[part][name] for name in order if name in errors[part]}
+        for part in ("activations", "parameter_gradients")
+    )
+    return Profile(framework, dtype, mode, activations, gradients)
+
+
+class Growth(NamedTuple):
+    """How trainings part that start from the same weights and see the same batches.
+
+    distances: from JAX's training after each step, by framework: the largest relative error over all parameters and
+      running statistics.
+    yardstick: the same of a training in JAX whose first weights were moved by one unit in the last place.
+    """
+
+    optimizer: str
+    distances: dict[str, list[float]]
+    yardstick: list[float]
+
+
+def compare_trainings(
+    network: Network,
+    state_dict: Arrays,
+    optimizer: str,
+    steps: int,
+    batch_shape: tuple[int, int, int],
+    frameworks: Sequence[str],
+    jax_trainer: in_jax.Trainer,
+    seed: int,
+    after_step: Callable[[], object],
+) -> tuple[list[Row], Growth]:
+    """Trains in all frameworks at once, in float64.
+
+    After each step there is one of each framework that made this step alone, from the state that JAX had before it, and
+    one that made all steps itself.
+
+    Args:
+      network, state_dict: with the weights to start from.
+      optimizer: a name in `cases.OPTIMIZERS`.
+      steps: how many.
+      batch_shape: (N, H, W); another batch each step.
+      frameworks: "numpy", "torch_ref".
+      jax_trainer: of this network, so that it is compiled once for several optimizers.
+      seed: of the batches, and of who moves up and who moves down by one unit in the last place.
+      after_step: is called then.
+    """
+    rng = np.random.default_rng(seed)
+    modules = {name: in_numpy if name == "numpy" else torch_module() for name in frameworks}
+    step_by_step, free = (
+        {name: module.Trainer(network).start(optimizer, state_dict) for name, module in modules.items()}
+        for _ in range(2)
+    )
+    reference = jax_trainer.start(optimizer, state_dict)
+    moved = jax_trainer.start(optimizer, moved_by_one_unit(state_dict, rng))
+    growth = Growth(optimizer, {name: [] for name in frameworks}, [])
+    of_steps, of_free = ({name: [] for name in frameworks} for _ in range(2))
+    for step in range(1, steps + 1):
+        images, labels = draw_batch(network, *batch_shape, rng)
+        before = reference.state()
+        reference.step(images, labels)
+        expected = _flat(reference.weights())
+        moved.step(images, labels)
+        yardstick, _ = largest(relative_errors(_flat(moved.weights()), expected))
+        growth.yardstick.append(yardstick)
+        for name in frameworks:
+            step_by_step[name].load(before)
+            for trainer, found in ((step_by_step[name], of_steps[name]), (free[name], of_free[name])):
+                trainer.step(images, labels)
+                error, where = largest(relative_errors(_flat(trainer.weights()), expected))
+                found.append((error, f"step {step}, {where}"))
+            growth.distances[name].append(of_free[name][-1][0])
+        after_step()
+    rows = []
+    for name in frameworks:
+        rows.append(Row(f"{optimizer}, each step", name, *_worst(of_steps[name], STEP_BOUND)))
+        ratios = [(d / y, at) for (d, at), y in zip(of_free[name], growth.yardstick, strict=True)]
+        rows.append(Row(f"{optimizer}, free, over one ulp's", name, *_worst(ratios, GROWTH_BOUND)))
+    return rows, growth
+
+
+def _worst(found: Sequence[tuple[float, str]], bound: float) -> tuple[float, float, str]:
+    error, where = largest({at: error for error, at in found})
+    return error, bound, where
+
+
+def _flat(trees: tuple[Any, Any]) -> Arrays:
+    return dict(itertools.chain.from_iterable(flatten_dict(tree, sep=".").items() for tree in trees))
+
+
+def moved_by_one_unit(state_dict: Arrays, rng: np.random.Generator) -> Arrays:
+    """Each weight one unit in the last place up or down, at random as rounding does."""
+    return {
+        name: value if "running" in name else np.nextafter(value, rng.choice([-np.inf, np.inf], value.shape))
+        for name, value in state_dict.items()
+    }

@@ -1,0 +1,144 @@
+"""The statistics of a comparison over seeds: intervals, paired differences, and how soon a target was reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import special, stats
+
+CONFIDENCE = 0.95
+TIE = 0.003  # a smaller difference of accuracies is of no use to anybody, however certain it is
+Verdict = Literal["better", "worse", "tie", "unknown"]
+
+
+class Interval(NamedTuple):
+    """A mean and its 95% interval; nan for the ends where a single value gives none."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values with Student's interval.
+
+    >>> [round(x, 3) for x in mean_interval([0.50, 0.52, 0.54])]
+    [0.52, 0.47, 0.57, 3]
+    """
+    values = np.asarray(values, float)
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    if len(values) == 1:
+        return Interval(float(values[0]), math.nan, math.nan, 1)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
+    """The mean of ours - theirs with Student's interval, over the seeds (the keys) that both have."""
+    return mean_interval([ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs])
+
+
+def verdict(difference: Interval) -> Verdict:
+    """What a paired difference of accuracies says of ours.
+
+    A tie where the interval holds 0 or the mean is below TIE; unknown where there is no interval.
+
+    >>> verdict(Interval(0.02, 0.01, 0.03, 5)), verdict(Interval(0.02, -0.01, 0.05, 5))
+    ('better', 'tie')
+    >>> verdict(Interval(0.002, 0.001, 0.003, 5)), verdict(Interval(-0.02, math.nan, math.nan, 1))
+    ('tie', 'unknown')
+    """
+    if math.isnan(difference.low):
+        return "unknown"
+    if difference.low <= 0 <= difference.high or abs(difference.mean) < TIE:
+        return "tie"
+    return "better" if difference.mean > 0 else "worse"
+
+
+def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """The difference of accuracies for other seeds and other test pictures of the same kind.
+
+    Student's interval over seeds holds for these very test pictures. Here the pictures are a sample as well: what they
+    add to the variance of the mean, beyond chance within a run (a two-way analysis of variance without repetition), is
+    joined to the seeds' half-width in squares. So it is never narrower than that of `paired_difference`.
+
+    Args:
+      ours, theirs: (S, N) booleans, whether the run of seed s names picture n rightly; S >= 2.
+    """
+    difference = ours.astype(float) - theirs.astype(float)
+    seeds, pictures = difference.shape
+    of_seeds = mean_interval(difference.mean(1))
+    of_pictures = difference.mean(0)
+    rest = difference - difference.mean(1, keepdims=True) - of_pictures + of_seeds.mean
+    within = (rest**2).sum() / ((seeds - 1) * (pictures - 1))
+    variance = max(0.0, of_pictures.var(ddof=1) - within / seeds) / pictures
+    half = math.hypot(of_seeds.mean - of_seeds.low, stats.norm.ppf((1 + CONFIDENCE) / 2) * math.sqrt(variance))
+    return Interval(of_seeds.mean, of_seeds.mean - half, of_seeds.mean + half, seeds)
+
+
+def expected_best(values: Sequence[float]) -> np.ndarray:
+    """What the best of k trials has on average over all choices of k of these, for k = 1 to their number.
+
+    >>> expected_best([0.3, 0.1, 0.2]).round(3).tolist()
+    [0.2, 0.267, 0.3]
+    """
+    ranked, count = np.sort(np.asarray(values, float)), len(values)
+    drawn = np.arange(1, count + 1)
+    # Of all choices of k those whose best is the one of rank i: its k - 1 companions are among the i below it.
+    ways = special.comb(np.arange(count), drawn[:, None] - 1)
+    return ways @ ranked / special.comb(count, drawn)
+
+
+def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = False, draws: int = 2000) -> np.ndarray:
+    """How often each of several trials would have been chosen, had the held-out pictures been others of their kind.
+
+    A bootstrap: the pictures are drawn again, with replacement, `draws` times, and each time the trial with the highest
+    accuracy is chosen, of equals the one with the lowest loss; or by_loss that with the lowest loss.
+
+    Args:
+      right: (T, N) booleans, whether trial t names picture n rightly.
+      losses: (T, N), of trial t on picture n.
+
+    Returns:
+      (T,) shares of the draws, whose sum is 1.
+
+    >>> right = np.array([[True, True, False, False], [False, False, True, False]])
+    >>> choice_stability(right, np.ones((2, 4))).round(1).tolist()
+    [0.8, 0.2]
+    >>> choice_stability(right, np.array([[2.0] * 4, [1.0] * 4]), by_loss=True).tolist()
+    [0.0, 1.0]
+    >>> choice_stability(np.ones((3, 4), bool), np.array([[np.nan] * 4, [2.0] * 4, [1.0] * 4])).tolist()
+    [0.0, 0.0, 1.0]
+    """
+    trials, pictures = right.shape
+    counts = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=draws)
+    ranks = (counts @ losses.T).argsort(1, kind="stable").argsort(1)  # from the lowest; NaN is sorted behind all
+    score = -ranks
+    if not by_loss:
+        score += trials * (counts @ right.T.astype(int))  # one picture more outweighs any rank
+    return np.bincount(score.argmax(1), minlength=trials) / draws
+
+
+def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
+    """Epochs and seconds until test top-1 first was `target` or more, infinite if it never was.
+
+    >>> rows = [{"epoch": 1.0, "seconds": 9.0, "test_top1": 0.2}, {"epoch": 2.0, "seconds": 18.0, "test_top1": 0.3}]
+    >>> reached(rows, 0.25), reached(rows, 0.5)
+    ((2.0, 18.0), (inf, inf))
+    """
+    for row in rows:
+        if row["test_top1"] >= target:
+            return row["epoch"], row["seconds"]
+    return math.inf, math.inf
+
+
+def confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """How often pictures of class i were taken for class j, (classes, classes), of any number of runs together."""
+    counts = np.zeros((classes, classes), int)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts

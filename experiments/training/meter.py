@@ -1,0 +1,175 @@
+"""The metrics of an epoch: read a step late, averaged, and carried over a restart."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class NotFiniteError(RuntimeError):
+    """A step's loss or gradients were not finite, and it may not be skipped."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite")
+        self.step = step
+
+
+class Meter:
+    """Collects the metrics of an epoch; JAX's are read one step late, so that the device never waits for us.
+
+    Args:
+      epoch: from 1.
+      steps_per_epoch, batch_size: of the run.
+      started: the time.perf_counter() that "seconds" count from.
+      skip_nonfinite: how many more steps may be skipped before one is a NotFiniteError.
+      labels: of the epoch's batches, in their order.
+      earlier: what `facts` gave for the first steps of this epoch, if it goes on.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        started: float,
+        skip_nonfinite: int = 0,
+        labels: np.ndarray | None = None,
+        earlier: dict[str, Any] | None = None,
+    ):
+        self.epoch, self.steps_per_epoch, self.batch_size, self.started = epoch, steps_per_epoch, batch_size, started
+        self._left_to_skip, self._labels = skip_nonfinite, labels
+        earlier = earlier or {"losses": [], "top1s": [], "predictions": []}
+        self._losses: list[float] = [math.nan if loss is None else loss for loss in earlier["losses"]]
+        self._top1s: list[float] = list(earlier["top1s"])
+        self._predictions: list[np.ndarray] = [np.asarray(row, np.int32) for row in earlier["predictions"]]
+        self._running: dict[str, Any] | None = None
+        self._times = [time.perf_counter()]
+        self._first = self.steps
+
+    @property
+    def steps(self) -> int:
+        """The steps of this epoch that have ended."""
+        return len(self._losses)
+
+    @property
+    def loss(self) -> float:
+        return _mean(self._losses[-20:])
+
+    @property
+    def top1(self) -> float:
+        return float(np.mean(self._top1s[-20:]))
+
+    @property
+    def skipped(self) -> int:
+        return sum(math.isnan(loss) for loss in self._losses)
+
+    def facts(self) -> dict[str, Any]:
+        """All that has been collected, as JSON values that give the same numbers again."""
+        return {
+            "losses": [None if math.isnan(loss) else loss for loss in self._losses],
+            "top1s": self._top1s,
+            "predictions": [row.tolist() for row in self._predictions],
+        }
+
+    def add(self, metrics: dict[str, Any]) -> bool:
+        """Takes a step's metrics, which may still be computed; returns whether a step, this or the last, has ended."""
+        ended = self.finish()
+        self._running = metrics
+        # NumPy's step has ended when it returns.
+        return ended if isinstance(metrics["loss"], jax.Array) else self.finish()
+
+    def finish(self) -> bool:
+        """Waits for the step that is running, if any; returns whether there was one.
+
+        Raises:
+          NotFiniteError: it was not finite, and no more may be skipped.
+        """
+        if self._running is None:
+            return False
+        metrics, self._running = self._running, None
+        loss = float(metrics["loss"])
+        if not (math.isfinite(loss) and metrics.get("finite", True)):
+            if not self._left_to_skip:
+                raise NotFiniteError((self.epoch - 1) * self.steps_per_epoch + self.steps + 1, loss)
+            self._left_to_skip -= 1
+            loss = math.nan
+        self._losses.append(loss)
+        self._top1s.append(float(metrics["top1"]))
+        self._predictions.append(np.asarray(metrics["prediction"]))
+        self._times.append(time.perf_counter())
+        return True
+
+    def row(self, last: int) -> dict[str, float]:
+        """The means over the last steps, as a row of metrics.jsonl; without what was not finite.
+
+        The first step of all, which compiles, is no part of the images per second, unless it is the only one.
+        """
+        done = (self.epoch - 1) * self.steps_per_epoch + self.steps
+        here = self.steps - self._first  # since the start or the restart
+        times = self._times[-min(last, here) - 1 :]
+        if last >= here and here > 1 and (self.epoch == 1 or self._first):
+            times = times[1:]
+        labels = self._labels[: self.steps * self.batch_size].reshape(self.steps, -1)[-last:]
+        row = {
+            "epoch": done / self.steps_per_epoch,
+            "step": done,
+            "train_loss": _mean(self._losses[-last:]),
+            "train_top1": float(np.mean(self._top1s[-last:])),
+            "train_macro_f1": macro_f1(labels.reshape(-1), np.concatenate(self._predictions[-last:])),
+        }
+        if len(times) > 1:
+            row["images_per_second"] = round((len(times) - 1) * self.batch_size / (times[-1] - times[0]), 2)
+        row["seconds"] = round(self._times[-1] - self.started, 3)
+        skipped = sum(math.isnan(loss) for loss in self._losses[-last:])
+        return row | ({"skipped": skipped} if skipped else {})
+
+
+def _mean(losses: list[float]) -> float:
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The mean over classes of F1 = 2 · true positives / (labelled + predicted); labels and predictions (N,) int.
+
+    Classes that occur in neither count for nothing; one that occurs but is never right counts as 0.
+    """
+    classes = int(max(labels.max(), predictions.max())) + 1
+    labelled = np.bincount(labels, minlength=classes)
+    predicted = np.bincount(predictions, minlength=classes)
+    right = np.bincount(labels[labels == predictions], minlength=classes)
+    occurs = labelled + predicted > 0
+    return float((2 * right[occurs] / (labelled + predicted)[occurs]).mean())
+
+
+SKIPPED = 3  # steps: the first compiles, the next fill queues
+
+
+class Profile:
+    """Records `steps` steps into a folder, after the first three of the run."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self._steps, self._seen, self._running = folder, steps, 0, False
+
+    def before_step(self) -> None:
+        """To be called before each step."""
+        if self._seen == SKIPPED:
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+        elif self._seen == SKIPPED + self._steps:
+            self.close()
+        self._seen += 1
+
+    def close(self) -> None:
+        """Ends the recording, also when the run ends before its steps are done."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+        elif self._seen <= SKIPPED:
+            print(f"warning: --profile begins after {SKIPPED} steps, and there were {self._seen}", file=sys.stderr)

@@ -1,0 +1,209 @@
+"""Several processes that train together: finding one another, and who of them speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from experiments.training.settings import RunSettings
+
+TIMEOUT_SECONDS = 300  # to meet; and without a sign of life before all are ended: a busy machine may be still for long
+
+
+def join_processes(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
+    """Joins the other processes of a training; before anything asks JAX for a device.
+
+    Args:
+      coordinator: "host:port" of process 0, reachable from all; "auto" for what jax.distributed.initialize() finds by
+        itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
+      process_id: from 0; num_processes: of how many. Both are given with an address, neither with "auto".
+
+    Raises:
+      ValueError: the settings do not fit together, or the others were not found.
+    """
+    if coordinator == "auto":
+        settings = {}
+    else:
+        host, _, port = (coordinator or "").rpartition(":")
+        if not host or not port.isdecimal() or process_id is None or num_processes is None:
+            raise ValueError(
+                "--coordinator takes HOST:PORT of process 0, with --process-id and --num-processes, or auto; "
+                f"got {coordinator}"
+            )
+        if not 0 <= process_id < num_processes:
+            raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
+        if process_id:
+            wait_for_address(host, int(port))
+        settings = dict(coordinator_address=coordinator, process_id=process_id, num_processes=num_processes)
+    try:
+        jax.distributed.initialize(
+            **settings, initialization_timeout=TIMEOUT_SECONDS, heartbeat_timeout_seconds=TIMEOUT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the processes of --coordinator {coordinator} did not meet: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's folder and speaks for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_address(host: str, port: int) -> None:
+    """Returns when somebody listens there: jax.distributed would end the process without a chance to say why.
+
+    Raises:
+      ValueError: nobody does, for long.
+    """
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end or isinstance(error, (OverflowError, socket.gaierror)):
+                raise ValueError(f"nobody listens at --coordinator {host}:{port} ({error}): start process 0") from error
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def start_processes(settings: RunSettings) -> Iterator[None]:
+    """Sets JAX up as the settings say, with the other processes if there are any; only the first one's print is heard.
+
+    To be entered before anything asks JAX for a device.
+
+    Raises:
+      ValueError: see `join_processes`.
+    """
+    if settings.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    if settings.coordinator is None:
+        yield
+        return
+    join_processes(settings.coordinator, settings.process_id, settings.num_processes)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    finally:
+        jax.distributed.shutdown()
+
+
+def choose_devices(wanted: str, batch_size: int) -> int:
+    """How many of JAX's devices are used: --devices "all" or a number; all with several processes.
+
+    Raises:
+      ValueError: there are not so many, or they cannot share the batch equally.
+    """
+    there = jax.device_count()
+    chosen = there if wanted == "all" or jax.process_count() > 1 else int(wanted)
+    if not 1 <= chosen <= there:
+        kind = jax.devices()[0].platform
+        hint = (
+            f"; XLA_FLAGS=--xla_force_host_platform_device_count={chosen} makes virtual ones" if kind == "cpu" else ""
+        )
+        raise ValueError(f"--devices {wanted}: JAX sees {there} ({kind}){hint}")
+    if batch_size % chosen:
+        raise ValueError(f"--batch-size {batch_size} must be a multiple of the {chosen} devices that share it")
+    return chosen
+
+
+def warn(text: str) -> None:
+    """Prints a warning, once for all processes."""
+    if is_first():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+class Stopped(Exception):
+    """The run was told to stop; `signal` is what told it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class StopRequest(contextlib.AbstractContextManager):
+    """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until left; the same signal once more acts at once.
+
+    Python would raise anywhere, also between a step's end and the assignment of its result. By then the step has
+    consumed the old state, and nothing would be left to save.
+
+    With several processes a signal to one of them stops all, each before the same step: jax.distributed hears SIGTERM
+    by itself, and Ctrl-C is handed to it.
+    """
+
+    def __init__(self):
+        self.requested: int | None = None
+        self.together = jax.process_count() > 1
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGINT,) if self.together else (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.together:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.requested = number
+        again = "Ctrl-C again" if number == signal.SIGINT else "another SIGTERM"
+        tqdm.write(f"stopping after this step; {again} stops at once", file=sys.stderr)
+        self._restore()
+
+    def check(self, step: int | None = None) -> None:
+        """Raises Stopped if it was asked for.
+
+        Args:
+          step: the steps done; with several processes needed, and the same in all of them.
+        """
+        if self.together:
+            from jax.experimental import multihost_utils
+
+            if step is not None and multihost_utils.reached_preemption_sync_point(step):
+                raise Stopped(self.requested or signal.SIGTERM)
+        elif self.requested is not None:
+            raise Stopped(self.requested)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+@contextlib.contextmanager
+def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
+    """Lets a child process end by itself, with a report, when this process is told to stop, and waits for it.
+
+    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on.
+
+    Args:
+      terminate: sends SIGTERM to the child.
+
+    Yields:
+      the signals that have come.
+    """
+    came: list[int] = []
+
+    def take(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:
+            terminate()
+
+    previous = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

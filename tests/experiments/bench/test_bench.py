@@ -1,0 +1,435 @@
+"""The benchmarks run and print what they say; what they measure is not tested."""
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import jax_resnet.resnet
+from experiments import cars
+from experiments.bench import compile, contestants, conv2d, layers, scaling, step
+from experiments.bench import results as tables
+from experiments.bench import turns as processes
+from experiments.bench.__main__ import BENCHES, main
+from experiments.bench.turns import Result
+
+TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
+needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
+
+STEP = ["step", "--arch", "resnet18", "--batch-size", "2", "--image-size", "32x40", "--rounds", "2", "--steps", "1"]
+CONV2D = ["conv2d", "--rounds", "2", "--iterations", "1"]
+TINY_CONV2D = conv2d.Case(6, 7, 3, 5, kernel=3, stride=2, padding=1, batch_size=2)
+
+
+NUMBER = r"[\d,]+(\.\d+)?"
+
+
+def rows(printed: str, name: str) -> list[list[str]]:
+    """The columns of the printed rows of a contestant; a row may have more words in its name."""
+    return [line[len(name) :].split() for line in printed.splitlines() if line.startswith(name + " ")]
+
+
+def test_step_prints_its_tables(capsys):
+    assert main([*STEP, "--contestants", "numpy"]) == 0
+    printed = capsys.readouterr().out
+    assert "resnet18, batch 2 of 32x40x3, float32, training step" in printed
+    assert "resnet18, batch 2 of 32x40x3, float32, inference" in printed
+    assert len(rows(printed, "numpy")) == 2
+    for row in rows(printed, "numpy"):  # median, quartiles, first step, peak memory, above libraries
+        assert re.fullmatch(rf"{NUMBER} {NUMBER}-{NUMBER} {NUMBER} {NUMBER} {NUMBER}", " ".join(row))
+
+
+def test_json_and_plot_hold_what_was_printed(tmp_path, capsys):
+    files = [tmp_path / "step.json", tmp_path / "step.png"]
+    assert main([*STEP, "--contestants", "numpy", "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(files[0].read_text())
+    assert written["benchmark"] == "step"
+    assert written["machine"] == printed.splitlines()[0]
+    assert written["settings"]["image_size"] == "32x40"
+    assert written["complete"] is True
+    training, inference = written["tables"]
+    assert inference["title"] in printed
+    assert np.shape(training["seconds"]["numpy"]) == (2, 1)
+    median = 1e3 * np.median(training["seconds"]["numpy"])
+    assert training["rows"]["numpy"]["median ms"] == pytest.approx(median)
+    assert rows(printed, "numpy")[0][0] == tables.as_text(median)
+    assert plt.imread(files[1]).std() > 0.1
+    assert {file.name for file in tmp_path.iterdir()} == {"step.json", "step.png"}
+
+
+def test_step_table(capsys):
+    seconds = np.array([[0.2, 0.4], [0.2, 0.4]])
+    results = {
+        "numpy": Result(1.5, 1.25 * seconds, memory_before=40.0, peak_memory=540.0),
+        "torch": Result(0.5, seconds, memory_before=300.0, peak_memory=900.0),
+    }
+    tables.print_table(step.rows(results))
+    assert capsys.readouterr().out.splitlines() == [
+        "        ratio   median ms   quartiles ms   first step s   peak MB   above libraries MB",
+        "numpy    1.25         375        250-500           1.50       540                  500",
+        "torch    1.00         300        200-400           0.50       900                  600",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]),
+        (["--contestants", "numpy", "jax"], ["numpy", "jax"]),
+    ],
+)
+def test_who_takes_part(options, names, monkeypatch, capsys):
+    """Where nothing is installed, all that should take part are named as left out."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert main([*STEP, *options]) == 2
+    assert re.findall(r"^left out: ([\w.]+),", capsys.readouterr().out, re.MULTILINE) == names
+
+
+@needs_torch
+def test_conv2d_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(conv2d, "CLASSIC", TINY_CONV2D)
+    names = ["numpy.loops", "numpy", "numpy.unfolded", "torch"]
+    assert main([*CONV2D, "--contestants", *names]) == 0
+    printed = capsys.readouterr().out
+    assert str(TINY_CONV2D) in printed
+    for name in names:  # ratio, median, quartiles, GFLOP/s, and for NumPy's forms the memory kept
+        (row,) = rows(printed, name)
+        kept = rf" {NUMBER}" if name.startswith("numpy") else ""
+        assert re.fullmatch(rf"{NUMBER} {NUMBER} {NUMBER}-{NUMBER} {NUMBER}{kept}", " ".join(row))
+
+
+def test_without_torch_its_rows_are_left_out(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "torch" in name else find_spec(name))
+    assert main([*CONV2D, "--contestants", "numpy", "torch", "torch.channels_last"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: torch, without torch and torchvision installed" in printed
+    assert "left out: torch.channels_last, without torch and torchvision installed" in printed
+    assert not re.search("^ +ratio", printed, re.MULTILINE)
+    assert len(rows(printed, "numpy")) == 1
+    assert rows(printed, "torch") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*STEP, "--rounds", "0"], "at least 1"),
+        ([*STEP, "--batch-size", "0"], "at least 1"),
+        ([*STEP, "--image-size", "8"], "--image-size"),
+        (["step", "--image-size", "64"], "go with --arch"),
+        ([*CONV2D, "--rounds", "0"], "at least 1"),
+        ([*CONV2D, "--iterations", "0"], "at least 1"),
+        ([*STEP, "--threads", "4096"], "cores to use"),
+        ([*STEP, "--json", "nowhere/step.json"], "there is no folder nowhere"),
+        ([*STEP, "--plot", "step.doc"], "must end in .png, .svg or .pdf"),
+        (["memory", "--batch-size", "8", "0"], "--batch-size must be at least 1"),
+        (["remat", "--rounds", "0"], "--rounds must be at least 1"),
+        (["layers", "--image-size", "31"], "--image-size"),
+    ],
+)
+def test_bad_settings_are_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nobody_left_is_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for arguments in (STEP, CONV2D, ["scaling"]):
+        assert main(arguments) == 2
+        assert "nobody is left to measure" in capsys.readouterr().err
+
+
+def test_a_contestant_that_fails_is_left_out(capsys):
+    """A network that there is not: its process says so instead of hanging, and the others go on."""
+    case = contestants.Case("resnet19", 2, 32, 32)
+    make_steps = {
+        "jax": functools.partial(contestants.jax_step, case),
+        "numpy": functools.partial(conv2d.numpy_conv2d, "conv2d", TINY_CONV2D),
+    }
+    with processes.started(["jax", "numpy"]) as started:
+        results = processes.compete(started, make_steps, rounds=2, steps=3)
+    assert re.search(r"left out: jax: AttributeError: .*resnet19", capsys.readouterr().out)
+    assert list(results) == ["numpy"]
+    assert results["numpy"].seconds.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["memory", "--precision", "bfloat16", "--contestants", "numpy"], "left out: numpy: .*NumPy has no bfloat16"),
+        (["memory", "--batch-size", "1", "--contestants", "numpy"], "left out: numpy: .*more than one value"),
+        (["compile", "--batch-size", "1", "--contestants", "jax"], "left out: jax: .*more than one value"),
+    ],
+)
+def test_where_all_fail_nobody_is_left(arguments, message, capsys):
+    small = ["--arch", "resnet18", "--image-size", "32", "--rounds", "1", "--tasks", "training"]
+    assert main([*arguments, *small]) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.out)
+    assert "nobody is left to measure" in printed.err
+
+
+@needs_torch
+def test_memory_of_those_that_can(capsys):
+    arguments = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
+    arguments += ["--tasks", "inference", "--precision", "bfloat16", "--contestants", "numpy", "torch"]
+    assert main(["memory", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: numpy" in printed
+    assert len(rows(printed, "torch, batch")) == 1
+
+
+def test_scaling_goes_on_without_devices(monkeypatch, capsys):
+    """As on a machine with one GPU, which cannot be several."""
+    monkeypatch.setattr(scaling, "VIRTUAL", "")
+    monkeypatch.setattr(scaling, "DEVICES", (1, 2, 3))
+    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--task", "inference"]
+    assert main(["scaling", *arguments, "--over", "devices", "--contestants", "jax", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert [row[0] for row in rows(printed, "1")] == ["device"]
+    assert "2 devices: there are 1" in printed
+    assert "left out: 3 devices" in printed
+
+
+def test_peak_memory_is_that_of_the_contestant_alone():
+    """What is held here must not count there; a process starts with its parent's peak as getrusage counts it. 0.95: a
+    little of what is allocated fits into memory that importing has freed.
+    """
+    ours, theirs = 2**28, 2**26  # bytes
+    held = np.ones(ours // 8)
+    with processes.started(["numpy"]) as (contestant,):
+        contestant.build(functools.partial(functools.partial, np.ones, theirs // 8))
+    assert contestant.memory_before < held.nbytes / 1e6
+    assert 0.95 < (contestant.peak_memory - contestant.memory_before) / (theirs / 1e6) < 1.5
+
+
+def test_ratios_are_to_the_best_torch():
+    """The better form by its median; the ratio is taken within rounds, so that a slow round cancels."""
+    slow_round = np.array([1, 1, 10])
+    seconds = {"jax": 3 * slow_round, "torch": 4 * slow_round, "torch.channels_last": 2 * slow_round}
+    assert tables.ratios_to_best_torch(seconds) == {"jax": 1.5, "torch": 2.0, "torch.channels_last": 1.0}
+    assert tables.ratios_to_best_torch({"jax": slow_round}) == {}
+
+
+def test_kept_memory():
+    """conv2d keeps nothing beside what the caller has; the unfolded form its patches, 9 values for each of x here."""
+    case = conv2d.Case(24, 24, 16, 16, kernel=3, stride=1, padding=1)
+    patches = 9 * conv2d.operands(case).x.nbytes
+    assert conv2d.kept_memory("conv2d", case) < 0.01 * patches
+    assert patches <= conv2d.kept_memory("conv2d_unfolded", case) < 1.1 * patches
+
+
+@pytest.fixture
+def shallow_resnet18(monkeypatch):
+    """resnet18 with a block in each stage, for what compiles it several times and does not look at its depth."""
+    shallow = functools.partial(jax_resnet.resnet.ResNetConfig, "basic", (1, 1, 1, 1))
+    monkeypatch.setattr(jax_resnet.resnet, "resnet18", shallow)
+
+
+@pytest.mark.usefixtures("shallow_resnet18")
+def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
+    """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
+    monkeypatch.setitem(cars.DRAWINGS, "train_count", 196)
+    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
+    assert main(["feed", *arguments]) == 0
+    printed = capsys.readouterr().out
+    (alone,), (in_memory,) = rows(printed, "step alone"), rows(printed, "in memory")
+    assert alone[0] == "1.00"
+    assert len(in_memory) == 4  # ratio, median, quartiles, images/s
+    folder = tmp_path / "cars"
+    for split, name, number in itertools.product(("train", "test"), ("A", "B"), range(6)):
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 20 * number, np.uint8)).save(folder / split / name / f"{number}.png")
+    assert main(["feed", *arguments, "--data", str(folder), "--json", str(tmp_path / "feed.json")]) == 0
+    (table,) = json.loads((tmp_path / "feed.json").read_text())["tables"]
+    assert list(table["rows"]) == ["step alone", "in memory", "--decode lazy", "--decode lazy --workers 2"]
+    assert main(["feed", *arguments[:2], "--batch-size", "400", "--data", str(folder)]) == 2
+    assert "exceeds" in capsys.readouterr().err
+
+
+def test_remat_takes_less_memory(capsys):
+    """In one program, as a training step is: XLA:CPU does not merge the second run of a block with the first."""
+    assert main(["remat", "--arch", "resnet50", "--batch-size", "4", "--image-size", "32", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    (without,), (remat,) = rows(printed, "without"), rows(printed, "--remat")
+    assert float(remat[0]) < 0.8 * float(without[0])
+
+
+TWO_LAYERS = [layers.Layer("conv", 1, (2, 6, 7, 3), 5), layers.Layer("norm+relu", 1, (2, 6, 7, 3))]
+
+
+def test_layers_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(layers, "distinct_layers", lambda case: TWO_LAYERS)
+    assert main(["layers", "--contestants", "jax", "--rounds", "1", "--iterations", "1"]) == 0
+    printed = capsys.readouterr().out
+    product, conv, norm, total = rows(printed, "jax")
+    assert len(product) == 1
+    assert len(conv) == 9  # time, speed and share of three passes
+    assert len(norm) == 4  # time and speed of two
+    milliseconds = float(conv[0]) + float(conv[3]) + float(conv[6]) + float(norm[0]) + float(norm[2])
+    assert float(total[-1]) == pytest.approx(milliseconds, abs=0.05)
+
+
+def programs(cache):
+    return {path.name for path in Path(cache).glob("*-cache")}
+
+
+def test_compile_starts_cold_and_then_warm(monkeypatch):
+    """The first start finds no compiled program, the second one those of the first, and compiles no other."""
+    seen = []
+
+    @contextlib.contextmanager
+    def started(names, threads, environment):
+        cache = environment["JAX_COMPILATION_CACHE_DIR"]
+        seen.append(programs(cache))
+        with processes.started(names, threads, environment) as those:
+            yield those
+        seen.append(programs(cache))
+
+    monkeypatch.setattr(compile, "started", started)
+    case = contestants.Case("resnet18", 2, 32, 32, task="inference")
+    assert min(compile.cold_and_warm("jax", case, 1)) > 0
+    before_cold, after_cold, before_warm, after_warm = seen
+    assert not before_cold
+    assert after_cold
+    assert after_cold == before_warm == after_warm
+
+
+def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch):
+    def one_table_then_none(bench):
+        yield tables.Table("first", {"numpy": {"ms": 1.0}}, ("ms",))
+        raise ValueError("nobody is left")
+
+    monkeypatch.setitem(BENCHES, "step", (BENCHES["step"][0], one_table_then_none))
+    assert main(["step", "--contestants", "numpy", "--json", str(tmp_path / "step.json")]) == 2
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert (written["complete"], len(written["tables"])) == (False, 1)
+
+
+def test_turns_rotate():
+    """So that nobody always follows the same contestant."""
+    took = []
+
+    class Fake:
+        memory_before = peak_memory = 0
+
+        def __init__(self, name):
+            self.name = name
+
+        def build(self, make_step):
+            return 0.0
+
+        def measure(self, steps):
+            took.append(self.name)
+            return [float(ord(self.name))]
+
+    results = processes.compete([Fake("a"), Fake("b"), Fake("c")], dict.fromkeys("abc"), rounds=3, steps=1)
+    assert "".join(took) == "bcacababc"
+    assert {name: result.seconds.tolist() for name, result in results.items()} == {n: 3 * [[ord(n)]] for n in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["memory", "--tasks"], "--tasks must be one or more, none twice, got nothing"),
+        (["step", "--contestants", "numpy", "numpy"], "--contestants must be one or more, none twice, got numpy numpy"),
+    ],
+    ids=["none", "twice"],
+)
+def test_nothing_and_the_same_twice_are_refused(capsys, arguments, said):
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_contestant_that_dies_is_named():
+    with processes.started(["numpy"], 1) as (contestant,):
+        contestant._process.kill()
+        contestant._process.join()
+        with pytest.raises(RuntimeError, match="numpy ended without a word"):
+            contestant.measure(1)
+
+
+def test_compile_prints_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "cold_and_warm", lambda name, case, threads: (2.0, 1.0))
+    arguments = ["--contestants", "jax", "--tasks", "inference", "--rounds", "3"]
+    assert main(["compile", *arguments, "--json", str(tmp_path / "compile.json")]) == 0
+    (table,) = json.loads((tmp_path / "compile.json").read_text())["tables"]
+    assert (table["rows"]["jax"]["cold s"], table["rows"]["jax"]["warm s"]) == (2.0, 1.0)
+    assert np.shape(table["seconds"]["jax"]) == (3, 2)
+
+
+def test_compile_ratios_are_to_torch_compile():
+    seconds = {"jax": np.array([[6.0, 1.0]]), "torch.compile": np.array([[60.0, 20.0]])}
+    assert compile.rows(seconds)["jax"]["cold ratio"] == pytest.approx(0.1)
+    assert compile.rows(seconds)["jax"]["warm ratio"] == pytest.approx(0.05)
+
+
+@needs_torch
+def test_memory_prints_its_table(capsys):
+    arguments = ["--arch", "resnet18", "--batch-size", "1", "64", "--image-size", "32", "--tasks", "inference"]
+    assert main(["memory", *arguments, "--contestants", "numpy", "torch", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("numpy, batch", "torch, batch"):
+        batch_1, batch_64 = rows(printed, name)
+        assert float(batch_1[-1]) > 40  # MB: the weights of a ResNet-18
+        assert float(batch_64[-1]) >= float(batch_1[-1])
+    assert float(batch_64[-1]) > float(batch_1[-1])  # NumPy's may be what it needed to draw the weights
+
+
+def test_scaling_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2, 4))
+    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--contestants", "numpy"]
+    assert main(["scaling", *arguments, "--over", "batch-size", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: numpy: ValueError: batch_norm: training needs more than one value per channel" in printed
+    assert [row[0] for row in rows(printed, "batch")] == ["2", "4"]
+    assert [len(row) for row in rows(printed, "batch")] == [3, 3]  # its size, milliseconds, images/s
+
+
+def test_devices_share_the_batch():
+    """The logits on two virtual devices, which only a new process can have, are those on one."""
+    case = contestants.Case("resnet18", 4, 32, 32, task="inference")
+    with pytest.raises(ValueError, match="there are 1"):
+        contestants.jax_step(case, devices=2)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with processes.started(["jax"], None, flags) as (contestant,):
+        contestant.build(functools.partial(functools.partial, check_devices, case))
+
+
+def check_devices(case):
+    one, two = contestants.jax_step(case)(), contestants.jax_step(case, devices=2)()
+    assert len(two.sharding.device_set) == 2
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max())
+
+
+def test_what_grows():
+    base = contestants.Case("resnet50", 8, 96, 96)
+    assert [case.batch_size for _, case in scaling.cases(base, "batch-size")] == list(scaling.BATCH_SIZES)
+    sizes = [case for _, case in scaling.cases(base, "image-size")]
+    assert [(case.height, case.batch_size) for case in sizes] == [(64, 8), (96, 8), (128, 4), (160, 4), (224, 4)]
+    assert [case.arch for _, case in scaling.cases(base, "depth")] == list(scaling.ARCHS)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot bind a process to cores")
+def test_threads_bind_a_contestant_to_cores():
+    """It finds so many cores, and this process still has its own."""
+    before = os.sched_getaffinity(0)
+    with processes.started(["numpy"], threads=1, environment={"SOMETHING": "1"}) as (contestant,):
+        contestant.build(functools.partial(functools.partial, check_what_is_inherited))
+    assert os.sched_getaffinity(0) == before
+    assert "SOMETHING" not in os.environ
+
+
+def check_what_is_inherited():
+    assert len(os.sched_getaffinity(0)) == 1
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["SOMETHING"]) == ("1", "1")

@@ -1,0 +1,163 @@
+"""experiments.frameworks: one training in three frameworks, step by step, and what a framework does not have."""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jax_resnet.resnet
+import jax_resnet.weights
+from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
+from experiments.frameworks import cnn
+from experiments.frameworks.common import TITLES, Recipe, make_training, resnet_network
+from experiments.frameworks.optimizers import make_schedule
+from experiments.training import step_sizes
+
+SHAPE = dict(num_classes=7, in_channels=1)
+STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Where cores are shared, torch's threads would mostly wait for one another."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def recipe(**changes):
+    """A cosine, decay and smoothed labels, on pictures that are changed at random by the step."""
+    precision = changes.get("precision", "float64")
+
+    def preprocess(images):
+        return normalize(to_unit_range(images, precision), np.array([0.4]), np.array([0.3]))
+
+    @jax.jit
+    def augmented(images, step):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        return preprocess(augment(Augmentation(), key, to_unit_range(images, precision) * 255))
+
+    settings = dict(
+        opt="adabound",
+        schedule=make_schedule("cosine", 1e-3, STEPS, 0),
+        steps=STEPS,
+        base_lr=1e-3,
+        gamma=0.1,
+        preprocess_train=augmented,
+        preprocess_test=preprocess,
+        weight_decay=1e-3,
+        label_smoothing=0.1,
+        precision="float64",
+    )
+    return Recipe(**settings | changes)
+
+
+def resnet18(torchvision=False):
+    config = jax_resnet.resnet.resnet18(**SHAPE)
+    drawn = jax.tree.map(np.asarray, jax_resnet.resnet.init(config, jax.random.key(0), np.float32))
+    return resnet_network("resnet18", *drawn, **SHAPE, torchvision=torchvision)
+
+
+def run(training, images, labels):
+    """All losses, the evaluation after the last step, and the arrays before and after."""
+    state, losses, before = training.state, [], training.arrays(training.state.params, training.state.batch_stats)
+    before = {name: array.copy() for name, array in before.items()}
+    for _ in range(STEPS):
+        state, metrics = training.train_step(state, images, labels)
+        losses.append(float(metrics["loss"]))
+    results = jax.device_get(training.eval_step(state.params, state.batch_stats, images, labels))
+    return losses, results, before, training.arrays(state.params, state.batch_stats), training.moments(state)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (16, 32, 32, 1), np.uint8), rng.integers(0, 7, 16).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def in_jax(batch):
+    """The reference, compiled once for each recipe."""
+
+    @functools.cache
+    def run_in_jax(freeze_backbone):
+        with jax.enable_x64(True):
+            return run(make_training("jax", resnet18(), recipe(freeze_backbone=freeze_backbone)), *batch)
+
+    return run_in_jax
+
+
+@pytest.mark.parametrize("freeze_backbone", [False, True])
+@pytest.mark.parametrize("name", ["numpy", "torch", "torchvision"])
+def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
+    """Three steps in float64, augmented: 1e-8 of an array's largest entry, since BatchNorm's 16 values per channel
+    magnify rounding; the first loss, the weights before and the names are the same."""
+    network = resnet18(torchvision=name == "torchvision")
+    training = make_training(
+        "torch" if name == "torchvision" else name, network, recipe(freeze_backbone=freeze_backbone)
+    )
+    losses, results, before, after, moments = run(training, *batch)
+    their_losses, their_results, their_before, their_after, their_moments = in_jax(freeze_backbone)
+    assert losses[0] == pytest.approx(their_losses[0], rel=1e-12)
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-8)
+    assert set(results) == set(their_results)
+    for key in ("loss", "confidence"):
+        np.testing.assert_allclose(results[key], their_results[key], rtol=1e-7)
+    for key in ("prediction", "top5"):
+        np.testing.assert_array_equal(results[key], their_results[key])
+    names = {key for key in after if not key.endswith("num_batches_tracked")}
+    assert names == set(their_after)
+    for key in names:
+        np.testing.assert_array_equal(before[key], their_before[key])
+        assert after[key].dtype == np.float64
+        np.testing.assert_allclose(after[key], their_after[key], rtol=0, atol=1e-8 * np.abs(their_after[key]).max())
+        moved = not np.array_equal(before[key], after[key])
+        assert moved == (key.startswith("fc.") or not freeze_backbone), key
+    assert int(moments.count) == int(their_moments.count) == STEPS
+    settings = dict(base_lr=1e-3, final_lr=0.1, gamma=0.1, b1=0.9)
+    ours, theirs = (step_sizes.layer_steps(found, **settings)["layers"] for found in (moments, their_moments))
+    assert [layer["name"] for layer in ours] == [layer["name"] for layer in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["median"] == pytest.approx(their["median"], rel=1e-4)
+
+
+def test_float32_stays_float32(batch):
+    for framework in TITLES:
+        training = make_training(framework, resnet18(), recipe(precision="float32"))
+        state, metrics = training.train_step(training.state, *batch)
+        floats = [
+            array
+            for name, array in training.arrays(state.params, state.batch_stats).items()
+            if "num_batches" not in name
+        ]
+        assert {array.dtype for array in floats} == {np.dtype(np.float32)}
+        assert np.asarray(metrics["loss"]).dtype == np.float32
+
+
+def test_the_small_network_is_one(x64):
+    """Its module in PyTorch has the weights that the others have, its dense layer in another order."""
+    config = cnn.CNNConfig()
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (8, 28, 28, 1), np.uint8), rng.integers(0, 10, 8).astype(np.int32)
+    network = cnn.network(config, cnn.init(config, rng))
+    found = [run(make_training(framework, network, recipe()), images, labels) for framework in TITLES]
+    for losses, results, _, after, _ in found[1:]:
+        np.testing.assert_allclose(losses, found[0][0], rtol=1e-9)
+        np.testing.assert_allclose(results["loss"], found[0][1]["loss"], rtol=1e-9)
+        for name, array in found[0][3].items():
+            np.testing.assert_allclose(after[name], array, rtol=0, atol=1e-9)
+
+
+def test_a_missing_torch_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r'--framework torch needs PyTorch, which is missing .*".\[torch\]"'):
+        make_training("torch", resnet18(), recipe())
+
+
+def test_an_optimizer_of_jaxs_alone_is_refused():
+    with pytest.raises(ValueError, match="--opt amsgrad is in JAX alone"):
+        make_training("numpy", resnet18(), recipe(opt="amsgrad"))

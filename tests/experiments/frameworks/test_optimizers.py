@@ -1,0 +1,195 @@
+"""The optimizers and schedules by name, against formulas and against optax."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.frameworks.optimizers import (
+    LEARNING_RATES,
+    CommonOptimizerName,
+    as_numbers,
+    make_numpy_optimizer,
+    make_optimizer,
+    make_schedule,
+    make_torch_optimizer,
+    refuse_uncommon,
+)
+from numpy_ref import optim
+
+OPTIONS = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.0)
+
+
+def path(name, steps=5, **options):
+    """The weights after some steps on 0.5·|w - 1|², from fixed starting points."""
+    optimizer = make_optimizer(name, optax.constant_schedule(0.1), **(OPTIONS | options))
+    params = {"kernel": jnp.array([[3.0, -2.0]]), "bias": jnp.array([0.5])}
+    state = optimizer.init(params)
+    for _ in range(steps):
+        grads = jax.tree.map(lambda w: w - 1.0, params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_every_optimizer_moves_downhill(name):
+    params = path(name, steps=20)
+    assert float(jnp.abs(params["kernel"] - 1).sum()) < 5
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_weight_decay_leaves_biases_alone(name):
+    plain, decayed = path(name), path(name, weight_decay=0.1)
+    np.testing.assert_array_equal(plain["bias"], decayed["bias"])
+    assert not np.array_equal(plain["kernel"], decayed["kernel"])
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.9])
+def test_sgd_by_hand(dampening):
+    """m = 0.9·m + (1 - dampening)·g, w = w - 0.1·m."""
+    w, m = np.array([3.0, -2.0]), 0.0
+    for _ in range(5):
+        m = 0.9 * m + (1 - dampening) * (w - 1)
+        w = w - 0.1 * m
+    np.testing.assert_allclose(path("sgd", dampening=dampening)["kernel"][0], w, rtol=1e-6)
+
+
+def test_dampened_sgd_is_adabounds_limit():
+    """With bounds that are shut from the start (gamma = 1e8) AdaBound is SGD with averaged gradients at final_lr."""
+    limit = path("adabound", gamma=1e8)
+    np.testing.assert_allclose(limit["kernel"], path("sgd", dampening=0.9)["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("adam", optax.adam(0.1)), ("adamw", optax.adamw(0.1, weight_decay=0.0)), ("amsgrad", optax.amsgrad(0.1))],
+)
+def test_adams_are_optaxs(name, theirs):
+    params = jnp.array([[3.0, -2.0]])
+    state = theirs.init(params)
+    for _ in range(5):
+        updates, state = theirs.update(params - 1.0, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(path(name)["kernel"], params, rtol=1e-6)
+
+
+def twenty_steps(update, params):
+    """Along 0.5·|w - 1|²: update(grads, params) -> params."""
+    for _ in range(20):
+        params = update(jax.tree.map(lambda w: w - 1.0, params), params)
+    return params
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", get_args(CommonOptimizerName))
+def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
+    """Twenty steps along a cosine in float64, the bias without decay; 1e-12 for the order of multiplications."""
+    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=weight_decay)
+    schedule = make_schedule("cosine", 0.1, 20, 0)
+    start = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
+
+    def stateful(optimizer, apply_updates, params):
+        state = optimizer.init(params)
+
+        def update(grads, params):
+            nonlocal state
+            updates, state = optimizer.update(grads, state, params)
+            return apply_updates(params, updates)
+
+        return twenty_steps(update, params)
+
+    jaxs = stateful(
+        make_optimizer(name, schedule, **options, dampening=0.0),
+        optax.apply_updates,
+        jax.tree.map(jnp.asarray, start),
+    )
+    numpys = stateful(
+        make_numpy_optimizer(name, as_numbers(schedule, 20), **options, dampening=0.0), optim.apply_updates, start
+    )
+    for leaf in start:
+        np.testing.assert_allclose(numpys[leaf], jaxs[leaf], rtol=1e-12)
+
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    model = torch.nn.Module()
+    for leaf, array in start.items():
+        model.register_parameter(leaf, torch.nn.Parameter(torch.tensor(array)))
+    optimizer = make_torch_optimizer(name, model, **options)
+    rate = as_numbers(schedule, 20)
+    for step in range(20):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.zero_grad()
+        (0.5 * sum(((param - 1) ** 2).sum() for param in model.parameters())).backward()
+        optimizer.step()
+    for leaf, param in model.named_parameters():
+        np.testing.assert_allclose(param.detach(), jaxs[leaf], rtol=1e-12)
+
+
+def test_torchs_optimizer_leaves_frozen_parameters_out():
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    model = torch.nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=0.0)
+    groups = make_torch_optimizer("adam", model, **options).param_groups
+    assert [param for group in groups for param in group["params"]] == [model.weight]
+
+
+@pytest.mark.parametrize(
+    ("framework", "opt", "dampening", "message"),
+    [
+        ("numpy", "amsgrad", 0.0, "--opt amsgrad is in JAX alone: --framework numpy has adam, adamw, sgd, adabound"),
+        ("torch", "adaboundw", 0.0, "--opt adaboundw is in JAX alone"),
+        ("torch", "sgd", 0.5, "--dampening is not in torch"),
+    ],
+)
+def test_what_a_framework_does_not_have_is_refused(framework, opt, dampening, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_uncommon(framework, opt, dampening)
+    refuse_uncommon("numpy", "sgd", 0.5)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step", "onecycle"])
+def test_schedules_as_numbers(name):
+    """What jit computes, to the bit, by plain numbers."""
+    schedule = make_schedule(name, 0.1, 50, 0 if name == "onecycle" else 5)
+    rates = as_numbers(schedule, 50)
+    for step in (0, 1, 4, 5, 6, 25, 49):
+        assert type(rates(step)) is float
+        assert rates(step) == float(jax.jit(schedule)(jnp.int32(step)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", {0: 1, 50: 1, 99: 1}),
+        ("cosine", {0: 1, 50: 0.5, 100: 0}),
+        ("step", {0: 1, 49: 1, 51: 0.1, 76: 0.01}),
+        ("onecycle", {0: 1 / 25, 30: 1, 100: 1e-4 / 25}),
+    ],
+)
+def test_schedules(name, expected):
+    schedule = make_schedule(name, 1.0, 100, 0)
+    for step, rate in expected.items():
+        assert float(schedule(step)) == pytest.approx(rate, rel=1e-2, abs=1e-4)
+
+
+def test_warmup_is_linear_and_then_the_schedule():
+    schedule = make_schedule("cosine", 1.0, 100, 20)
+    np.testing.assert_allclose([schedule(s) for s in (0, 10, 20, 60, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+
+
+def test_adabounds_bounds_refer_to_the_peak_though_the_warmup_starts_at_0():
+    optimizer = make_optimizer("adabound", make_schedule("cosine", 0.1, 100, 10), **OPTIONS)
+    optimizer.init(jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "message"), [("onecycle", 5, "leave --warmup-epochs at 0"), ("cosine", 100, "must be shorter")]
+)
+def test_schedules_that_make_no_sense(name, warmup, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(name, 1.0, 100, warmup)

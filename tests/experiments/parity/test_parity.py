@@ -1,0 +1,463 @@
+"""`python -m experiments.parity`: its tables are complete, its page too, and the mistakes that people make break it.
+
+JAX's results are computed once for all tests: compiling them is most of the time.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import jax_resnet.layers
+import numpy_ref.layers
+import numpy_ref.resnet
+from experiments.parity import __main__ as parity
+from experiments.parity import cases, in_jax
+from experiments.parity import checks as compare
+from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_error, relative_errors
+from numpy_ref.threads import alone
+
+TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
+needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
+
+FAST = ["--arch", "resnet50", "--dtype", "float64"]
+PARTS = ["logits", "loss", "activations", "running statistics", "parameter gradients", "image gradient"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jax_once():
+    """Each layer and each pass is computed in JAX once: the same seed gives the same arrays."""
+
+    def remembered(run, key_of):
+        results = {}
+
+        @functools.wraps(run)
+        def run_once(*arguments):
+            key = key_of(*arguments)
+            if key not in results:
+                results[key] = run(*arguments)
+            return results[key]
+
+        return run_once
+
+    def layer_key(case):
+        return case.title, *(value.dtype for value in case.arrays.values())
+
+    def network_key(network, state_dict, images, labels, train):
+        return network, images.shape, images.dtype, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_jax, "run_layer", remembered(in_jax.run_layer, layer_key))
+        patch.setattr(in_jax, "run_network", remembered(in_jax.run_network, network_key))
+        yield
+
+
+def verdicts(printed):
+    """{row: "ok", "BROKEN" or "-"} of the printed tables."""
+    lines = (re.split(r" {3,}", line) for line in printed.splitlines())
+    return {columns[0]: columns[3] for columns in lines if len(columns) == 5 and columns[0]}
+
+
+# The whole program.
+
+
+@needs_torch
+def test_every_row_is_there_and_holds(tmp_path, capsys):
+    page = tmp_path / "parity.html"
+    trajectories = ["--steps", "2", "--optimizers", "adam"]
+    assert parity.main([*FAST, *trajectories, "--html", str(page)]) == 0
+    output = capsys.readouterr()
+    frameworks = ["numpy", "torch_ref", "torchvision"]
+    expected = {f"{case.title}, float64, {name}" for case in cases.layer_cases(0) for name in ("numpy", "torch")}
+    for mode in ("train", "eval"):
+        expected |= {f"{part}, {mode}, float64, {name}" for part in PARTS for name in frameworks}
+    rows = ["adam, each step", "adam, free, over one ulp's"]
+    expected |= {f"{row}, {name}" for row in rows for name in ("numpy", "torch_ref")}
+    assert verdicts(output.out) == dict.fromkeys(expected, "ok")
+    assert output.out.splitlines()[-2] == f"all {len(expected)} bounds hold"
+    assert "resnet18, adam: 100%" in output.err  # the bar, at its end
+    text = page.read_text()
+    assert len(re.findall(r'<img alt="(Error per layer|Trainings from)', text)) == 2
+    assert text.count("data:image/svg+xml;base64,") == 2
+    assert text.count('<td class="ok">ok</td>') == len(expected)
+    assert not re.search(r'(src|href)="(?!data:)', text)  # it needs no other file
+
+
+def test_float32_layers(capsys):
+    assert parity.main(["--sections", "layers", "--dtype", "float32", "--frameworks", "numpy"]) == 0
+    assert len(verdicts(capsys.readouterr().out)) == len(cases.layer_cases(0))
+
+
+def test_what_is_compared_is_not_alike(x64):
+    """Results that are all 0, or the gradient that is sent back, would be equal for no good reason."""
+    for case in cases.layer_cases(0):
+        results = in_jax.run_layer(case)
+        for name, value in results.items():
+            assert np.ptp(value) > 0, (case.title, name)
+            for argument in case.arrays.values():
+                if argument.shape == value.shape and case.layer not in ("relu", "flatten"):
+                    assert relative_error(value, argument) > 1e-3, (case.title, name)
+
+
+DIMENSIONS = [  # channels, (N, H, W), mode, dtypes; 64x64 in colour is above, other depths in tests/numpy_ref
+    (1, (8, 64, 96), "train", ("float64", "float32")),
+    (3, (1, 224, 224), "eval", ("float64",)),
+]
+
+
+@needs_torch
+@pytest.mark.parametrize(("channels", "shape", "mode", "dtypes"), DIMENSIONS, ids=str)
+def test_a_network_of_every_kind(channels, shape, mode, dtypes, x64):
+    """ResNet-18 in grey, on pictures that are not square and on large ones, in float32; the bounds of the program."""
+    network = cases.Network("resnet18", in_channels=channels)
+    weights = cases.draw_weights(network, seed=0)
+    batch = cases.draw_batch(network, *shape, rng=np.random.default_rng(1))
+    frameworks = ("numpy", "torch_ref", "torchvision")
+    with compare.torch_module().exact_on_one_thread():
+        compared = list(compare.compare_network(network, weights, *batch, dtypes, mode, frameworks))
+    rows = [row for rows, _ in compared for row in rows]
+    bounds = {"float64": 6, "float32": 8}  # by framework
+    assert sum(row.bound is not None for row in rows) == sum(bounds[dtype] for dtype in dtypes) * len(frameworks)
+    assert [row for row in rows if row.verdict == "BROKEN"] == []
+    unbound = {row.what for row in rows if row.bound is None and row.framework != compare.OWN_ERROR}
+    assert all("gradient" in what and "float32" in what for what in unbound)
+
+
+def test_float32_bounds_follow_jaxs_own_error():
+    """Ten times that, at least a layer's bound; gradients have none."""
+    own = {"logits": {"logits": 1e-5}, "loss": {"loss": 0.0}, "parameter_gradients": {"fc.bias": 0.3}}
+    assert compare.bounds_float32(own) == pytest.approx({"logits": 1e-4, "loss": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [({"a": [3.0, 4.0], "b": [0.0]}, 0.0), ({"a": [3.0, 4.0], "b": [5.0]}, 1.0), ({"a": [3.0, 4.0]}, math.inf)],
+)
+def test_length_of_difference(ours, expected):
+    ours = {name: np.array(value) for name, value in ours.items()}
+    assert length_of_difference(ours, {"a": np.array([3.0, 4.0]), "b": np.zeros(1)}) == pytest.approx(expected)
+
+
+# Mistakes.
+
+
+def padded_as_same(conv2d, x, weight, bias=None, *, stride=1, padding=0):
+    """The padding "SAME": as much as the output needs, the odd pixel at the end."""
+    total = [
+        max((-(-side // stride) - 1) * stride + size - side, 0)
+        for side, size in zip(x.shape[1:3], weight.shape[:2], strict=True)
+    ]
+    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in total)
+    y, vjp = conv2d(np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))), weight, bias, stride=stride)
+
+    def vjp_padded(dy):
+        dx, *others = vjp(dy)
+        return dx[:, top : dx.shape[1] - bottom, left : dx.shape[2] - right], *others
+
+    return y, vjp_padded
+
+
+def unbiased_in_jax(batch_norm, x, weight, *arrays, train, eps=1e-5):
+    """Normalizes with the unbiased variance: w / sqrt(n/(n-1) · var + eps) = w · s / sqrt(var + eps · s²)."""
+    s = math.sqrt(1 - x.shape[-1] / x.size) if train else 1.0
+    return batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2)
+
+
+def unbiased_in_numpy(batch_norm, x, weight, *arrays, train, eps=1e-5, gather=alone, **settings):
+    """The same; a thread has a part of the images, gather brings together how many values there are."""
+    s = math.sqrt(1 - 1 / sum(gather(x.size // x.shape[-1]))) if train else 1.0
+    outputs, vjp = batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2, gather=gather, **settings)
+
+    def vjp_unbiased(dy):
+        dx, dweight, *others = vjp(dy)
+        return dx, dweight * s, *others
+
+    return outputs, vjp_unbiased
+
+
+def stride_in_conv1(residual_block, config, *arguments, **settings):
+    return residual_block(dataclasses.replace(config, stride_in="conv1"), *arguments, **settings)
+
+
+def in_torch_norm():
+    import torch
+
+    return torch.nn, "BatchNorm2d", functools.partial(torch.nn.BatchNorm2d, momentum=0.9)
+
+
+def in_torch_network():
+    from torch_ref import resnet
+
+    make = resnet.resnet50
+    return resnet, "resnet50", lambda **options: make(**options | {"stride_in": "conv1"})
+
+
+def wrapped(module, name, wrapper):
+    return lambda: (module, name, functools.partial(wrapper, getattr(module, name)))
+
+
+def with_momentum(batch_norm, *arrays, **settings):
+    return batch_norm(*arrays, **settings | {"momentum": 0.9})
+
+
+EVERYWHERE = set(PARTS)
+CONVOLUTIONS_AT_STRIDE_2 = {"conv2d 3x3, stride 2, padding 1", "conv2d 7x7, stride 2, padding 3"}
+MISTAKES = {  # where it is made, the section and framework that show it, the parts of the table that are broken
+    "padding SAME, numpy": (
+        wrapped(numpy_ref.layers, "conv2d", padded_as_same),
+        "network",
+        "numpy",
+        EVERYWHERE,
+    ),
+    "padding SAME, numpy, layers": (
+        wrapped(numpy_ref.layers, "conv2d", padded_as_same),
+        "layers",
+        "numpy",
+        CONVOLUTIONS_AT_STRIDE_2,
+    ),
+    "unbiased variance, numpy": (
+        wrapped(numpy_ref.resnet, "batch_norm_relu", unbiased_in_numpy),
+        "network",
+        "numpy",
+        EVERYWHERE,
+    ),
+    "unbiased variance, jax": (
+        wrapped(jax_resnet.layers, "batch_norm", unbiased_in_jax),
+        "layers",
+        "numpy",
+        {"batch_norm"},
+    ),
+    "momentum 0.9, numpy": (
+        wrapped(numpy_ref.resnet, "batch_norm_relu", with_momentum),
+        "network",
+        "numpy",
+        {"running statistics"},
+    ),
+    "momentum 0.9, torch_ref": (in_torch_norm, "network", "torch_ref", {"running statistics"}),
+    "stride in conv1, numpy": (
+        wrapped(numpy_ref.resnet, "residual_block", stride_in_conv1),
+        "network",
+        "numpy",
+        EVERYWHERE,
+    ),
+    "stride in conv1, torch_ref": (in_torch_network, "network", "torch_ref", EVERYWHERE),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_caught(mistake, monkeypatch, capsys):
+    """Exit code 1, and the rows that the mistake concerns are BROKEN in training, no others."""
+    make, section, framework, broken = MISTAKES[mistake]
+    if framework != "numpy" and not TORCH:
+        pytest.skip("needs the extra torch")
+    monkeypatch.setattr(*make())
+    monkeypatch.setattr(in_jax, "run_layer", in_jax.run_layer.__wrapped__)  # JAX's layers may be the mistaken ones
+    assert parity.main([*FAST, "--sections", section, "--frameworks", framework]) == 1
+    printed = capsys.readouterr().out
+    rows = verdicts(printed)
+    found = {row for row, verdict in rows.items() if verdict == "BROKEN" and ", eval" not in row}
+    assert found == {row for row in rows if row.startswith(tuple(broken)) and ", eval" not in row}
+    assert re.search(r"\d+ of \d+ bounds are BROKEN", printed)
+
+
+def gradients_of(call, arrays, dy):
+    y, vjp = jax.vjp(call, *arrays)
+    return y, *vjp(dy)
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_the_mistaken_padding_is_xlas_same(size, stride, x64):
+    """Output and gradients: the mistake is that padding and nothing else."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((2, 14, 17, 3)), rng.standard_normal((size, size, 3, 4))
+    y, vjp = padded_as_same(numpy_ref.layers.conv2d, x, weight, stride=stride, padding=size // 2)
+
+    def same(x, weight):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, weight, (stride, stride), "SAME", dimension_numbers=layout)
+
+    dy = rng.standard_normal(y.shape)
+    assert_same((y, *vjp(dy)[:2]), gradients_of(same, (x, weight), dy))
+
+
+def test_the_mistaken_variance_is_the_unbiased_one(x64):
+    """In both implementations: output and gradients as the formula has them, running values as they should be."""
+    rng = np.random.default_rng(0)
+    arrays = rng.standard_normal((4, 3, 2, 5)), *rng.uniform(0.5, 1.5, (2, 5))
+    running, dy = rng.uniform(0.5, 1.5, (2, 5)), rng.standard_normal((4, 3, 2, 5))
+
+    def formula(x, weight, bias):
+        deviation = jax.numpy.sqrt(x.var((0, 1, 2), ddof=1) + 1e-5)
+        return (x - x.mean((0, 1, 2))) / deviation * weight + bias
+
+    expected = gradients_of(formula, arrays, dy)
+    correct = jax_resnet.layers.batch_norm(*arrays, *running, train=True)[1:]
+    (y, *new_running), vjp = unbiased_in_numpy(
+        numpy_ref.resnet.batch_norm_relu, arrays[0].copy(), *arrays[1:], *running, train=True, relu=False
+    )
+    assert_same((y, *vjp(dy.copy())[:3]), expected)
+    assert_same(new_running, correct)
+    in_jax_too = functools.partial(unbiased_in_jax, jax_resnet.layers.batch_norm, train=True)
+    assert_same(gradients_of(lambda *arrays: in_jax_too(*arrays, *running)[0], arrays, dy), expected)
+    assert_same(in_jax_too(*arrays, *running)[1:], correct)
+
+
+def other_rule(adabound, *arguments, gamma, **settings):
+    return adabound(*arguments, gamma=2 * gamma, **settings)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_an_optimizer_is_caught(monkeypatch, capsys):
+    """AdaBound's bounds close twice as fast: both its rows are BROKEN, Adam's hold."""
+    monkeypatch.setattr(*wrapped(numpy_ref.optim, "adabound", other_rule)())
+    arguments = ["--sections", "trajectories", "--frameworks", "numpy", "--steps", "2"]
+    assert parity.main([*arguments, "--optimizers", "adam", "adabound"]) == 1
+    broken = [row for row, verdict in verdicts(capsys.readouterr().out).items() if verdict == "BROKEN"]
+    assert broken == ["adabound, each step, numpy", "adabound, free, over one ulp's, numpy"]
+
+
+# What is left out, and what is refused.
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--no-batch-norm"], "torchvision: its networks have BatchNorm"),
+        (["--stride-in", "conv1"], "torchvision: its networks have the stride in conv2"),
+    ],
+    ids=str,
+)
+def test_torchvision_is_left_out(options, reason, capsys):
+    assert parity.main(["--sections", "layers", "--dtype", "float64", *options]) == 0
+    assert f"left out: {reason}" in capsys.readouterr().out.splitlines()
+
+
+def test_frameworks_that_are_not_installed_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert parity.main(["--sections", "layers", "--dtype", "float64"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: torch_ref: torch not installed" in printed
+    assert "left out: torchvision: torch and torchvision not installed" in printed
+    assert all(row.endswith(", numpy") for row in verdicts(printed))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "2"], "8 values per channel to the last stage: .* take --batch-size 8"),
+        (["--in-channels", "0"], "--in-channels and --steps must be at least 1"),
+        (["--steps", "0"], "--in-channels and --steps must be at least 1"),
+        (["--image-size", "31"], "--image-size is a side or HEIGHTxWIDTH"),
+        (["--html", "/no/such/folder/page.html"], "there is no folder /no/such/folder"),
+        (["--frameworks"], "must name something"),
+        (["--frameworks", "torchvision"], "torchvision has no part in trajectories"),
+        (
+            ["--no-batch-norm", "--frameworks", "torchvision", "--sections", "layers"],
+            "nothing to compare with JAX, torchvision: ",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_settings(arguments, message, capsys):
+    assert parity.main(arguments) == 2
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+
+
+def test_bad_names():
+    with pytest.raises(SystemExit) as raised:
+        parity.main(["--arch", "resnet19"])
+    assert raised.value.code == 2
+
+
+# Errors and verdicts.
+
+
+@pytest.mark.parametrize(
+    ("ours", "reference", "expected"),
+    [
+        ([1.0, 2.5], [1.0, 2.0], 0.25),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 1e-300], [0.0, 0.0], math.inf),
+        ([1.0, 2.0], [[1.0, 2.0]], math.inf),
+        ([1.0, math.nan], [1.0, 2.0], math.nan),
+    ],
+)
+def test_relative_error(ours, reference, expected):
+    assert relative_error(np.array(ours), np.array(reference)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_missing_and_superfluous_names_are_errors():
+    one = np.ones(1)
+    assert relative_errors({"a": one, "c": one}, {"a": one, "b": one}) == {"a": 0.0, "b": math.inf, "c": math.inf}
+
+
+def test_nan_is_the_largest_error_and_broken():
+    assert largest({"a": math.inf, "b": 1.0}) == (math.inf, "a")
+    assert largest({"a": 1.0, "b": math.nan})[1] == "b"
+    bounds = [(math.nan, 1.0), (1.0, 1.0), (1.1, 1.0), (1.0, None)]
+    assert [Row("", "", error, bound, "").verdict for error, bound in bounds] == ["BROKEN", "ok", "BROKEN", ""]
+
+
+@pytest.mark.parametrize(
+    ("shift", "logits", "top5"), [(0.0, "ok", "ok"), (2e-4, "BROKEN", "ok"), (0.3, "BROKEN", "BROKEN")]
+)
+def test_float32_logits_have_an_absolute_bound(shift, logits, top5):
+    """Of ten logits, 0.2 apart, one is moved; the second image has another top-5 if that is too far."""
+    reference = np.tile(0.2 * np.arange(10.0), (2, 1))
+    ours = reference.copy()
+    ours[1, 8] += shift
+    one = {"conv1.weight": np.ones(1)}
+    make = functools.partial(
+        Results, loss=1.0, activations={"stem": np.ones(1)}, running_statistics={}, parameter_gradients=one
+    )
+    results, expected = (make(logits=values, image_gradient=np.ones(1)) for values in (ours, reference))
+    found = {row.what: row for row in compare.rows_of_float32(results, expected, "eval, float32", "numpy")}
+    assert found["logits, absolute, eval, float32"].verdict == logits
+    assert found["images with another top-5, eval, float32"].verdict == top5
+
+
+# Weights.
+
+
+def test_weights_hide_nothing():
+    """No value that BatchNorm starts with, and no two arrays alike."""
+    weights = cases.draw_weights(cases.Network("resnet18"), seed=0)
+    for name, value in weights.items():
+        assert np.ptp(value) > 0.05, name
+        if name.endswith("running_var"):
+            assert value.min() > 0.4
+    moved = cases.draw_weights(cases.Network("resnet18"), seed=1)
+    assert not any(np.array_equal(value, moved[name]) for name, value in weights.items())
+
+
+def test_moved_by_one_unit():
+    """Every weight moves, by the distance to its neighbour; half of them up."""
+    weights = cases.draw_weights(cases.Network("resnet18"), seed=0)
+    moved = compare.moved_by_one_unit(weights, np.random.default_rng(0))
+    for name, value in weights.items():
+        if "running" in name:
+            assert moved[name] is value
+        else:
+            steps = np.abs(moved[name] - value) / np.spacing(np.abs(value))
+            assert set(np.unique(steps)) <= {0.5, 1.0}, name  # half of one just below a power of 2
+    kernel = "layer4.1.conv2.weight"
+    assert np.mean(moved[kernel] > weights[kernel]) == pytest.approx(0.5, abs=0.01)
+
+
+def test_jax_stays_as_it_was():
+    """The program turns 64-bit types on for itself alone."""
+    assert parity.main(["--sections", "layers", "--dtype", "float64", "--frameworks", "numpy"]) == 0
+    assert jax.numpy.zeros(1).dtype == np.float32

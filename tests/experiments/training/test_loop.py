@@ -1,0 +1,189 @@
+"""The shared training loop: batches, evaluation, rows, and how it ends."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.data.dataset import Dataset, Split
+from experiments.machine import jax_device, numpy_device, processor
+from experiments.training.loop import DivergedError, Plan, evaluate, fit
+from experiments.training.meter import macro_f1
+from experiments.training.processes import Stopped, StopRequest
+from experiments.training.run_folder import RunFolder, earlier_run, read_metrics
+from experiments.training.saving import Saver
+
+
+def split(n):
+    return Split(np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1), np.arange(n, dtype=np.int32) % 3)
+
+
+class State:
+    step = 0
+    params = batch_stats = None
+
+
+class Steps:
+    """Of a framework without checkpoints."""
+
+    search = None
+
+    def __init__(self, train_step):
+        self.train_step, self.eval_step = train_step, right_eval_step
+
+    def put(self, images, labels):
+        return images, labels
+
+    def averages(self, state):
+        return None
+
+
+def right_eval_step(params, batch_stats, images, labels):
+    return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
+
+
+def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray, number=signal.SIGINT):
+    """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows.
+
+    It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
+    """
+    reports, losses = [], iter(losses)
+    seen = []
+
+    def train_step(state, images, labels):
+        seen.append(images.reshape(-1).tolist())
+        if len(seen) == interrupt_at:
+            signal.raise_signal(number)
+        prediction = np.minimum(labels, 1)
+        metrics = {"loss": next(losses), "top1": (prediction == labels).mean(), "prediction": prediction}
+        return state, {name: array(value) for name, value in metrics.items()}
+
+    dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
+    folder = RunFolder(tmp_path / "run")
+    ended_by = fit(
+        State(),
+        Steps(train_step),
+        dataset,
+        folder,
+        Saver(tmp_path / "run", keep=0),
+        Plan(epochs, batch_size=3, seed=0, log_every=log_every),
+        lambda state, results: reports.append(results),
+    )
+    folder.close()
+    return ended_by, reports, read_metrics(tmp_path / "run"), seen
+
+
+def test_evaluation_covers_the_last_partial_batch():
+    shapes = []
+
+    def eval_step(params, batch_stats, images, labels):
+        shapes.append(images.shape)
+        return right_eval_step(params, batch_stats, images, labels)
+
+    data = split(7)
+    results = evaluate(eval_step, None, None, data, 3)
+    np.testing.assert_array_equal(results["prediction"], data.labels)
+    assert set(shapes) == {(3, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_rows_of_a_run(array, tmp_path):
+    """Metrics in NumPy, which have been computed, and in JAX, which are read a step later."""
+    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
+    assert ended_by is None
+    assert len(reports) == 1  # at the end; the run is shorter than the time between two
+    assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
+    assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
+    for row, batches in zip(rows, (seen[:2], seen[:3], seen[3:5], seen[3:6]), strict=True):
+        labels = np.concatenate(batches) % 3
+        assert row["train_top1"] == pytest.approx((labels < 2).mean())
+        assert row["train_macro_f1"] == pytest.approx(macro_f1(labels, np.minimum(labels, 1)))
+    ends = [row for row in rows if "test_loss" in row]
+    assert [row["step"] for row in ends] == [3, 6]
+    assert 0 < rows[0]["train_macro_f1"] < 1
+    labels = split(7).labels
+    assert ends[0]["test_loss"] == pytest.approx(float(np.mean(labels * 0.5)))
+    assert (ends[0]["test_top1"], ends[0]["test_top5"], ends[0]["test_macro_f1"]) == (1, 1, 1)
+    assert all(row["images_per_second"] > 0 and row["seconds"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_report(number, tmp_path):
+    """The step under way ends first (its state is what is reported), then nothing more is run."""
+    before = signal.getsignal(number)
+    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=5, number=number)
+    assert ended_by == number
+    assert len(seen) == 5
+    assert signal.getsignal(number) is before
+    assert len(reports) == 1
+    assert reports[0] is not None
+    assert [row["step"] for row in rows if "test_loss" in row] == [3]
+
+
+def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
+    ended_by, reports, _, _ = run(tmp_path, [6.0, 5.0], interrupt_at=2)
+    assert ended_by == signal.SIGINT
+    assert reports == [None]
+
+
+def test_the_same_signal_once_more_acts_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped):
+                stop.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 5 \(epoch 2\)"):
+        run(tmp_path, [6.0, 5.0, 4.0, 3.0, float("nan"), 1.0])
+
+
+def test_an_earlier_run_is_found_and_replaced(tmp_path):
+    assert earlier_run(tmp_path / "not" / "there") == []
+    folder = RunFolder(tmp_path)
+    folder.write_config({"a": 1})
+    folder.log({"step": 1, "train_loss": 0.5})
+    folder.close()
+    (tmp_path / "weights.safetensors").touch()
+    (tmp_path / "notes.txt").touch()
+    assert {"config.json", "metrics.jsonl", "weights.safetensors"} <= {file.name for file in earlier_run(tmp_path)}
+    RunFolder(tmp_path).close()
+    assert read_metrics(tmp_path) == []
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert (tmp_path / "notes.txt").exists()
+    with pytest.raises(ValueError, match=r"cannot be written: .*notes.txt is a file"):
+        earlier_run(tmp_path / "notes.txt" / "run")
+
+
+def test_config_names_versions_and_commit(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config({"a": "é"})
+    folder.close()
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["a"] == "é"
+    assert {"jax", "numpy", "optax", "python"} <= set(config["versions"])
+    assert "git_commit" in config
+
+
+def test_devices_are_plain_values():
+    assert jax_device()["platform"] == jax.default_backend()
+    assert numpy_device()["count"] == os.cpu_count()
+    assert json.loads(json.dumps(numpy_device())) == numpy_device()
+    assert numpy_device()["processor"] == processor() != ""
+
+
+def test_macro_f1_by_hand():
+    """Class 0: 2 of 3 found, 2 of 2 predicted right: F1 4/5. Class 1: 1 of 1, 1 of 2: 2/3. Class 2 never occurs."""
+    labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    assert macro_f1(labels, predictions) == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert macro_f1(np.array([0, 0]), np.array([3, 3])) == 0

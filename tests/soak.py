@@ -1,0 +1,216 @@
+"""Kills a training again and again, lets it go on each time, and compares it with one that was never killed.
+
+    python tests/soak.py                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
+
+The exit code is 1 if a parameter, a running statistic, a moment of the optimizer or a metric differs in one bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.weights import read_arrays
+
+TRAINING = (
+    "--arch=resnet18",
+    "--image-size=32",
+    "--limit=192",
+    "--batch-size=16",
+    "--epochs=6",
+    "--log-every=1",
+    "--checkpoint-steps=2",
+    "--opt=amsbound",
+    "--ema=0.9",
+)
+KINDS = ("checkpoint", "step", "checkpoint", "time", "step")  # in turn
+SLOWEST_START = 300.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one."""
+
+    kills: int = 20
+    """How often."""
+    seed: int = 0
+    """Of the moments."""
+    out: Path | None = None
+    """Keep both runs and their logs here [default: a temporary folder]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """A kill and what it met.
+
+    kind: what was waited for: half-written files of a checkpoint, a step, or a time after the start.
+    seconds: after the start.
+    rows: lines of metrics.jsonl by then.
+    unfinished: whether it was writing a checkpoint, which is half-written now.
+    """
+
+    kind: str
+    seconds: float
+    rows: int
+    unfinished: bool
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.cars", *TRAINING, "--out", str(out), *more]
+
+
+def run_killed(out: Path, kills: int, rng: random.Random) -> list[Kill]:
+    """Runs the training to its end, killing it on the way; its stderr and stdout are in <out>.log."""
+    found: list[Kill] = []
+    bar = tqdm(total=kills, unit=" kill", disable=None)
+    with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
+        while len(found) < kills:
+            start = time.monotonic()
+            process = subprocess.Popen(command(out, "--resume"), stdout=log, stderr=log)
+            kind = KINDS[len(found) % len(KINDS)]
+            if not wait_for(kind, process, start, out, rng):
+                raise RuntimeError(
+                    f"the training ended by itself (exit code {process.returncode}) after {len(found)} kills: see "
+                    f"{log.name}"
+                )
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            found.append(Kill(kind, time.monotonic() - start, rows(out), bool(fresh_unfinished(out, start))))
+            bar.update()
+        bar.close()
+        subprocess.run(command(out, "--resume"), stdout=log, stderr=log, check=True)
+    return found
+
+
+def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng: random.Random) -> bool:
+    """Returns when it is time to kill; False if the process has ended before."""
+    delay, more = rng.random(), rng.randint(1, 5)  # so many steps, or half as many checkpoints, are let pass
+    cut = rows(out)
+    seen: set[Path] = set()
+    while process.poll() is None:
+        now = time.monotonic() - start
+        if kind == "time" and now > 20 * delay:
+            return True
+        if kind == "checkpoint":
+            seen |= fresh_unfinished(out, start)
+            if 2 * len(seen) >= more:
+                time.sleep(0.1 * delay)
+                return process.poll() is None
+        if kind == "step":
+            cut = min(cut, rows(out))  # it is cut back to the checkpoint before it grows
+            if rows(out) >= cut + more:
+                time.sleep(0.5 * delay)
+                return process.poll() is None
+        if now > SLOWEST_START:
+            raise RuntimeError(f"nothing to kill within {SLOWEST_START:.0f} s: see {out}.log")
+        time.sleep(0.001)
+    return False
+
+
+def fresh_unfinished(out: Path, start: float) -> set[Path]:
+    """The checkpoints that this process is writing; not what the one before has left half-written."""
+    since = time.time() - (time.monotonic() - start)
+    try:
+        return {path for path in Checkpoints(out / CHECKPOINTS).unfinished() if path.stat().st_mtime > since}
+    except FileNotFoundError:  # renamed meanwhile
+        return set()
+
+
+def rows(out: Path) -> int:
+    try:
+        return (out / METRICS).read_bytes().count(b"\n")
+    except FileNotFoundError:  # not there yet, or removed by a start from step 0
+        return 0
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two runs that have ended: arrays of the last checkpoints, lines of metrics, weights."""
+    found = []
+    both = [Checkpoints(out / CHECKPOINTS) for out in (one, other)]
+    steps = [checkpoints.steps()[-1] for checkpoints in both]
+    if steps[0] != steps[1]:
+        return [f"the last checkpoints are of steps {steps[0]} and {steps[1]}"]
+    arrays, others = (checkpoints.read(steps[0])[0] for checkpoints in both)
+    found += sorted(arrays.keys() ^ others.keys())
+    for name in arrays.keys() & others.keys():
+        if arrays[name].dtype != others[name].dtype or not np.array_equal(arrays[name], others[name], equal_nan=True):
+            found.append(name)
+    lines, other_lines = timeless_rows(one), timeless_rows(other)
+    if len(lines) != len(other_lines):
+        found.append(f"{METRICS} has {len(lines)} and {len(other_lines)} lines")
+    found += [f"{METRICS}, step {a['step']}" for a, b in zip(lines, other_lines, strict=False) if a != b]
+    weights, others = (read_arrays(out / WEIGHTS) for out in (one, other))  # safetensors' metadata have no fixed order
+    found += [f"{WEIGHTS}, {name}" for name in weights if not np.array_equal(weights[name], others[name])]
+    return found
+
+
+def timeless_rows(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+    return [{name: v for name, v in line.items() if name not in ("seconds", "images_per_second")} for line in lines]
+
+
+def soak(settings: Settings, out: Path) -> bool:
+    """Runs both trainings in a folder and prints what was met; returns whether they are equal in every bit."""
+    started = time.monotonic()
+    quiet, killed = out / "quiet", out / "killed"
+    for folder in (quiet, killed):
+        shutil.rmtree(folder, ignore_errors=True)
+    print("a training that is left alone, then one that is killed", flush=True)
+    with open(out / "quiet.log", "w", encoding="utf-8") as log:
+        subprocess.run(command(quiet), stdout=log, stderr=log, check=True)
+    kills = run_killed(killed, settings.kills, random.Random(settings.seed))
+    print(f"{'kill':>4}  {'waited for':<10}  {'after s':>7}  {'rows':>4}  checkpoint half-written")
+    for number, kill in enumerate(kills, 1):
+        unfinished = "yes" if kill.unfinished else "no"
+        print(f"{number:>4}  {kill.kind:<10}  {kill.seconds:>7.1f}  {kill.rows:>4}  {unfinished}")
+    log = (out / "killed.log").read_text(encoding="utf-8")
+    print(
+        f"{len(kills)} times SIGKILL, {sum(kill.unfinished for kill in kills)} while a checkpoint was being written "
+        f"({log.count('is half-written')} named in the log), {log.count('going on at step')} times gone on from a "
+        f"checkpoint, {log.count('starting at step 0')} times begun; {time.monotonic() - started:.0f} s"
+    )
+    different = differences(quiet, killed)
+    for name in different:
+        print(f"differs: {name}")
+    count = len(Checkpoints(killed / CHECKPOINTS).read(Checkpoints(killed / CHECKPOINTS).steps()[-1])[0])
+    if not different:
+        print(
+            f"all {count} arrays of the last checkpoint, {rows(killed)} lines of metrics and the weights are bit-equal"
+        )
+    return not different
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    settings = tyro.cli(Settings, args=arguments, prog="python tests/soak.py")
+    try:
+        if settings.out is not None:
+            settings.out.mkdir(parents=True, exist_ok=True)
+            return 0 if soak(settings, settings.out) else 1
+        with tempfile.TemporaryDirectory() as folder:
+            return 0 if soak(settings, Path(folder)) else 1
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
