@@ -1,0 +1,75 @@
+"""What stands in a code fence of the README or of docs/ runs; shell commands are taken by their programs."""
+
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def shell_commands():
+    """The commands `python -m experiments.…` of all pages, with the values of shell variables in place."""
+    found = []
+    for page in PAGES:
+        for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language:
+                continue
+            variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.M))
+            for line in re.findall(r"python -m experiments\.[^\n#]*", text):
+                line = re.sub(r"\$(\w+)", lambda match, known=variables: known.get(match[1], match[0]), line)
+                found.append(pytest.param(shlex.split(line)[2:], id=f"{page.stem}: {line[10:60]}"))
+    return found
+
+
+class Parsed(BaseException):
+    """The command line was read."""
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_shell_commands_are_taken(command, monkeypatch):
+    """Nothing is run: the program's parser, which ends the program for what it does not know, reads all arguments."""
+    parse, from_dict = tyro.cli, tyro.extras.subcommand_cli_from_dict
+
+    def cli(f, **kwargs):
+        parse(f if isinstance(f, type) else functools.wraps(f)(lambda *args, **kwargs: None), **kwargs)
+        raise Parsed
+
+    def subcommand_cli(*args, **kwargs):
+        from_dict(*args, **kwargs)
+        raise Parsed
+
+    program = importlib.import_module(command[0])
+    if hasattr(program, "__path__"):
+        program = importlib.import_module(f"{command[0]}.__main__")
+    monkeypatch.setattr(tyro, "cli", cli)
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", subcommand_cli)
+    with pytest.raises(Parsed):
+        program.main(command[1:])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the weight file that pages load."""
+    torch = pytest.importorskip("torch")
+    models = pytest.importorskip("torchvision.models")
+    folder = tmp_path_factory.mktemp("docs")
+    torch.save(models.resnet50(num_classes=1000).state_dict(), folder / "resnet50.pth")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_runs(page, folder, monkeypatch):
+    """All fences of a page one after the other, as a reader would type them."""
+    fences = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
+    monkeypatch.chdir(folder)
+    names = {"images": np.zeros((1, 64, 64, 3), np.float32)}
+    for fence in fences:
+        exec(compile(fence, str(page), "exec"), names)
