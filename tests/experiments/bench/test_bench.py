@@ -15,8 +15,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import jax_resnet.resnet
-from experiments import cars
-from experiments.bench import compile, contestants, conv2d, layers, scaling, step
+from experiments.bench import compile, contestants, conv2d, feed, layers, scaling, step
 from experiments.bench import results as tables
 from experiments.bench import turns as processes
 from experiments.bench.__main__ import BENCHES, main
@@ -239,7 +238,7 @@ def shallow_resnet18(monkeypatch):
 @pytest.mark.usefixtures("shallow_resnet18")
 def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
     """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
-    monkeypatch.setitem(cars.DRAWINGS, "train_count", 196)
+    monkeypatch.setattr(feed, "DRAWN_CARS", 196)
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
     assert main(["feed", *arguments]) == 0
     printed = capsys.readouterr().out
