@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
 
-from jax_resnet.adabound import AdaBoundState, StepSizes, step_sizes
+from jax_resnet.adabound import AdaBoundState
+from jax_resnet.step_sizes import StepSizes, step_sizes
 
 BOUNDED = ("adabound", "amsbound", "adaboundw")
 MOST_SAMPLED = 4096
