@@ -34,7 +34,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    # orbax and JAX log errors, with tracebacks, that they also raise.
+    # JAX logs errors, with tracebacks, that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         ended_by = run()

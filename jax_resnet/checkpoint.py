@@ -1,29 +1,30 @@
-"""Checkpoints of a training: orbax writes them aside, renames them and keeps the right ones; here they are checked.
+"""Checkpoints of a training: a thread writes each aside and renames it, so that a kill never damages an earlier one.
 
-A checkpoint is <folder>/<step> with the arrays of the state under their paths ("params.layer1.0.conv1.weight",
-"opt_state.0.mu.fc.bias"), and facts: JSON values of the caller's. Beside the facts stands what each array must be,
-shape, type and CRC-32, since a file system may hand back other bytes than were written, and orbax would not notice.
+A checkpoint is the folder <folder>/<step>. Its state.safetensors holds the arrays of the state under their paths
+("params.layer1.0.conv1.weight", "opt_state.0.mu.fc.bias"). Its record.json holds facts, JSON values of the caller's,
+the score, and the shape, type and CRC-32 of each array: a file system may return other bytes than were written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import safetensors.numpy
 
-PATTERN_CHARACTERS = set("[*\\")
-UNFINISHED = "*orbax-checkpoint-tmp*"  # orbax's name for what it has not yet renamed
+__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
+
+STATE, RECORD = "state.safetensors", "record.json"
+UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written, or deleted
 
 
 class CheckpointError(RuntimeError):
@@ -35,7 +36,7 @@ class DamagedError(ValueError):
 
 
 class MismatchError(ValueError):
-    """A checkpoint is of another training: names, shapes or types differ."""
+    """A checkpoint is of another training, whose names, shapes or types differ, or of another format."""
 
 
 class Restored(NamedTuple):
@@ -46,21 +47,8 @@ class Restored(NamedTuple):
     facts: dict[str, Any]
 
 
-class _LastAndBest:
-    """Which ones stay. orbax's own BestN knows no score of a checkpoint that another process wrote."""
-
-    def __init__(self, keep: int, scores: Mapping[int, float]):
-        self._keep, self._scores = keep, scores
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = max((step for step in steps if step in self._scores), key=lambda step: self._scores[step], default=None)
-        last = sorted(steps)[-self._keep :]
-        return [step in last or step == best for step in steps]
-
-
 class Checkpoints:
-    """The checkpoints of a run. With several processes each makes one and calls the same methods.
+    """The checkpoints of a run. With several processes each makes one and calls the same methods; process 0 writes.
 
     Args:
       folder: made if it is not there; all processes must see the same.
@@ -70,59 +58,35 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder = Path(folder).absolute()
-        if bad := PATTERN_CHARACTERS & set(str(self.folder)):  # would be written, and not found again
-            raise ValueError(f"{self.folder} cannot hold checkpoints: TensorStore reads no path with {min(bad)}")
-        self._scores: dict[int, float] = {}
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LastAndBest(keep, self._scores), cleanup_tmp_directories=True
-        )
-        self._manager: ocp.CheckpointManager | None = None
-
-    def _open(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            for step in self.steps():
-                with contextlib.suppress(DamagedError):
-                    if (score := self._record(step).get("score")) is not None:
-                        self._scores.setdefault(step, score)
-            self._manager = ocp.CheckpointManager(self.folder, options=self._options)
-        return self._manager
+        self.folder, self._keep = Path(folder).absolute(), keep
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: tuple[int, Future] | None = None
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any], *, score: float | None = None) -> None:
         """Begins to write a checkpoint; returns when the arrays are copied, and they may be changed or donated.
 
         Args:
-          step: the steps done; the name. One that is there, undamaged, stays as it is and takes the score: the same
-            steps make the same state, and between its end and the new one's there would be none.
+          step: the steps done; the name. An undamaged checkpoint of this step stays and takes the score: the same steps
+            make the same state.
           state: a tree of arrays, each whole on this process.
           facts: JSON values; they may be changed afterwards, too.
-          score: larger is better; without one the checkpoint cannot be the best.
+          score: larger is better; a checkpoint without one cannot be the best.
 
         Raises:
-          CheckpointError: this one cannot be begun, or the one before could not be ended. Those written before are as
-            they were, and the next call may succeed.
+          CheckpointError: this one cannot be begun, or the one before could not be ended. Earlier ones are as they
+            were, and the next call may succeed.
         """
-        arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state)}
-        written = {name: [list(array.shape), str(array.dtype), _crc(array)] for name, array in arrays.items()}
-        # Copied: orbax writes them while the caller goes on, who may change what is in them.
-        record = {"facts": json.loads(json.dumps(facts)), "arrays": written, "score": score}
-        record["crc"] = _crc_of_json(record)
+        self.wait()
+        if jax.process_index() > 0:
+            return
+        arrays = {name: np.array(leaf, order="C") for name, leaf in _named_leaves(state)}
+        facts = json.loads(json.dumps(facts))
         try:
-            manager = self._open()
-            manager.wait_until_finished()
-            if score is not None:
-                self._scores[step] = score
-            if step in manager.all_steps():
-                if self._is_undamaged(step):
-                    return
-                manager.delete(step)
-            manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)),
-                force=True,
-            )
-        except Exception as error:  # orbax's and TensorStore's are of many types
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise self._failed(step, error) from error
+        self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
+        self._pending = step, self._writer.submit(self._write, step, arrays, facts, score)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is complete on the disk.
@@ -130,65 +94,34 @@ class Checkpoints:
         Raises:
           CheckpointError: it could not be ended.
         """
-        if self._manager is None:
+        if self._pending is None:
             return
+        step, written = self._pending
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(None, error) from error
-
-    def _failed(self, step: int | None, error: Exception) -> CheckpointError:
-        """Drops the manager, which counts what it could not write, and what that left half-written."""
-        sys.unraisablehook = _without_closed_loops
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            try:
-                manager.close()
-            except Exception:
-                pass  # the same error again
-        for path in self.unfinished():
-            shutil.rmtree(path, ignore_errors=True)
-        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        last = self.steps()
-        kept = f"the last good one is {self.folder / str(last[-1])}" if last else "there is no earlier one"
-        return CheckpointError(f"{what} could not be written ({_reason(error)}); {kept}")
+            written.result()
+        except Exception as error:  # safetensors' are of its own type
+            self._pending = None
+            raise self._failed(step, error) from error
+        self._pending = None
 
     def close(self) -> None:
-        """Waits like `wait`, raises like it, and frees what orbax holds."""
+        """Waits like `wait`, raises like it, and ends the thread."""
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
-                self._manager = None
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
 
     def unfinished(self) -> list[Path]:
-        """What a process that was killed while writing has left; removed with the next `save`."""
-        return sorted(self.folder.glob(UNFINISHED))
+        """What a process that was killed while writing has left; the next `save` removes it."""
+        return sorted(self.folder.glob(f"*{UNFINISHED}"))
 
     def steps(self) -> list[int]:
         """The steps of all that have a complete name, the last one last; whether they are damaged is not known."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
-
-    def _record(self, step: int) -> dict[str, Any]:
-        try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                record = reader.restore(self.folder / str(step) / "record")
-            crc = record.pop("crc")
-        except Exception as error:
-            raise DamagedError(f"{self.folder / str(step)} is damaged: {_reason(error)}") from error
-        if crc != _crc_of_json(record):
-            raise DamagedError(f"{self.folder / str(step)} is damaged: its record is not what was written")
-        return record
-
-    def _is_undamaged(self, step: int) -> bool:
-        try:
-            self.read(step)
-        except DamagedError:
-            return False
-        return True
 
     def restore(self, step: int, template: Any) -> Restored:
         """Reads a checkpoint and checks every byte.
@@ -198,7 +131,7 @@ class Checkpoints:
           template: a tree of arrays with the structure, shapes and types that are expected.
 
         Raises:
-          MismatchError: it is undamaged, and of another structure, shape or type.
+          MismatchError: it is undamaged, and of another structure, shape or type, or an earlier version wrote it.
           DamagedError: a part is missing or not what was written.
         """
         expected = {name: [list(np.shape(leaf)), str(leaf.dtype)] for name, leaf in _named_leaves(template)}
@@ -220,31 +153,93 @@ class Checkpoints:
         """The arrays of a checkpoint, {"params.conv1.weight": …}, and its facts.
 
         Raises:
+          MismatchError: an earlier version wrote it.
           DamagedError: a part is missing or not what was written.
         """
         record = self._record(step)
         return self._arrays(step, record), record["facts"]
 
+    def _write(self, step: int, arrays: dict[str, np.ndarray], facts: Any, score: float | None) -> None:
+        for pattern in (f"*{UNFINISHED}", f"*{REMOVED}"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
+        path, aside = self.folder / str(step), self.folder / f"{step}{UNFINISHED}"
+        if path.exists():
+            try:
+                record = self._record(step)
+                self._arrays(step, record)
+                return _write_record(path, record if score is None else record | {"score": score})
+            except (DamagedError, MismatchError):
+                self._remove(step)
+        aside.mkdir()
+        # NumPy's own types alone: bfloat16 and the like as unsigned integers.
+        plain = {name: a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a for name, a in arrays.items()}
+        safetensors.numpy.save_file(plain, aside / STATE)
+        written = {name: [list(a.shape), str(a.dtype), _crc(a)] for name, a in arrays.items()}
+        _write_record(aside, {"facts": facts, "arrays": written, "score": score})
+        aside.rename(path)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Keeps the last ones and the best, the first of them if scores are equal."""
+        steps = self.steps()
+        scores = {step: score for step in steps if (score := self._score(step)) is not None}
+        best = max(scores, key=scores.__getitem__, default=None)
+        for step in steps[: -self._keep]:
+            if step != best:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        removed = (self.folder / str(step)).rename(self.folder / f"{step}{REMOVED}")
+        shutil.rmtree(removed)
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return self._record(step)["score"]
+        except (DamagedError, MismatchError):
+            return None
+
+    def _record(self, step: int) -> dict[str, Any]:
+        path = self.folder / str(step)
+        if (path / "_CHECKPOINT_METADATA").exists():
+            raise MismatchError(
+                f"{path} was written by orbax, in an earlier version of this program: go on with that version, or "
+                "begin the run anew"
+            )
+        try:
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            crc = record.pop("crc")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
+        if crc != _crc_of_json(record):
+            raise DamagedError(f"{path} is damaged: its record is not what was written")
+        return record
+
     def _arrays(self, step: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
         path = self.folder / str(step)
-        previous, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
-            template = {name: np.empty(shape, dtype) for name, (shape, dtype, _) in record["arrays"].items()}
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                arrays = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
-        except Exception as error:  # the hook stays: reads under way end later
+            stored = safetensors.numpy.load_file(path / STATE)
+            arrays = {name: stored[name].view(np.dtype(dtype)) for name, (_, dtype, _) in record["arrays"].items()}
+        except Exception as error:  # of several types
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
-        sys.unraisablehook = previous
-        for name, (*_, crc) in record["arrays"].items():
-            if _crc(arrays[name]) != crc:
+        for name, (shape, _, crc) in record["arrays"].items():
+            if list(arrays[name].shape) != shape or _crc(arrays[name]) != crc:
                 raise DamagedError(f"{path} is damaged: {name} is not what was written")
         return arrays
 
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        """Removes what was half-written, to free the disk."""
+        for path in self.unfinished():
+            shutil.rmtree(path, ignore_errors=True)
+        last = self.steps()
+        kept = f"the last good one is {self.folder / str(last[-1])}" if last else "there is no earlier one"
+        return CheckpointError(f"the checkpoint of step {step} could not be written ({_reason(error)}); {kept}")
 
-def _without_closed_loops(unraisable: Any) -> None:
-    """An unraisablehook: after a read or write that failed, each still under way finds its event loop closed."""
-    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(unraisable)
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    aside = folder / f"{RECORD}{UNFINISHED}"
+    aside.write_text(json.dumps(record | {"crc": _crc_of_json(record)}), encoding="utf-8")
+    aside.replace(folder / RECORD)
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -268,12 +263,10 @@ def _describe(what: list[Any] | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """TensorStore's messages go over many lines; what the system said is in them as a number."""
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+    """What the system said, if it is the cause: safetensors, written in Rust, has it as a number in its message."""
+    if code := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if unread := re.search(r'Error reading "([^"]+)/\.zarray"', str(error)):
-        return f"{unread[1]} cannot be read"
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

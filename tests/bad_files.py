@@ -336,6 +336,12 @@ def foreign_checkpoint(folder: Path) -> None:
     checkpoints.close()
 
 
+def orbax_checkpoint(path: Path) -> None:
+    """As earlier versions wrote them."""
+    path.mkdir()
+    (path / "_CHECKPOINT_METADATA").touch()
+
+
 def foreign_facts(folder: Path) -> None:
     """The same arrays, with what another program says of them."""
     checkpoints = Checkpoints(folder)

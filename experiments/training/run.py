@@ -158,8 +158,6 @@ def train_and_report(
         "steps_per_epoch": count_steps(dataset.train, settings.batch_size),
         "device": training.device,
     }
-    if settings.keep:
-        Checkpoints(out / CHECKPOINTS)  # says now if it could not be read again
     if settings.resume and (out / CONFIG).exists():
         refuse_other_run(out, json.loads(json.dumps(config)), settings)
     restored = restore_run(settings, training, out)

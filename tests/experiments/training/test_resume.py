@@ -8,8 +8,8 @@ import shutil
 import signal
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 import tiny_network
 from soak import differences
 
@@ -136,16 +136,23 @@ def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quie
     out = stopped(tmp_path, quiet, keep_last=3)
     folder = out / CHECKPOINTS
     *_, before, last = Checkpoints(folder).steps()
-    (folder / f"{last + 1}.orbax-checkpoint-tmp").mkdir()
-    for file in (folder / str(last) / "state").rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(file.read_bytes()[:-9])
+    (folder / f"{last + 1}.unfinished").mkdir()
+    file = folder / str(last) / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
     assert train(settings_for(out, resume=True)) is None
     printed = capsys.readouterr()
-    assert f"{folder / f'{last + 1}.orbax-checkpoint-tmp'} is half-written: it is not used" in printed.err
+    assert f"{folder / f'{last + 1}.unfinished'} is half-written: it is not used" in printed.err
     assert f"{folder / str(last)} is damaged: " in printed.err
     assert f"going on at step {before}" in printed.out, printed.err
     assert differences(quiet, out) == []
+
+
+def test_checkpoints_of_an_earlier_version_are_refused(quiet, tmp_path):
+    out = stopped(tmp_path, quiet, keep_last=2)
+    (out / CHECKPOINTS / "99").mkdir()
+    (out / CHECKPOINTS / "99" / "_CHECKPOINT_METADATA").touch()
+    with pytest.raises(ValueError, match=r"99 was written by orbax, in an earlier version"):
+        train(settings_for(out, resume=True))
 
 
 def test_without_a_complete_checkpoint_it_begins(quiet, tmp_path, capsys):
@@ -228,16 +235,16 @@ def test_what_is_not_finite_is_left_out_up_to_a_limit(tmp_path):
 
 
 def test_a_disk_that_is_full_is_said_and_the_run_goes_on(quiet, tmp_path, capsys, monkeypatch):
-    """orbax fails at step 10: the results are the same, and the checkpoints around it are there."""
+    """At step 10: the results are the same, and the checkpoints around it are there."""
     out = tmp_path / "run"
-    save = ocp.CheckpointManager.save
+    save_file = safetensors.numpy.save_file
 
-    def failing(self, step, *arguments, **options):
-        if step == 10:
+    def failing(arrays, path):
+        if "10.unfinished" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save(self, step, *arguments, **options)
+        save_file(arrays, path)
 
-    monkeypatch.setattr(ocp.CheckpointManager, "save", failing)
+    monkeypatch.setattr(safetensors.numpy, "save_file", failing)
     assert train(settings_for(out, keep=9)) is None
     warning = (
         f"warning: the checkpoint of step 10 could not be written ({os.strerror(errno.ENOSPC)}); the last good one is"
