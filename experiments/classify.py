@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import numpy_ref.resnet
+import numpy_ref.fast
 import numpy_ref.weights
 from experiments import imagenet
 from experiments.cli import MAX_SIZE, Arch
@@ -222,9 +222,9 @@ def jax_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.
 
 
 def numpy_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
-    config = getattr(numpy_ref.resnet, arch)(**settings)
+    config = getattr(numpy_ref.fast, arch)(**settings)
     params, batch_stats = numpy_ref.weights.from_torch(arrays)
-    return lambda images: numpy_ref.resnet.apply(config, params, batch_stats, images, train=False)[0].logits
+    return lambda images: numpy_ref.fast.apply(config, params, batch_stats, images, train=False)[0].logits
 
 
 def torch_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:

@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from numpy_ref import resnet
-
-Tree = dict[str, Any]
+from numpy_ref.config import ResNetConfig, Tree, shapes
 
 SUFFIXES = (".safetensors", ".npz")
 FILE_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by rank: where a file's axes are in an array of the tree
@@ -87,7 +85,7 @@ def save(
         aside.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tree]:
+def load(path: str | os.PathLike, config: ResNetConfig) -> tuple[Tree, Tree]:
     """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
 
     Args:
@@ -103,7 +101,7 @@ def load(path: str | os.PathLike, config: resnet.ResNetConfig) -> tuple[Tree, Tr
         misshapen or not finite.
     """
     arrays = {name: value for name, value in _read(_checked(path)).items() if not _is_batch_count(name)}
-    expected = {name: _file_shape(shape) for tree in resnet.shapes(config) for name, shape in _leaves(tree)}
+    expected = {name: _file_shape(shape) for tree in shapes(config) for name, shape in _leaves(tree)}
     problems = []
     for name in expected | arrays:
         if name not in arrays:

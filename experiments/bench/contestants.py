@@ -39,28 +39,28 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numpy_step(case: Case) -> Step:
-    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits.
+    """numpy_ref's fast network. Training returns (loss, running statistics, gradients), inference the logits.
 
     Raises:
       ValueError: for bfloat16, which NumPy does not have.
     """
     if case.precision != "float32":
         raise ValueError(f"NumPy has no {case.precision}")
-    from numpy_ref import layers, resnet
+    from numpy_ref import fast, layers
 
-    config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
-    params, batch_stats = resnet.init(config, np.random.default_rng(0))
+    config = getattr(fast, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
+    params, batch_stats = fast.init(config, np.random.default_rng(0))
     images, labels = batch(case)
 
     def training():
-        out, vjp = resnet.apply(config, params, batch_stats, images, train=True)
+        out, vjp = fast.apply(config, params, batch_stats, images, train=True)
         losses, loss_vjp = layers.softmax_cross_entropy(out.logits, labels)
         (dlogits,) = loss_vjp(np.full_like(losses, 1 / len(losses)))
         grads, _ = vjp(dlogits)
         return losses.mean(), out.batch_stats, grads
 
     def inference():
-        out, _ = resnet.apply(config, params, batch_stats, images, train=False)
+        out, _ = fast.apply(config, params, batch_stats, images, train=False)
         return out.logits
 
     return {"training": training, "inference": inference}[case.task]

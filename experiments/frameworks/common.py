@@ -14,7 +14,7 @@ import optax
 import jax_resnet.resnet
 import jax_resnet.train
 import jax_resnet.weights
-import numpy_ref.resnet
+import numpy_ref.fast
 import numpy_ref.train
 import numpy_ref.weights
 from experiments.frameworks.optimizers import (
@@ -89,7 +89,7 @@ def resnet_network(
 
     return Network(
         (getattr(jax_resnet.resnet, arch)(**settings), jax_resnet.resnet.apply),
-        (getattr(numpy_ref.resnet, arch)(**settings), numpy_ref.resnet.apply),
+        (getattr(numpy_ref.fast, arch)(**settings), numpy_ref.fast.apply),
         make_module,
         params,
         batch_stats,

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
 from experiments.parity.errors import Results
-from numpy_ref import layers, optim, resnet, weights
+from numpy_ref import fast, layers, optim, weights
 
 
 def run_layer(case: LayerCase) -> Arrays:
@@ -22,7 +22,7 @@ def run_layer(case: LayerCase) -> Arrays:
 
 def run_network(network: Network, state_dict: Arrays, images: np.ndarray, labels: np.ndarray, train: bool) -> Results:
     """One forward and backward pass; weights come and results go through `numpy_ref.weights`."""
-    config = getattr(resnet, network.arch)(**network.options)
+    config = getattr(fast, network.arch)(**network.options)
     params, batch_stats = weights.from_torch(state_dict)
     out, losses, dparams, dimages = _forward_backward(config, params, batch_stats, images, labels, train)
     return Results(
@@ -36,9 +36,9 @@ def run_network(network: Network, state_dict: Arrays, images: np.ndarray, labels
 
 
 def _forward_backward(
-    config: resnet.ResNetConfig, params: Any, batch_stats: Any, images: np.ndarray, labels: np.ndarray, train: bool
-) -> tuple[resnet.Output, np.ndarray, Any, np.ndarray]:
-    out, vjp = resnet.apply(config, params, batch_stats, images, train=train, return_activations=True)
+    config: fast.ResNetConfig, params: Any, batch_stats: Any, images: np.ndarray, labels: np.ndarray, train: bool
+) -> tuple[fast.Output, np.ndarray, Any, np.ndarray]:
+    out, vjp = fast.apply(config, params, batch_stats, images, train=train, return_activations=True)
     losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels)
     return out, losses, *vjp(*vjp_loss(np.full_like(losses, 1 / len(losses))))
 
@@ -54,7 +54,7 @@ class Trainer:
     """A training of a network, step by step."""
 
     def __init__(self, network: Network):
-        self._config = getattr(resnet, network.arch)(**network.options)
+        self._config = getattr(fast, network.arch)(**network.options)
 
     def start(self, optimizer: str, state_dict: Arrays) -> Trainer:
         """A training from these weights with an optimizer of `cases.OPTIMIZERS`."""

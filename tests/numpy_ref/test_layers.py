@@ -4,14 +4,15 @@ import functools
 import tracemalloc
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_networks import norm_arrays, relative
 
 from jax_resnet import layers as jax_layers
-from numpy_ref import convolution, fused, layers
+from numpy_ref import convolution, layers
+from numpy_ref.check import check_vjp
 
 CONVOLUTIONS = [  # N, H, W, C, K, kernel height, kernel width, stride, padding
     (2, 8, 8, 3, 4, 1, 1, 1, 0),
@@ -46,12 +47,6 @@ def convolution_case(rng, case, bias):
     return arrays + [rng.standard_normal(k)] * bias, dict(stride=stride, padding=padding)
 
 
-def norm_case(rng, shape):
-    c = shape[-1]
-    affine = [rng.standard_normal(c) + 1.5, rng.standard_normal(c)]
-    return [2 * rng.standard_normal(shape) + 3, *affine], (rng.standard_normal(c), rng.random(c) + 0.5)
-
-
 def cases():
     """id -> name of the layer, the arrays that it has gradients for, its other arrays, its options."""
     rng = np.random.default_rng(0)
@@ -62,9 +57,9 @@ def cases():
             for name in ("conv2d", "conv2d_unfolded", "conv2d_loops"):
                 table[f"{name} {case}{' bias' * bias}"] = name, arrays, (), options
     for shape in NORMS:
-        arrays, running = norm_case(rng, shape)
+        *arrays, mean, var = norm_arrays(rng, shape)
         for train in (True, False):
-            table[f"batch_norm {shape} train={train}"] = "batch_norm", arrays, running, dict(train=train)
+            table[f"batch_norm {shape} train={train}"] = "batch_norm", arrays, (mean, var), dict(train=train)
     for case in POOLINGS:
         options = dict(zip(("window", "stride", "padding"), case[4:], strict=True))
         table[f"max_pool {case}"] = "max_pool", [rng.standard_normal(case[:4])], (), options
@@ -85,36 +80,18 @@ CASES = cases()
 over_cases = pytest.mark.parametrize("case", CASES)
 
 
-def run(case, arrays=None):
-    """y and vjp of a case in NumPy, perhaps for other arrays."""
-    name, own_arrays, others, options = CASES[case]
-    output, vjp = getattr(layers, name)(*(arrays or own_arrays), *others, **options)
+def run(case):
+    """y and vjp of a case in NumPy."""
+    name, arrays, others, options = CASES[case]
+    output, vjp = getattr(layers, name)(*arrays, *others, **options)
     return (output[0] if name == "batch_norm" else output), vjp
-
-
-def relative(ours, theirs):
-    """The largest difference over the largest entry."""
-    assert np.shape(ours) == np.shape(theirs)
-    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
 
 
 @over_cases
 def test_vjp_against_central_differences(case):
-    """d/de <w, f(x + e·u)> = <w, f'(x)·u> for random w and u.
-
-    A step of 1e-6 leaves 1e-9 of truncation and rounding for functions of order 1; the sharpest of the softmaxes, with
-    logits of ±30, are of order 30.
-    """
-    rng = np.random.default_rng(1)
-    arrays = CASES[case][1]
-    y, vjp = run(case)
-    w = rng.standard_normal(y.shape)
-    directions = [rng.standard_normal(a.shape) for a in arrays]
-    step = 1e-6
-    ahead, behind = (run(case, [a + s * u for a, u in zip(arrays, directions, strict=True)])[0] for s in (step, -step))
-    numeric = np.vdot(w, ahead - behind) / (2 * step)
-    analytic = sum(np.vdot(g, u) for g, u in zip(vjp(w), directions, strict=False))
-    assert analytic == pytest.approx(numeric, rel=1e-7, abs=1e-6)
+    """To 1e-6 of the gradient's length, the default of check_vjp."""
+    name, arrays, others, options = CASES[case]
+    check_vjp(lambda *arrays: getattr(layers, name)(*arrays, *others, **options), *arrays)
 
 
 @over_cases
@@ -167,21 +144,6 @@ def test_layers_are_pure_and_keep_the_type(case, dtype):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == dtype
     assert all(a.dtype == dtype for a in outputs)
-
-
-@pytest.mark.parametrize("case", POOLINGS, ids=str)
-def test_max_pool_breaks_ties_as_jax_does(case, x64):
-    """Whole numbers from 0 to 2, so that most windows have ties: exact."""
-    rng = np.random.default_rng(4)
-    x, options = (
-        rng.integers(0, 3, case[:4]).astype(float),
-        dict(zip(("window", "stride", "padding"), case[4:], strict=True)),
-    )
-    y, vjp = layers.max_pool(x, **options)
-    expected, jax_vjp = jax.vjp(functools.partial(jax_layers.max_pool, **options), jnp.asarray(x))
-    dy = rng.integers(1, 9, y.shape).astype(float)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(vjp(dy)[0], jax_vjp(jnp.asarray(dy))[0])
 
 
 @st.composite
@@ -278,101 +240,24 @@ def test_conv2d_keeps_no_unfolded_input(kernel, stride, copies):
     assert copies * x.nbytes <= held[layers.conv2d_unfolded] < (copies + 0.1) * x.nbytes
 
 
-def test_sequential_is_the_chain_rule(x64):
-    """The MNIST network against jax.vjp of the same layers; 1e-12 is for the order of summation."""
+def test_sequential_is_the_chain_rule():
+    """The MNIST network: gradients of the input and of all weights, in the order of the layers."""
     rng = np.random.default_rng(5)
     x, w, b, w2 = (rng.standard_normal(s) for s in [(2, 6, 6, 1), (3, 3, 1, 4), (4,), (144, 3)])
-    steps = [(functools.partial(layers.conv2d, padding=1), w, b), (layers.relu,), (layers.flatten,), (layers.dense, w2)]
-    y, vjp = layers.sequential(x, *steps)
 
     def network(x, w, b, w2):
-        x = jax_layers.relu(jax_layers.conv2d(x, w, b, padding=1))
-        return jax_layers.dense(jax_layers.flatten(x), w2)
+        conv2d = functools.partial(layers.conv2d, padding=1)
+        steps = (conv2d, w, b), (layers.relu,), (layers.flatten,), (layers.dense, w2)
+        y, vjp = layers.sequential(x, *steps)
 
-    expected, jax_vjp = jax.vjp(network, *map(jnp.asarray, (x, w, b, w2)))
-    assert relative(y, np.asarray(expected)) < 1e-12
-    dy = rng.standard_normal(y.shape)
-    dx, (dw, db), of_relu, of_flatten, (dw2,) = vjp(dy)
-    assert of_relu == of_flatten == ()
-    for ours, theirs in zip((dx, dw, db, dw2), jax_vjp(jnp.asarray(dy)), strict=True):
-        assert relative(ours, np.asarray(theirs)) < 1e-12
+        def flat_vjp(dy):
+            dx, (dw, db), of_relu, of_flatten, (dw2,) = vjp(dy)
+            assert of_relu == of_flatten == ()
+            return dx, dw, db, dw2
 
+        return y, flat_vjp
 
-# What a ResNet uses in their place: numpy_ref.fused.
-
-
-@given(
-    st.tuples(st.integers(4, 6), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6)),
-    *[st.booleans()] * 3,
-    st.sampled_from([0.0, 0.1, 1.0]),
-    st.integers(1, 500),
-    st.integers(0, 2**32 - 1),
-)
-@settings(deadline=None, max_examples=100)
-def test_fused_is_the_plain_layers(shape, train, relu, has_shortcut, momentum, block_bytes, seed):
-    """batch_norm, sum and relu one by one, forward and backward, for any shape and blocks of any size.
-
-    1e-9 of an array's largest entry (or of 1e-3, where nothing larger is left): values of a channel may lie so close
-    that their deviation has lost digits.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "BLOCK_BYTES", block_bytes)
-        compare_fused(shape, train, relu, has_shortcut, momentum, np.random.default_rng(seed))
-
-
-def compare_fused(shape, train, relu, has_shortcut, momentum, rng):
-    (x, weight, bias), running = norm_case(rng, shape)
-    shortcut, dy = rng.standard_normal(x.shape) if has_shortcut else None, rng.standard_normal(x.shape)
-
-    (y, *statistics), vjp_norm = layers.batch_norm(x, weight, bias, *running, train=train, momentum=momentum)
-    y = y + shortcut if has_shortcut else y
-    y, vjp_relu = layers.relu(y) if relu else (y, lambda dy: (dy,))
-    (dsum,) = vjp_relu(dy)
-    expected = (y, *statistics, *vjp_norm(dsum), dsum if has_shortcut else None)
-
-    (y, *statistics), vjp = fused.batch_norm_relu(
-        x, weight, bias, *running, shortcut, train=train, relu=relu, momentum=momentum
-    )
-    y_before = y.copy()
-    again = vjp(dy.copy())
-    ours = (y, *statistics, *vjp(dy))
-    np.testing.assert_array_equal(y, y_before)
-    np.testing.assert_array_equal(again[0], ours[3])
-    for mine, theirs in zip(ours, expected, strict=True):
-        if theirs is None:
-            assert mine is None
-        else:
-            assert mine.shape == theirs.shape
-            assert np.abs(mine - theirs).max() < 1e-9 * max(np.abs(theirs).max(), 1e-3)
-
-
-@pytest.mark.parametrize("function", [layers.batch_norm, fused.batch_norm_relu])
-def test_moments_do_not_cancel_where_the_mean_is_large(function):
-    """float32, mean 1000, deviation 1. x itself is rounded to 3e-5, and so is what comes out; E[x²] - E[x]² around 0
-    would be off by percents."""
-    x = (1000 + np.random.default_rng(7).standard_normal((8, 24, 24, 4))).astype(np.float32)
-    exact = x.astype(np.float64).reshape(-1, 4)
-    one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)
-    relu = {} if function is layers.batch_norm else {"relu": False}
-    (y, _, var), _ = function(x.copy(), one, zero, zero, one, train=True, momentum=1.0, **relu)
-    np.testing.assert_allclose(var, exact.var(0, ddof=1), rtol=1e-5)
-    expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
-    np.testing.assert_allclose(y.reshape(-1, 4), expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("function", [layers.relu, lambda x: fused.add_relu(x.copy())])
-def test_relu_lets_nan_through(function):
-    """A training that diverges must show it."""
-    assert np.isnan(function(np.array([np.nan, -np.nan, 1.0]))[0]).tolist() == [True, True, False]
-
-
-def test_fused_lets_nan_through():
-    x = np.zeros((2, 1, 1, 1))
-    x[0] = np.nan
-    one = np.ones(1)
-    for train in (True, False):
-        (y, _, _), _ = fused.batch_norm_relu(x.copy(), one, one, one, one, train=train)
-        assert np.isnan(y[0]).all()
+    check_vjp(network, x, w, b, w2)
 
 
 IMAGE = np.zeros((2, 4, 4, 3))

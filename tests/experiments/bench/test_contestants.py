@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import jax_resnet.resnet
-import numpy_ref.resnet
+import numpy_ref.fast
 from experiments.bench import contestants, conv2d, layers
 from experiments.describe import layer_rows
 from jax_resnet import weights
@@ -42,9 +42,9 @@ def same_weights(monkeypatch, x64):
     """Has all networks start with the weights that numpy_ref draws from seed 0, and makes all of it float64."""
     images, labels = contestants.batch(CASE)
     monkeypatch.setattr(contestants, "batch", lambda case: (images.astype(np.float64), labels))
-    config = numpy_ref.resnet.resnet18(num_classes=CASE.num_classes, in_channels=CASE.channels)
-    drawn = numpy_ref.resnet.init(config, np.random.default_rng(0), np.float64)
-    monkeypatch.setattr(numpy_ref.resnet, "init", lambda *_: drawn)
+    config = numpy_ref.fast.resnet18(num_classes=CASE.num_classes, in_channels=CASE.channels)
+    drawn = numpy_ref.fast.init(config, np.random.default_rng(0), np.float64)
+    monkeypatch.setattr(numpy_ref.fast, "init", lambda *_: drawn)
     monkeypatch.setattr(jax_resnet.resnet, "init", lambda *_: jax.tree.map(jnp.asarray, drawn))
     if TORCH:
         import torch

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import jax_resnet.layers
+import numpy_ref.fast.resnet
 import numpy_ref.layers
-import numpy_ref.resnet
 from experiments.parity import __main__ as parity
 from experiments.parity import cases, in_jax
 from experiments.parity import checks as compare
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_error, relative_errors
-from numpy_ref.threads import alone
+from numpy_ref.fast.threads import alone
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
@@ -221,7 +221,7 @@ MISTAKES = {  # where it is made, the section and framework that show it, the pa
         CONVOLUTIONS_AT_STRIDE_2,
     ),
     "unbiased variance, numpy": (
-        wrapped(numpy_ref.resnet, "batch_norm_relu", unbiased_in_numpy),
+        wrapped(numpy_ref.fast.resnet, "batch_norm_relu", unbiased_in_numpy),
         "network",
         "numpy",
         EVERYWHERE,
@@ -233,14 +233,14 @@ MISTAKES = {  # where it is made, the section and framework that show it, the pa
         {"batch_norm"},
     ),
     "momentum 0.9, numpy": (
-        wrapped(numpy_ref.resnet, "batch_norm_relu", with_momentum),
+        wrapped(numpy_ref.fast.resnet, "batch_norm_relu", with_momentum),
         "network",
         "numpy",
         {"running statistics"},
     ),
     "momentum 0.9, torch_ref": (in_torch_norm, "network", "torch_ref", {"running statistics"}),
     "stride in conv1, numpy": (
-        wrapped(numpy_ref.resnet, "residual_block", stride_in_conv1),
+        wrapped(numpy_ref.fast.resnet, "residual_block", stride_in_conv1),
         "network",
         "numpy",
         EVERYWHERE,
@@ -304,7 +304,7 @@ def test_the_mistaken_variance_is_the_unbiased_one(x64):
     expected = gradients_of(formula, arrays, dy)
     correct = jax_resnet.layers.batch_norm(*arrays, *running, train=True)[1:]
     (y, *new_running), vjp = unbiased_in_numpy(
-        numpy_ref.resnet.batch_norm_relu, arrays[0].copy(), *arrays[1:], *running, train=True, relu=False
+        numpy_ref.fast.resnet.batch_norm_relu, arrays[0].copy(), *arrays[1:], *running, train=True, relu=False
     )
     assert_same((y, *vjp(dy.copy())[:3]), expected)
     assert_same(new_running, correct)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from numpy_ref.convolution import Vjp
-from numpy_ref.threads import Gather, alone
+from numpy_ref.fast.threads import Gather, alone
 
 BLOCK_BYTES = 2**18
 
@@ -43,8 +43,8 @@ def batch_norm_relu(
       weight, bias, running_mean, running_var, train, momentum, eps: as in `layers.batch_norm`.
       shortcut: like x, or None to add nothing.
       relu: False leaves the ReLU out.
-      gather: collects a value from all threads that share a batch (see `numpy_ref.threads`): statistics are those of
-        the whole batch, gradients of weight and bias those of the images here.
+      gather: collects a value from all threads that share a batch (see `threads`): statistics are those of the whole
+        batch, gradients of weight and bias those of the images here.
 
     Returns:
       (y, new running mean, new running variance), and vjp: dy like y, overwritten -> (dx, dweight, dbias, dshortcut),
