@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import errors, images_of, network, norm_arrays, passes
 
-import numpy_ref.config
 from numpy_ref import fast, layers, resnet
 from numpy_ref.fast import fused, threads
 
 NORMALIZATIONS = [{}, dict(batch_norm=False)]
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Networks of full depth with few channels."""
-    monkeypatch.setattr(numpy_ref.config, "STAGE_WIDTHS", (4, 4, 8, 8))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -75,7 +68,7 @@ def test_blas_gets_its_threads_back():
     images, inside, before = np.zeros((4, 32, 32, 1), np.float32), [], blas_threads()
 
     def run(_):
-        resnet.apply(config, params, batch_stats, images, train=True, threads=2)
+        fast.apply(config, params, batch_stats, images, train=True, threads=2)
         threads.Team(2).run([lambda: inside.append(blas_threads())] * 2)
 
     with ThreadPoolExecutor(3) as pool:
