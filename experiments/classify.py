@@ -3,10 +3,13 @@
     python -m experiments.classify beagle.jpg --weights torchvision
     python -m experiments.classify beagle.jpg lynx.jpg --weights resnet50.pth --framework numpy
     python -m experiments.classify car.jpg --weights runs/cars
+    python -m experiments.classify --weights runs/cars --export cars.stablehlo
+    python -m experiments.classify car.jpg --weights cars.stablehlo
 
 Pictures are prepared as in the network's training. For ImageNet that is what torchvision's `weights.transforms()` does,
 to the bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
-taken whole, so cut it to the car first if the run did.
+taken whole, so cut it to the car first if the run did. An exported network (`experiments.stablehlo`) has its weights
+and the normalization inside and needs no weight file.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import tyro
 
 import numpy_ref.fast
 import numpy_ref.weights
-from experiments import imagenet
+from experiments import imagenet, stablehlo
 from experiments.cli import MAX_SIZE, Arch
 from experiments.convert import recognize
 from experiments.data.augment import normalize, to_unit_range
@@ -50,7 +53,7 @@ class Settings:
     pictures: tyro.conf.Positional[tuple[Path, ...]]
     """Files in any format that Pillow reads."""
     weights: str
-    """A file (.safetensors, .npz, .pth, .pt), a run's folder, or torchvision, which downloads ImageNet's weights."""
+    """A file (.safetensors, .npz, .pth, .pt, .stablehlo), a run's folder, or torchvision, which downloads some."""
     arch: Arch | None = None
     """The network [default: a file's own, resnet101 for torchvision]."""
     framework: Literal["jax", "numpy", "torch"] = "jax"
@@ -64,6 +67,8 @@ class Settings:
     weights, which are known by their file's name, such as resnet101-cd907fc2.pth; 256 for all others]."""
     json: bool = False
     """Print JSON in place of tables."""
+    export: Path | None = None
+    """Write the network to FILE.stablehlo, and to FILE.stablehlo.json how pictures are decoded; name no pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +77,17 @@ class Preparation:
 
     text: what is done, for people.
     decode: the bytes of a file -> (H, W, C) uint8; raises an exception of any type for what it cannot decode.
-    mean, std: (C,), of pixels in [0, 1].
+    shape: (H, W, C).
+    mean, std: (C,), of pixels in [0, 1]; empty where the network normalizes.
+    facts: what `decode` was made of, for JSON.
     """
 
     text: str
     decode: Callable[[bytes], np.ndarray]
+    shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    facts: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,26 +98,35 @@ class Classifier:
     arrays: {torchvision's name: float32 array in torchvision's layout}.
     class_names: by number.
     preparation: of pictures.
+    exported: the network of a StableHLO file, uint8 pictures -> logits; then there is no config and no array.
     """
 
     arch: str
-    config: resnet.ResNetConfig
+    config: resnet.ResNetConfig | None
     arrays: dict[str, np.ndarray]
     class_names: Sequence[str]
     preparation: Preparation
+    exported: Logits | None = None
 
 
 def check_settings(settings: Settings) -> None:
     """Raises a ValueError for values that are out of range or go with other weights."""
     # Not in __post_init__: from there tyro would print it in a box of several lines.
-    if not settings.pictures:
+    if not settings.pictures and settings.export is None:
         raise ValueError("name one picture or more")
+    if settings.pictures and settings.export is not None:
+        raise ValueError("--export writes a file and classifies nothing: leave the pictures out")
     if settings.top < 1:
         raise ValueError(f"--top must be at least 1, got {settings.top}")
     if settings.resize is not None and settings.resize < imagenet.CROP:
         raise ValueError(f"--resize must be at least {imagenet.CROP}, the crop, got {settings.resize}")
     if settings.version and settings.weights != TORCHVISION:
         raise ValueError(f"--version is of torchvision's weights: it would do nothing for {settings.weights}")
+    if settings.weights.endswith(stablehlo.SUFFIX):
+        given = [name for name in ("arch", "resize", "export") if getattr(settings, name) is not None]
+        given += ["framework"] if settings.framework != "jax" else []
+        if given:
+            raise ValueError(f"--{given[0]} is for weight files: {settings.weights} is exported already, for JAX")
 
 
 def load_classifier(settings: Settings) -> Classifier:
@@ -118,6 +136,8 @@ def load_classifier(settings: Settings) -> Classifier:
       FileNotFoundError: if there is no such file.
       ValueError: for a file that cannot be read or does not fit, a failed download, or settings that do not go with it.
     """
+    if settings.weights.endswith(stablehlo.SUFFIX):
+        return load_exported(Path(settings.weights))
     if settings.weights == TORCHVISION:
         arch = settings.arch or "resnet101"
         path, resize = imagenet.torchvision_weights(arch, settings.version)
@@ -153,9 +173,60 @@ def load_classifier(settings: Settings) -> Classifier:
     return Classifier(arch, config, arrays, class_names, preparation)
 
 
+def load_exported(path: Path) -> Classifier:
+    """Reads a StableHLO file.
+
+    Raises:
+      OSError, ValueError: if it or what is beside it cannot be read or is something else.
+    """
+    network, facts = stablehlo.read(path)
+    try:
+        made_of = facts["decode"]
+        preparation = as_imagenet(**made_of) if "resize" in made_of else stretched(**made_of)
+        return Classifier(facts["arch"], None, {}, tuple(facts["class_names"]), preparation, network)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what is beside {path} was not written by --export ({error!r}): export again") from error
+
+
+def export_network(classifier: Classifier, path: Path) -> None:
+    """Writes a network with its weights and the normalization of pictures as StableHLO.
+
+    Raises:
+      OSError, ValueError: for a path that cannot be written or has another suffix.
+    """
+    preparation = classifier.preparation
+    params, batch_stats = weights.from_torch(classifier.arrays)
+
+    def network(images: jax.Array) -> jax.Array:
+        x = normalize(to_unit_range(images), preparation.mean, preparation.std)
+        return resnet.apply(classifier.config, params, batch_stats, x, train=False).logits
+
+    facts = {
+        "arch": classifier.arch,
+        "class_names": list(classifier.class_names),
+        "preparation": preparation.text,
+        "decode": preparation.facts,
+    }
+    with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
+        stablehlo.write(path, network, preparation.shape, facts)
+
+
 def as_imagenet(resize: int) -> Preparation:
     text = f"shorter side resized to {resize}, middle {imagenet.CROP}x{imagenet.CROP}"
-    return Preparation(text, functools.partial(imagenet.decode, resize=resize), imagenet.MEAN, imagenet.STD)
+    decode = functools.partial(imagenet.decode, resize=resize)
+    shape = (imagenet.CROP, imagenet.CROP, 3)
+    return Preparation(text, decode, shape, imagenet.MEAN, imagenet.STD, {"resize": resize})
+
+
+def stretched(
+    image_size: tuple[int, int], grey: bool, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> Preparation:
+    """Pictures as a run of experiments.cars takes them."""
+    height, width = image_size
+    decode = functools.partial(decode_as_trained, box=None, decoding=Decoding((height, width), grey, margin=None))
+    text = f"stretched to {height}x{width}{', grey' if grey else ''}"
+    facts = {"image_size": [height, width], "grey": grey}
+    return Preparation(text, decode, (height, width, 1 if grey else 3), tuple(mean), tuple(std), facts)
 
 
 def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig) -> tuple[tuple[str, ...], Preparation]:
@@ -181,9 +252,7 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
             f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
             f"{of_weights} in the weights"
         )
-    decode = functools.partial(decode_as_trained, box=None, decoding=Decoding((height, width), grey, margin=None))
-    text = f"stretched to {height}x{width}{', grey' if grey else ''}"
-    return class_names, Preparation(text, decode, tuple(values["mean"]), tuple(values["std"]))
+    return class_names, stretched((height, width), grey, values["mean"], values["std"])
 
 
 def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
@@ -249,21 +318,27 @@ def torch_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, n
 NETWORKS = {"jax": jax_network, "numpy": numpy_network, "torch": torch_network}
 
 
+def normalizing_network(framework: str, classifier: Classifier) -> Logits:
+    """The network as a function of uint8 pictures."""
+    config, preparation = classifier.config, classifier.preparation
+    settings = dict(num_classes=config.num_classes, in_channels=config.in_channels, batch_norm=config.batch_norm)
+    network = NETWORKS[framework](classifier.arch, settings, classifier.arrays)
+    return lambda images: network(normalize(to_unit_range(images), preparation.mean, preparation.std))
+
+
 def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -> np.ndarray:
     """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32.
 
     Raises:
       ValueError: if the framework is missing, or a result is not finite.
     """
-    config, preparation = classifier.config, classifier.preparation
-    settings = dict(num_classes=config.num_classes, in_channels=config.in_channels, batch_norm=config.batch_norm)
-    network = NETWORKS[framework](classifier.arch, settings, classifier.arrays)
+    network = classifier.exported or normalizing_network(framework, classifier)
     size = min(len(images), BATCH_SIZE)
     batches = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
         full = np.resize(batch, (size, *batch.shape[1:]))  # repeats pictures: another size would compile anew
-        batches.append(network(normalize(to_unit_range(full), preparation.mean, preparation.std))[: len(batch)])
+        batches.append(network(full)[: len(batch)])
     logits = np.concatenate(batches)
     if not np.isfinite(logits).all():
         raise ValueError("the network's logits are not finite: its weights are too large")
@@ -276,13 +351,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def classify(settings: Settings) -> None:
-    """Prints the most probable classes of each picture.
+    """Prints the most probable classes of each picture, or exports the network.
 
     Raises:
       FileNotFoundError, ValueError: for bad input, with a message for the person who gave it.
     """
     check_settings(settings)
     classifier = load_classifier(settings)
+    if settings.export is not None:
+        export_network(classifier, settings.export)
+        print(f"wrote {settings.export} and {settings.export}.json: {classifier.arch}, {classifier.preparation.text}")
+        return
     images = read_pictures(settings.pictures, classifier.preparation.decode)
     probabilities = softmax(compute_logits(settings.framework, classifier, images))
     chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : settings.top]

@@ -1,5 +1,28 @@
 """ResNets in pure-functional JAX, and AdaBound as an optax transform.
 
-`jax_resnet.resnet` has the networks, `jax_resnet.layers` what they are made of, `jax_resnet.adabound` the optimizers,
-`jax_resnet.train` the training step, `jax_resnet.weights` the files. Importing this package imports none of them.
+    import jax
+    import jax_resnet as jr
+
+    config = jr.resnet50(num_classes=10)
+    params, batch_stats = jr.init(config, jax.random.key(0))
+    out = jr.apply(config, params, batch_stats, images, train=False)  # images (N, H, W, 3) float, normalized
+    out.logits                                                        # (N, 10)
+
+`jax_resnet.layers` has the layers, `jax_resnet.weights` reads and writes weight files, `jax_resnet.adabound` has the
+optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` its checkpoints, `jax_resnet.nnx` a flax.nnx
+module. docs/jax.md shows each in a few lines.
 """
+
+from jax_resnet.resnet import Output, ResNetConfig, apply, init, resnet18, resnet34, resnet50, resnet101, resnet152
+
+__all__ = [
+    "Output",
+    "ResNetConfig",
+    "apply",
+    "init",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]

@@ -4,21 +4,33 @@ Images are NHWC, convolution kernels HWIO, dense kernels (in, out). Nothing here
 caller does both. The mathematics is PyTorch's: padding is explicit and symmetric, BatchNorm normalizes with the biased
 variance and keeps the unbiased one, a tie in a max-pool belongs to the first position, ReLU has gradient 0 at 0.
 
-Where XLA's own form of a layer is slow on a CPU the layer has a second form, chosen by `jax.lax.platform_dependent`
-when the program is lowered; both forms compute the same thing. Gradients are written out as `jax.custom_vjp`, so
-reverse mode works to any order and forward mode (`jax.jvp`) does not.
+On a CPU some layers have a second form, in `jax_resnet.cpu`, that computes the same thing faster. Gradients are written
+out as `jax.custom_vjp`: reverse mode works to any order, and forward mode over reverse mode (Hessian-vector products,
+`jax.hessian`); forward mode alone (`jax.jvp` of a layer) does not.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_resnet import convolution
+from jax_resnet import cpu
+from jax_resnet.symbolic import below
+
+__all__ = [
+    "batch_norm",
+    "conv2d",
+    "dense",
+    "flatten",
+    "global_avg_pool",
+    "max_pool",
+    "relu",
+    "sigmoid",
+    "softmax_cross_entropy",
+]
 
 
 def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0) -> Array:
@@ -45,7 +57,7 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 
         )
     if stride < 1 or padding < 0:
         raise ValueError(f"conv2d: stride must be >= 1 and padding >= 0, got stride {stride}, padding {padding}")
-    if min(x.shape[1] - weight.shape[0], x.shape[2] - weight.shape[1]) + 2 * padding < 0:
+    if any(below(size + 2 * padding, k) for size, k in zip(x.shape[1:3], weight.shape[:2], strict=True)):
         raise ValueError(
             f"conv2d: a {weight.shape[0]}x{weight.shape[1]} kernel does not fit into images of "
             f"{x.shape[1]}x{x.shape[2]} with padding {padding}"
@@ -57,28 +69,30 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 
     return y if bias is None else y + bias
 
 
+def _convolve(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
+    around = [(padding, padding)] * 2
+    return lax.conv_general_dilated(x, weight, (stride,) * 2, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: Array, weight: Array, stride: int, padding: int) -> Array:
-    return _conv2d_on(convolution.conv2d, x, weight, stride, padding)
+    direct = functools.partial(_convolve, stride=stride, padding=padding)
+    on_cpu = functools.partial(cpu.conv2d, direct, stride=stride, padding=padding)
+    return cpu.choose(x, weight, cpu=on_cpu, default=direct)
 
 
-def _conv2d_fwd(x, weight, stride, padding):
-    return _conv2d_on(convolution.unfolded, x, weight, stride, padding), (x, weight)
+def _conv2d_fwd(x: Array, weight: Array, stride: int, padding: int) -> tuple[Array, tuple[Array, Array]]:
+    on_cpu, default = (functools.partial(form, stride=stride, padding=padding) for form in (cpu.unfolded, _convolve))
+    return cpu.choose(x, weight, cpu=on_cpu, default=default), (x, weight)
 
 
-def _conv2d_on(cpu: Callable[..., Array], x: Array, weight: Array, stride: int, padding: int) -> Array:
-    """On a CPU in the form given; elsewhere by XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
-    on_cpu, default = (functools.partial(f, stride=stride, padding=padding) for f in (cpu, convolution.direct))
-    return lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
+def _conv2d_bwd(stride: int, padding: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    def default(x: Array, weight: Array, dy: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(_convolve, stride=stride, padding=padding), x, weight)[1](dy)
 
-
-def _conv2d_bwd(stride, padding, residuals, dy):
-    def default(x, weight, dy):
-        direct = functools.partial(convolution.direct, stride=stride, padding=padding)
-        return jax.vjp(direct, x, weight)[1](dy)
-
-    on_cpu = functools.partial(convolution.unfolded_vjp, stride=stride, padding=padding)
-    return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=default)
+    on_cpu = functools.partial(cpu.unfolded_vjp, stride=stride, padding=padding)
+    return cpu.choose(*residuals, dy, cpu=on_cpu, default=default)
 
 
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
@@ -122,7 +136,7 @@ def batch_norm(
         scale = weight * lax.rsqrt(running_var + eps)
         return ((x - running_mean) * scale + bias).astype(x.dtype), running_mean, running_var
     n = x.size // x.shape[-1]
-    if n < 2:
+    if below(n, 2):
         raise ValueError(f"batch_norm: training needs more than one value per channel, got x {x.shape}")
     y, mean, var = _normalize(x, weight, bias, eps)
     mean, var = lax.stop_gradient((mean, var))
@@ -140,15 +154,17 @@ def _normalize(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array,
     return _normalize_fwd(x, weight, bias, eps)[0]
 
 
-def _normalize_fwd(x, weight, bias, eps):
+def _normalize_fwd(
+    x: Array, weight: Array, bias: Array, eps: float
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array, Array]]:
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
-    mean, var = lax.platform_dependent(rows, cpu=_moments_in_two_passes, default=_moments_in_one_pass)
+    mean, var = cpu.choose(rows, cpu=cpu.moments, default=_moments)
     inverse_deviation = lax.rsqrt(var + eps)
     y = (rows - mean) * (weight * inverse_deviation) + bias
     return (y.astype(x.dtype).reshape(x.shape), mean, var), (x, weight, mean, inverse_deviation)
 
 
-def _moments_in_one_pass(rows: Array) -> tuple[Array, Array]:
+def _moments(rows: Array) -> tuple[Array, Array]:
     """The mean and the biased variance of each column."""
     # Shifted by a value of the channel, or the moments cancel where |mean| >> deviation.
     shift = rows[0]
@@ -158,18 +174,13 @@ def _moments_in_one_pass(rows: Array) -> tuple[Array, Array]:
     return shift + mean_shifted, var
 
 
-def _moments_in_two_passes(rows: Array) -> tuple[Array, Array]:
-    """The same. XLA:CPU writes down what is squared in either case."""
-    mean = rows.mean(0)
-    centred = rows - mean
-    return mean, (centred * centred).mean(0)
-
-
-def _normalize_bwd(eps, residuals, cotangents):
+def _normalize_bwd(
+    eps: float, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
     """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)): the batch's mean and scale carry no gradient."""
     x, weight, mean, inverse_deviation = residuals
     # Or XLA:CPU would keep x - mean from the forward pass on, besides x.
-    x = convolution.once_known(cotangents[0], x)
+    x = cpu.once_known(cotangents[0], x)
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
     dy = _at_least_float32(cotangents[0].reshape(rows.shape))
     centred = rows - mean
@@ -186,15 +197,23 @@ _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """max(x, 0), with gradient 0 at 0. Any shape."""
+    return _positive_part(x)
+
+
+def _positive_part(x: Array) -> Array:
     return jnp.where(x < 0, 0, x)  # not jnp.maximum, which loses a nan in some of XLA's fusions on a CPU
 
 
-def _relu_fwd(x):
-    y = relu(x)
+def _relu_fwd(x: Array) -> tuple[Array, Array]:
+    y = _positive_part(x)
     return y, y  # y is kept by the next layer anyway, x and a mask would be two arrays more
 
 
-relu.defvjp(_relu_fwd, lambda y, dy: (jnp.where(y > 0, dy, 0),))
+def _relu_bwd(y: Array, dy: Array) -> tuple[Array]:
+    return (jnp.where(y > 0, dy, 0),)
+
+
+relu.defvjp(_relu_fwd, _relu_bwd)
 
 
 def sigmoid(x: Array) -> Array:
@@ -221,54 +240,30 @@ def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) ->
             f"max_pool: padding must be within 0 and window // 2 and stride >= 1, "
             f"got window {window}, stride {stride}, padding {padding}"
         )
-    if min(x.shape[1:3]) + 2 * padding < window:
+    if any(below(size + 2 * padding, window) for size in x.shape[1:3]):
         raise ValueError(f"max_pool: a window of {window} does not fit into images of {x.shape[1]}x{x.shape[2]}")
     return _max_pool(x, window, stride, padding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x: Array, window: int, stride: int, padding: int) -> Array:
+def _largest(x: Array, window: int, stride: int, padding: int) -> Array:
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
-def _max_pool_fwd(x, window, stride, padding):
-    y = _max_pool(x, window, stride, padding)
+_max_pool = jax.custom_vjp(_largest, nondiff_argnums=(1, 2, 3))
+
+
+def _max_pool_fwd(x: Array, window: int, stride: int, padding: int) -> tuple[Array, tuple[Array, Array]]:
+    y = _largest(x, window, stride, padding)
     return y, (x, y)
 
 
-def _max_pool_bwd(window, stride, padding, residuals, dy):
-    """Each value gets the gradients of those windows whose first maximum it is."""
-    x, y = residuals
-    n, _, _, c = x.shape
-    padded = convolution.pad(x, padding, -jnp.inf)
-    nowhere = window * window  # the number of no tap
-    first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
-    for tap, value in reversed(list(enumerate(convolution.taps(padded, window, window, stride, *y.shape[1:3])))):
-        first = jnp.where(value == y, tap, first)
-    # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
-    # a phase (r of their rows, s of their columns) are in the same places of their windows.
-    before = (window - 1) // stride  # windows that begin before a value's own and hold it
-    rows, columns = (-(-size // stride) for size in padded.shape[1:3])
-    around = (
-        (0, 0),
-        *((before, max(0, size - o)) for size, o in zip((rows, columns), y.shape[1:3], strict=True)),
-        (0, 0),
-    )
-    first, dy = lax.optimization_barrier((jnp.pad(first, around, constant_values=nowhere), jnp.pad(dy, around)))
+def _max_pool_bwd(window: int, stride: int, padding: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    def default(x: Array, y: Array, dy: Array) -> tuple[Array]:
+        return jax.vjp(lambda x: _largest(x, window, stride, padding), x)[1](dy)
 
-    def phase(r: int, s: int) -> Array:
-        total = jnp.zeros((n, rows, columns, c), dy.dtype)
-        for u in range(r, window, stride):
-            for v in range(s, window, stride):
-                down, across = before - u // stride, before - v // stride
-                here = (slice(None), slice(down, down + rows), slice(across, across + columns))
-                total += jnp.where(first[here] == window * u + v, dy[here], 0)
-        return total
-
-    phases = [jnp.stack([phase(r, s) for s in range(stride)], axis=3) for r in range(stride)]
-    dx = jnp.stack(phases, axis=2).reshape(n, stride * rows, stride * columns, c)
-    return (dx[:, padding : padding + x.shape[1], padding : padding + x.shape[2]],)
+    on_cpu = functools.partial(cpu.max_pool_vjp, window=window, stride=stride, padding=padding)
+    return cpu.choose(*residuals, dy, cpu=on_cpu, default=default)
 
 
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)

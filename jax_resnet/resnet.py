@@ -22,9 +22,30 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array, lax
+from jax import Array
 
-from jax_resnet import convolution, layers
+from jax_resnet import cpu, layers
+from jax_resnet.symbolic import below
+
+__all__ = [
+    "MIN_SIZE",
+    "STAGE_WIDTHS",
+    "Block",
+    "Conv",
+    "Output",
+    "ResNetConfig",
+    "apply",
+    "blocks",
+    "feature_channels",
+    "init",
+    "init_dense",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "stem",
+]
 
 MIN_SIZE = 32
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -36,14 +57,17 @@ class ResNetConfig:
 
     Attributes:
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with four times the width at its end).
-      stage_sizes: the number of blocks in each of the four stages.
-      num_classes: the number of logits.
+      stage_sizes: the number of blocks in each of the four stages; a list becomes a tuple.
+      num_classes: the number of logits. 0 leaves the dense layer out; logits are then the pooled vector (as in timm).
       in_channels: the channels of the images, 3 for RGB, 1 for grey.
       stride_in: which convolution of a bottleneck has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
         its first 1x1 (v1, the paper). A basic block has it in its first 3x3 either way.
       batch_norm: False leaves every BatchNorm out and gives the convolutions a bias, for the ablation.
       zero_gamma: whether `init` sets the weight of each block's last BatchNorm to 0, so that every block starts as its
         shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+      batch_norm_eps: what each BatchNorm adds to the variance.
+      batch_norm_momentum: the share of a batch's statistics in the new running ones (PyTorch's momentum; flax and Keras
+        call 1 - it momentum).
     """
 
     block: Literal["basic", "bottleneck"]
@@ -53,29 +77,87 @@ class ResNetConfig:
     stride_in: Literal["conv2", "conv1"] = "conv2"
     batch_norm: bool = True
     zero_gamma: bool = False
+    batch_norm_eps: float = 1e-5
+    batch_norm_momentum: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stage_sizes", tuple(self.stage_sizes))
         if self.block not in ("basic", "bottleneck"):
             raise ValueError(f'block must be "basic" or "bottleneck", got {self.block!r}')
         if self.stride_in not in ("conv1", "conv2"):
             raise ValueError(f'stride_in must be "conv2" (v1.5) or "conv1" (v1), got {self.stride_in!r}')
         if len(self.stage_sizes) != 4 or min(self.stage_sizes) < 1:
             raise ValueError(f"stage_sizes must be four numbers >= 1, got {self.stage_sizes}")
-        if self.num_classes < 1 or self.in_channels < 1:
-            raise ValueError(f"num_classes and in_channels must be >= 1, got {self.num_classes}, {self.in_channels}")
+        if self.num_classes < 0 or self.in_channels < 1:
+            raise ValueError(
+                f"num_classes must be >= 0 and in_channels >= 1, got {self.num_classes} and {self.in_channels}"
+            )
+        if not 0 < self.batch_norm_eps or not 0 <= self.batch_norm_momentum <= 1:
+            raise ValueError(
+                "batch_norm_eps must be > 0 and batch_norm_momentum within 0 and 1, "
+                f"got {self.batch_norm_eps} and {self.batch_norm_momentum}"
+            )
 
 
-resnet18 = functools.partial(ResNetConfig, "basic", (2, 2, 2, 2))
-resnet34 = functools.partial(ResNetConfig, "basic", (3, 4, 6, 3))
-resnet50 = functools.partial(ResNetConfig, "bottleneck", (3, 4, 6, 3))
-resnet101 = functools.partial(ResNetConfig, "bottleneck", (3, 4, 23, 3))
-resnet152 = functools.partial(ResNetConfig, "bottleneck", (3, 8, 36, 3))
+def resnet18(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
+    """ResNet-18: 2, 2, 2 and 2 basic blocks, 11.7 million parameters with 1,000 classes.
+
+    Args:
+      num_classes: the number of logits; 0 leaves the dense layer out.
+      in_channels: the channels of the images.
+      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
+    """
+    return ResNetConfig("basic", (2, 2, 2, 2), num_classes, in_channels, **settings)
+
+
+def resnet34(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
+    """ResNet-34: 3, 4, 6 and 3 basic blocks, 21.8 million parameters with 1,000 classes.
+
+    Args:
+      num_classes: the number of logits; 0 leaves the dense layer out.
+      in_channels: the channels of the images.
+      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
+    """
+    return ResNetConfig("basic", (3, 4, 6, 3), num_classes, in_channels, **settings)
+
+
+def resnet50(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
+    """ResNet-50: 3, 4, 6 and 3 bottleneck blocks, 25.6 million parameters with 1,000 classes.
+
+    Args:
+      num_classes: the number of logits; 0 leaves the dense layer out.
+      in_channels: the channels of the images.
+      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
+    """
+    return ResNetConfig("bottleneck", (3, 4, 6, 3), num_classes, in_channels, **settings)
+
+
+def resnet101(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
+    """ResNet-101: 3, 4, 23 and 3 bottleneck blocks, 44.5 million parameters with 1,000 classes.
+
+    Args:
+      num_classes: the number of logits; 0 leaves the dense layer out.
+      in_channels: the channels of the images.
+      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
+    """
+    return ResNetConfig("bottleneck", (3, 4, 23, 3), num_classes, in_channels, **settings)
+
+
+def resnet152(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
+    """ResNet-152: 3, 8, 36 and 3 bottleneck blocks, 60.2 million parameters with 1,000 classes.
+
+    Args:
+      num_classes: the number of logits; 0 leaves the dense layer out.
+      in_channels: the channels of the images.
+      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
+    """
+    return ResNetConfig("bottleneck", (3, 8, 36, 3), num_classes, in_channels, **settings)
 
 
 class Output(NamedTuple):
     """What `apply` returns.
 
-    logits: (N, num_classes), before any softmax.
+    logits: (N, num_classes), before any softmax; with num_classes=0 the pooled vector, (N, 512) or (N, 2048).
     batch_stats: the running statistics after this batch (in evaluation those that were passed in).
     activations: {} or, with return_activations, {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first
       block, each block's output, and the pooled vector.
@@ -106,6 +188,7 @@ class Block(NamedTuple):
 
 
 def stem(config: ResNetConfig) -> Conv:
+    """The first convolution, 7x7 with stride 2."""
     return Conv("conv1", "bn1", 7, config.in_channels, STAGE_WIDTHS[0], 2)
 
 
@@ -135,7 +218,7 @@ def blocks(config: ResNetConfig) -> Iterator[Block]:
 
 
 def feature_channels(config: ResNetConfig) -> int:
-    """The length of the pooled vector, the input of the dense layer: 512 or 2048."""
+    """The length of the pooled vector, the input of a dense layer: 512 or 2048."""
     return STAGE_WIDTHS[-1] * (4 if config.block == "bottleneck" else 1)
 
 
@@ -152,7 +235,8 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
       dtype: of all arrays, promoted to at least float32; JAX's default float type if None.
 
     Returns:
-      params and batch_stats, nested dicts; batch_stats is {} without BatchNorm.
+      params and batch_stats, nested dicts; batch_stats is {} without BatchNorm, and params has no "fc" with
+      num_classes=0.
     """
     dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
     params: dict[str, Any] = {}
@@ -183,7 +267,8 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
             add(conv, gamma=0.0 if config.zero_gamma and conv is block.convs[-1] else 1.0)
         if block.projection:
             add(block.projection)
-    params["fc"] = init_dense(config, key, dtype)
+    if config.num_classes:
+        params["fc"] = init_dense(config, key, dtype)
     return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
 
 
@@ -248,51 +333,58 @@ def apply(
     weights = flatten_dict(dict(params), sep=".")
     stats = flatten_dict(dict(batch_stats), sep=".")
     _check_names(config, weights, stats)
-    options = {"train": train, "dtype": dtype, "batch_norm": config.batch_norm}
+    options = {"train": train, "dtype": dtype}
 
-    x, new_stats = _conv_norm(
-        images if dtype is None else images.astype(dtype), stem(config), weights, stats, **options
-    )
+    x = images if dtype is None else images.astype(dtype)
+    x, new_stats = _conv_norm(config, stem(config), x, weights, stats, **options)
     x = layers.max_pool(layers.relu(x))
     activations = {"stem": x}
     for block in blocks(config):
-        run = functools.partial(_residual, *_without_prefix(block), **options)
-        run = _recomputed(run) if remat else run
+        residual = functools.partial(_residual, config, *_without_prefix(block), **options)
+        run = cpu.recomputed(residual) if remat else residual
         x, update = run(x, *(_below(arrays, block.name) for arrays in (weights, stats)))
         new_stats |= {f"{block.name}.{name}": array for name, array in update.items()}
         activations[block.name] = x
     x = layers.global_avg_pool(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     activations["pool"] = x
-    logits = layers.dense(x, weights["fc.weight"], weights["fc.bias"])
+    logits = layers.dense(x, weights["fc.weight"], weights["fc.bias"]) if config.num_classes else x
     return Output(logits, unflatten_dict(new_stats, sep="."), activations if return_activations else {})
 
 
 def _conv_norm(
-    x: Array,
+    config: ResNetConfig,
     conv: Conv,
+    x: Array,
     weights: Mapping[str, Array],
     stats: Mapping[str, Array],
     *,
     train: bool,
     dtype: Any,
-    batch_norm: bool,
 ) -> tuple[Array, dict[str, Array]]:
     """A convolution with its BatchNorm, and the running statistics after it."""
     kernel = weights[f"{conv.name}.weight"]
     kernel = kernel.astype(dtype or jnp.result_type(x, kernel))
-    bias = None if batch_norm else weights[f"{conv.name}.bias"].astype(kernel.dtype)
+    bias = None if config.batch_norm else weights[f"{conv.name}.bias"].astype(kernel.dtype)
     y = layers.conv2d(x, kernel, bias, stride=conv.stride, padding=conv.size // 2)
-    if not batch_norm:
+    if not config.batch_norm:
         return y, {}
     affine = (weights[f"{conv.norm}.weight"], weights[f"{conv.norm}.bias"])
     names = (f"{conv.norm}.running_mean", f"{conv.norm}.running_var")
-    y, *running = layers.batch_norm(y, *affine, *(stats[name] for name in names), train=train)
+    y, *running = layers.batch_norm(
+        y,
+        *affine,
+        *(stats[name] for name in names),
+        train=train,
+        momentum=config.batch_norm_momentum,
+        eps=config.batch_norm_eps,
+    )
     return y, dict(zip(names, running, strict=True))
 
 
 # Under jit, with names that do not say which block it is, so that equal blocks are traced and lowered once.
-@functools.partial(jax.jit, static_argnames=("convs", "projection", "train", "dtype", "batch_norm"))
+@functools.partial(jax.jit, static_argnames=("config", "convs", "projection", "train", "dtype"))
 def _residual(
+    config: ResNetConfig,
     convs: tuple[Conv, ...],
     projection: Conv | None,
     x: Array,
@@ -301,32 +393,13 @@ def _residual(
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """A residual block, and the running statistics after it."""
-    shortcut, new_stats = _conv_norm(x, projection, weights, stats, **options) if projection else (x, {})
+    shortcut, new_stats = _conv_norm(config, projection, x, weights, stats, **options) if projection else (x, {})
     for conv in convs:
-        x, update = _conv_norm(x, conv, weights, stats, **options)
+        x, update = _conv_norm(config, conv, x, weights, stats, **options)
         new_stats |= update
         if conv is not convs[-1]:
             x = layers.relu(x)
-    return _materialize(layers.relu(x + shortcut)), new_stats
-
-
-def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A block that is run again for its gradients, so that only its input is kept.
-
-    jax.checkpoint does that on a GPU or TPU; XLA:CPU merges its second run with the first, and saves nothing.
-    """
-    again = jax.custom_vjp(run)
-
-    def forward(*inputs):
-        y, _ = jax.vjp(run, *inputs)  # in the forms of training, as the second run: run(*inputs) takes other ones
-        return y, inputs
-
-    def backward(inputs, cotangents):
-        dy, x = lax.optimization_barrier((cotangents[0], inputs[0]))
-        return jax.vjp(run, convolution.once_known(dy, x), *inputs[1:])[1](cotangents)
-
-    again.defvjp(forward, backward)
-    return again
+    return cpu.materialize(layers.relu(x + shortcut)), new_stats
 
 
 def _without_prefix(block: Block) -> tuple[tuple[Conv, ...], Conv | None]:
@@ -355,13 +428,8 @@ def _check_names(config: ResNetConfig, weights: Mapping[str, Array], stats: Mapp
         missing = [name for name in names if name not in weights] + [name for name in running if name not in stats]
         if missing:
             raise ValueError(f"params and batch_stats must be those of {config}: there is no {missing[0]!r}")
-    if not {"fc.weight", "fc.bias"} <= weights.keys():
+    if config.num_classes and not {"fc.weight", "fc.bias"} <= weights.keys():
         raise ValueError(f"params and batch_stats must be those of {config}: there is no dense layer 'fc'")
-
-
-def _materialize(x: Array) -> Array:
-    """XLA:CPU would fuse the chain of residual sums into each later use and recompute all earlier blocks there."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def _check_images(config: ResNetConfig, images: Array) -> None:
@@ -370,7 +438,7 @@ def _check_images(config: ResNetConfig, images: Array) -> None:
         raise ValueError(
             f"images must be (N, H, W, C) with C = {config.in_channels} (config.in_channels), got {images.shape}{hint}"
         )
-    if min(images.shape[1:3]) < MIN_SIZE:
+    if any(below(size, MIN_SIZE) for size in images.shape[1:3]):
         raise ValueError(f"images must be at least {MIN_SIZE}x{MIN_SIZE}, got {images.shape[1]}x{images.shape[2]}")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be float, got {images.dtype}: convert and normalize them first")

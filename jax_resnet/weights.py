@@ -139,7 +139,7 @@ def load(
 
     Args:
       path: a weight file as `read_file` takes it.
-      config: the network.
+      config: the network; with num_classes=0 the file's dense layer is left out.
       head: "new" leaves the file's dense layer aside and draws one for config.num_classes with `key`.
       stem: "grey" sums a stem for three channels into one for one channel, if that is what config has.
       key: a JAX random key, for head="new".
@@ -155,7 +155,9 @@ def load(
     if head not in ("strict", "new") or stem not in ("strict", "grey"):
         raise ValueError(f'head is "strict" or "new", stem "strict" or "grey", got {head!r} and {stem!r}')
     arrays = read_file(path).arrays
-    if head == "new":
+    if not config.num_classes:
+        arrays = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
+    elif head == "new":
         if key is None:
             raise ValueError('head="new" draws a dense layer: pass key')
         dense = resnet.init_dense(config, key)

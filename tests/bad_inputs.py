@@ -176,7 +176,11 @@ COMMAND_LINE = [
         digits(),
     ),
     Case("no such network", "mnist --model resnet19", "invalid choice 'resnet19' for argument '--model'. …"),
-    Case("no classes", "describe --num-classes 0", "num_classes and in_channels must be >= 1, got 0, 3"),
+    Case(
+        "less than no classes",
+        "describe --num-classes -1",
+        "num_classes must be >= 0 and in_channels >= 1, got -1 and 3",
+    ),
     Case(
         "three sides",
         "describe --image-size 32x32x32",
@@ -527,7 +531,7 @@ WEIGHT_FILES = [
          "w.npz: no ResNet: conv1.weight, which must have 4 axes, is missing; the first names are weight",
          npz(change=lambda arrays: {"weight": np.ones(3)})),
     Case("a network without classes", CONVERT.format("w.npz"),
-         "w.npz: num_classes and in_channels must be >= 1, got 0, 3",
+         f"{FIT.replace('1', '2')}\n  unexpected: fc.weight (0, 512)\n  unexpected: fc.bias (5,)",
          npz(change=lambda arrays: arrays | {"fc.weight": np.ones((0, 512), np.float16)})),
     Case("another number of blocks", CONVERT.format("w.npz"),
          "w.npz: basic blocks, (2, 2, 2, 1) in the four stages, are none of resnet18, resnet34, resnet50, resnet101, "

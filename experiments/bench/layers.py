@@ -202,7 +202,7 @@ class LayersBench(NetworkSettings):
 
     "share" is of the fastest matrix product of any contestant, 2048 x 2048 x 2048, measured in the same run. The last
     table is how long all layers of the network take together, which leaves out what a compiler gains or loses in
-    between. "forward" is in the form for inference; training may take another one (`jax_resnet.convolution`).
+    between. "forward" is in the form for inference; training may take another one (`jax_resnet.cpu`).
     """
 
     contestants: tuple[Literal["jax", "torch", "torch.channels_last"], ...] = tuple(CONTESTANTS)

@@ -232,6 +232,31 @@ def test_a_trained_run_classifies(tmp_path, monkeypatch, capsys):
         check_run(tmp_path / "run", dataset, framework, tmp_path, capsys)
 
 
+def test_an_exported_run_answers_the_same(run, resnet18, pictures, tmp_path, capsys):
+    """Within 1e-5, for another compilation: a run's network and one for ImageNet, each with its own pictures."""
+    for source, name in ((run, "run.stablehlo"), (resnet18[1], "imagenet.stablehlo")):
+        assert classify.main(["--weights", str(source), "--export", str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name} and ")
+        expected = asked(capsys, *pictures, "--weights", source, "--top", "1000")
+        answer = asked(capsys, *pictures, "--weights", tmp_path / name, "--top", "1000")
+        assert {k: answer[k] for k in ("arch", "preparation")} == {k: expected[k] for k in ("arch", "preparation")}
+        for ours, theirs in zip(answer["pictures"].values(), expected["pictures"].values(), strict=True):
+            by_class = {row["class"]: row["probability"] for row in theirs}
+            assert {row["class"]: pytest.approx(row["probability"], abs=1e-5) for row in ours} == by_class
+    largest = sum(a.nbytes for a in weights.read_arrays(resnet18[1]).values())
+    assert (tmp_path / "imagenet.stablehlo").stat().st_size < 1.05 * largest  # the weights are in it once
+
+    program = tmp_path / "run.stablehlo"
+    for change, message in (
+        (lambda: program.write_bytes(program.read_bytes()[:-1]), "their checksums differ"),
+        (lambda: (tmp_path / "run.stablehlo.json").write_text("{}"), "is not what --export wrote"),
+        (lambda: (tmp_path / "run.stablehlo.json").unlink(), "run.stablehlo.json"),
+    ):
+        change()
+        assert classify.main([str(pictures[0]), "--weights", str(program)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_runs_file_alone_is_enough(run, pictures, capsys):
     answers = [asked(capsys, *pictures, "--weights", w, "--framework", "numpy") for w in (run, run / RUN_WEIGHTS)]
     assert answers[0]["pictures"] == answers[1]["pictures"]
@@ -340,6 +365,11 @@ MISTAKES = {  # arguments, what the one line on stderr says
     "a run resized": (["picture", "--weights", "run.safetensors", "--resize", "256"], "--resize is for ImageNet's"),
     "too small": (["picture", "--weights", "good.npz", "--resize", "223"], "--resize must be at least 224"),
     "top": (["picture", "--weights", "good.npz", "--top", "0"], "--top must be at least 1, got 0"),
+    "export and classify": (["picture", "--weights", "good.npz", "--export", "a.stablehlo"], "leave the pictures out"),
+    "another suffix to export": (["--weights", "good.npz", "--export", "a.onnx"], "StableHLO files end in .stablehlo"),
+    "exported already": (["--weights", "a.stablehlo", "--export", "b.stablehlo"], "--export is for weight files"),
+    "exported for JAX": (["picture", "--weights", "a.stablehlo", "--framework", "numpy"], "--framework is for weight"),
+    "nothing exported": (["picture", "--weights", "a.stablehlo"], "a.stablehlo"),
     "version": (["picture", "--weights", "good.npz", "--version", "V2"], "--version is of torchvision's weights"),
     "no V2": (
         ["picture", "--weights", "torchvision", "--arch", "resnet18", "--version", "V2"],

@@ -102,7 +102,7 @@ def test_the_table(capsys):
     ("arguments", "message"),
     [
         ("--image-size 20", "--image-size is a side or HEIGHTxWIDTH, each 32 to 4096, got '20'"),
-        ("--num-classes 0", "num_classes and in_channels must be >= 1, got 0, 3"),
+        ("--num-classes -1", "num_classes must be >= 0 and in_channels >= 1, got -1 and 3"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_resnet import convolution as forms
+from jax_resnet import cpu as forms
 from jax_resnet import layers, resnet
 
 
@@ -84,19 +84,27 @@ def test_conv2d_gradients(case, x64):
     check_gradients(conv, *arrays, rng=rng)
 
 
+def without_forms(monkeypatch, function):
+    """function(), run as on a GPU or TPU: without what `jax_resnet.cpu` has for a CPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(forms, "ENABLED", False)
+        return function()
+
+
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_all_forms_of_conv2d_are_one_function(case, x64):
-    """What a GPU or TPU would run (XLA's convolution) against what a CPU runs, with gradients; 1e-13 for rounding."""
+def test_forms_of_conv2d_are_one_function(case, x64, monkeypatch):
+    """In inference, in training and their gradients; 1e-13 and 1e-12 for rounding."""
     rng = np.random.default_rng(2)
-    *_, stride, padding = case
-    _, (x, weight, _) = convolution(case, rng)
-    y, vjp = jax.vjp(functools.partial(forms.direct, stride=stride, padding=padding), x, weight)
-    dy = random(rng, *y.shape)
-    for form in (forms.conv2d, forms.unfolded):
-        np.testing.assert_allclose(form(x, weight, stride=stride, padding=padding), y, rtol=1e-13, atol=1e-13)
-    found = forms.unfolded_vjp(x, weight, dy, stride=stride, padding=padding)
-    for ours, theirs in zip(found, vjp(dy), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    conv, (x, weight, _) = convolution(case, rng)
+    dy = random(rng, *jax.eval_shape(conv, x, weight).shape)
+
+    def both_passes():
+        y, vjp = jax.vjp(conv, x, weight)
+        return conv(x, weight), y, *vjp(dy)
+
+    expected = without_forms(monkeypatch, both_passes)
+    for ours, theirs, tolerance in zip(both_passes(), expected, (1e-13, 1e-13, 1e-12, 1e-12), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 FLOAT32_CONVOLUTIONS = [  # inference takes XLA's own convolution but for the last; each has something that may go wrong
@@ -184,21 +192,39 @@ def test_a_nan_stays_in_its_channel():
     np.testing.assert_array_equal(dweight(jnp.ones((0, 6, 6, 4)), dy[:0]), 0)
 
 
+@pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("shape", [(3, 6, 6, 2), (8, 8, 8, 16)], ids=str)  # the second by rows of the kernel, turned
-def test_gradients_of_gradients(shape, x64):
-    """Reverse mode works to any order: the gradient of a squared gradient against central differences."""
-    rng = np.random.default_rng(5)
-    weight = random(rng, 3, 3, shape[3], 4)
-    gamma, beta, mean, var = norm_arguments(rng, 4)
+def test_second_derivatives(shape, train, x64):
+    """Forward over reverse against reverse over reverse, and against central differences of the gradient.
 
-    def network(x):
-        y, *_ = layers.batch_norm(layers.conv2d(x, weight, padding=1), gamma, beta, mean, var, train=True)
+    1e-12 of the largest is for rounding, 1e-6 for the differences' steps of 1e-6, in which no value meets a kink.
+    """
+    rng = np.random.default_rng(5)
+    gamma, beta, mean, var = norm_arguments(rng, 4)
+    x, weight = random(rng, *shape), random(rng, 3, 3, shape[3], 4)
+
+    def network(x, weight, gamma):
+        y, *_ = layers.batch_norm(layers.conv2d(x, weight, padding=1), gamma, beta, mean, var, train=train)
         return (layers.max_pool(layers.relu(y)) ** 2).sum()
 
-    def squared(x):
-        return (jax.grad(network)(x) ** 2).sum()[None]
+    point = (x, weight, gamma)
+    direction = tuple(random(rng, *a.shape) for a in point)
+    gradient = jax.jit(jax.grad(network, (0, 1, 2)))
 
-    check_gradients(squared, random(rng, *shape), rng=rng)
+    @jax.jit
+    def products(point, direction):
+        forward = jax.jvp(gradient, point, direction)[1]
+        reverse = jax.vjp(gradient, *point)[1](direction)  # the Hessian is symmetric
+        return forward, reverse
+
+    forward, reverse = products(point, direction)
+    ahead, behind = (gradient(*(a + s * v for a, v in zip(point, direction, strict=True))) for s in (1e-6, -1e-6))
+    for ours, theirs, more, less in zip(forward, reverse, ahead, behind, strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
+        assert np.abs(ours - (more - less) / 2e-6).max() <= 1e-6 * np.abs(ours).max()
+    hessian = jax.jit(jax.hessian(lambda gamma: network(x, weight, gamma)))(gamma)
+    of_gamma = products(point, (jnp.zeros_like(x), jnp.zeros_like(weight), direction[2]))[0][2]
+    np.testing.assert_allclose(hessian @ direction[2], of_gamma, rtol=1e-11, atol=1e-11)
 
 
 def test_once_known_keeps_work_apart():
@@ -378,6 +404,22 @@ def test_max_pool(case, x64):
     windows = np.lib.stride_tricks.sliding_window_view(padded, (window, window), (1, 2))[:, ::stride, ::stride]
     np.testing.assert_array_equal(pool(x), windows.max((-2, -1)))
     check_gradients(pool, x, rng=rng)
+
+
+def test_forms_of_max_pool_and_batch_norm_are_one_function(x64, monkeypatch):
+    """On small whole numbers, where most windows have ties. 1e-13 for the order of summation."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.integers(-2, 3, (2, 9, 8, 3)).astype(float))
+    arguments = norm_arguments(rng, 3)
+    dy = random(rng, 2, 5, 4, 3)
+
+    def results():
+        y, vjp = jax.vjp(layers.max_pool, x)
+        norm, norm_vjp = jax.vjp(lambda x: layers.batch_norm(x, *arguments, train=True), x)
+        return y, *vjp(dy), *norm, *norm_vjp((x, *arguments[2:]))
+
+    for ours, theirs in zip(results(), without_forms(monkeypatch, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
 def test_a_tie_belongs_to_the_first_position():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_resnet import layers, resnet
+from jax_resnet import cpu, layers, resnet
 
 PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
     "resnet18": 11_689_512,
@@ -186,6 +186,87 @@ def test_remat_changes_nothing(x64):
         np.testing.assert_allclose(again, plain, rtol=1e-10, atol=1e-13 * np.abs(plain).max())
 
 
+SMALL = dict(stage_sizes=[1, 1, 1, 1], num_classes=3)  # a list, as people pass it
+
+
+def small_loss(block, **options):
+    """A small network's loss as a function of its parameters, with the parameters."""
+    config = resnet.ResNetConfig(block, **SMALL)
+    params, batch_stats = randomized(config)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 33, 3)))
+
+    def function(params):
+        out = resnet.apply(config, params, batch_stats, images, **options)
+        return layers.softmax_cross_entropy(out.logits, jnp.array([0, 1, 2, 1])).mean()
+
+    return function, params
+
+
+@pytest.mark.parametrize(("block", "train", "remat"), [("basic", True, True), ("bottleneck", False, False)])
+def test_hessian_vector_products(block, train, remat, x64):
+    """Forward over reverse and reverse over reverse, within 1e-10 of an array's largest."""
+    loss, params = small_loss(block, train=train, remat=remat)
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
+
+    @jax.jit
+    def products(params, direction):
+        gradient = jax.grad(loss)
+        return jax.jvp(gradient, (params,), (direction,))[1], jax.vjp(gradient, params)[1](direction)[0]
+
+    for ours, theirs in zip(*map(jax.tree.leaves, products(params, direction)), strict=True):
+        assert 0 < np.abs(ours - theirs).max() + np.abs(theirs).max()
+        assert np.abs(ours - theirs).max() <= 1e-10 * np.abs(theirs).max()
+
+
+def test_forms_for_a_cpu_change_nothing(x64, monkeypatch):
+    """A network's gradients with remat, in both; 1e-12 of an array's largest for rounding."""
+
+    def gradients():
+        jax.clear_caches()  # equal blocks are traced once, whatever the switch
+        loss, params = small_loss("basic", train=True, remat=True)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
+
+    ours = gradients()
+    monkeypatch.setattr(cpu, "ENABLED", False)
+    theirs = gradients()
+    monkeypatch.undo()
+    jax.clear_caches()
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b).max() <= 1e-12 * np.abs(b).max()
+
+
+def test_no_classes_gives_the_pooled_vector():
+    """The same draws otherwise, and no dense layer, in float32 at least."""
+    headless, whole = (resnet.ResNetConfig("basic", **SMALL | dict(num_classes=n)) for n in (0, 3))
+    params, batch_stats = resnet.init(headless, jax.random.key(0))
+    others, _ = resnet.init(whole, jax.random.key(0))
+    fc = others.pop("fc")
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    out = apply(headless, params, batch_stats, images, train=False, dtype=jnp.bfloat16, return_activations=True)
+    assert (out.logits.shape, out.logits.dtype) == ((2, resnet.feature_channels(headless)), jnp.float32)
+    np.testing.assert_array_equal(out.logits, out.activations["pool"])
+    out = apply(whole, {**params, "fc": fc}, batch_stats, images, train=False, return_activations=True)
+    np.testing.assert_array_equal(
+        out.activations["pool"], apply(headless, params, batch_stats, images, train=False).logits
+    )
+
+
+def test_eps_and_momentum_of_batch_norm():
+    """The stem's statistics move by the momentum; a large eps makes activations small."""
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    found = {}
+    for eps, momentum in [(1e-5, 1.0), (1e4, 0.0)]:
+        config = resnet.ResNetConfig("basic", **SMALL, batch_norm_eps=eps, batch_norm_momentum=momentum)
+        params, batch_stats = resnet.init(config, jax.random.key(0))
+        found[eps] = apply(config, params, batch_stats, images, train=True, return_activations=True)
+    np.testing.assert_array_equal(found[1e4].batch_stats["bn1"]["running_mean"], 0)
+    x = layers.conv2d(images, params["conv1"]["weight"], stride=2, padding=3)
+    np.testing.assert_allclose(found[1e-5].batch_stats["bn1"]["running_mean"], x.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    assert found[1e4].activations["stem"].max() < 0.1 < found[1e-5].activations["stem"].max()
+
+
 def test_bfloat16_activations():
     """Activations take the type, logits, pooled vector and statistics stay float32, and all stays near float32."""
     config = resnet.resnet18(num_classes=10)
@@ -302,7 +383,16 @@ def test_weights_of_another_network_are_named():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(stride_in="conv3"), dict(num_classes=0), dict(in_channels=0), dict(stage_sizes=(1, 2, 3))], ids=str
+    "options",
+    [
+        dict(stride_in="conv3"),
+        dict(num_classes=-1),
+        dict(in_channels=0),
+        dict(stage_sizes=(1, 2, 3)),
+        dict(batch_norm_eps=0.0),
+        dict(batch_norm_momentum=1.5),
+    ],
+    ids=str,
 )
 def test_bad_configs_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -1,18 +1,48 @@
-"""Convolutions of images (N, H, W, C) with kernels (kh, kw, C, K) on a CPU, in the forms that are fastest there.
+"""All that exists for XLA's CPU backend: forms of layers that are faster there, with their thresholds.
 
-`direct` is XLA's own convolution. XLA:CPU gives it to the library that multiplies its matrices where types and sizes
-suit that, and is many times slower elsewhere. A product of unfolded patches (im2col) is fast everywhere, and in
-training, with its gradients, as fast as any. Where no gradient is asked for, Winograd's form of 3x3 kernels needs 4/9
-of the multiplications. `jax_resnet.layers.conv2d` is what checks its arguments, and what takes XLA's own convolution on
-a GPU or TPU.
+XLA:CPU is slow where other backends are not. Its convolutions and their gradients run on one core or leave the fast
+library outside a range of sizes, it merges what is computed twice and keeps the result, and it fuses a chain of sums
+into every later use. What each form gave when it came, of the time of a step or of the layer (docs/speed.md has
+machines and sizes):
+
+- a weight's gradient as a matrix product: training 0.77 to 0.88; by rows of the kernel and turned: 0.81 to 0.94
+- XLA's own convolution up to 128 channels in inference: without it ResNet-18 takes 1.08
+- max-pooling's gradient by phases of the stride: 1.6 ms of 7.3 (32 of 32x32x64)
+- `once_known`: a training step of ResNet-101 holds 144 MB of 348 (8 of 96x96)
+
+To leave all of it out set `jax_resnet.cpu.ENABLED = False` before anything is traced, or call `jax.clear_caches()`
+after it. Then a CPU runs what a GPU or TPU runs, and the results differ by rounding alone.
+
+Static shapes and types decide between forms. Where a symbolic dimension (`jax.export`) would decide, the form is the
+one that needs no such decision.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from jax_resnet.symbolic import at_least, below
+
+__all__ = [
+    "ENABLED",
+    "choose",
+    "conv2d",
+    "materialize",
+    "max_pool_vjp",
+    "moments",
+    "once_known",
+    "recomputed",
+    "unfolded",
+    "unfolded_vjp",
+]
+
+ENABLED = True
 
 MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
 MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
@@ -28,22 +58,31 @@ MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
-def direct(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """(N, H', W', K), as `jax_resnet.layers.conv2d` defines it, by XLA's own convolution."""
-    around = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, weight, (stride,) * 2, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def choose(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """cpu(*operands) on a CPU, default(*operands) elsewhere; chosen when the program is lowered."""
+    if not ENABLED:
+        return default(*operands)
+    return lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
-def conv2d(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """The same in the form that is fastest by itself, where no gradient is asked for."""
+def conv2d(direct: Callable[[Array, Array], Array], x: Array, weight: Array, *, stride: int, padding: int) -> Array:
+    """A convolution where no gradient is asked for, in the form that is fastest by itself.
+
+    Args:
+      direct: (x, weight) -> the same by XLA's own convolution.
+      x: (N, H, W, C) float.
+      weight: (kh, kw, C, K), of the same type.
+      stride, padding: as for `jax_resnet.layers.conv2d`.
+    """
     if _winograd_pays(x, weight, stride, padding):
         return _winograd(x, weight)
-    form = direct if _direct_pays(x, weight) else unfolded
-    return form(x, weight, stride=stride, padding=padding)
+    if _direct_pays(x, weight):
+        return direct(x, weight)
+    return unfolded(x, weight, stride=stride, padding=padding)
 
 
 def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """The same as one product, patches times kernel: the form for training, where the others gain nothing."""
+    """A convolution as one product, patches times kernel: the form for training, where the others gain nothing."""
     kh, kw, _, k = weight.shape
     patches = unfold(x, kh, kw, stride, padding)
     y = _product(patches.reshape(-1, patches.shape[3]), weight.reshape(-1, k), 1, 0)
@@ -51,7 +90,7 @@ def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
 
 
 def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x and weight."""
+    """The gradients of x and weight, from that of the convolution's result."""
     kh, kw, c, k = weight.shape
     if max(kh, kw) > 1:
         x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
@@ -71,7 +110,7 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
 def _product_over_rows(x: Array, dy: Array) -> Array:
     """xᵀ·dy, (..., C) and (rows, K) -> (C, K)."""
     x = x.reshape(-1, x.shape[-1])
-    if x.shape[1] <= dy.shape[1] or dy.shape[0] < MIN_ROWS_TURNED:
+    if x.shape[1] <= dy.shape[1] or not at_least(dy.shape[0], MIN_ROWS_TURNED):
         return _product(x, dy, 0, 0)
     # The library transposes its left side: the smaller one, then. Without a barrier XLA turns the product around again.
     return lax.optimization_barrier(_product(dy, x, 0, 0)).T
@@ -85,8 +124,8 @@ def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 def _direct_pays(x: Array, weight: Array) -> bool:
-    fits = max(weight.shape[:2]) > 1 and min(x.shape[1:3]) >= MIN_DIRECT and max(weight.shape[2:]) <= MAX_DIRECT
-    return fits and x.dtype == jnp.float32
+    fits = max(weight.shape[:2]) > 1 and max(weight.shape[2:]) <= MAX_DIRECT and x.dtype == jnp.float32
+    return fits and all(at_least(size, MIN_DIRECT) for size in x.shape[1:3])
 
 
 def once_known(late: Array, x: Array) -> Array:
@@ -96,13 +135,13 @@ def once_known(late: Array, x: Array) -> Array:
     decides on an order. There this is x + 0, the 0 being the smallest normal number if the first entry of `late` is a
     nan; elsewhere it is x.
     """
-    if not late.size:
+    if below(late.size, 1):
         return x
 
-    def on_cpu(late, x):
+    def on_cpu(late: Array, x: Array) -> Array:
         return x + jnp.where(jnp.isnan(late[(0,) * late.ndim]), jnp.finfo(x.dtype).tiny, 0).astype(x.dtype)
 
-    return lax.platform_dependent(late, x, cpu=on_cpu, default=lambda late, x: x)
+    return choose(late, x, cpu=on_cpu, default=lambda late, x: x)
 
 
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
@@ -148,11 +187,11 @@ def pad(x: Array, padding: int, value: float = 0) -> Array:
 
 def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     """Whether Winograd's form is the faster one: transforms cost time, and in half precision their sums are coarse."""
+    if weight.shape[:2] != (3, 3) or (stride, padding) != (1, 1) or min(weight.shape[2:]) < MIN_CHANNELS_WINOGRAD:
+        return False
     n, h, w, _ = x.shape
-    saved = 9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2)
-    fits = weight.shape[:2] == (3, 3) and (stride, padding) == (1, 1) and min(weight.shape[2:]) >= MIN_CHANNELS_WINOGRAD
     enough = MIN_SAVED_128 if max(weight.shape[2:]) == 128 else MIN_SAVED
-    return fits and saved >= enough and x.dtype.itemsize >= 4
+    return at_least(9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2), enough) and x.dtype.itemsize >= 4
 
 
 def _winograd(x: Array, weight: Array) -> Array:
@@ -176,3 +215,73 @@ def _tiles(x: Array) -> Array:
         d = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, 2 * axis + 1) for i in range(4)]
         x = jnp.stack([d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]], axis)
     return x
+
+
+def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, padding: int) -> tuple[Array]:
+    """The gradient of x, from dy, that of y = max_pool(x): a value gets those of the windows whose first maximum it is.
+
+    Args:
+      x: (N, H, W, C).
+      y, dy: (N, H', W', C).
+      window, stride, padding: as for `jax_resnet.layers.max_pool`.
+    """
+    n, _, _, c = x.shape
+    padded = pad(x, padding, -jnp.inf)
+    nowhere = window * window  # the number of no tap
+    first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
+    for tap, value in reversed(list(enumerate(taps(padded, window, window, stride, *y.shape[1:3])))):
+        first = jnp.where(value == y, tap, first)
+    # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
+    # a phase (r of their rows, s of their columns) are in the same places of their windows.
+    before = (window - 1) // stride  # windows that begin before a value's own and hold it
+    rows, columns = (-(-size // stride) for size in padded.shape[1:3])
+    around = (
+        (0, 0),
+        *((before, max(0, size - o)) for size, o in zip((rows, columns), y.shape[1:3], strict=True)),
+        (0, 0),
+    )
+    first, dy = lax.optimization_barrier((jnp.pad(first, around, constant_values=nowhere), jnp.pad(dy, around)))
+
+    def phase(r: int, s: int) -> Array:
+        total = jnp.zeros((n, rows, columns, c), dy.dtype)
+        for u in range(r, window, stride):
+            for v in range(s, window, stride):
+                down, across = before - u // stride, before - v // stride
+                here = (slice(None), slice(down, down + rows), slice(across, across + columns))
+                total += jnp.where(first[here] == window * u + v, dy[here], 0)
+        return total
+
+    phases = [jnp.stack([phase(r, s) for s in range(stride)], axis=3) for r in range(stride)]
+    dx = jnp.stack(phases, axis=2).reshape(n, stride * rows, stride * columns, c)
+    return (dx[:, padding : padding + x.shape[1], padding : padding + x.shape[2]],)
+
+
+def moments(rows: Array) -> tuple[Array, Array]:
+    """The mean and the biased variance of each column, in two passes: XLA:CPU materializes the squares either way."""
+    mean = rows.mean(0)
+    centred = rows - mean
+    return mean, (centred * centred).mean(0)
+
+
+def materialize(x: Array) -> Array:
+    """x, computed once. XLA:CPU would fuse a chain of residual sums into each later use and recompute it there."""
+    return choose(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A block that is run again for its gradients, so that only its input is kept.
+
+    jax.checkpoint does that on a GPU or TPU; XLA:CPU merges its second run with the first, and saves nothing.
+    """
+    again = jax.custom_vjp(run)
+
+    def forward(*inputs):
+        y, _ = jax.vjp(run, *inputs)  # in the forms of training, as the second run: run(*inputs) takes other ones
+        return y, inputs
+
+    def backward(inputs, cotangents):
+        dy, x = lax.optimization_barrier((cotangents[0], inputs[0]))
+        return jax.vjp(run, once_known(dy, x), *inputs[1:])[1](cotangents)
+
+    again.defvjp(forward, backward)
+    return again

@@ -1,0 +1,48 @@
+"""What `import jax_resnet as jr` gives, and what is public in its modules."""
+
+import importlib
+import inspect
+import pkgutil
+
+import jax
+import pytest
+
+import jax_resnet as jr
+
+MODULES = [f"jax_resnet.{module.name}" for module in pkgutil.iter_modules(jr.__path__)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_networks_are_functions(name):
+    make = getattr(jr, name)
+    config = make(10, in_channels=1, stride_in="conv1")
+    blocks = {"resnet18": "2, 2, 2 and 2", "resnet101": "3, 4, 23 and 3"}.get(name, "blocks")
+    assert inspect.isfunction(make)
+    assert blocks in make.__doc__
+    assert (config.num_classes, config.in_channels, config.stride_in) == (10, 1, "conv1")
+    assert sum(config.stage_sizes) * (3 if config.block == "bottleneck" else 2) + 2 == int(name.removeprefix("resnet"))
+    assert make() == make(num_classes=1000)
+    with pytest.raises(TypeError, match="num_clases"):
+        make(num_clases=10)
+
+
+def test_a_network_in_three_lines():
+    config = jr.ResNetConfig("basic", [1, 1, 1, 1], num_classes=10)  # small, and hashable with a list too
+    params, batch_stats = jr.init(config, jax.random.key(0))
+    run = jax.jit(jr.apply, static_argnums=0, static_argnames="train")
+    out = run(config, params, batch_stats, jax.numpy.ones((2, 32, 32, 3)), train=False)
+    assert isinstance(out, jr.Output)
+    assert out.logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["jax_resnet", *MODULES])
+def test_public_names_are_meant(name):
+    """`__all__` has every name that a module defines without an underscore, and nothing else."""
+    module = importlib.import_module(name)
+    defined = {
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_") and getattr(value, "__module__", "") == name
+    }
+    assert all(hasattr(module, key) for key in module.__all__)
+    assert defined <= set(module.__all__)
