@@ -1,53 +1,82 @@
-"""A thin flax.nnx module around `resnet.init` and `resnet.apply`.
+"""ResNets as flax.nnx modules, which compute what `resnet.apply` computes.
 
-Its parameters are nnx.Param and its running statistics nnx.BatchStat, in one tree whose paths joined by "." are
-torchvision's names. It computes nothing itself.
+    from flax import nnx
+    from jax_resnet.nnx import ResNet
 
     config = resnet.resnet50()
     model = ResNet(config, weights.load("resnet50.pth", config))    # or ResNet(config, rngs=nnx.Rngs(0))
-    logits = model(images, train=False)
-    pooled = model.features(images, train=False)["pool"]            # (N, 2048)
-    model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # a head of your own: any module that takes them
-    kernel = model.layer3[0].downsample[0].weight                   # an nnx.Param, (1, 1, 512, 1024)
-    weights.save("resnet50.safetensors", *model.arrays())
+    model.eval()                                                    # a new model is in training mode, as all of flax's
+    logits = model(images)
+    activations = model.features(images)                            # {"stem", "layer1.0", ..., "layer4.2", "pool"}
+    again = model.layer4[-1](activations["layer4.1"])               # a block is a module
+    model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # a head of your own; None returns the pooled vector
+    weights.save("cars.safetensors", *model.arrays())
 
-For another number of classes of the network's own head give `weights.load` a configuration with it, head="new" and a
-key.
+Parameters are nnx.Param and running statistics nnx.BatchStat. Their paths joined by "." are torchvision's names.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from jax_resnet import resnet
+from jax_resnet import layers, resnet
+
+__all__ = ["Block", "Dense", "Layer", "ResNet"]
 
 
-def _at_least_float32(array: Array) -> Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+class Layer(nnx.Module):
+    """The arrays of a convolution or of a BatchNorm; the block around it computes."""
+
+    def __init__(self, variables: Mapping[str, nnx.Variable]):
+        for name, variable in variables.items():
+            setattr(self, name, variable)
 
 
-class Part(nnx.Module):
-    """A stage, a block or a layer: parts and variables are its attributes, those named by a number its items too."""
+class Dense(Layer):
+    """The dense layer: (N, features) -> (N, num_classes)."""
 
-    def __init__(self, parts: Mapping[str, Any]):
-        for name, value in parts.items():
-            setattr(self, name, Part(value) if isinstance(value, Mapping) else value)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return getattr(self, str(number))
-        except AttributeError as error:
-            raise IndexError(f"there is no part number {number}") from error
+    def __call__(self, x: Array) -> Array:
+        return layers.dense(x, self.weight[...], self.bias[...])
 
 
-class ResNet(Part):
-    """A ResNet as a flax.nnx module.
+class Block(nnx.Module):
+    """A residual block: conv1, bn1, conv2, ..., and downsample, a list of the shortcut's layers, if it has any."""
+
+    def __init__(self, block: resnet.Block, variables: Mapping[str, nnx.Variable], batch_norm: bool):
+        self.convs, self.projection = resnet._without_prefix(block)
+        self.batch_norm = batch_norm
+        self.use_running_average = False
+        for name, layer in _layers(variables).items():
+            if not name.startswith("downsample."):
+                setattr(self, name, layer)
+        if self.projection:
+            self.downsample = nnx.List(_layers(variables, "downsample.").values())
+
+    def __call__(self, x: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False) -> Array:
+        """The block's output, (N, H', W', C'); arguments and effect as for a call of `ResNet`."""
+        run = functools.partial(
+            resnet._residual,
+            self.convs,
+            self.projection,
+            train=_in_training(self, train),
+            dtype=dtype,
+            batch_norm=self.batch_norm,
+        )
+        y, stats = (resnet._recomputed(run) if remat else run)(x, _flat(self, nnx.Param), _flat(self, nnx.BatchStat))
+        _assign(self, stats)
+        return y
+
+
+class ResNet(nnx.Module):
+    """A ResNet: conv1, bn1, the blocks in layer1 to layer4, each an nnx.List, and fc.
 
     Args:
       config: the architecture; the attribute of that name.
@@ -56,7 +85,7 @@ class ResNet(Part):
       rngs: draws the arrays by `resnet.init` where there are none, with its stream "params".
 
     Raises:
-      ValueError: if there is neither arrays nor rngs.
+      ValueError: if there is neither arrays nor rngs, or the arrays are those of another architecture.
     """
 
     def __init__(
@@ -70,46 +99,113 @@ class ResNet(Part):
             if rngs is None:
                 raise ValueError("pass arrays, (params, batch_stats), or rngs to draw them")
             arrays = resnet.init(config, rngs.params())
-        variables = {
-            name: kind(_at_least_float32(jnp.asarray(array)))
-            for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True)
-            for name, array in flatten_dict(dict(tree), sep=".").items()
-        }
-        super().__init__(unflatten_dict(variables, sep="."))
+        params, stats = (flatten_dict(dict(tree), sep=".") for tree in arrays)
+        resnet._check_names(config, params, stats)
+        variables = {name: nnx.Param(_at_least_float32(array)) for name, array in params.items()}
+        variables |= {name: nnx.BatchStat(_at_least_float32(array)) for name, array in stats.items()}
         self.config = config
+        self.use_running_average = False
+        for name in ("conv1", "bn1") if config.batch_norm else ("conv1",):
+            setattr(self, name, Layer(_below(variables, f"{name}.")))
+        found = [
+            (block.name, Block(block, _below(variables, f"{block.name}."), config.batch_norm))
+            for block in resnet.blocks(config)
+        ]
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(self, stage, nnx.List([block for name, block in found if name.startswith(stage)]))
+        self.fc = Dense(_below(variables, "fc.")) if config.num_classes else None
 
-    def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them; without "fc" if that is a
-        module of your own."""
-        params, batch_stats = (nnx.to_pure_dict(nnx.state(self, kind)) for kind in (nnx.Param, nnx.BatchStat))
-        if not isinstance(self.fc, Part):
-            for tree in (params, batch_stats):
-                tree.pop("fc", None)
-        return params, batch_stats
-
-    def __call__(self, images: Array, *, train: bool, **options: Any) -> Array:
-        """The logits, (N, num_classes); with train=True the running statistics are updated in place.
+    def __call__(self, images: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False) -> Array:
+        """The logits, (N, num_classes): what fc makes of the pooled vector, or that vector if fc is None.
 
         Args:
           images: (N, H, W, in_channels) float, normalized.
-          train: as for `resnet.apply`.
-          options: dtype and remat of `resnet.apply`.
+          train: whether to normalize with the batch's statistics and to update the running ones in place; None for the
+            mode that model.train() or model.eval() set, training at first.
+          dtype, remat: as for `resnet.apply`.
         """
-        if isinstance(self.fc, Part):
-            return self._apply(images, train=train, **options).logits
-        return self.fc(self.features(images, train=train, **options)["pool"])
+        pooled = self.features(images, train=train, dtype=dtype, remat=remat)["pool"]
+        return pooled if self.fc is None else self.fc(pooled)
 
-    def features(self, images: Array, *, train: bool, **options: Any) -> dict[str, Array]:
+    def features(
+        self, images: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False
+    ) -> dict[str, Array]:
         """The activations by name, {"stem", "layer1.0", ..., "layer4.2", "pool"}; arguments and effect as a call's."""
-        return self._apply(images, train=train, return_activations=True, **options).activations
+        resnet._check_images(self.config, images)
+        options = {"train": _in_training(self, train), "dtype": dtype}
+        x, stats = resnet._conv_norm(
+            images if dtype is None else images.astype(dtype),
+            resnet.stem(self.config),
+            _flat(self, nnx.Param),
+            _flat(self, nnx.BatchStat),
+            batch_norm=self.config.batch_norm,
+            **options,
+        )
+        _assign(self, stats)
+        activations = {"stem": (x := layers.max_pool(layers.relu(x)))}
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            for number, block in enumerate(getattr(self, stage)):
+                activations[f"{stage}.{number}"] = x = block(x, remat=remat, **options)
+        activations["pool"] = layers.global_avg_pool(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return activations
 
-    def _apply(self, images: Array, *, train: bool, **options: Any) -> resnet.Output:
-        params, batch_stats = self.arrays()
-        if "fc" not in params:  # apply wants one; its logits are not asked for
-            classes = self.config.num_classes
-            zeros = {"weight": (resnet.feature_channels(self.config), classes), "bias": (classes,)}
-            params["fc"] = {name: jnp.zeros(shape) for name, shape in zeros.items()}
-        out = resnet.apply(self.config, params, batch_stats, images, train=train, **options)
-        if train:
-            nnx.update(self, out.batch_stats)
-        return out
+    def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them.
+
+        A head of your own is in them under "fc": an nnx.Linear as weight and bias, another module under its own names.
+        """
+        trees = (_flat(self, kind) for kind in (nnx.Param, nnx.BatchStat))
+        params, batch_stats = ({self._renamed(name): array for name, array in tree.items()} for tree in trees)
+        return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
+
+    def load(self, arrays: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
+        """Replaces all arrays, of a head of your own too; the inverse of `arrays`.
+
+        Raises:
+          ValueError: names or shapes are not those of `arrays`, and nothing was replaced.
+        """
+        for new, old in zip(arrays, self.arrays(), strict=True):
+            new, old = ({name: np.shape(a) for name, a in flatten_dict(dict(t), sep=".").items()} for t in (new, old))
+            if wrong := [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]:
+                raise ValueError(f"these are not arrays of the model: {len(wrong)} differ, the first is {min(wrong)}")
+        for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True):
+            new = flatten_dict(dict(tree), sep=".")
+            _assign(self, {name: _at_least_float32(new[self._renamed(name)]) for name in _flat(self, kind)})
+
+    def _renamed(self, name: str) -> str:
+        return "fc.weight" if name == "fc.kernel" and isinstance(self.fc, nnx.Linear) else name
+
+
+def _at_least_float32(array: Any) -> Array:
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _in_training(module: Block | ResNet, train: bool | None) -> bool:
+    """nnx.Module's own train() and eval() set use_running_average wherever there is one."""
+    return not module.use_running_average if train is None else train
+
+
+def _below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _layers(variables: Mapping[str, nnx.Variable], prefix: str = "") -> dict[str, Layer]:
+    """{"bn1": its Layer, …} of all variables "bn1.weight", …"""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in variables if name.startswith(prefix))
+    return {name: Layer(_below(variables, f"{name}.")) for name in sorted(names)}
+
+
+def _flat(module: nnx.Module | None, kind: type[nnx.Variable]) -> dict[str, Array]:
+    """{"downsample.0.weight": array, …} of the variables of a kind."""
+    state = nnx.to_pure_dict(nnx.state(module, kind))
+    return {".".join(map(str, path)): array for path, array in flatten_dict(state).items()}
+
+
+def _assign(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        part = module
+        for step in path:
+            part = part[int(step)] if step.isdecimal() else getattr(part, step)
+        getattr(part, last)[...] = array

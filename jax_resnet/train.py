@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,8 +17,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet import layers, resnet
 
+__all__ = [
+    "TrainState",
+    "create_train_state",
+    "data_mesh",
+    "decay_mask",
+    "loss_and_logits",
+    "make_eval_step",
+    "make_nonfinite_search",
+    "make_train_step",
+    "replicate",
+    "shard_batch",
+]
+
 Preprocess = Callable[[Array, Array], Array]
 Apply = Callable[..., resnet.Output]
+Loss = Callable[[Array, Array], Array]
 
 
 @flax.struct.dataclass
@@ -28,6 +43,7 @@ class TrainState:
     params, batch_stats, opt_state: the network's and the optimizer's.
     nonfinite: () int32, the steps whose loss or gradients were not finite and which therefore changed nothing.
     ema: {"params", "batch_stats"}, their exponential moving averages; None without.
+    loss_scale: what the loss is multiplied by for its gradients, see `create_train_state`; None without.
     """
 
     step: Array
@@ -36,6 +52,7 @@ class TrainState:
     opt_state: optax.OptState
     nonfinite: Array
     ema: Any = None
+    loss_scale: Any = None
 
 
 def create_train_state(
@@ -45,13 +62,25 @@ def create_train_state(
     *,
     freeze_backbone: bool = False,
     ema: bool = False,
+    loss_scale: Any = None,
 ) -> TrainState:
-    """The state before the first step; freeze_backbone as for `make_train_step`, ema if that has an ema_decay."""
+    """The state before the first step.
+
+    Args:
+      params, batch_stats: as `resnet.init` and `weights.load` return them.
+      optimizer, freeze_backbone: as for `make_train_step`.
+      ema: whether the step has an ema_decay.
+      loss_scale: flax.training.dynamic_scale.DynamicScale(), for activations in float16 (dtype=jnp.float16 of
+        `make_train_step`), whose small gradients would be 0. The step multiplies the loss by its scale and divides the
+        gradients by it. When gradients overflow, the step changes nothing but the scale, which falls; it grows again
+        later. Such a step counts as a step, and not as one that is not finite.
+    """
     trained = _trained_part(params, freeze_backbone)
     # Copies: the step consumes its state, and could not consume one array twice.
     averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
     nothing = jnp.zeros((), jnp.int32)
-    return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages)
+    loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # its numbers are Python's
+    return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages, loss_scale)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -91,6 +120,7 @@ def loss_and_logits(
     images: Array,
     labels: Array,
     *,
+    loss: Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
     train: bool = True,
     apply: Apply = resnet.apply,
@@ -102,19 +132,32 @@ def loss_and_logits(
     2016, arXiv:1512.00567).
     """
     out = apply(config, params, batch_stats, images, train=train, **options)
-    losses = layers.softmax_cross_entropy(out.logits, labels)
+    losses = loss(out.logits, labels)
     if label_smoothing:
         uniform = -jax.nn.log_softmax(out.logits).mean(-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     return losses.mean(), (out.logits, out.batch_stats)
 
 
-def _make_gradients(
-    config: Any, label_smoothing: float, apply: Apply, freeze_backbone: bool, options: dict[str, Any]
-) -> Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any]]:
-    """(state, preprocessed images, labels) -> loss, logits, new running statistics, gradients of the trained part."""
+def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
+    """Raises a TypeError at once, and not in the first step, for a keyword that apply does not take."""
+    known = list(inspect.signature(apply).parameters.values())[4:]  # after config, params, batch_stats, images
+    names = [parameter.name for parameter in known if parameter.name != "train"]
+    unknown = [name for name in options if name not in names]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        raise TypeError(f"unknown option {unknown[0]!r}: apply takes {', '.join(names) or 'no options'}")
 
-    def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
+
+def _make_gradients(
+    config: Any, loss: Loss, label_smoothing: float, apply: Apply, freeze_backbone: bool, options: dict[str, Any]
+) -> Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]:
+    """(state, preprocessed images, labels) -> loss, logits, new running statistics, gradients of the trained part, new
+    loss scale."""
+    _refuse_unknown(apply, options)
+    if label_smoothing and loss is not layers.softmax_cross_entropy:
+        raise ValueError("label_smoothing is for the default loss: smooth the labels in your own")
+
+    def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
         def loss_fn(trained):
             return loss_and_logits(
                 config,
@@ -122,15 +165,20 @@ def _make_gradients(
                 state.batch_stats,
                 images,
                 labels,
+                loss=loss,
                 label_smoothing=label_smoothing,
                 train=not freeze_backbone,
                 apply=apply,
                 **options,
             )
 
-        trained = _trained_part(state.params, freeze_backbone)
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        return loss, logits, batch_stats, grads
+        trained, loss_scale = _trained_part(state.params, freeze_backbone), state.loss_scale
+        if loss_scale is None:
+            (value, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        else:
+            scaled = loss_scale.value_and_grad(loss_fn, has_aux=True)
+            loss_scale, _, (value, (logits, batch_stats)), grads = scaled(trained)
+        return value, logits, batch_stats, grads, loss_scale
 
     return gradients
 
@@ -139,6 +187,7 @@ def make_train_step(
     config: Any,
     optimizer: optax.GradientTransformation,
     *,
+    loss: Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
     preprocess: Preprocess = lambda images, step: images,
     apply: Apply = resnet.apply,
@@ -152,13 +201,15 @@ def make_train_step(
     """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
 
     A step whose loss or gradients are not finite changes no weight, no statistic and no optimizer state. The first
-    skip_nonfinite of them count as steps all the same. After one more the state stays for good what it was before that
-    step, whatever is run: who reads the metrics late still finds the last good state.
+    skip_nonfinite of them count as steps all the same. After one more the state never changes again: if the metrics are
+    read late, the last good state is still there.
 
     Args:
       config: the architecture.
       optimizer: an optax transform; a learning rate that changes belongs in it as a schedule.
-      label_smoothing: the share of the target spread over all classes.
+      loss: (logits, labels) -> losses, (N,), whose mean is minimized. With one of your own, labels may also be targets,
+        (N, num_classes): the largest is the right answer.
+      label_smoothing: the share of the target spread over all classes, for the default loss.
       preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
       apply: the network, `resnet.apply` or another function of that form.
       freeze_backbone: train the dense layer "fc" alone; the rest runs as in evaluation, its running statistics stay.
@@ -177,12 +228,13 @@ def make_train_step(
       all gradients, before the optimizer) and "finite" (whether loss and grad_norm are), and "prediction", (N,) int32.
 
     Raises:
-      ValueError: when called with a batch that accumulate or the mesh's devices do not divide.
+      TypeError: at once, for an option that apply does not take.
+      ValueError: at once, for label_smoothing with another loss; when called with a batch that accumulate or the mesh's
+        devices do not divide.
     """
+    gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
 
-    gradients = _make_gradients(config, label_smoothing, apply, freeze_backbone, options)
-
-    def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any]:
+    def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
         if len(labels) % accumulate:
             raise ValueError(f"a batch of {len(labels)} cannot be computed in {accumulate} equal parts")
 
@@ -191,20 +243,21 @@ def make_train_step(
             return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
 
         def add(sums, part):
-            batch_stats, grads = sums
-            loss, logits, batch_stats, part_grads = gradients(state.replace(batch_stats=batch_stats), *part)
-            return (batch_stats, jax.tree.map(jnp.add, grads, part_grads)), (loss, logits)
+            batch_stats, grads, loss_scale = sums
+            now = state.replace(batch_stats=batch_stats, loss_scale=loss_scale)
+            value, logits, batch_stats, part_grads, loss_scale = gradients(now, *part)
+            return (batch_stats, jax.tree.map(jnp.add, grads, part_grads), loss_scale), (value, logits)
 
         zeros = jax.tree.map(jnp.zeros_like, _trained_part(state.params, freeze_backbone))
-        (batch_stats, grads), (losses, logits) = jax.lax.scan(
-            add, (state.batch_stats, zeros), (parts(images), parts(labels))
+        (batch_stats, grads, loss_scale), (losses, logits) = jax.lax.scan(
+            add, (state.batch_stats, zeros, state.loss_scale), (parts(images), parts(labels))
         )
         grads = jax.tree.map(lambda g: g / accumulate, grads)
-        return losses.mean(), logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads
+        return losses.mean(), logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads, loss_scale
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
         compute = gradients if accumulate == 1 else accumulated
-        loss, logits, batch_stats, grads = compute(state, preprocess(images, state.step), labels)
+        value, logits, batch_stats, grads, loss_scale = compute(state, preprocess(images, state.step), labels)
         trained = _trained_part(state.params, freeze_backbone)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = {**state.params, **optax.apply_updates(trained, updates)}
@@ -213,21 +266,24 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             averages = jax.tree.map(lambda a, b: ema_decay * a + (1 - ema_decay) * b, averages, new)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        failed = ~finite if loss_scale is None else ~jnp.isfinite(value)  # gradients may overflow by their scale alone
         running = state.nonfinite <= skip_nonfinite
-        nonfinite = state.nonfinite + (running & ~finite)
-        changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages)
+        nonfinite = state.nonfinite + (running & failed)
+        changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages, state.loss_scale)
         kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
+        scale = jax.tree.map(lambda new, old: jnp.where(running, new, old), loss_scale, state.loss_scale)
         counted = state.step + (nonfinite <= skip_nonfinite)
         prediction = logits.argmax(-1).astype(jnp.int32)
+        answers = labels if labels.ndim == 1 else labels.argmax(-1)
         metrics = {
-            "loss": loss,
-            "top1": (prediction == labels).mean(),
+            "loss": value,
+            "top1": (prediction == answers).mean(),
             "prediction": prediction,
             "grad_norm": grad_norm,
             "finite": finite,
         }
-        return kept.replace(step=counted, nonfinite=nonfinite), metrics
+        return kept.replace(step=counted, nonfinite=nonfinite, loss_scale=scale), metrics
 
     return jax.jit(step, donate_argnums=0, **_shardings(mesh, ("state", "batch", "batch")))
 
@@ -244,6 +300,7 @@ def _shardings(mesh: Mesh | None, arguments: Sequence[str]) -> dict[str, Any]:
 def make_nonfinite_search(
     config: Any,
     *,
+    loss: Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
     preprocess: Preprocess = lambda images, step: images,
     apply: Apply = resnet.apply,
@@ -257,15 +314,14 @@ def make_nonfinite_search(
 
     Returns:
       search(state, images, labels) -> names such as "the pictures", "the weight conv1.weight", "the activation
-      layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in the order in which a step comes by them; the state
-      is not consumed.
+      layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in execution order; the state is not consumed.
     """
-    gradients = _make_gradients(config, label_smoothing, apply, freeze_backbone, options)
+    gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
     names: list[str] = []
 
     def flags(state: TrainState, images: Array, labels: Array) -> Array:
         images = preprocess(images, state.step)
-        loss, logits, _, grads = gradients(state, images, labels)
+        value, logits, _, grads, _ = gradients(state, images, labels)
         activations = apply(
             config,
             state.params,
@@ -278,9 +334,9 @@ def make_nonfinite_search(
         found = {"the pictures": images}
         for kind, tree in (("weight", state.params), ("statistic", state.batch_stats), ("activation", activations)):
             found |= {f"the {kind} {name}": array for name, array in flatten_dict(dict(tree), sep=".").items()}
-        found |= {"the logits": logits, "the loss": loss}
+        found |= {"the logits": logits, "the loss": value}
         found |= {f"the gradient {name}": array for name, array in flatten_dict(dict(grads), sep=".").items()}
-        names[:] = found  # by the way of tracing: jit would hand back a dict with its keys sorted
+        names[:] = found  # set while tracing: jit would return a dict with its keys sorted
         return jnp.stack([~jnp.isfinite(array).all() for array in found.values()])
 
     jitted = jax.jit(flags, **_shardings(mesh, ("state", "batch", "batch")))
@@ -307,6 +363,7 @@ def make_eval_step(
       (the prediction's probability) and "top5" (whether the label is among the five largest logits, or all if there
       are fewer).
     """
+    _refuse_unknown(apply, options)
 
     def step(params: Any, batch_stats: Any, images: Array, labels: Array) -> dict[str, Array]:
         logits = apply(config, params, batch_stats, preprocess(images), train=False, **options).logits

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_network
+from flax.training.dynamic_scale import DynamicScale
 
 from jax_resnet import resnet
 from jax_resnet.adabound import adabound
@@ -117,6 +118,73 @@ def test_steps_take_any_network_of_that_form():
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(result["loss"], losses, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], losses.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [functools.partial(make_train_step, optimizer=optax.sgd(0.1)), make_eval_step])
+@pytest.mark.parametrize("option", ["lable_smoothing", "train", "images"])
+def test_an_unknown_keyword_is_refused_at_once(make, option):
+    with pytest.raises(TypeError, match=f"unknown option '{option}': apply takes dtype, remat"):
+        make(CONFIG, **{option: 0.1})
+
+
+def test_a_loss_function_of_ones_own(x64):
+    """Cross-entropy with targets, as mixup has them: on smoothed labels that is label_smoothing. 1e-12: rounding."""
+    optimizer, (images, labels) = optax.sgd(0.1), tiny_batch()
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 3), 0.1)
+    state, metrics = tiny_step(optimizer, loss=optax.softmax_cross_entropy)(tiny_state(optimizer), images, targets)
+    expected, expected_metrics = tiny_step(optimizer, label_smoothing=0.1)(tiny_state(optimizer), images, labels)
+    assert distance(state.params, expected.params) < 1e-12
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-12)
+    with pytest.raises(ValueError, match="label_smoothing is for the default loss"):
+        tiny_step(optimizer, loss=optax.softmax_cross_entropy, label_smoothing=0.1)
+
+
+def scaled_state(optimizer, scale):
+    params, batch_stats = resnet.init(CONFIG, jax.random.key(0))
+    return create_train_state(params, batch_stats, optimizer, loss_scale=DynamicScale(scale=scale, growth_interval=1))
+
+
+@pytest.fixture(scope="module")
+def float16_step():
+    """float16 activations, compiled once."""
+    optimizer = adabound(1e-3)
+    return optimizer, make_train_step(CONFIG, optimizer, dtype=jnp.float16)
+
+
+def test_float16_with_a_loss_scale(float16_step):
+    """A gradient that overflows changes nothing but the scale; then the scale is small enough, and grows again."""
+    optimizer, step = float16_step
+    state = scaled_state(optimizer, 2.0**40)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, *batch())
+    assert not bool(metrics["finite"])
+    assert np.isfinite(metrics["loss"])
+    assert (int(state.step), int(state.nonfinite), float(state.loss_scale.scale)) == (1, 0, 2.0**39)
+    assert equal_bits((state.params, state.opt_state), (before.params, before.opt_state))
+    state = state.replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(2.0**10)))
+    losses = []
+    for _ in range(4):
+        state, metrics = step(state, *batch())
+        losses.append(float(metrics["loss"]))
+    assert bool(metrics["finite"])
+    assert float(state.loss_scale.scale) > 2.0**10
+    assert losses[-1] < losses[0]
+    assert step._cache_size() == 1  # the scale's Python numbers are arrays from the start
+    _, metrics = step(state, batch()[0] * np.nan, batch()[1])
+    assert not np.isfinite(metrics["loss"])
+
+
+def test_a_loss_scale_changes_no_gradient(x64):
+    """A power of 2: nothing overflows, and the parameters are those of a step without one; in parts too."""
+    optimizer = optax.sgd(0.1)
+    for accumulate in (1, 3):
+        step = tiny_step(optimizer, accumulate=accumulate)
+        expected, _ = step(tiny_state(optimizer), *tiny_batch())
+        state = tiny_state(optimizer).replace(loss_scale=DynamicScale(jnp.int32(0), jnp.float32(2.0**10)))
+        state, _ = step(state, *tiny_batch())
+        assert distance(state.params, expected.params) < 1e-6  # DynamicScale has float32 gradients
+        assert int(state.loss_scale.fin_steps) == accumulate
 
 
 def test_decay_mask_takes_kernels_alone():
