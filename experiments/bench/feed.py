@@ -19,14 +19,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import cars
 from experiments.bench.options import NetworkSettings
 from experiments.bench.results import Table, times_in_ms
 from experiments.bench.turns import bound
 from experiments.data.dataset import Dataset
 from experiments.data.stream import Batches, put_ahead
-from experiments.frameworks.optimizers import LEARNING_RATES, OptimizerName
+from experiments.frameworks.experiment import LEARNING_RATES, OptimizerName
 from experiments.training.loop import count_steps
+from experiments.training.prepare import load_cars, prepare_cars
 from experiments.training.settings import PRESETS, Settings
 
 ALONE = "step alone"
@@ -45,8 +45,6 @@ class FeedBench(NetworkSettings):
     """Folder of Stanford Cars in one of the layouts that experiments.cars reads."""
     opt: OptimizerName = "adabound"
     """The optimizer."""
-    workers: int = 2
-    """Processes that decode ahead, in the way that has them."""
     steps: int = 5
     """Steps a turn, after one to warm up."""
 
@@ -55,16 +53,13 @@ def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
     """Its table."""
     with bound(bench.threads), contextlib.ExitStack() as open_batches:
         settings = settings_of_cars(bench)
-        dataset = cars.load_data(settings)
-        training, _ = cars.prepare(settings, dataset)
+        dataset = load_cars(settings)
+        training, _ = prepare_cars(settings, dataset)
         feeds = {ALONE: itertools.repeat(next(feed(bench, settings, dataset, training.put, open_batches)))}
         feeds["in memory"] = feed(bench, settings, dataset, training.put, open_batches)
         if bench.data is not None:
-            lazy = cars.load_data(dataclasses.replace(settings, decode="lazy"))
+            lazy = load_cars(settings.replace(decode="lazy"))
             feeds["--decode lazy"] = feed(bench, settings, lazy, training.put, open_batches)
-            with_workers = dataclasses.replace(settings, workers=bench.workers)
-            name = f"--decode lazy --workers {bench.workers}"
-            feeds[name] = feed(bench, with_workers, lazy, training.put, open_batches)
         state, metrics = training.train_step(training.state, *next(feeds[ALONE]))  # which compiles
         jax.block_until_ready(metrics)
         seconds = {name: np.empty((bench.rounds, 1)) for name in feeds}
@@ -78,7 +73,7 @@ def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
     for name, times in seconds.items():
         rows[name] = {"ratio of images/s": float(np.median(seconds[ALONE] / times))}
         rows[name] |= times_in_ms(times)
-        rows[name]["images/s"] = settings.batch_size / float(np.median(times))
+        rows[name]["images/s"] = bench.batch_size / float(np.median(times))
     title = f"{bench.case._replace(channels=1)}, {bench.opt}, {dataset.title}: a training step of experiments.cars"
     yield Table(title, rows, ("images/s",), seconds)
 
@@ -89,8 +84,7 @@ def settings_of_cars(bench: FeedBench) -> Settings:
     Raises:
       ValueError: for settings that it refuses.
     """
-    settings = dataclasses.replace(
-        PRESETS["cars96" if bench.data else "demo"],
+    settings = Settings(PRESETS["cars96" if bench.data else "demo"]).replace(
         data=bench.data,
         arch=bench.arch,
         opt=bench.opt,
@@ -108,11 +102,8 @@ def feed(
 ) -> Iterator[tuple[Any, Any]]:
     """The batches on the device, as many as the benchmark takes."""
     needed = bench.rounds * (bench.steps + 1) + 3  # three are made ahead and never taken
-    epochs = -(-needed // count_steps(dataset.train, settings.batch_size))
-    ahead = max(2, 2 * settings.workers)
-    batches = Batches(
-        dataset.train, settings.batch_size, settings.seed, epochs=epochs, workers=settings.workers, prefetch=ahead
-    )
+    epochs = -(-needed // count_steps(dataset.train, bench.batch_size))
+    batches = Batches(dataset.train, bench.batch_size, settings.experiment.seed, epochs=epochs)
     return put_ahead(open_batches.enter_context(batches), put)
 
 
