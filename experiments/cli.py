@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 # Exit codes. If a signal ended a run, the code is 128 plus the signal's number, as in a shell.
 FAILED, BAD_INPUT = 1, 2
@@ -75,3 +75,29 @@ def parse_image_size(text: str) -> tuple[int, int]:
     if len(sides) not in (1, 2) or not MIN_SIZE <= min(sides) <= max(sides) <= MAX_SIZE:
         raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, each {MIN_SIZE} to {MAX_SIZE}, got {text!r}")
     return sides[0], sides[-1]
+
+
+def parse(kind: Any, arguments: list[str] | None, program: str, **options: Any) -> Any:
+    """Reads a command line: tyro.cli for `python -m experiments.PROGRAM`, with ~ in paths expanded.
+
+    Raises:
+      ValueError: a path begins with the home folder of a user who does not exist.
+    """
+    import tyro
+
+    arguments = [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    return tyro.cli(kind, args=arguments, prog=f"python -m experiments.{program}", **options)
+
+
+def expand_home(argument: str) -> str:
+    """A shell expands ~/run, but not --out=~/run or "~/run".
+
+    >>> import os; os.environ["HOME"] = "/home/me"
+    >>> [expand_home(argument) for argument in ("--out=~/run", "~/run", "run~", "--opt=adam")]
+    ['--out=/home/me/run', '/home/me/run', 'run~', '--opt=adam']
+    """
+    option, equals, path = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"{path} does not exist: there is no home folder of that name")
+    return f"{option}{equals}{expanded}"

@@ -1,18 +1,199 @@
-"""Lays the curves of several runs over one another: `python -m experiments.compare runs/adam runs/adabound`."""
+"""Lays the curves of several runs over one another: `python -m experiments.compare runs/adam runs/adabound`.
+
+Also trains in several frameworks in turn, for --compare of the programs that train.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import tyro
 
-from experiments.cli import exit_code
-from experiments.training.side_by_side import compare
+from experiments.cli import exit_code, parse
+from experiments.training.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
+from experiments.training.settings import RunSettings
+
+PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
+
+
+def compare(
+    runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("comparison.png"), against: str | None = None
+) -> None:
+    """Compare runs.
+
+    Args:
+      runs: folders that experiments.cars or experiments.mnist left.
+      out: the picture to write.
+      against: the name of one of the folders: draw and tell how far the training losses of the others are from its own.
+
+    Raises:
+      ValueError: if a folder holds no run, or there is none.
+    """
+    from experiments.training.plots import plot_comparison
+
+    if not runs:
+        raise ValueError("name one folder of a run, or more")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name the picture to write")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    found = [read_run(run) for run in runs]
+    names = [run.name for run in runs]
+    rows = {
+        str(run) if names.count(run.name) > 1 else run.name: run_rows
+        for run, (run_rows, _) in zip(runs, found, strict=True)
+    }
+    if against is not None and against not in rows:
+        raise ValueError(f"--against {against} is none of {', '.join(rows)}")
+    titles = {title for _, title in found}
+    distances = {
+        name: loss_distances(run_rows, rows[against]) for name, run_rows in rows.items() if against not in (None, name)
+    }
+    plot_comparison(out, rows, ", ".join(sorted(titles)), against, distances)
+    for name, run_rows in rows.items():
+        tested = [row for row in run_rows if "test_top1" in row]
+        reached = (
+            f"test top-1 {tested[-1]['test_top1']:.2%}, top-5 {tested[-1]['test_top5']:.2%}, "
+            f"loss {tested[-1]['test_loss']:.3f} after {tested[-1]['epoch']:g} epochs"
+            if tested
+            else "not tested yet"
+        )
+        print(f"{name}: {reached}")
+    for name, found in distances.items():
+        print(f"{name} from {against}: {describe_distances(found)}")
+    print(f"curves are in {out}")
+
+
+def read_run(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a run's metrics, and what was trained on what.
+
+    Raises:
+      ValueError: the folder holds no run, or one of its files is not that of a run.
+    """
+    if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
+        raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
+    file = run / METRICS
+    try:
+        rows = read_metrics(run)
+        for row in rows:
+            tested = ("test_loss", "test_top1", "test_top5") if "test_loss" in row else ()
+            if wrong := [n for n in ("epoch", "step", "train_loss", *tested) if not isinstance(row[n], int | float)]:
+                raise TypeError(f"{wrong[0]} is {row[wrong[0]]!r}")
+        file = run / CONFIG
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return rows, f"{config['input']['arch']} on {config['data']['title']}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file} is not that of a training run: {reason}") from error
+
+
+def loss_distances(rows: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """How far training losses are apart, relative to the reference's, at the steps that both have logged.
+
+    Returns:
+      rows with "epoch", "step" and "distance"; ends of epochs, whose losses are means, are left out where there are
+      rows in between.
+    """
+
+    def by_step(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        return {row["step"]: row for row in [row for row in rows if "test_loss" not in row] or rows}
+
+    ours, theirs = by_step(rows), by_step(reference)
+    return [
+        {
+            "epoch": ours[step]["epoch"],
+            "step": step,
+            "distance": abs(ours[step]["train_loss"] / theirs[step]["train_loss"] - 1),
+        }
+        for step in ours
+        if step in theirs and theirs[step]["train_loss"]
+    ]
+
+
+def describe_distances(distances: Sequence[dict[str, float]]) -> str:
+    """At which steps training losses part, in a line."""
+    if not distances:
+        return "no step was logged by both"
+    texts = []
+    for limit in PARTINGS:
+        beyond = [row["step"] for row in distances if not row["distance"] <= limit]
+        if beyond:
+            texts.append(f"{limit:.0e} from step {beyond[0]}")
+    most = max(distances, key=lambda row: row["distance"])
+    text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
+    return f"{text}, by more than {', '.join(texts)}" if texts else text
+
+
+def train_and_compare(run: Callable[[Any], int | None], settings: RunSettings, frameworks: Sequence[str]) -> int | None:
+    """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
+
+    Args:
+      run: the program, a function of a module: settings -> the signal that ended it, if one did.
+      settings: whose `compare` names frameworks.
+      frameworks: those that the program has.
+
+    Returns:
+      the signal that ended a run, and then what there is was compared; None if all were trained to their end.
+
+    Raises:
+      ValueError: for unknown names, a framework or an optimizer that is missing, an earlier run in a folder.
+      SystemExit: with the exit code of one that failed, which has said why.
+    """
+    from experiments.frameworks.common import check_available
+
+    system = settings.system
+    names = list(dict.fromkeys(system.compare.split(",")))
+    if len(names) < 2 or set(names) - set(frameworks):
+        raise ValueError(
+            f"--compare takes two or more of {', '.join(frameworks)}, such as {','.join(frameworks[:2])}; "
+            f"got {system.compare}"
+        )
+    out = system.out or Path("runs") / f"compare-{'-'.join(names)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    children = {name: settings.replace(compare=None, out=out / name, framework=name) for name in names}
+    for child in children.values():  # before the first has trained for hours
+        child.check()
+        refuse_earlier_run(child.system.out, child.system.overwrite)
+        check_available(child.experiment.framework, child.experiment.opt, child.experiment.dampening)
+    ended_by = None
+    for name, child in children.items():
+        print(f"{name}:", flush=True)
+        code = _run_in_a_process(run, child)
+        if code > 128:
+            ended_by = code - 128
+            break
+        if code:
+            print(f"{name} ended with exit code {code}: there is nothing to compare", file=sys.stderr)
+            raise SystemExit(code)
+    folders = [out / name for name in names if (out / name / METRICS).is_file() and read_metrics(out / name)]
+    if folders:
+        compare(tuple(folders), out / "comparison.png", folders[0].name)
+    return ended_by
+
+
+def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -> int:
+    """Its own, so that its memory is given back."""
+    from experiments.training.processes import leaving_stops_to_a_child
+
+    process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
+    with leaving_stops_to_a_child(process.terminate):
+        process.start()
+        process.join()
+    return process.exitcode
+
+
+def _run_alone(run: Callable[[Any], int | None], settings: RunSettings) -> None:
+    sys.exit(exit_code(lambda: run(settings)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: tyro.cli(compare, args=arguments, prog="python -m experiments.compare"))
+    return exit_code(lambda: parse(compare, arguments, "compare"))
 
 
 if __name__ == "__main__":

@@ -16,67 +16,55 @@ if __name__ == "__main__":
     use_huge_pages()  # before all that would be imported twice
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax
-import numpy as np
-import tyro
+from tyro.conf import OmitArgPrefixes
 
-import numpy_ref.resnet
-from experiments.cli import Arch, exit_code
-from experiments.data.augment import normalize, to_unit_range
-from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics, limit_test
-from experiments.data.digits import load_mnist
-from experiments.frameworks import cnn
-from experiments.frameworks.common import (
-    TITLES,
-    FrameworkName,
-    Recipe,
-    State,
-    Training,
-    make_training,
-    resnet_network,
-    weights_dtype,
-)
-from experiments.frameworks.optimizers import LEARNING_RATES, CommonOptimizerName, make_schedule
-from experiments.machine import use_compilation_cache
-from experiments.training.loop import Results, count_steps
-from experiments.training.processes import start_processes
-from experiments.training.run import (
-    describe_input,
-    plot_report,
-    system_options,
-    title_of,
-    train_and_report,
-    write_weights,
-)
+from experiments.cli import Arch, exit_code, parse
+from experiments.frameworks.experiment import LEARNING_RATES, TITLES, CommonOptimizerName, Experiment
 from experiments.training.run_folder import refuse_earlier_run
-from experiments.training.settings import RunSettings, logging_all, read_ahead
-from experiments.training.side_by_side import train_and_compare
+from experiments.training.settings import RunSettings, System, logging_all, read_ahead
 
-CONTESTANTS = {name: {"framework": name} for name in TITLES}
+if TYPE_CHECKING:
+    from experiments.data.dataset import Dataset, Split
+    from experiments.frameworks.common import Training
+
+PADDING = 2  # pixels of background around a picture of 28x28: a ResNet needs 32x32
+
+
+@dataclasses.dataclass(frozen=True)
+class MnistExperiment(Experiment):
+    """Settings that decide what comes out. Their defaults depend on --model."""
+
+    model: Literal["cnn", *get_args(Arch)] = "cnn"
+    """cnn: one convolution, ReLU, a dense layer. A ResNet gets the pictures padded to 32x32. `--model NAME --help`
+    shows its defaults."""
+    framework: Literal["numpy", "jax", "torch"] = "numpy"
+    """What computes; the curves are the same up to rounding."""
+    opt: CommonOptimizerName = "adam"
+    """The optimizer. adam, sgd, adabound, amsbound: L2 decay; adamw: decoupled decay, of 1e-4 unless told otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MnistSystem(System):
+    """Settings that say how a run is run. A run may be resumed with others."""
+
+    data: Path | None = None
+    """Folder with the four idx files, .gz or not [default: TFDS's mnist, downloaded once]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(RunSettings):
     """Train a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch. The defaults depend on --model."""
 
-    model: Literal["cnn", *get_args(Arch)] = "cnn"
-    """cnn: one convolution, ReLU, a dense layer. A ResNet gets the pictures padded to 32x32. `--model NAME --help`
-    shows its defaults."""
-    framework: FrameworkName = "numpy"
-    """What computes; the curves are the same up to rounding."""
-    data: Path | None = None
-    """Folder with the four idx files, .gz or not [default: TFDS's mnist, downloaded once]."""
-    opt: CommonOptimizerName = "adam"
-    """The optimizer; its learning rate falls to 0 as a cosine."""
+    experiment: OmitArgPrefixes[MnistExperiment] = dataclasses.field(default_factory=MnistExperiment)
+    system: OmitArgPrefixes[MnistSystem] = dataclasses.field(default_factory=MnistSystem)
 
 
-CNN = Settings(epochs=3, batch_size=64)
-RESNET = Settings(epochs=1, batch_size=32, limit=6000, log_every=1)
+CNN = MnistExperiment(epochs=3, batch_size=64)
+RESNET = MnistExperiment(epochs=1, batch_size=32, limit=6000, log_every=1)
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
@@ -85,34 +73,37 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     Raises:
       ValueError: for values out of range.
     """
-    named = read_ahead(arguments, "model", "compare")
+    named = read_ahead(arguments, "model", "compare", "opt")
     model = named.model
     default = dataclasses.replace(RESNET, model=model) if model in get_args(Arch) else CNN  # others are refused by tyro
-    default = logging_all(default, named.compare)
-    settings = tyro.cli(Settings, args=arguments, default=default, prog="python -m experiments.mnist")
+    default = dataclasses.replace(default, weight_decay=1e-4 if named.opt == "adamw" else 0.0)
+    settings = parse(Settings, arguments, "mnist", default=logging_all(Settings(default), named.compare))
     settings.check()
-    return dataclasses.replace(settings, learning_rate=settings.learning_rate or LEARNING_RATES[settings.opt])
+    experiment = settings.experiment
+    return settings.replace(learning_rate=experiment.learning_rate or LEARNING_RATES[experiment.opt])
 
 
 def load_data(settings: Settings) -> Dataset:
-    """MNIST, or a part of its training pictures; padded by two pixels of background for a ResNet, which needs 32x32.
+    """MNIST, or a part of its training pictures; padded for a ResNet.
 
     Raises:
       DataError: if there is nothing usable.
       ValueError: for a limit beyond the data.
     """
-    dataset = load_mnist(settings.data)
-    if settings.limit is not None:
-        dataset = dataclasses.replace(dataset, train=balanced_subset(dataset.train, settings.limit, settings.seed))
-    if settings.test_limit is not None:
-        dataset = limit_test(dataset, settings.test_limit)
-    if settings.model == "cnn":
+    from experiments.data.digits import load_mnist
+    from experiments.training.prepare import take_parts
+
+    dataset = take_parts(settings.experiment, load_mnist(settings.system.data))
+    if settings.experiment.model == "cnn":
         return dataset
     return dataclasses.replace(dataset, train=padded(dataset.train), test=padded(dataset.test))
 
 
 def padded(split: Split) -> Split:
-    return Split(np.pad(split.images, ((0, 0), (2, 2), (2, 2), (0, 0))), split.labels)
+    import numpy as np
+
+    around = (PADDING, PADDING)
+    return dataclasses.replace(split, images=np.pad(split.images, ((0, 0), around, around, (0, 0))))
 
 
 def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
@@ -123,47 +114,27 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     Returns:
       the training, and what a weight file must tell about its network and its input.
     """
-    rng = np.random.default_rng(settings.seed)
-    if settings.model == "cnn":
+    import numpy as np
+
+    import numpy_ref.resnet
+    from experiments.frameworks import cnn
+    from experiments.frameworks.common import resnet_network
+    from experiments.training.prepare import describe_input, prepare_training
+
+    model, rng = settings.experiment.model, np.random.default_rng(settings.experiment.seed)
+    if model == "cnn":
         config = cnn.CNNConfig()
         network = cnn.network(config, cnn.init(config, rng))
     else:
         # Not with zero_gamma: shortcuts alone carry a picture's first pixel on, which is background in all of them. The
         # last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
         shape = dict(num_classes=len(dataset.class_names), in_channels=1)
-        weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, settings.model)(**shape), rng)
-        network = resnet_network(settings.model, *weights, **shape)
-    mean, std = channel_statistics(dataset.train.images)
-
-    def preprocess(images, step=None):
-        return normalize(to_unit_range(images, weights_dtype(settings.precision)), mean, std)
-
-    steps = settings.epochs * count_steps(dataset.train, settings.batch_size)
-    recipe = Recipe(
-        settings.opt,
-        make_schedule("cosine", settings.learning_rate, steps, warmup_steps=0),
-        steps,
-        base_lr=settings.learning_rate,
-        preprocess_train=preprocess,
-        preprocess_test=preprocess,
-        weight_decay=1e-4 if settings.opt == "adamw" else 0.0,
-        **system_options(settings),
-    )
-    return make_training(settings.framework, network, recipe), describe_input(settings.model, dataset, mean, std)
-
-
-def write_report(
-    dataset: Dataset,
-    title: str,
-    training: Training,
-    description: dict[str, Any],
-    path: Path,
-    state: State,
-    results: Results | None,
-) -> None:
-    """Writes the weights and the pictures of a run into its folder: curves and predictions."""
-    write_weights(path, training, state, description)
-    plot_report(path, title, dataset, results)
+        weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, model)(**shape), rng)
+        network = resnet_network(model, *weights, **shape)
+    training, preparation = prepare_training(settings, dataset, network)
+    if model != "cnn":
+        preparation["pad"] = PADDING
+    return training, describe_input(model, dataset, preparation)
 
 
 def run(settings: Settings) -> int | None:
@@ -173,28 +144,34 @@ def run(settings: Settings) -> int | None:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss or gradients are not finite.
     """
-    if settings.compare is not None:
-        return train_and_compare(run, settings, CONTESTANTS)
-    refuse_earlier_run(settings.out, settings.overwrite or settings.resume)
-    with start_processes(settings):
+    system = settings.system
+    if system.compare is not None:
+        from experiments.compare import train_and_compare
+
+        return train_and_compare(run, settings, tuple(TITLES))
+    refuse_earlier_run(system.out, system.overwrite or system.resume)
+    from experiments.training.processes import start_processes
+
+    with start_processes(system):
         return train(settings)
 
 
 def train(settings: Settings) -> int | None:
     """`run` for one framework, once the processes have met."""
-    dataset = load_data(settings)
-    title = title_of(f"{settings.model} in {TITLES[settings.framework]}", settings.opt, dataset, settings.limit)
-    with jax.enable_x64(settings.precision == "float64"):
+    import jax
+
+    from experiments.training.run import train_and_report
+
+    dataset, experiment = load_data(settings), settings.experiment
+    with jax.enable_x64(experiment.precision == "float64"):
         training, description = prepare(settings, dataset)
-        print(f"{title}: {len(dataset.train):,} pictures to train, {settings.epochs} epochs")
         return train_and_report(
             settings,
             dataset,
             training,
-            title=title,
-            name=f"mnist-{settings.model}-{settings.framework}-{settings.opt}",
+            network=f"{experiment.model} in {TITLES[experiment.framework]}",
+            name=f"mnist-{experiment.model}-{experiment.framework}",
             description=description,
-            write_report=functools.partial(write_report, dataset, title, training, description),
         )
 
 
@@ -204,5 +181,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    use_compilation_cache()
     sys.exit(main())

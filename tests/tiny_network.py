@@ -57,24 +57,20 @@ def dataset():
 
 def training(settings, data, *, spoiled=()):
     """As `prepare` of a program makes it, with random augmentation; in the spoiled steps, from 1, it makes NaN."""
-    key = jax.random.key(settings.seed)
+    key = jax.random.key(settings.experiment.seed)
 
     def preprocess_train(images, step):
         x = images.astype(jnp.float32) / 255 + 0.1 * jax.random.normal(jax.random.fold_in(key, step), images.shape)
         return jnp.where(jnp.isin(step + 1, jnp.asarray([0, *spoiled])), jnp.nan, x)
 
-    steps = settings.epochs * (len(data.train) // settings.batch_size)
+    experiment = settings.experiment
+    steps = experiment.epochs * (len(data.train) // experiment.batch_size)
     recipe = Recipe(
-        "amsbound",
-        make_schedule("cosine", settings.learning_rate or 1e-2, steps, 0),
+        experiment,
+        make_schedule("cosine", experiment.learning_rate, steps, 0),
         steps,
-        base_lr=settings.learning_rate or 1e-2,
         preprocess_train=preprocess_train,
         preprocess_test=lambda images: images.astype(jnp.float32) / 255,
-        clip_norm=settings.clip_norm,
-        accumulate=settings.accumulate,
-        ema=settings.ema,
-        skip_nonfinite=settings.skip_nonfinite,
+        skip_nonfinite=settings.system.skip_nonfinite,
     )
-    network = Network((TinyConfig(), apply), (None, None), lambda: None, *draw())
-    return make_training("jax", network, recipe)
+    return make_training(Network((TinyConfig(), apply), (None, None), lambda: None, *draw()), recipe)

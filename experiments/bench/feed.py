@@ -22,19 +22,14 @@ from tqdm import tqdm
 from experiments.bench.options import NetworkSettings
 from experiments.bench.results import Table, times_in_ms
 from experiments.bench.turns import bound
-from experiments.cli import parse_image_size
-from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
-from experiments.data.dataset import Dataset, channel_statistics
-from experiments.data.drawn_cars import drawn_cars
-from experiments.data.stanford_cars import load_stanford_cars
+from experiments.data.dataset import Dataset
 from experiments.data.stream import Batches, put_ahead
-from experiments.frameworks.common import Recipe, Training, make_training, resnet_network
-from experiments.frameworks.optimizers import LEARNING_RATES, OptimizerName, make_schedule
+from experiments.frameworks.experiment import LEARNING_RATES, OptimizerName
 from experiments.training.loop import count_steps
-from jax_resnet import resnet
+from experiments.training.prepare import load_cars, prepare_cars
+from experiments.training.settings import PRESETS, Settings
 
 ALONE = "step alone"
-DRAWN_CARS = 1500
 PAUSE = 0.5  # seconds between turns, in which batches made ahead for the one before are finished
 
 
@@ -50,8 +45,6 @@ class FeedBench(NetworkSettings):
     """Folder of Stanford Cars in one of the layouts that experiments.cars reads."""
     opt: OptimizerName = "adabound"
     """The optimizer."""
-    workers: int = 2
-    """Processes that decode ahead, in the way that has them."""
     steps: int = 5
     """Steps a turn, after one to warm up."""
 
@@ -59,23 +52,14 @@ class FeedBench(NetworkSettings):
 def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
     """Its table."""
     with bound(bench.threads), contextlib.ExitStack() as open_batches:
-        size = parse_image_size(bench.image_size)
-        if bench.data is None:
-            dataset = drawn_cars(size, train_count=DRAWN_CARS, test_count=1, grey=True, seed=0)
-        else:
-            dataset = load_stanford_cars(bench.data, size, grey=True)
-        count_steps(dataset.train, bench.batch_size)  # refuses a batch that is too large
-        training = make_jax_training(bench, dataset)
-
-        def feed(dataset: Dataset, workers: int = 0) -> Iterator[tuple[Any, Any]]:
-            batches = batches_for(bench, dataset, workers)
-            return put_ahead(open_batches.enter_context(batches), training.put)
-
-        feeds = {ALONE: itertools.repeat(next(feed(dataset))), "in memory": feed(dataset)}
+        settings = settings_of_cars(bench)
+        dataset = load_cars(settings)
+        training, _ = prepare_cars(settings, dataset)
+        feeds = {ALONE: itertools.repeat(next(feed(bench, settings, dataset, training.put, open_batches)))}
+        feeds["in memory"] = feed(bench, settings, dataset, training.put, open_batches)
         if bench.data is not None:
-            lazy = load_stanford_cars(bench.data, size, grey=True, decode="lazy")
-            feeds["--decode lazy"] = feed(lazy)
-            feeds[f"--decode lazy --workers {bench.workers}"] = feed(lazy, bench.workers)
+            lazy = load_cars(settings.replace(decode="lazy"))
+            feeds["--decode lazy"] = feed(bench, settings, lazy, training.put, open_batches)
         state, metrics = training.train_step(training.state, *next(feeds[ALONE]))  # which compiles
         jax.block_until_ready(metrics)
         seconds = {name: np.empty((bench.rounds, 1)) for name in feeds}
@@ -94,39 +78,33 @@ def run_feed_bench(bench: FeedBench) -> Iterator[Table]:
     yield Table(title, rows, ("images/s",), seconds)
 
 
-def make_jax_training(bench: FeedBench, dataset: Dataset) -> Training:
-    """The steps of `experiments.cars` on grey pictures, augmentation included."""
-    shape = dict(num_classes=len(dataset.class_names), in_channels=1)
-    weights_key, augment_key = jax.random.split(jax.random.key(0))
-    drawn = jax.device_get(resnet.init(getattr(resnet, bench.arch)(**shape, zero_gamma=True), weights_key))
-    mean, std = channel_statistics(dataset.train.images)
+def settings_of_cars(bench: FeedBench) -> Settings:
+    """What `experiments.cars` would be told.
 
-    def preprocess_test(images: Any) -> Any:
-        return normalize(to_unit_range(images), mean, std)
-
-    def preprocess_train(images: Any, step: Any) -> Any:
-        images = augment(Augmentation(), jax.random.fold_in(augment_key, step), to_unit_range(images))
-        return normalize(images, mean, std)
-
-    learning_rate, steps = LEARNING_RATES[bench.opt], 1000
-    recipe = Recipe(
-        bench.opt,
-        make_schedule("cosine", learning_rate, steps, warmup_steps=0),
-        steps,
-        base_lr=learning_rate,
-        preprocess_train=preprocess_train,
-        preprocess_test=preprocess_test,
-        label_smoothing=0.1,
+    Raises:
+      ValueError: for settings that it refuses.
+    """
+    settings = Settings(PRESETS["cars96" if bench.data else "demo"]).replace(
+        data=bench.data,
+        arch=bench.arch,
+        opt=bench.opt,
+        learning_rate=LEARNING_RATES[bench.opt],
+        batch_size=bench.batch_size,
+        image_size=bench.image_size,
         precision=bench.precision,
     )
-    return make_training("jax", resnet_network(bench.arch, *drawn, **shape), recipe)
+    settings.check()
+    return settings
 
 
-def batches_for(bench: FeedBench, dataset: Dataset, workers: int) -> Batches:
-    """As many as the benchmark takes; three are made ahead and never taken."""
-    needed = bench.rounds * (bench.steps + 1) + 3
+def feed(
+    bench: FeedBench, settings: Settings, dataset: Dataset, put: Callable[..., Any], open_batches: contextlib.ExitStack
+) -> Iterator[tuple[Any, Any]]:
+    """The batches on the device, as many as the benchmark takes."""
+    needed = bench.rounds * (bench.steps + 1) + 3  # three are made ahead and never taken
     epochs = -(-needed // count_steps(dataset.train, bench.batch_size))
-    return Batches(dataset.train, bench.batch_size, 0, epochs=epochs, workers=workers, prefetch=max(2, 2 * workers))
+    batches = Batches(dataset.train, bench.batch_size, settings.experiment.seed, epochs=epochs)
+    return put_ahead(open_batches.enter_context(batches), put)
 
 
 def turn(train_step: Callable[..., Any], state: Any, batches: Iterator[Any], steps: int) -> tuple[Any, float]:

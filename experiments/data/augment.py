@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal, TypeVar
 
 import jax
@@ -14,29 +13,9 @@ from jax.typing import DTypeLike
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """What is changed at random in training pictures.
-
-    Attributes:
-      flip: mirror left and right half of the time.
-      place: "shift" moves the picture by up to shift_share of its height and width, its edge repeated; "crop" takes a
-        box of 35% to 100% of the area and of aspect ratio 3/4 to 4/3 of the picture's, resized to the full size;
-        "none" leaves it.
-      shift_share: the largest shift, as a share of height and width.
-      brightness, contrast: b and c: each picture becomes mean + (picture - mean) · uniform(1 - c, 1 + c), then gains
-        uniform(-b, b), in units of the full range.
-    """
-
-    flip: bool = True
-    place: Literal["shift", "crop", "none"] = "shift"
-    shift_share: float = 0.1
-    brightness: float = 0.1
-    contrast: float = 0.2
-
-    def __post_init__(self):
-        if self.place not in ("shift", "crop", "none"):
-            raise ValueError(f"place must be shift, crop or none, got {self.place!r}")
+Place = Literal["shift", "crop"]
+SHIFT_SHARE = 0.1  # the largest shift, of height and width
+BRIGHTNESS, CONTRAST = 0.1, 0.2
 
 
 def to_unit_range(images: AnyArray, dtype: DTypeLike = np.float32) -> AnyArray:
@@ -49,42 +28,37 @@ def normalize(images: AnyArray, mean: np.ndarray, std: np.ndarray) -> AnyArray:
     return (images - np.asarray(mean, images.dtype)) / np.asarray(std, images.dtype)
 
 
-def augment(augmentation: Augmentation, key: Array, images: Array) -> Array:
+def augment(place: Place, key: Array, images: Array) -> Array:
     """Changes each picture of a batch at random.
 
+    Half of them are mirrored. Each then becomes mean + (picture - mean) · uniform(0.8, 1.2) + uniform(-0.1, 0.1), in
+    units of the full range.
+
     Args:
-      augmentation: what to change.
+      place: "shift" moves each picture by up to a tenth of its height and width, its edge repeated; "crop" takes a box
+        of 35% to 100% of the area and of aspect ratio 3/4 to 4/3 of the picture's, resized to the full size.
       key: a JAX random key; each picture draws from a key of its own.
       images: (N, H, W, C) float in [0, 1].
 
     Returns:
       images of the same shape; brightness and contrast may leave [0, 1].
     """
-    return jax.vmap(lambda key, image: _augment_one(augmentation, key, image))(
-        jax.random.split(key, images.shape[0]), images
-    )
+    move = {"shift": _shift, "crop": _resized_crop}[place]
 
-
-def _augment_one(augmentation: Augmentation, key: Array, image: Array) -> Array:
-    flip_key, place_key, contrast_key, brightness_key = jax.random.split(key, 4)
-    if augmentation.flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    if augmentation.place == "shift":
-        image = _shift(place_key, image, augmentation.shift_share)
-    elif augmentation.place == "crop":
-        image = _resized_crop(place_key, image)
-    if augmentation.contrast:
-        factor = 1 + augmentation.contrast * jax.random.uniform(contrast_key, minval=-1.0)
+    def augment_one(key: Array, image: Array) -> Array:
+        flip_key, place_key, contrast_key, brightness_key = jax.random.split(key, 4)
+        image = move(place_key, jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image))
+        factor = 1 + CONTRAST * jax.random.uniform(contrast_key, minval=-1.0)
         image = image.mean() + (image - image.mean()) * factor
-    if augmentation.brightness:
-        image = image + augmentation.brightness * jax.random.uniform(brightness_key, minval=-1.0)
-    return image
+        return image + BRIGHTNESS * jax.random.uniform(brightness_key, minval=-1.0)
+
+    return jax.vmap(augment_one)(jax.random.split(key, images.shape[0]), images)
 
 
-def _shift(key: Array, image: Array, share: float) -> Array:
+def _shift(key: Array, image: Array) -> Array:
     height, width, channels = image.shape
-    reach = jnp.array([round(height * share), round(width * share), 0])
-    pad = [(round(height * share),) * 2, (round(width * share),) * 2, (0, 0)]
+    reach = jnp.array([round(height * SHIFT_SHARE), round(width * SHIFT_SHARE), 0])
+    pad = [(round(height * SHIFT_SHARE),) * 2, (round(width * SHIFT_SHARE),) * 2, (0, 0)]
     start = jax.random.randint(key, (3,), 0, 2 * reach + 1)
     return jax.lax.dynamic_slice(jnp.pad(image, pad, mode="edge"), start, (height, width, channels))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import jax_resnet.weights
 import numpy_ref.fast
 import numpy_ref.train
 import numpy_ref.weights
+from experiments.frameworks.experiment import Experiment, FrameworkName, OptimizerName
 from experiments.frameworks.optimizers import (
-    OptimizerName,
     as_numbers,
     make_numpy_optimizer,
     make_optimizer,
@@ -32,16 +32,7 @@ from jax_resnet.adabound import AdaBoundState
 if TYPE_CHECKING:
     import torch
 
-FrameworkName = Literal["jax", "numpy", "torch"]
-Precision = Literal["float32", "float64", "bfloat16"]
-TITLES: dict[FrameworkName, str] = {"jax": "JAX", "numpy": "NumPy", "torch": "PyTorch"}
-
 Array = np.ndarray
-
-
-def weights_dtype(precision: Precision) -> str:
-    """The type of the weights, and of the pictures that go into the network."""
-    return "float32" if precision == "bfloat16" else precision
 
 
 class Network(NamedTuple):
@@ -100,62 +91,43 @@ def resnet_network(
 class Recipe:
     """How a network is trained, whatever computes it.
 
+    experiment: with its learning_rate; clip_norm, loss_scale, accumulate, ema and remat are for JAX; float64 needs
+      jax.enable_x64.
+    schedule: the learning rate by step.
     steps: of the whole training.
-    opt, schedule, base_lr, final_lr, gamma, momentum, dampening, weight_decay: see `make_optimizer`.
     preprocess_train: (uint8 images (N, H, W, C), step) -> floats of this precision; traced into JAX's step, called by
       the others.
     preprocess_test: the same without a step.
-    label_smoothing: the share of the target spread over all classes.
     freeze_backbone: train the dense layer alone; the rest runs as in evaluation.
-    precision: of weights and all that is computed, but bfloat16 is the activations' alone and the weights stay float32;
-      float64 needs jax.enable_x64.
-    clip_norm: gradients longer than this, taken together, are shortened to it.
-    loss_scale: what gradients are multiplied by before anything else; for JAX.
-    accumulate, ema, skip_nonfinite, remat: see `jax_resnet.train.make_train_step`; for JAX, as are:
+    skip_nonfinite: see `jax_resnet.train.make_train_step`; for JAX, as is
     devices: how many of JAX's devices share the batch; 1 leaves everything on the first.
     """
 
-    opt: OptimizerName
+    experiment: Experiment
     schedule: optax.Schedule
     steps: int
-    base_lr: float
     preprocess_train: Callable[[Any, Any], Any]
     preprocess_test: Callable[[Any], Any]
-    final_lr: float = 0.1
-    gamma: float = 1e-3
-    momentum: float = 0.9
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    loss_scale: float = 1.0
     freeze_backbone: bool = False
-    precision: Precision = "float32"
-    clip_norm: float | None = None
-    accumulate: int = 1
-    ema: float | None = None
     skip_nonfinite: int = 0
-    remat: bool = False
     devices: int = 1
-
-    @property
-    def hyperparameters(self) -> dict[str, float]:
-        names = ("base_lr", "final_lr", "gamma", "momentum", "dampening", "weight_decay")
-        return {name: getattr(self, name) for name in names}
 
 
 class Training(NamedTuple):
     """A training that can begin.
 
-    state, train_step, eval_step: as `experiments.training.loop.fit` takes them.
+    framework: what computes; only JAX's training can be resumed, compiled ahead and searched.
+    state, train_step, eval_step: as `experiments.training.loop.Loop` takes them.
     device: where it is computed, as plain JSON values.
     arrays: (params, batch_stats) -> {torchvision's name: array in torchvision's layout}.
     moments: state -> count, first and second moments of Adam's family, under JAX's names and layout.
     put: (images, labels) of this process -> the batch as the steps take it.
-    place: a state of NumPy arrays -> the same where the steps take it; None where none can be gone on from.
+    place: a state of NumPy arrays -> the same where the steps take it; JAX's.
     averages: state -> params and batch_stats averaged over the steps, None without.
-    search: see `jax_resnet.train.make_nonfinite_search`; None where there is none.
+    search: see `jax_resnet.train.make_nonfinite_search`; JAX's.
     """
 
+    framework: FrameworkName
     state: State
     train_step: Callable[..., tuple[State, dict[str, Any]]]
     eval_step: Callable[..., dict[str, Any]]
@@ -163,55 +135,61 @@ class Training(NamedTuple):
     arrays: Callable[[Any, Any], dict[str, Array]]
     moments: Callable[[State], AdaBoundState]
     put: Callable[[Array, Array], tuple[Any, Any]] = lambda images, labels: (images, labels)
-    place: Callable[[State], State] | None = None
+    place: Callable[[State], State] = lambda state: state
     averages: Callable[[State], tuple[Any, Any] | None] = lambda state: None
-    search: Callable[[State, Any, Any], list[str]] | None = None
+    search: Callable[[State, Any, Any], list[str]] = lambda state, images, labels: []
+
+    @property
+    def in_jax(self) -> bool:
+        return self.framework == "jax"
 
 
 def check_available(framework: FrameworkName, opt: OptimizerName, dampening: float) -> None:
     """Raises a ValueError if the framework is missing, or has no such optimizer."""
     if framework != "jax":
         refuse_uncommon(framework, opt, dampening)
-    if framework == "torch":
+    if framework in ("torch", "torchvision"):
         try:
             import torch  # noqa: F401 (whether it can be)
         except ImportError as error:
             raise ValueError(
-                f'--framework torch needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
+                f'--framework {framework} needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
             ) from error
 
 
-def make_training(framework: FrameworkName, network: Network, recipe: Recipe) -> Training:
-    """Everything for a training in a framework.
+def make_training(network: Network, recipe: Recipe) -> Training:
+    """Everything for a training in the experiment's framework.
 
     Raises:
       ValueError: if the framework is missing, or has no such optimizer.
     """
-    check_available(framework, recipe.opt, recipe.dampening)
-    return {"jax": _in_jax, "numpy": _in_numpy, "torch": _in_torch}[framework](network, recipe)
+    experiment = recipe.experiment
+    check_available(experiment.framework, experiment.opt, experiment.dampening)
+    adapters = {"jax": _in_jax, "numpy": _in_numpy, "torch": _in_torch, "torchvision": _in_torch}
+    return adapters[experiment.framework](network, recipe)
 
 
 def _in_jax(network: Network, recipe: Recipe) -> Training:
-    train, (config, apply) = jax_resnet.train, network.jax
-    optimizer = make_optimizer(recipe.opt, recipe.schedule, **recipe.hyperparameters)
-    if recipe.clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), optimizer)
-    if recipe.loss_scale != 1:
-        optimizer = optax.chain(optax.scale(recipe.loss_scale), optimizer)
+    train, (config, apply), experiment = jax_resnet.train, network.jax, recipe.experiment
+    optimizer = make_optimizer(experiment.opt, recipe.schedule, **experiment.hyperparameters)
+    if experiment.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(experiment.clip_norm), optimizer)
+    if experiment.loss_scale != 1:
+        optimizer = optax.chain(optax.scale(experiment.loss_scale), optimizer)
     params, batch_stats = jax.tree.map(
-        lambda array: jnp.asarray(array, weights_dtype(recipe.precision)), (network.params, network.batch_stats)
+        lambda array: jnp.asarray(array, experiment.weights_dtype), (network.params, network.batch_stats)
     )
     state = train.create_train_state(
-        params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone, ema=recipe.ema is not None
+        params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone, ema=experiment.ema is not None
     )
     many = recipe.devices > 1
     mesh = train.data_mesh(jax.devices()[: recipe.devices]) if many else None
-    network_options = {"remat": True} if recipe.remat else {}
-    if recipe.precision == "bfloat16":
+    network_options = {"remat": True} if experiment.remat else {}
+    if experiment.precision == "bfloat16":
         network_options["dtype"] = jnp.bfloat16
     options = dict(apply=apply, mesh=mesh, **network_options)
     step_options = dict(
-        label_smoothing=recipe.label_smoothing,
+        label_smoothing=experiment.label_smoothing,
         preprocess=recipe.preprocess_train,
         freeze_backbone=recipe.freeze_backbone,
         **options,
@@ -224,12 +202,13 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
         return train.shard_batch((images, labels), mesh) if many else (jnp.asarray(images), jnp.asarray(labels))
 
     return Training(
+        experiment.framework,
         train.replicate(state, mesh) if many else state,
         train.make_train_step(
             config,
             optimizer,
-            accumulate=recipe.accumulate,
-            ema_decay=recipe.ema,
+            accumulate=experiment.accumulate,
+            ema_decay=experiment.ema,
             skip_nonfinite=recipe.skip_nonfinite,
             **step_options,
         ),
@@ -245,10 +224,11 @@ def _in_jax(network: Network, recipe: Recipe) -> Training:
 
 
 def _in_numpy(network: Network, recipe: Recipe) -> Training:
-    train, (config, apply) = numpy_ref.train, network.numpy
-    optimizer = make_numpy_optimizer(recipe.opt, as_numbers(recipe.schedule, recipe.steps), **recipe.hyperparameters)
+    train, (config, apply), experiment = numpy_ref.train, network.numpy, recipe.experiment
+    learning_rate = as_numbers(recipe.schedule, recipe.steps)
+    optimizer = make_numpy_optimizer(experiment.opt, learning_rate, **experiment.hyperparameters)
     params, batch_stats = jax.tree.map(
-        lambda array: np.asarray(array, recipe.precision), (network.params, network.batch_stats)
+        lambda array: np.asarray(array, experiment.precision), (network.params, network.batch_stats)
     )
 
     def moments(state: State) -> AdaBoundState:
@@ -256,11 +236,12 @@ def _in_numpy(network: Network, recipe: Recipe) -> Training:
         return AdaBoundState(found.count, found.mu, found.nu, getattr(found, "nu_max", None))
 
     return Training(
+        experiment.framework,
         train.create_train_state(params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone),
         train.make_train_step(
             config,
             optimizer,
-            label_smoothing=recipe.label_smoothing,
+            label_smoothing=experiment.label_smoothing,
             preprocess=lambda images, step: np.asarray(recipe.preprocess_train(images, step)),
             apply=apply,
             freeze_backbone=recipe.freeze_backbone,
@@ -277,17 +258,18 @@ def _in_torch(network: Network, recipe: Recipe) -> Training:
 
     from torch_ref import train
 
+    experiment = recipe.experiment
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = network.torch()
     arrays = network.to_torch(network.params, network.batch_stats)
     counts = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
     model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()} | counts)
-    model.to(device, getattr(torch, recipe.precision))
+    model.to(device, getattr(torch, experiment.precision))
     if recipe.freeze_backbone:
         train.freeze_backbone(model)
-    hyperparameters = recipe.hyperparameters
+    hyperparameters = experiment.hyperparameters
     del hyperparameters["dampening"]  # refuse_uncommon has seen that it is 0
-    optimizer = make_torch_optimizer(recipe.opt, model, **hyperparameters)
+    optimizer = make_torch_optimizer(experiment.opt, model, **hyperparameters)
 
     def to_tensor(images: Any) -> torch.Tensor:
         return torch.from_numpy(np.moveaxis(np.asarray(images), -1, 1).copy()).to(device)
@@ -302,7 +284,7 @@ def _in_torch(network: Network, recipe: Recipe) -> Training:
         model,
         optimizer,
         learning_rate=as_numbers(recipe.schedule, recipe.steps),
-        label_smoothing=recipe.label_smoothing,
+        label_smoothing=experiment.label_smoothing,
         preprocess=lambda images, number: to_tensor(recipe.preprocess_train(images, number)),
     )
     test = train.make_eval_step(model, preprocess=lambda images: to_tensor(recipe.preprocess_test(images)))
@@ -323,6 +305,7 @@ def _in_torch(network: Network, recipe: Recipe) -> Training:
         return AdaBoundState(int(next(iter(found.values()))["step"]), *trees)
 
     return Training(
+        experiment.framework,
         train.create_train_state(model, optimizer),
         train_step,
         eval_step,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.frameworks.experiment import CommonOptimizerName, OptimizerName, ScheduleName
 from jax_resnet.adabound import AdaBoundState, adabound, adaboundw, amsbound
 from jax_resnet.train import decay_mask
 from numpy_ref import optim
@@ -17,14 +18,6 @@ from numpy_ref import optim
 if TYPE_CHECKING:
     import torch
 
-OptimizerName = Literal["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad", "sgd"]
-CommonOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]  # in all frameworks
-ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
-
-LEARNING_RATES: dict[str, float] = dict.fromkeys(
-    ["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad"], 1e-3
-)
-LEARNING_RATES["sgd"] = 0.05
 ADAMS_B2 = 0.999  # everybody's default, which make_optimizer leaves as it is
 
 
@@ -132,7 +125,7 @@ def refuse_uncommon(framework: str, opt: OptimizerName, dampening: float) -> Non
         raise ValueError(
             f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(get_args(CommonOptimizerName))}"
         )
-    if dampening and framework == "torch":
+    if dampening and framework in ("torch", "torchvision"):
         raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.cars import load_data
 from experiments.data.dataset import Dataset
 from experiments.output.page import figure_bytes
 from experiments.output.tables import as_text
@@ -22,6 +21,7 @@ from experiments.report.blocks import Block, Command, Heading, Picture, Text, Te
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.study_files import slug
+from experiments.training.prepare import load_cars
 from experiments.training.settings import Settings
 
 CONFUSED_SHOWN = 8
@@ -319,7 +319,7 @@ def _dataset(contestant: Contestant, folder: Path) -> Dataset:
     """The pictures that a contestant's runs were tested on."""
     known = contestant.finals[0].config["settings"]
     chosen = {name: known[name] for name in ("preset", "arch", "image_size", "grey", "classes", "seed")}
-    return load_data(Settings(**chosen, data=None if known["preset"] == "demo" else folder))
+    return load_cars(Settings().replace(**chosen, data=None if known["preset"] == "demo" else folder))
 
 
 def plot_confused(contestant: Contestant, dataset: Dataset, pairs: list[tuple[int, int]]) -> plt.Figure:

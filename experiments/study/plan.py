@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from experiments.cars import load_data, prepare
 from experiments.output.tables import Cell, print_table
 from experiments.study.cores import NoCoreError, own_cores, room_for_workers
 from experiments.study.ledger import JOURNAL, Ledger, Run
 from experiments.study.progress import duration, measured_seconds, network_of, seconds_left
 from experiments.study.protocol import Protocol, check_command, command
 from experiments.training.loop import count_steps
+from experiments.training.prepare import load_cars, prepare_cars
 from experiments.training.settings import Settings
 
 TIMED_STEPS = 5
@@ -94,10 +94,10 @@ def _settings(run: Run, data: Path | None) -> Settings:
 
 def _time_epoch(settings: Settings) -> float:
     """Times some steps of a training; returns the seconds of an epoch, a test step being taken for a third of one."""
-    dataset = load_data(settings)
-    with jax.enable_x64(settings.precision == "float64"):
-        training, _ = prepare(settings, dataset)
-        state, rows = training.state, settings.batch_size
+    dataset = load_cars(settings)
+    with jax.enable_x64(settings.experiment.precision == "float64"):
+        training, _ = prepare_cars(settings, dataset)
+        state, rows = training.state, settings.experiment.batch_size
         images, labels = training.put(np.asarray(dataset.train.images[:rows]), np.asarray(dataset.train.labels[:rows]))
         times = []
         for _ in range(1 + TIMED_STEPS):

@@ -13,7 +13,6 @@ NETWORK = (
     "preset",
     "arch",
     "framework",
-    "model",
     "batch_norm",
     "image_size",
     "grey",

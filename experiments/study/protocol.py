@@ -61,11 +61,11 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from experiments.study_files import slug
-from experiments.training.settings import Settings, parse_settings
+from experiments.training.settings import CarsExperiment, CarsSystem, Settings, parse_settings
 
-# What the study sets itself for each run.
-OURS = ("out", "overwrite", "resume", "compare", "data", "seed", "epochs", "holdout", "dry_run", "keep")
-CARS_FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+# What the study sets itself for each run: all that says how it is run, and these.
+OURS = {field.name for field in dataclasses.fields(CarsSystem)} | {"seed", "epochs", "holdout"}
+CARS_FIELDS = {field.name for field in dataclasses.fields(CarsExperiment)} | OURS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def check_data(dataset: Dataset, thoroughly: bool) -> list[Finding]:
     return findings
 
 
-def measure_memory(training: Training, images: np.ndarray, labels: np.ndarray) -> dict[str, int] | None:
+def measure_memory(training: Training, images: np.ndarray, labels: np.ndarray) -> dict[str, int]:
     """Compiles the training step, which the run needs in any case, and asks XLA what it takes.
 
     Args:
@@ -42,10 +42,8 @@ def measure_memory(training: Training, images: np.ndarray, labels: np.ndarray) -
 
     Returns:
       bytes on one device: "parameters", "optimizer" (its state and averages), "activations" (and all else that lives
-      within a step), "all"; None for another framework.
+      within a step), "all".
     """
-    if training.search is None:
-        return None
     state = training.state
     analysis = training.train_step.lower(state, *training.put(images, labels)).compile().memory_analysis()
     parameters = _bytes(state.params) + _bytes(state.batch_stats)

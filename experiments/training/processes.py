@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments.training.settings import RunSettings
+from experiments.machine import use_compilation_cache
+from experiments.training.settings import System
 
 TIMEOUT_SECONDS = 300  # to meet; and without a sign of life before all are ended: a busy machine may be still for long
 
@@ -76,20 +77,19 @@ def wait_for_address(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def start_processes(settings: RunSettings) -> Iterator[None]:
-    """Sets JAX up as the settings say, with the other processes if there are any; only the first one's print is heard.
+def start_processes(system: System) -> Iterator[None]:
+    """Turns JAX's cache on and joins the other processes of --coordinator, if any; only the first one's print is heard.
 
     To be entered before anything asks JAX for a device.
 
     Raises:
       ValueError: see `join_processes`.
     """
-    if settings.deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-    if settings.coordinator is None:
+    use_compilation_cache()
+    if system.coordinator is None:
         yield
         return
-    join_processes(settings.coordinator, settings.process_id, settings.num_processes)
+    join_processes(system.coordinator, system.process_id, system.num_processes)
     try:
         with contextlib.ExitStack() as stack:
             if not is_first():

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from experiments.data.dataset import Split
 
@@ -22,21 +21,26 @@ CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
 TEST_RESULTS, ERROR = "predictions.csv", "error.txt"
-FILES = (
-    f"{CONFIG}.new",
+# In the order in which a run's last line names them.
+REPORTED = (
+    CONFIG,
     METRICS,
-    "metrics.cut",
-    WEIGHTS,
-    AVERAGED_WEIGHTS,
     CURVES,
     PREDICTIONS,
     TEST_RESULTS,
-    ERROR,
     STEP_SIZES,
-    "step_sizes.json",
-    "events.out.tfevents.*",
+    WEIGHTS,
+    AVERAGED_WEIGHTS,
     CHECKPOINTS,
     PROFILE,
+)
+FILES = (
+    *REPORTED[1:],
+    ERROR,
+    "step_sizes.json",
+    "metrics.cut",
+    f"{CONFIG}.new",
+    "events.out.tfevents.*",
     ".weights*",  # what a killed process has left
     CONFIG,  # removed last: it tells that the rest is a run's
 )
@@ -95,6 +99,8 @@ class RunFolder:
                 raise
         self._metrics = open(path / METRICS, "a", encoding="utf-8")
         last = read_metrics(path)[-1]["step"] if self.rows else 0
+        from tensorboardX import SummaryWriter  # which imports torch, where it is installed
+
         self._board = SummaryWriter(str(path), purge_step=last + 1 if rows is not None else None)
 
     def _cut(self, rows: int) -> None:

@@ -1,19 +1,29 @@
-"""When a run writes checkpoints, what it writes about itself into them, and how it goes on from one."""
+"""When a run writes checkpoints, what it writes about itself into them, and how it is resumed from one."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
-from experiments.training.run_folder import CHECKPOINTS
+from experiments.frameworks.common import Training
+from experiments.frameworks.experiment import flag
+from experiments.training.processes import warn
+from experiments.training.run_folder import CHECKPOINTS, CONFIG, WEIGHTS, environment
+from experiments.training.settings import RunSettings, System
 from jax_resnet.checkpoint import CheckpointError, Checkpoints, DamagedError, Restored
 
 AGREE_EVERY = 16  # steps between two looks at the clock of process 0, with several processes
+NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
 
 class Progress(NamedTuple):
@@ -32,31 +42,30 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     best: float | None = None
 
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Progress:
+        """Of the facts in a checkpoint."""
+        return cls(**{name: facts[name] for name in cls._fields})
+
 
 class Saver:
     """Writes a run's checkpoints.
 
     Args:
       folder: the run's.
-      keep: the last so many, and the best; 0 writes none.
-      every_steps, every_minutes: how often within an epoch; None: not.
+      system: how many are kept, and how often one is written within an epoch.
+      facts: about the run, JSON values that are kept in each checkpoint: with them its weights can be used alone.
+      in_jax: other frameworks write none.
       step: of the checkpoint that the run goes on from.
-      settings: of the run, kept in each checkpoint.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        every_steps: int | None = None,
-        every_minutes: float | None = None,
-        step: int | None = None,
-        settings: dict[str, Any] | None = None,
+        self, folder: Path, system: System, facts: Mapping[str, Any], *, in_jax: bool = True, step: int | None = None
     ):
+        keep = system.keep if in_jax else 0
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=keep) if keep else None
-        self._every_steps, self._every_minutes = every_steps, every_minutes
-        self._saved, self._settings = step, settings or {}
+        self._every_steps, self._every_minutes = system.checkpoint_steps, system.checkpoint_minutes
+        self._saved, self._facts = step, dict(facts)
         self._last_step, self._last_time = step or 0, time.monotonic()
 
     def due(self, step: int) -> bool:
@@ -65,8 +74,6 @@ class Saver:
             return False
         if self._every_steps and step - self._last_step >= self._every_steps:
             return True
-        if not self._every_minutes:
-            return False
         late = time.monotonic() - self._last_time >= 60 * self._every_minutes
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
@@ -81,7 +88,7 @@ class Saver:
         step = int(state.step)
         self.wait()  # says of the one before, and not of this one, if it could not be ended
         try:
-            self.checkpoints.save(step, state, progress._asdict() | {"settings": self._settings}, score=score)
+            self.checkpoints.save(step, state, progress._asdict() | self._facts, score=score)
         except CheckpointError as error:
             tqdm.write(f"warning: {error}", file=sys.stderr)
             return False
@@ -125,3 +132,97 @@ def last_good(checkpoints: Checkpoints, template: Any) -> Restored | None:
         except DamagedError as error:
             print(f"{error}: it is not used", file=sys.stderr)
     return None
+
+
+def has_checkpoint(system: System) -> bool:
+    """Whether the run in --out is resumed from a checkpoint: then nothing else is needed for its weights."""
+    folder = (system.out or Path()) / CHECKPOINTS
+    return system.resume and any(path.name.isdecimal() for path in folder.glob("*"))
+
+
+def refuse_other_processes(config: dict[str, Any], restored: Restored | None) -> None:
+    """Raises a ValueError unless all processes train the same: their states would differ without a word."""
+    if jax.process_count() == 1:
+        return
+    settings = {name: value for name, value in config["settings"].items() if name != "process_id"}
+    same = [settings, config["input"], config["data"]["train_used"], restored.step if restored else None]
+    digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).digest()
+    from jax.experimental import multihost_utils
+
+    try:
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
+    except AssertionError:
+        raise ValueError(
+            "the processes have other settings, other data or another checkpoint: start all alike"
+        ) from None
+
+
+def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -> None:
+    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions.
+
+    Args:
+      out: the folder, which has a config.json.
+      config: what this run would write there.
+      settings: of this run.
+    """
+    try:
+        earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        there, data = earlier["settings"], earlier["input"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
+    if there.get("keep") == 0:
+        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
+    resumed = has_checkpoint(settings.system)
+    different = []
+    for field in dataclasses.fields(settings.experiment):
+        # A run that was begun before a setting existed was trained at its default.
+        earlier_value, value = there.get(field.name, field.default), config["settings"][field.name]
+        if earlier_value != value and not (field.name == "init" and resumed):
+            different.append(f"{flag(field.name)} {earlier_value} there, {value} here")
+    if not different:
+        facts = {"class_names": "classes", "mean": "mean", "std": "deviation", "image_size": "picture size"}
+        different = [f"the data's {what}" for name, what in facts.items() if data.get(name) != config["input"][name]]
+        if earlier.get("data", {}).get("train_used") != config["data"]["train_used"]:
+            different.append("the number of training pictures")
+    if different:
+        begin = f" with --init {out / WEIGHTS}" if hasattr(settings.experiment, "init") else ""
+        raise ValueError(
+            f"{out} holds a run with other settings: {'; '.join(different)}. --resume goes on with the same ones; to "
+            f"train with these, begin a run in another --out{begin}"
+        )
+    now = environment()["versions"]
+    others = [
+        f"{name} {version} then, {now.get(name)} now"
+        for name, version in earlier.get("versions", {}).items()
+        if name in NUMERIC_PACKAGES and now.get(name) != version
+    ]
+    if others:
+        warn(f"not bit for bit as without the break: {', '.join(others)}")
+    if (device := earlier.get("device")) != config["device"]:
+        warn(f"not bit for bit as without the break: it ran on {device}, and goes on on {config['device']}")
+
+
+def restore_run(settings: RunSettings, training: Training, out: Path) -> Restored | None:
+    """The last good checkpoint of the run to go on with, after saying which; None to begin."""
+    if not settings.system.resume:
+        return None
+    path = out / CHECKPOINTS
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    checkpoints = Checkpoints(path)
+    restored = last_good(checkpoints, training.state)
+    if restored is None:
+        if steps := checkpoints.steps():
+            raise ValueError(
+                f"none of the {len(steps)} checkpoints in {path} can be read: move them away to begin anew"
+            )
+        print(f"{out} has no complete checkpoint: starting at step 0")
+        return None
+    if missing := {*Progress._fields, "settings"} - set(restored.facts):
+        raise ValueError(
+            f"{path / str(restored.step)} is not of a run of this program: its facts have no {min(missing)}"
+        )
+    ended = restored.facts["epoch"] >= settings.experiment.epochs
+    doing = "nothing is left to train after" if ended else "going on at"
+    print(f"{doing} step {restored.step} with {path / str(restored.step)}")
+    return restored

@@ -15,10 +15,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from matplotlib import pyplot as plt
 
+from experiments.frameworks.experiment import BOUNDED  # noqa: F401 (for experiments.report)
 from jax_resnet.adabound import AdaBoundState
 from jax_resnet.step_sizes import StepSizes, step_sizes
 
-BOUNDED = ("adabound", "amsbound", "adaboundw")
 MOST_SAMPLED = 4096
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 # As one program: operation by operation it is compiled some six times for each shape of a kernel.

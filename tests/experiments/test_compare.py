@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments.training.side_by_side import describe_distances, loss_distances
 from PIL import Image
 
 from experiments import cars
 from experiments.training import side_by_side as compare
 from experiments.training.run_folder import read_metrics
 from experiments.training.settings import DATA_VARIABLE
-from experiments.training.side_by_side import describe_distances, loss_distances
 
 ROOT = Path(__file__).parents[2]
 TINY = "--arch resnet18 --image-size 32 --limit 48 --batch-size 12 --epochs 1 --keep 0".split()

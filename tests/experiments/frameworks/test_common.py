@@ -9,9 +9,10 @@ import pytest
 
 import jax_resnet.resnet
 import jax_resnet.weights
-from experiments.data.augment import Augmentation, augment, normalize, to_unit_range
+from experiments.data.augment import augment, normalize, to_unit_range
 from experiments.frameworks import cnn
-from experiments.frameworks.common import TITLES, Recipe, make_training, resnet_network
+from experiments.frameworks.common import Recipe, make_training, resnet_network
+from experiments.frameworks.experiment import TITLES, Experiment
 from experiments.frameworks.optimizers import make_schedule
 from experiments.training import step_sizes
 
@@ -39,21 +40,13 @@ def recipe(**changes):
     @jax.jit
     def augmented(images, step):
         key = jax.random.fold_in(jax.random.key(0), step)
-        return preprocess(augment(Augmentation(), key, to_unit_range(images, precision) * 255))
+        return preprocess(augment("shift", key, to_unit_range(images, precision) * 255))
 
-    settings = dict(
-        opt="adabound",
-        schedule=make_schedule("cosine", 1e-3, STEPS, 0),
-        steps=STEPS,
-        base_lr=1e-3,
-        gamma=0.1,
-        preprocess_train=augmented,
-        preprocess_test=preprocess,
-        weight_decay=1e-3,
-        label_smoothing=0.1,
-        precision="float64",
-    )
-    return Recipe(**settings | changes)
+    freeze_backbone = changes.pop("freeze_backbone", False)
+    settings = dict(learning_rate=1e-3, gamma=0.1, weight_decay=1e-3, label_smoothing=0.1, precision="float64")
+    experiment = Experiment(**settings | changes)
+    schedule = make_schedule("cosine", 1e-3, STEPS, 0)
+    return Recipe(experiment, schedule, STEPS, augmented, preprocess, freeze_backbone)
 
 
 def resnet18(torchvision=False):
@@ -86,7 +79,7 @@ def in_jax(batch):
     @functools.cache
     def run_in_jax(freeze_backbone):
         with jax.enable_x64(True):
-            return run(make_training("jax", resnet18(), recipe(freeze_backbone=freeze_backbone)), *batch)
+            return run(make_training(resnet18(), recipe(freeze_backbone=freeze_backbone)), *batch)
 
     return run_in_jax
 
@@ -97,9 +90,7 @@ def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
     """Three steps in float64, augmented: 1e-8 of an array's largest entry, since BatchNorm's 16 values per channel
     magnify rounding; the first loss, the weights before and the names are the same."""
     network = resnet18(torchvision=name == "torchvision")
-    training = make_training(
-        "torch" if name == "torchvision" else name, network, recipe(freeze_backbone=freeze_backbone)
-    )
+    training = make_training(network, recipe(framework=name, freeze_backbone=freeze_backbone))
     losses, results, before, after, moments = run(training, *batch)
     their_losses, their_results, their_before, their_after, their_moments = in_jax(freeze_backbone)
     assert losses[0] == pytest.approx(their_losses[0], rel=1e-12)
@@ -127,7 +118,7 @@ def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
 
 def test_float32_stays_float32(batch):
     for framework in TITLES:
-        training = make_training(framework, resnet18(), recipe(precision="float32"))
+        training = make_training(resnet18(), recipe(framework=framework, precision="float32"))
         state, metrics = training.train_step(training.state, *batch)
         floats = [
             array
@@ -144,7 +135,7 @@ def test_the_small_network_is_one(x64):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (8, 28, 28, 1), np.uint8), rng.integers(0, 10, 8).astype(np.int32)
     network = cnn.network(config, cnn.init(config, rng))
-    found = [run(make_training(framework, network, recipe()), images, labels) for framework in TITLES]
+    found = [run(make_training(network, recipe(framework=framework)), images, labels) for framework in TITLES]
     for losses, results, _, after, _ in found[1:]:
         np.testing.assert_allclose(losses, found[0][0], rtol=1e-9)
         np.testing.assert_allclose(results["loss"], found[0][1]["loss"], rtol=1e-9)
@@ -155,9 +146,9 @@ def test_the_small_network_is_one(x64):
 def test_a_missing_torch_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ValueError, match=r'--framework torch needs PyTorch, which is missing .*".\[torch\]"'):
-        make_training("torch", resnet18(), recipe())
+        make_training(resnet18(), recipe(framework="torch"))
 
 
 def test_an_optimizer_of_jaxs_alone_is_refused():
     with pytest.raises(ValueError, match="--opt amsgrad is in JAX alone"):
-        make_training("numpy", resnet18(), recipe(opt="amsgrad"))
+        make_training(resnet18(), recipe(framework="numpy", opt="amsgrad"))

@@ -8,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.frameworks.experiment import LEARNING_RATES, CommonOptimizerName
 from experiments.frameworks.optimizers import (
-    LEARNING_RATES,
-    CommonOptimizerName,
     as_numbers,
     make_numpy_optimizer,
     make_optimizer,

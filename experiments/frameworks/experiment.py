@@ -1,0 +1,146 @@
+"""What decides the outcome of a training, whatever the data and the network; imports no framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+FrameworkName = Literal["jax", "numpy", "torch", "torchvision"]
+Precision = Literal["float32", "float64", "bfloat16"]
+OptimizerName = Literal["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad", "sgd"]
+CommonOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]  # in all frameworks
+ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
+
+TITLES = {"jax": "JAX", "numpy": "NumPy", "torch": "PyTorch"}
+LEARNING_RATES: dict[str, float] = dict.fromkeys(
+    ["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad"], 1e-3
+) | {"sgd": 0.05}
+BOUNDED = ("adabound", "amsbound", "adaboundw")
+MAX_EPOCHS = 1_000_000  # more is a typing error
+
+
+def jax_only(default: Any) -> Any:
+    """A field for --framework jax alone; the others accept nothing but its default."""
+    return dataclasses.field(default=default, metadata={"jax_only": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Settings that decide what comes out. A run can only be resumed with the same ones."""
+
+    opt: OptimizerName = "adabound"
+    """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
+    framework: FrameworkName = "jax"
+    """What computes: the same from the same weights on the same pictures, up to rounding. torch has the network of
+    torch_ref, torchvision its own."""
+    epochs: int = 1
+    """Passes over the training pictures."""
+    batch_size: int = 32
+    """Pictures a step; a last, partial batch of an epoch is left out."""
+    learning_rate: float | None = None
+    """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
+    schedule: ScheduleName = "cosine"
+    """Of the learning rate: cosine to 0, step (a tenth after one half and after three quarters), onecycle, constant."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up before the schedule."""
+    final_lr: float = 0.1
+    """AdaBound: the SGD rate at which it ends."""
+    gamma: float = 1e-3
+    """AdaBound: how fast its bounds close."""
+    momentum: float = 0.9
+    """SGD's momentum; b1 of all others."""
+    dampening: float = 0.0
+    """SGD takes (1 - dampening) of the gradient into its momentum; equal to --momentum it is AdaBound's limit."""
+    weight_decay: float = 0.0
+    """Of kernels only, not of biases and BatchNorm."""
+    label_smoothing: float = 0.0
+    """The share of each target that is spread over all classes."""
+    loss_scale: float = jax_only(1.0)
+    """Multiply all gradients by this, as if the loss were: Adam would not mind, AdaBound at its bounds does."""
+    clip_norm: float | None = jax_only(None)
+    """Shorten the gradients, all taken together, to this length."""
+    ema: float | None = jax_only(None)
+    """Keep moving averages of the weights with this decay, such as 0.999; they are tested and saved as well."""
+    accumulate: int = jax_only(1)
+    """Compute each batch in so many parts, for less memory. BatchNorm then sees the parts, not the batch."""
+    remat: bool = jax_only(False)
+    """Recompute each block in the backward pass: less memory, more time."""
+    precision: Precision = "float32"
+    """Of weights and all that is computed; float64 is for comparisons. bfloat16 is that of activations: the weights,
+    BatchNorm's statistics and the loss stay float32."""
+    seed: int = 0
+    """Of all that is random: the weights, the order of the pictures and their augmentation, --limit."""
+    limit: int | None = None
+    """Train on this many pictures only, drawn by --seed, balanced by class."""
+    test_limit: int | None = None
+    """Test on this many pictures only, balanced by class: always the same ones."""
+    test_every: int = 1
+    """Epochs between two tests; the last epoch is always tested."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl within an epoch."""
+
+    @property
+    def weights_dtype(self) -> str:
+        """The type of the weights, and of the pictures that go into the network."""
+        return "float32" if self.precision == "bfloat16" else self.precision
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """The arguments of the functions that make an optimizer."""
+        names = ("final_lr", "gamma", "momentum", "dampening", "weight_decay")
+        return {"base_lr": self.learning_rate} | {name: getattr(self, name) for name in names}
+
+    @property
+    def bounds(self) -> dict[str, float] | None:
+        """The arguments of `experiments.training.step_sizes`, which a run reports; None if it does not."""
+        return None
+
+    def check(self) -> None:
+        """Raises a ValueError for values that are out of range or contradict one another."""
+        require_at_least(
+            self,
+            dict(epochs=1, batch_size=2, log_every=1, test_every=1, limit=1, test_limit=1, seed=0, accumulate=1),
+        )
+        if self.epochs > MAX_EPOCHS:
+            raise ValueError(f"--epochs must be at most {MAX_EPOCHS:,}, got {self.epochs}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2^32, got {self.seed}")
+        require_positive(self, "learning_rate", "clip_norm", "final_lr", "gamma", "loss_scale")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema must be between 0 and 1, such as 0.999, got {self.ema}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accumulate {self.accumulate}")
+        if self.dampening and self.opt != "sgd":
+            raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
+        if self.momentum == 1:
+            raise ValueError("--momentum must be below 1: at 1 no gradient would be forgotten")
+        for name in ("momentum", "dampening", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{flag(name)} must be within 0 and 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(self, name)}")
+        if self.precision == "bfloat16" and self.framework != "jax":
+            raise ValueError(f"--precision bfloat16 is for --framework jax, not for {self.framework}")
+
+
+def flag(name: str) -> str:
+    """The option of the command line that stands for a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require_at_least(settings: Any, least_values: dict[str, int]) -> None:
+    """Raises a ValueError if one of the named settings is given and too small."""
+    for name, least in least_values.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Raises a ValueError if one of the named settings is given and not positive, or infinite."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag(name)} must be positive and finite, got {value}")

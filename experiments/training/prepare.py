@@ -1,0 +1,190 @@
+"""What a training begins with: data, network, optimizer, steps, and what is done to pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.cli import parse_image_size
+from experiments.data.augment import augment, normalize, to_unit_range
+from experiments.data.dataset import (
+    DataError,
+    Dataset,
+    balanced_subset,
+    channel_statistics,
+    draw_classes,
+    hold_out,
+    limit_test,
+)
+from experiments.data.drawn_cars import drawn_cars
+from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
+from experiments.frameworks.common import Network, Recipe, Training, make_training, resnet_network
+from experiments.frameworks.experiment import Experiment
+from experiments.frameworks.optimizers import make_schedule
+from experiments.training.loop import count_steps
+from experiments.training.processes import choose_devices
+from experiments.training.saving import has_checkpoint
+from experiments.training.settings import DATA_VARIABLE, RunSettings, Settings
+from jax_resnet import resnet, weights
+
+DRAWINGS = dict(train_count=1500, test_count=600)
+
+
+def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
+    """What --limit and --test-limit leave of a data set.
+
+    Raises:
+      ValueError: a limit exceeds the data.
+    """
+    if experiment.limit is not None:
+        part = balanced_subset(dataset.train, experiment.limit, experiment.seed)
+        dataset = dataclasses.replace(dataset, train=part)
+    return dataset if experiment.test_limit is None else limit_test(dataset, experiment.test_limit)
+
+
+def prepare_training(
+    settings: RunSettings,
+    dataset: Dataset,
+    network: Network,
+    *,
+    key: jax.Array | None = None,
+    place: str = "none",
+    normalized: bool = True,
+    freeze_backbone: bool = False,
+) -> tuple[Training, dict[str, Any]]:
+    """Optimizer, the two steps and the preparation of pictures.
+
+    Args:
+      settings: of the program.
+      dataset: what to train on.
+      network: with the weights to begin with.
+      key, place: of the augmentation, see `augment`; none with "none".
+      normalized: whether each channel's mean is subtracted, and divided by its deviation.
+      freeze_backbone: see `Recipe`.
+
+    Returns:
+      the training, and what is done to pictures, as plain JSON values.
+
+    Raises:
+      ValueError: the framework or its optimizer is missing, or there are not as many devices.
+    """
+    experiment, channels = settings.experiment, dataset.train.images.shape[-1]
+    mean, std = channel_statistics(dataset.train.images) if normalized else (np.zeros(channels), np.ones(channels))
+
+    def preprocess_test(images):
+        return normalize(to_unit_range(images, experiment.weights_dtype), mean, std)
+
+    @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
+    def augmented(images, step):
+        changed = augment(place, jax.random.fold_in(key, step), to_unit_range(images, experiment.weights_dtype))
+        return normalize(changed, mean, std)  # by the step: a resumed run sees the same pictures
+
+    def preprocess_train(images, step):
+        return preprocess_test(images) if place == "none" else augmented(images, step)
+
+    steps_per_epoch = count_steps(dataset.train, experiment.batch_size)
+    steps, warmup_steps = experiment.epochs * steps_per_epoch, round(experiment.warmup_epochs * steps_per_epoch)
+    in_jax = experiment.framework == "jax"
+    recipe = Recipe(
+        experiment,
+        make_schedule(experiment.schedule, experiment.learning_rate, steps, warmup_steps),
+        steps,
+        preprocess_train,
+        preprocess_test,
+        freeze_backbone,
+        settings.system.skip_nonfinite,
+        choose_devices(settings.system.devices, experiment.batch_size) if in_jax else 1,
+    )
+    return make_training(network, recipe), {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> dict[str, Any]:
+    """What a weight file must tell about its network and its input, as plain JSON values.
+
+    Args:
+      arch: the network.
+      dataset: what it is trained on.
+      preparation: "mean", "std", and what else is done to a picture: "pad", pixels of background around it; without
+        that it is stretched to "image_size".
+    """
+    *_, height, width, channels = dataset.train.images.shape
+    return {
+        "arch": arch,
+        "class_names": dataset.class_names,
+        "data": dataset.title,
+        "image_size": (height, width),
+        "grey": channels == 1,
+    } | preparation
+
+
+def load_cars(settings: Settings) -> Dataset:
+    """Stanford Cars, or drawn cars for the demo; --classes, --holdout, --limit and --test-limit take parts of them.
+
+    Raises:
+      DataError: the folder holds nothing usable.
+      ValueError: a part exceeds the data.
+    """
+    experiment, system = settings.experiment, settings.system
+    size = parse_image_size(experiment.image_size)
+    if experiment.preset == "demo":
+        dataset = drawn_cars(size, **DRAWINGS, grey=experiment.grey, seed=experiment.seed)
+    elif system.data is None:
+        raise DataError(
+            f"--preset {experiment.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. Layouts:\n{LAYOUTS}"
+        )
+    else:
+        dataset = load_stanford_cars(system.data, size, experiment.grey, skip_bad=system.skip_bad, decode=system.decode)
+    if experiment.classes is not None:
+        dataset = draw_classes(dataset, experiment.classes)
+    if experiment.holdout is not None:
+        dataset = hold_out(dataset, experiment.holdout)
+    return take_parts(experiment, dataset)
+
+
+def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
+    """Network, optimizer and the two steps for a run, in the framework that the settings name.
+
+    Returns:
+      the training, and what a weight file must tell about its network and its input.
+    """
+    experiment, channels = settings.experiment, dataset.train.images.shape[-1]
+    shape = dict(num_classes=len(dataset.class_names), in_channels=channels, batch_norm=experiment.batch_norm)
+    config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
+    weights_key, augment_key = jax.random.split(jax.random.key(experiment.seed))
+    params, batch_stats = initial_weights(settings, config, weights_key)
+    torchvision = experiment.framework == "torchvision"
+    training, preparation = prepare_training(
+        settings,
+        dataset,
+        resnet_network(experiment.arch, params, batch_stats, **shape, torchvision=torchvision),
+        key=augment_key,
+        place=experiment.augmentation,
+        normalized=experiment.normalize,
+        freeze_backbone=experiment.freeze == "backbone",
+    )
+    return training, describe_input(experiment.arch, dataset, preparation)
+
+
+def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
+    """Draws the weights, or reads them from --init; a new dense layer or a grey stem where the file's differ.
+
+    Returns:
+      params and batch_stats, NumPy arrays in float32: the same whatever computes, in which precision.
+    """
+    path = settings.experiment.init
+    if path is None or has_checkpoint(settings.system):
+        return jax.tree.map(np.asarray, resnet.init(config, key, jnp.float32))
+    arrays = weights.read_arrays(path)
+    dense, kernel = arrays.get("fc.weight", np.empty(0)), arrays.get("conv1.weight", np.empty(0))
+    head = "new" if dense.ndim == 2 and len(dense) != config.num_classes else "strict"
+    stem = "grey" if kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1 else "strict"
+    if head == "new":
+        print(f"{path} has {len(dense)} classes: a new dense layer is drawn for {config.num_classes}")
+    if stem == "grey":
+        print(f"{path} has a stem for three channels: summed into one for grey pictures")
+    loaded = weights.load(path, config, head=head, stem=stem, key=key)
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), loaded)
