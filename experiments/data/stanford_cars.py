@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from experiments import machine as cache
+from experiments.data import cache
 from experiments.data import folders, packed
 from experiments.data.dataset import DataError, Dataset, Split
 from experiments.data.pictures import (
