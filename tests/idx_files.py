@@ -29,6 +29,7 @@ def write_mnist(root, train=20, test=10, name=lambda name: name):
     arrays = [*digits(train, seed=0), *digits(test, seed=1)]
     for file_name, array in zip(NAMES, arrays, strict=True):
         path = root / name(file_name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         content = idx_bytes(array)
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return root

@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.data.dataset import Dataset
-from experiments.data.folders import first_few
-from experiments.data.pictures import SPLITS
+from experiments.data.dataset import SPLITS, Dataset
+from experiments.data.layouts.names import first_few
 
 CHUNK_BYTES = 2**24
 SEVERITIES = ("error", "warning", "fact")

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from experiments.data.pictures import LazyPictures
+SPLITS = ("train", "test")
 
 
 class DataError(ValueError):
     """Something is wrong with the data that a person gave; the message says what, where and what to do."""
+
+
+class Pictures(Protocol):
+    """Stands for an array (N, H, W, C) uint8: its pictures are decoded when they are asked for."""
+
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        """One picture, those of a slice, or those of an array of numbers or of booleans."""
+
+    def take(self, indices: np.ndarray) -> Pictures:
+        """These pictures of the N, still to be decoded."""
+
+    def channel_sums(self) -> tuple[list[int], list[int]]:
+        """Of every channel the sum of all N·H·W pixels and the sum of their squares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +41,7 @@ class Split:
     names: what messages call the pictures, such as their files; None where nothing better than a number is at hand.
     """
 
-    images: np.ndarray | LazyPictures
+    images: np.ndarray | Pictures
     labels: np.ndarray
     names: tuple[str, ...] | None = None
 
@@ -164,7 +179,7 @@ def limit_test(dataset: Dataset, count: int) -> Dataset:
     )
 
 
-def channel_statistics(images: np.ndarray | LazyPictures) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of every channel, pixels scaled to [0, 1].
 
     Computes with whole numbers up to the last division, so that neither the number of pictures nor the size of a chunk

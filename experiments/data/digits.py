@@ -5,6 +5,7 @@ LeCun, Bottou, Bengio and Haffner: Gradient-Based Learning Applied to Document R
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import math
@@ -19,13 +20,17 @@ from urllib.parse import urljoin
 import numpy as np
 from tqdm import tqdm
 
-from experiments.data import packed
-from experiments.data.dataset import DataError, Dataset, Split
-from experiments.data.pictures import MAX_FILE_BYTES, SPLITS, Decoding, Failure, PictureFolder, decode_many, read_file
+from experiments.data.dataset import SPLITS, DataError, Dataset, Split
+from experiments.data.layouts import folder_levels
+from experiments.data.layouts.files import PictureFolder
+from experiments.data.layouts.names import first_few
+from experiments.data.layouts.tfds import tfds
+from experiments.data.pictures import MAX_FILE_BYTES, Decoding, Failure, decode_many, read_file
 
 IMAGE_SIZE = (28, 28)
 CLASS_NAMES = tuple("0123456789")
 FULL = {"train": 60_000, "test": 10_000}
+TRAIN_OF_CLASS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 FILES = {  # images and labels of each split
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -45,11 +50,16 @@ def load_mnist(data_dir: Path | None = None, tfds_dir: Path | None = None) -> Da
     Raises:
       DataError: files that are missing or damaged, tensorflow_datasets missing, or no way to download.
     """
-    dataset = from_tfds(tfds_dir) if data_dir is None else from_idx_files("idx files", data_dir, find_files(data_dir))
+    dataset = from_tfds(tfds_dir) if data_dir is None else from_idx_files("idx files", find_files(data_dir))
     for split, count in FULL.items():
         if dataset.source[split] != count:
             found = f"{dataset.source[split]:,} {split} pictures in {dataset.source['directory']}"
             print(f"warning: {found}: the whole of MNIST has {count:,}", file=sys.stderr)
+    of_class = np.bincount(dataset.train.labels, minlength=10).tolist()
+    if len(dataset.train) == FULL["train"] and of_class != TRAIN_OF_CLASS:
+        title = f"pictures in {dataset.source['directory']}"
+        print(f"warning: {title} are not MNIST's, which has other labels: is this Fashion-MNIST?", file=sys.stderr)
+        return dataclasses.replace(dataset, title=title)
     return dataset
 
 
@@ -62,27 +72,37 @@ def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
 
 
 def find_files(directory: Path) -> dict[str, tuple[Path, Path]]:
-    """The files with the images and the labels of each split; also with a dot in their names, as some mirrors have it.
+    """The files with the images and the labels of each split, in the folder or in one in it (MNIST/raw/).
 
     Raises:
-      DataError: there is no such folder, or files are missing in it.
+      DataError: there is no such folder, files are missing in it, or several folders in it have them.
     """
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
-    found = {name: find_file(directory, name) for name in NAMES}
-    if missing := [name for name, path in found.items() if path is None]:
-        raise DataError(f"{directory} has no {' and no '.join(missing)}: {HINT}")
-    return {split: (found[images], found[labels]) for split, (images, labels) in FILES.items()}
+    for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
+        places = [root for root in level if any(find_file(root, name) for name in NAMES)]
+        if len(places) > 1:
+            raise DataError(
+                f"{directory} has {len(places)} sets of idx files: give one of {first_few(map(str, places))}"
+            )
+        for root in places:
+            found = {name: find_file(root, name) for name in NAMES}
+            if missing := [name for name, path in found.items() if path is None]:
+                raise DataError(f"{root} has no {' and no '.join(missing)}: {HINT}")
+            return {split: (found[images], found[labels]) for split, (images, labels) in FILES.items()}
+    raise DataError(f"{directory} has none of MNIST's files: {HINT}")
 
 
 def find_file(directory: Path, name: str) -> Path | None:
+    """The file, perhaps with a dot in its name, as mirrors have it, or in a folder of its name, as Kaggle has it."""
     stems = (name, name.replace("-idx", ".idx"))
-    paths = (directory / (stem + suffix) for stem in stems for suffix in ("", ".gz"))
+    files = [stem + suffix for stem in stems for suffix in ("", ".gz")]
+    paths = [directory / file for file in files] + [directory / file / file for file in files]
     return next((path for path in paths if path.is_file()), None)
 
 
-def from_idx_files(layout: str, directory: Path, files: Mapping[str, tuple[Path, Path]]) -> Dataset:
-    return mnist(layout, directory, {split: read_split(*files[split]) for split in SPLITS})
+def from_idx_files(layout: str, files: Mapping[str, tuple[Path, Path]]) -> Dataset:
+    return mnist(layout, files["train"][0].parent, {split: read_split(*files[split]) for split in SPLITS})
 
 
 def read_split(images_path: Path, labels_path: Path) -> Split:
@@ -170,11 +190,11 @@ def from_tfds(tfds_dir: Path | None = None) -> Dataset:
             f'pip install "tensorflow-datasets" "array-record", or {HINT}'
         ) from error
     builder = tensorflow_datasets.builder("mnist", data_dir=tfds_dir)
-    folder = packed.tfds(Path(builder.data_dir), "mnist", boxes=False)
+    folder = tfds(Path(builder.data_dir), "mnist", boxes=False)
     if folder is not None:
         return mnist(folder.layout, folder.directory, {split: decode_split(folder, split) for split in SPLITS})
     downloads = Path(builder.data_dir).parents[1] / "downloads"
-    return from_idx_files("idx files downloaded by TFDS", downloads, download(builder, downloads))
+    return from_idx_files("idx files downloaded by TFDS", download(builder, downloads))
 
 
 def decode_split(folder: PictureFolder, split: str) -> Split:
@@ -190,7 +210,7 @@ def decode_split(folder: PictureFolder, split: str) -> Split:
     for place, (picture, result) in enumerate(bar):
         if isinstance(result, Failure):
             raise DataError(f"{folder.directory} is damaged, {result.name} ({result.reason}): prepare it again")
-        images[place], labels[place] = result, picture.label
+        images[place], labels[place] = result.pixels, picture.label
     return Split(images, labels)
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import stat
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from experiments.data.dataset import DataError
+from experiments.data.rgb import COLOURS, depth_of, is_turned, open_image, to_rgb
 from experiments.machine import cores
 
-SPLITS = ("train", "test")
 MAX_FILE_BYTES = 2**30
-# Pillow refuses pictures of more than twice its limit, and of those in between it says this at each.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Box(NamedTuple):
@@ -53,48 +48,43 @@ class Picture(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFolder:
-    """A folder whose layout was recognized and whose pictures can be read.
-
-    layout: the layout's name.
-    counts: number of pictures of each split.
-    boxes: whether every picture has a box.
-    identity: JSON values that differ whenever the pictures, labels or boxes do.
-    notes: what a person should know about the folder.
-    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence, which can be pickled, where each can be
-      read without those before it.
-    """
-
-    layout: str
-    directory: Path
-    class_names: tuple[str, ...]
-    counts: dict[str, int]
-    boxes: bool
-    identity: dict[str, Any]
-    notes: tuple[str, ...]
-    pictures: Callable[[str], Iterable[Picture]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Decoding:
     """What becomes of a picture.
 
     image_size: (height, width) in pixels; the aspect ratio is not kept.
     grey: one channel in place of three.
     margin: pixels by which a box is widened on every side, as far as the picture reaches; None takes whole pictures.
+    white: (kind, value) of pictures with more than 8 bits, of the whole set (`white_of`); of a kind that is not named
+      each picture has its own.
     """
 
     image_size: tuple[int, int]
     grey: bool
     margin: int | None
+    white: tuple[tuple[str, int], ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return (*self.image_size, 1 if self.grey else 3)
 
 
+class Decoded(NamedTuple):
+    """A picture's (H, W, C) uint8 array, and what a person may want to know of it.
+
+    clipped: its box reached a pixel beyond it.
+    turned: it has a note (EXIF) that it is to be turned, which is left alone: boxes refer to the pixels as stored.
+    kind, highest: of pixels with more than 8 bits, and the highest value; None of others.
+    """
+
+    pixels: np.ndarray
+    clipped: bool
+    turned: bool
+    kind: str | None
+    highest: float | None
+
+
 class Failure(NamedTuple):
-    """Why a picture gave no array. kind: "file" (cannot be read), "picture" (cannot be decoded) or "box"."""
+    """Why a picture gave no array. kind: "missing", "file" (cannot be read), "picture" (cannot be decoded) or "box"."""
 
     name: str
     kind: str
@@ -116,18 +106,18 @@ def printable(name: str) -> str:
     )
 
 
-def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, np.ndarray | Failure]]:
+def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, Decoded | Failure]]:
     """Decodes pictures in as many threads as there are processors (Pillow releases the interpreter's lock).
 
-    Yields each picture with its (H, W, C) uint8 array, or with the reason why there is none, in the order given. At
-    most a few pictures per thread are in memory at a time.
+    Yields each picture with what became of it, in the order given. At most a few pictures per thread are in memory at a
+    time.
     """
     threads = cores()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     waiting: collections.deque = collections.deque()
     try:
         for picture in pictures:
-            waiting.append((picture, pool.submit(decode_or_explain, picture, decoding)))
+            waiting.append((picture, pool.submit(try_to_decode, picture, decoding)))
             if len(waiting) >= 8 * threads:
                 done, result = waiting.popleft()
                 yield done, result.result()
@@ -139,15 +129,23 @@ def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tup
 
 
 def decode_or_explain(picture: Picture, decoding: Decoding) -> np.ndarray | Failure:
+    """The picture's pixels, or what is wrong with it; never raises."""
+    result = try_to_decode(picture, decoding)
+    return result if isinstance(result, Failure) else result.pixels
+
+
+def try_to_decode(picture: Picture, decoding: Decoding) -> Decoded | Failure:
     """The decoded picture, or what is wrong with it; never raises."""
     try:
         data = picture.data if isinstance(picture.data, bytes) else read_file(picture.data)
+    except FileNotFoundError as error:
+        return Failure(picture.name, "missing", error.strerror)
     except OSError as error:
         return Failure(picture.name, "file", error.strerror or str(error))
     except ValueError as error:
         return Failure(picture.name, "picture", str(error))
     try:
-        return decode(data, picture.box, decoding)
+        return decode_with_remarks(data, picture.box, decoding)
     except BoxOutside as error:
         return Failure(picture.name, "box", str(error))
     except Exception as error:  # Pillow meets a broken file with almost any type: OSError, SyntaxError, IndexError, …
@@ -170,157 +168,67 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, box: Box | None, decoding: Decoding) -> np.ndarray:
-    """Decodes one picture: to RGB or grey, cut to its box, resized by Lanczos's filter.
+    """`decode_with_remarks` without the remarks: (H, W, C) uint8."""
+    return decode_with_remarks(data, box, decoding).pixels
 
-    An orientation that a camera noted (EXIF) is left alone: the boxes refer to the pixels as they are stored.
+
+def decode_with_remarks(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
+    """Decodes one picture: to RGB or grey, cut to its box, resized by Lanczos's filter.
 
     Args:
       data: the file, in any format that Pillow reads; of several frames the first.
       box: ignored where decoding.margin is None.
-
-    Returns:
-      (H, W, C) uint8.
 
     Raises:
       BoxOutside: the box does not lie inside the picture.
       Exception: the picture cannot be decoded.
     """
     with open_image(data) as image:
+        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # Pillow forgets it as it loads the pixels
         image.load()
-        colours = to_rgb(image)
+        turned = is_turned(image)
+        kind, highest = depth_of(image, sixteen)
+        white = dict(decoding.white).get(kind)
+        if kind == COLOURS and (white or 65535) < 65535:
+            raise ValueError(f"colours of 16 bits of which only {white.bit_length()} are used: save them with 8 bits")
+        colours = to_rgb(image, white)
+    clipped = False
     if box is not None and decoding.margin is not None:
-        colours = colours.crop(crop_edges(box, decoding.margin, *colours.size))
+        corners = in_pixels(box, *colours.size)
+        inside = clip(corners, *colours.size)
+        clipped = inside != corners
+        colours = colours.crop(widen(inside, decoding.margin, *colours.size))
     height, width = decoding.image_size
     resized = colours.convert("L" if decoding.grey else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized).reshape(decoding.shape)
+    return Decoded(np.asarray(resized).reshape(decoding.shape), clipped, turned, kind, highest)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The picture in a file, its pixels not decoded yet.
-
-    Raises:
-      ValueError: it is empty, no picture, a decompression bomb, or PostScript: a program, which Pillow would have
-        Ghostscript run, for as long as it likes.
-    """
-    if not data:
-        raise ValueError("the file is empty")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a picture in any format that Pillow reads") from None
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
-        ) from None
-    if image.format == "EPS":
-        raise ValueError("PostScript is a program, not a picture")
-    return image
+Edges = tuple[float, float, float, float]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in 8-bit RGB. Transparent parts show white; of 16 bits the upper 8 are kept.
-
-    Raises:
-      ValueError: the pixels have no range that 8 bits could stand for (32-bit and floating-point pictures).
-    """
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"pixels from {values.min()} to {values.max()}: expected 8 or 16 bits per channel")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels: expected 8 or 16 bits per channel")
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(white, opaque).convert("RGB")
-    return image.convert("RGB")
-
-
-def crop_edges(box: Box, margin: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels from 0, right and bottom exclusive, of a box widened by a margin.
-
-    Raises:
-      BoxOutside: the box reaches out of the width x height picture, or is empty.
-    """
+def in_pixels(box: Box, width: int, height: int) -> Edges:
+    """A box's corners in pixels counted from 1."""
     x1, y1, x2, y2 = box[:4]
-    if box.relative:
-        x1, x2 = max(1, round(x1 * width)), round(x2 * width)
-        y1, y2 = max(1, round(y1 * height)), round(y2 * height)
-    if not (1 <= x1 <= x2 <= width and 1 <= y1 <= y2 <= height):
-        raise BoxOutside(f"box x {x1} to {x2}, y {y1} to {y2} in a picture of {width}x{height}")
-    return (
-        max(0, int(x1) - 1 - margin),
-        max(0, int(y1) - 1 - margin),
-        min(width, int(x2) + margin),
-        min(height, int(y2) + margin),
-    )
+    if not box.relative:
+        return x1, y1, x2, y2
+    return max(1, round(x1 * width)), max(1, round(y1 * height)), round(x2 * width), round(y2 * height)
 
 
-class LazyPictures:
-    """Stands for an array (N, H, W, C) uint8: has its shape, dtype and length, and is indexed along N like it.
+def clip(corners: Edges, width: int, height: int) -> Edges:
+    """The corners of the part of a box that lies in its width x height picture.
 
-    Every access reads and decodes anew. May be read by several threads at once, and pickled for another process.
+    Raises:
+      BoxOutside: the box reaches out of the picture by more than a pixel, or is empty.
     """
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(
-        self, pictures: Sequence[Picture], places: np.ndarray, sums: np.ndarray, decoding: Decoding, directory: Path
-    ) -> None:
-        """
-        Args:
-          pictures: of a split, in the order of the folder.
-          places: (N,) whole numbers, which of them these are: all but those that could not be read when checked.
-          sums: (N, 2, C), `picture_sums` of each of the N.
-          decoding: what becomes of a picture.
-          directory: what messages call the folder.
-        """
-        self.pictures, self.places, self.sums = pictures, places, sums
-        self.decoding, self.directory = decoding, directory
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (len(self.places), *self.decoding.shape)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """Decodes one picture, (H, W, C), those of a slice, or those of an array of numbers or of booleans.
-
-        Raises:
-          DataError: one of them, named, can no longer be read.
-        """
-        places = self.places[index]
-        if places.ndim == 0:
-            return self._decode(places)
-        images = np.empty((len(places), *self.decoding.shape), np.uint8)
-        for image, place in zip(images, places, strict=True):
-            image[:] = self._decode(place)
-        return images
-
-    def _decode(self, place: np.integer) -> np.ndarray:
-        picture = self.pictures[int(place)]
-        result = decode_or_explain(picture, self.decoding)
-        if isinstance(result, Failure):
-            raise DataError(
-                f"{picture.name} in {self.directory} can no longer be read ({result.reason}): it could be when the "
-                "pictures were checked. Put it back, or start again to have them checked again"
-            )
-        return result
-
-    def take(self, indices: np.ndarray) -> LazyPictures:
-        """These pictures of the N, still to be decoded."""
-        return LazyPictures(self.pictures, self.places[indices], self.sums[indices], self.decoding, self.directory)
-
-    def channel_sums(self) -> tuple[list[int], list[int]]:
-        """Of every channel the sum of all N·H·W pixels and the sum of their squares; nothing is decoded."""
-        first, second = self.sums.sum(0, dtype=object).tolist()  # Python's whole numbers, which have no end
-        return first, second
+    x1, y1, x2, y2 = corners
+    inside = max(1, x1), max(1, y1), min(width, x2), min(height, y2)
+    off = max(abs(corner - edge) for corner, edge in zip(corners, inside, strict=True))
+    if off > 1 or inside[0] > inside[2] or inside[1] > inside[3]:
+        raise BoxOutside(f"box x {x1} to {x2}, y {y1} to {y2} in a picture of {width}x{height}")
+    return inside
 
 
-def picture_sums(picture: np.ndarray) -> np.ndarray:
-    """Of every channel of a picture (H, W, C) uint8 the sum and the sum of squares: (2, C) int64."""
-    pixels = picture.reshape(-1, picture.shape[-1]).astype(np.int64)
-    return np.stack([pixels.sum(0), (pixels * pixels).sum(0)])
+def widen(corners: Edges, margin: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels from 0, right and bottom exclusive, of corners and a margin around them."""
+    x1, y1, x2, y2 = map(int, corners)
+    return max(0, x1 - 1 - margin), max(0, y1 - 1 - margin), min(width, x2 + margin), min(height, y2 + margin)

@@ -6,11 +6,11 @@ Representations for Fine-Grained Categorization, 3dRR-13, 2013).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,35 +18,18 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from experiments.data import cache, folders, packed
-from experiments.data.dataset import DataError, Dataset, Split
-from experiments.data.pictures import (
-    SPLITS,
-    Decoding,
-    Failure,
-    LazyPictures,
-    Picture,
-    PictureFolder,
-    decode_many,
-    picture_sums,
-    printable,
-)
+from experiments.data import cache
+from experiments.data.dataset import SPLITS, DataError, Dataset, Split
+from experiments.data.layouts import find_pictures
+from experiments.data.layouts.files import Files, PictureFolder
+from experiments.data.layouts.names import first_few
+from experiments.data.lazy import LazyPictures, picture_sums
+from experiments.data.pictures import Decoding, Failure, Picture, decode_many, printable
+from experiments.data.rgb import COLOURS, white_of
 
 FULL = {"train": 8144, "test": 8041}
 FULL_CLASSES = 196
 CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # of a picture, at most: place, label, sums
-LAYOUTS = """\
-  by class    train/<Class Name>/*.jpg and test/<Class Name>/*.jpg (or any other pictures)
-  original    cars_train/*.jpg and cars_test/*.jpg with cars_meta.mat, cars_train_annos.mat and
-              cars_test_annos_withlabels.mat beside them or in devkit/
-  TFDS        cars196/2.1.0/ as tensorflow_datasets prepares it (dataset_info.json, tfrecord or array_record files)
-  parquet     *train*.parquet and *test*.parquet, there or in data/, with the columns image and label (Hugging Face)"""
-
-# A layout is looked for in the folder given and, down to three levels, in folders in it with one of these names.
-NESTED = re.compile(
-    r"car_data|stanford[-_ ]?cars?([-_ ]dataset)?|cars?196|cars|data|dataset|archive|\d+\.\d+\.\d+", re.I
-)
-NESTED_LEVELS = 3
 
 
 def load_stanford_cars(
@@ -69,7 +52,7 @@ def load_stanford_cars(
       data_dir: a folder in one of the LAYOUTS, or one that has it in a folder with a usual name.
       image_size: (height, width) of the result in pixels; the aspect ratio is not kept.
       grey: one channel in place of three.
-      skip_bad: leave out pictures that cannot be read, instead of raising.
+      skip_bad: leave out pictures that cannot be used, instead of raising.
       cache_dir: where decoded pictures are kept; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
       margin: pixels by which a box is widened on every side, clipped at the picture's border, before the picture is
         cut to it. The 16 are those of the crops that are in circulation. None takes the pictures whole. Without
@@ -83,8 +66,8 @@ def load_stanford_cars(
       "notes".
 
     Raises:
-      DataError: no layout found, a part of it missing, pictures that cannot be read (unless skip_bad), or boxes
-        outside their pictures; decode="lazy" of a layout whose pictures cannot be read one by one.
+      DataError: no layout found, a part of it missing, pictures that cannot be read or do not contain their box (unless
+        skip_bad, and then too if most do not); decode="lazy" of a layout whose pictures cannot be read one by one.
       ValueError: image_size or margin is out of range.
     """
     if len(image_size) != 2 or min(image_size) < 1:
@@ -104,10 +87,12 @@ def load_stanford_cars(
     print(f"{title}: {describe(folder, decoding)}", file=sys.stderr)
 
     def make(create: cache.Create) -> dict[str, Any]:
-        read_split = check_split if lazy else decode_split
-        failures = [failure for split in SPLITS for failure in read_split(folder, split, decoding, title, create)]
-        refuse_bad_pictures(failures, folder, skip_bad)
-        return {"title": title, "directory": str(folder.directory), "decoding": str(decoding), "failures": failures}
+        facts = read_pictures(folder, decoding, title, create, lazy)
+        if facts["deep"]:  # what is white follows from all of them, so they are read once more
+            white = tuple((kind, white_of(kind, highest)) for kind, (_, highest) in facts["deep"].items())
+            facts = read_pictures(folder, dataclasses.replace(decoding, white=white), title, create, lazy)
+        refuse_bad_pictures(facts["failures"], folder, skip_bad)
+        return facts
 
     entry = cache.load_or_make(
         cache_dir,
@@ -130,6 +115,7 @@ def load_stanford_cars(
     )
     failures = [Failure(*failure) for failure in entry.facts["failures"]]
     refuse_bad_pictures(failures, folder, skip_bad)
+    decoding = dataclasses.replace(decoding, white=tuple(map(tuple, entry.facts["white"])))
     splits = {}
     for split in SPLITS:
         if lazy:
@@ -142,7 +128,13 @@ def load_stanford_cars(
     counts = {split: len(splits[split]) for split in SPLITS}
     if empty := [split for split in SPLITS if not counts[split]]:
         raise DataError(f"{folder.directory}: no {empty[0]} pictures are left of {folder.counts[empty[0]]:,}")
-    notes = [*folder.notes, *count_notes(folder), *class_notes(folder, splits), *skip_notes(failures), *entry.notes]
+    notes = [
+        *folder.notes,
+        *count_notes(folder),
+        *class_notes(folder, splits),
+        *picture_notes(entry.facts),
+        *entry.notes,
+    ]
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     return Dataset(
@@ -159,6 +151,7 @@ def load_stanford_cars(
             "margin": decoding.margin,
             "image_size": list(decoding.image_size),
             "grey": grey,
+            "white": dict(decoding.white),
             "decode": decode,
             "skipped": [failure.name for failure in failures],
             "cache": str(entry.directory) if entry.directory else None,
@@ -174,104 +167,67 @@ def absolute(data_dir: str | os.PathLike) -> Path:
         raise DataError(f"{data_dir} does not exist: there is no home folder of that name") from error
 
 
-def find_pictures(data_dir: Path) -> PictureFolder:
-    """The first layout found in the folder or, level by level, in folders in it with a usual name.
+def read_pictures(
+    folder: PictureFolder, decoding: Decoding, title: str, create: cache.Create, lazy: bool
+) -> dict[str, Any]:
+    """Decodes both splits into the arrays <split>-images and <split>-labels.
 
-    Raises:
-      DataError: there is none, or the first one found has a part missing.
+    If lazy, it keeps in place of a picture where it is in the folder and its sums (`picture_sums`), as <split>-places
+    and <split>-sums.
+
+    Returns:
+      what is to be said of the folder and its pictures, as JSON values.
     """
-    try:
-        if not data_dir.is_dir():
-            kind = "is no folder" if data_dir.exists() else "does not exist"
-            kind = "is a file: unpack it and give the folder" if data_dir.is_file() else kind
-            raise DataError(f"{data_dir} {kind}. Give a folder with Stanford Cars in one of these layouts:\n{LAYOUTS}")
-        for root in likely_folders(data_dir):
-            for reader in (folders.original, folders.by_class, packed.tfds, packed.parquet):
-                if (folder := reader(root)) is not None:
-                    return folder
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
-    raise DataError(f"{data_dir} has Stanford Cars in no layout that this program knows. It knows:\n{LAYOUTS}")
-
-
-def likely_folders(data_dir: Path) -> Iterator[Path]:
-    level = [data_dir]
-    for _ in range(NESTED_LEVELS + 1):
-        yield from level
-        level = [
-            directory / name
-            for directory in level
-            for name in reversed(folders.class_folders(directory))  # of several versions the newest
-            if NESTED.fullmatch(name)
-        ]
-
-
-def decode_split(
-    folder: PictureFolder, split: str, decoding: Decoding, title: str, create: cache.Create
-) -> list[Failure]:
-    """Decodes a split into the arrays <split>-images and <split>-labels; returns the pictures that it could not."""
-    images = create(f"{split}-images", decoding.shape, "uint8")
-    labels = create(f"{split}-labels", (), "int32")
-    failures = []
-    for picture, result in with_bar(folder, split, decoding, f"decoding {title} ({split})"):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            images.append(result)
-            labels.append(np.int32(picture.label))
-    return failures
-
-
-def check_split(
-    folder: PictureFolder, split: str, decoding: Decoding, title: str, create: cache.Create
-) -> list[Failure]:
-    """Decodes a split and keeps of every picture its place in the folder, its label and its sums (`picture_sums`), as
-    the arrays <split>-places, -labels and -sums; returns the pictures that it could not decode."""
-    places = create(f"{split}-places", (), "int64")
-    labels = create(f"{split}-labels", (), "int32")
-    sums = create(f"{split}-sums", (2, decoding.shape[-1]), "int64")
-    failures = []
-    for place, (picture, result) in enumerate(with_bar(folder, split, decoding, f"checking {title} ({split})")):
-        if isinstance(result, Failure):
-            failures.append(result)
-        else:
-            places.append(np.int64(place))
-            labels.append(np.int32(picture.label))
-            sums.append(picture_sums(result))
-    return failures
+    facts: dict[str, Any] = {"title": title, "directory": str(folder.directory), "decoding": str(decoding)}
+    facts |= {"white": decoding.white, "failures": [], "clipped": [], "turned": [], "deep": {}}
+    columns = {"labels": ((), "int32"), "images": (decoding.shape, "uint8")}
+    if lazy:
+        columns = {"labels": ((), "int32"), "places": ((), "int64"), "sums": ((2, decoding.shape[-1]), "int64")}
+    for split in SPLITS:
+        writers = {name: create(f"{split}-{name}", *column) for name, column in columns.items()}
+        decoded = decode_many(folder.pictures(split), decoding)
+        description = f"{'checking' if lazy else 'decoding'} {title} ({split})"
+        bar = tqdm(decoded, description, folder.counts[split], unit=" pictures", disable=None)  # terminals only
+        for place, (picture, result) in enumerate(bar):
+            if isinstance(result, Failure):
+                facts["failures"].append(result)
+                continue
+            row = {"labels": picture.label, "images": result.pixels, "places": place}
+            if lazy:
+                row["sums"] = picture_sums(result.pixels)
+            for name, writer in writers.items():
+                writer.append(row[name])
+            for remark in ("clipped", "turned"):
+                if getattr(result, remark):
+                    facts[remark].append(picture.name)
+            if result.kind is not None:
+                count, highest = facts["deep"].get(result.kind, (0, 0))
+                facts["deep"][result.kind] = count + 1, max(highest, result.highest)
+    return facts
 
 
 def names_of(pictures: Iterable[Picture], failures: list[Failure]) -> tuple[str, ...] | None:
     """The names of the pictures that could be decoded, where they are known without reading the pictures."""
-    if not isinstance(pictures, folders.Files):
+    if not isinstance(pictures, Files):
         return None
     failed = {failure.name for failure in failures}
     return tuple(picture.name for picture in pictures if picture.name not in failed)
 
 
-def with_bar(
-    folder: PictureFolder, split: str, decoding: Decoding, description: str
-) -> Iterator[tuple[Picture, np.ndarray | Failure]]:
-    """Every picture of a split with what `decode_many` makes of it, with a progress bar."""
-    decoded = decode_many(folder.pictures(split), decoding)
-    # No bar where stderr is not a terminal.
-    return iter(tqdm(decoded, description, folder.counts[split], unit=" pictures", disable=None))
-
-
 def refuse_bad_pictures(failures: list[Failure], folder: PictureFolder, skip_bad: bool) -> None:
-    """Raises a DataError for boxes outside their pictures, and, unless skip_bad, for pictures that cannot be read."""
+    """Raises a DataError for pictures that cannot be used, unless skip_bad, and where most do not contain their box."""
     total = sum(folder.counts.values())
     outside = [failure for failure in failures if failure.kind == "box"]
-    if outside:
+    if 2 * len(outside) > total:
         raise DataError(
             f"{len(outside):,} of {total:,} pictures in {folder.directory} do not contain their box: "
-            f"{listed(outside)}. "
+            f"{listed(outside, 3)}. "
             "Boxes refer to the original photographs: have these been cut out or resized already? Then sort them by "
             "class and take the devkit's .mat files out of the folder"
         )
     if failures and not skip_bad:
         raise DataError(
-            f"{len(failures):,} of {total:,} pictures in {folder.directory} cannot be read: {listed(failures)}. "
+            f"{len(failures):,} of {total:,} pictures in {folder.directory} cannot be used: {listed(failures)}. "
             "Replace them, or leave them out with --skip-bad"
         )
 
@@ -312,13 +268,29 @@ def class_notes(folder: PictureFolder, splits: dict[str, Split]) -> list[str]:
     for split in SPLITS:
         occurrences = np.bincount(splits[split].labels, minlength=len(folder.class_names))
         if absent := [name for name, times in zip(folder.class_names, occurrences, strict=True) if not times]:
-            notes.append(f"{len(absent):,} classes have no {split} pictures: {folders.first_few(absent)}")
+            notes.append(f"{len(absent):,} classes have no {split} pictures: {first_few(absent)}")
     return notes
 
 
-def skip_notes(failures: list[Failure]) -> list[str]:
-    return [f"{len(failures):,} pictures that cannot be read are left out: {listed(failures)}"] if failures else []
+def picture_notes(facts: dict[str, Any]) -> list[str]:
+    """What was left out, and what was done with pictures that are not as most are."""
+    failures, clipped, turned = facts["failures"], facts["clipped"], facts["turned"]
+    notes = []
+    if failures:
+        failures = [Failure(*failure) for failure in failures]
+        notes.append(f"{len(failures):,} pictures that cannot be used are left out: {listed(failures)}")
+    if clipped:
+        notes.append(f"{len(clipped):,} boxes reach a pixel beyond their picture and are clipped: {first_few(clipped)}")
+    if turned:
+        notes.append(
+            f"{len(turned):,} pictures are to be turned, says their EXIF, and are used as stored: {first_few(turned)}"
+        )
+    for kind, (count, highest) in facts["deep"].items():
+        white = dict(map(tuple, facts["white"]))[kind]
+        if (kind, white) != (COLOURS, 65535):
+            notes.append(f"{count:,} pictures hold {kind} of up to {highest:,}: {white:,} is taken for white")
+    return notes
 
 
-def listed(failures: list[Failure]) -> str:
-    return folders.first_few(f"{failure.name} ({failure.reason})" for failure in failures)
+def listed(failures: list[Failure], limit: int = 10) -> str:
+    return first_few((f"{failure.name} ({failure.reason})" for failure in failures), limit)

@@ -21,7 +21,8 @@ from experiments.data.dataset import (
     limit_test,
 )
 from experiments.data.drawn_cars import drawn_cars
-from experiments.data.stanford_cars import LAYOUTS, load_stanford_cars
+from experiments.data.layouts import LAYOUTS
+from experiments.data.stanford_cars import load_stanford_cars
 from experiments.frameworks.common import Network, Recipe, Training, make_training, resnet_network
 from experiments.frameworks.experiment import Experiment
 from experiments.frameworks.optimizers import make_schedule

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import machine as cache
+from experiments.data import cache
 
 KEY = {"files": [["a.jpg", 12, 34]], "size": [2, 3]}
 ITEMS = np.arange(5 * 2 * 3, dtype=np.uint8).reshape(5, 2, 3, 1)

@@ -163,7 +163,6 @@ def test_files_are_named_and_what_the_reader_knows_is_told(decode, tmp_path):
     found = check_dataset(dataset)
     assert [finding.text for finding in found if finding.severity == "warning"] == [
         *dataset.source["notes"],
-        "1 classes have no pictures at all: C; add some, or remove them",
         "1 of 5 test pictures equal train pictures of another class: test/A 'x'/7.png = train/Bé/1.png; one of the "
         "labels is wrong: correct it or remove both",
     ]
@@ -171,8 +170,8 @@ def test_files_are_named_and_what_the_reader_knows_is_told(decode, tmp_path):
     assert part.names == ("train/A 'x'/1.png", part.names[1])
     assert part.names[1] in ("train/Bé/0.png", "train/Bé/1.png")
     notes = "\n".join(dataset.source["notes"])
-    assert "1 pictures that cannot be read are left out: train/A 'x'/0.png (the file is empty)" in notes
-    assert "1 classes have no train pictures: C" in notes
+    assert "1 pictures that cannot be used are left out: train/A 'x'/0.png (the file is empty)" in notes
+    assert "1 folders without pictures are no classes: test/C" in notes
     assert len(set(found)) == len(found)
 
 

@@ -14,15 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
-from tfds_folder import write_tfds
-
-from experiments.data import stanford_cars
-from experiments.data.dataset import DataError, Split, balanced_subset, channel_statistics
-from experiments.data.pictures import LazyPictures
-from experiments.data.stanford_cars import load_stanford_cars
-from experiments.data.stream import Batches, EvaluationBatches, TrainingSource, put_ahead
-from tests.experiments.data.test_stanford_cars import (
+from picture_folders import (
     FEATURES,
     make_by_class,
     make_devkit,
@@ -31,6 +23,14 @@ from tests.experiments.data.test_stanford_cars import (
     make_tfds,
     whole,
 )
+from PIL import Image
+from tfds_folder import write_tfds
+
+from experiments.data import stanford_cars
+from experiments.data.dataset import DataError, Split, balanced_subset, channel_statistics
+from experiments.data.lazy import LazyPictures
+from experiments.data.stanford_cars import load_stanford_cars
+from experiments.data.stream import Batches, EvaluationBatches, TrainingSource, put_ahead
 
 CLASSES = ("a", "b", "c")
 COUNTS = {"train": 22, "test": 7}

@@ -1,0 +1,97 @@
+"""The layouts in which people have pictures of cars, and where in a folder one of them is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.data.dataset import DataError
+from experiments.data.layouts.by_class import by_class
+from experiments.data.layouts.devkit import original
+from experiments.data.layouts.files import PictureFolder, picture_files
+from experiments.data.layouts.names import first_few, folder_names, is_leftover, words
+from experiments.data.layouts.parquet import parquet
+from experiments.data.layouts.tfds import tfds
+
+LAYOUTS = """\
+  by class    train/<Class Name>/*.jpg and test/<Class Name>/*.jpg (or any other pictures)
+  original    cars_train/*.jpg and cars_test/*.jpg with cars_meta.mat, cars_train_annos.mat and
+              cars_test_annos_withlabels.mat beside them or in devkit/; or car_ims/*.jpg with cars_annos.mat
+  TFDS        cars196/2.1.0/ as tensorflow_datasets prepares it (dataset_info.json, tfrecord or array_record files)
+  parquet     *train*.parquet and *test*.parquet, there or in data/, with the columns image and label (Hugging Face)"""
+USUAL = {"car", "cars", "stanford", "data", "dataset", "datasets", "archive", "hub", "huggingface", "snapshots"}
+INNER_LEVELS = 4
+ADVICE = {  # what lies in a folder without a layout, by its suffix
+    (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"): "unpack it",
+    (".arrow",): "write it as parquet (Dataset.to_parquet)",
+    (".parquet",): "its name must say train or test",
+    (".csv", ".json", ".txt"): "labels in such files are not read: sort the pictures by class",
+    (".mat",): "the pictures belong beside it, in cars_train/ and cars_test/, or in car_ims/",
+    (".h5", ".hdf5", ".npz", ".npy", ".pkl"): "arrays are not read: save them as pictures",
+}
+
+
+def find_pictures(data_dir: Path) -> PictureFolder:
+    """The layout in the folder or, level by level, in the folders in it where `inner_folders` looks.
+
+    Raises:
+      DataError: there is none or more than one, or the one found has a part missing.
+    """
+    try:
+        if not data_dir.is_dir():
+            kind = "is no folder" if data_dir.exists() else "does not exist"
+            kind = "is a file: unpack it and give the folder" if data_dir.is_file() else kind
+            raise DataError(f"{data_dir} {kind}. Give a folder with Stanford Cars in one of these layouts:\n{LAYOUTS}")
+        for level in folder_levels(data_dir, USUAL):
+            found = [folder for root in level if (folder := read_layout(root)) is not None]
+            if len(found) > 1:
+                places = first_few(str(folder.directory) for folder in found)
+                raise DataError(f"{data_dir} has {len(found)} sets of pictures: give one of {places}")
+            if found:
+                return found[0]
+        hint = describe_content(data_dir)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
+    raise DataError(f"{data_dir} has Stanford Cars in no layout that this program knows: {hint}. It knows:\n{LAYOUTS}")
+
+
+def read_layout(root: Path) -> PictureFolder | None:
+    readers = (by_class, original, tfds, parquet)
+    return next((folder for reader in readers if (folder := reader(root)) is not None), None)
+
+
+def folder_levels(data_dir: Path, usual: set[str]) -> Iterator[list[Path]]:
+    """The folder itself, then the folders in it, then those in these, as far as `inner_folders` looks."""
+    level = [data_dir]
+    for _ in range(INNER_LEVELS + 1):
+        yield level
+        level = [directory / name for directory in level for name in inner_folders(directory, usual)]
+
+
+def inner_folders(directory: Path, usual: set[str]) -> list[str]:
+    """The folders in a folder that may be meant: those with one of these words in their names, or the only one.
+
+    Of several versions (2.0.0, 2.1.0) it is the newest, of snapshots in a cache of Hugging Face's the one in use.
+    """
+    names = folder_names(directory)
+    main = directory.parent / "refs" / "main"
+    if directory.name == "snapshots" and main.is_file() and (current := main.read_text().strip()) in names:
+        return [current]
+    if versions := [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]:
+        return [max(versions, key=lambda name: [int(number) for number in name.split(".")])]
+    return [name for name in names if words(name) & usual] or (names if len(names) == 1 else [])
+
+
+def describe_content(data_dir: Path) -> str:
+    """For a message: what a folder without a layout holds, and what can be done with it."""
+    with os.scandir(data_dir) as entries:
+        names = sorted(entry.name for entry in entries if not is_leftover(entry.name))
+    for suffixes, advice in ADVICE.items():
+        if fitting := [name for name in names if Path(name).suffix.lower() in suffixes]:
+            return f"it holds {first_few(fitting, 3)}: {advice}"
+    folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
+    if folders:
+        return f"it has pictures in {first_few(folders, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
+    return f"it holds {first_few(names, 5)}" if names else "it is empty"

@@ -1,0 +1,133 @@
+"""A folder whose layout was recognized, and pictures that are files of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from experiments.data.layouts.names import is_leftover
+from experiments.data.pictures import Box, Picture, printable
+
+Version = tuple[int, int, int]  # size, time of modification, time of the last change of any kind, which nobody can set
+MISSING: Version = (-1, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFolder:
+    """A folder whose layout was recognized and whose pictures can be read.
+
+    layout: the layout's name.
+    counts: number of pictures of each split.
+    boxes: whether every picture has a box.
+    identity: JSON values that differ whenever the pictures, labels or boxes do.
+    notes: what a person should know about the folder.
+    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence, which can be pickled, where each can be
+      read without those before it.
+    """
+
+    layout: str
+    directory: Path
+    class_names: tuple[str, ...]
+    counts: dict[str, int]
+    boxes: bool
+    identity: dict[str, Any]
+    notes: tuple[str, ...]
+    pictures: Callable[[str], Iterable[Picture]]
+
+
+class Stored(NamedTuple):
+    """A picture file: its path below the root, and what differs when its content does, without opening it."""
+
+    name: str
+    version: Version
+
+    @property
+    def base(self) -> str:
+        return self.name.rpartition("/")[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Sequence[Picture]):
+    """Pictures in files of their own.
+
+    root: the folder that the names start from.
+    rows: name, label and box of each.
+    """
+
+    root: Path
+    rows: list[tuple[str, int, Box | None]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Picture:
+        name, label, box = self.rows[number]
+        return Picture(printable(name), label, box, self.root / name)
+
+
+Listing = dict[str, list[tuple[Stored, int, Box | None]]]  # of each split the files with their labels and boxes
+
+
+def folder_of_files(
+    layout: str, root: Path, class_names: Iterable[str], listing: Listing, boxes: bool, notes: Iterable[str]
+) -> PictureFolder:
+    """The folder whose splits are the listed files."""
+    files = {
+        split: Files(root, [(stored.name, label, box) for stored, label, box in rows])
+        for split, rows in listing.items()
+    }
+    return PictureFolder(
+        layout=layout,
+        directory=root,
+        class_names=tuple(map(printable, class_names)),
+        counts={split: len(rows) for split, rows in listing.items()},
+        boxes=boxes,
+        identity={
+            split: [[stored.name, *stored.version, label, box] for stored, label, box in rows]
+            for split, rows in listing.items()
+        },
+        notes=tuple(notes),
+        pictures=files.__getitem__,
+    )
+
+
+def version_of(path: Path | os.DirEntry) -> Version:
+    """What differs when a file's content does; MISSING for a link to nowhere."""
+    try:
+        status = path.stat()
+    except OSError:
+        return MISSING
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def identity(files: dict[str, list[Path]]) -> dict[str, Any]:
+    """Name and version of every file."""
+    return {split: [[path.name, *version_of(path)] for path in paths] for split, paths in files.items()}
+
+
+def picture_files(directory: Path, root: Path, others: list[str]) -> list[Stored]:
+    """The files of a folder whose suffix Pillow knows, sorted by name; other entries' names are added to `others`."""
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    prefix = f"{directory.relative_to(root).as_posix()}/" if directory != root else ""
+    files = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if is_leftover(entry.name):
+                continue
+            if is_folder(entry) or os.path.splitext(entry.name)[1].lower() not in suffixes:
+                others.append(prefix + entry.name)
+            else:
+                files.append(Stored(prefix + entry.name, version_of(entry)))
+    return sorted(files)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: no folder in any case
+        return False

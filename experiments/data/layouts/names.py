@@ -1,0 +1,86 @@
+"""What the names of folders and files say: the split that they belong to, and what programs have left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.data.dataset import DataError
+from experiments.data.pictures import printable
+
+WORD = re.compile(r"t10k|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+SPLIT_WORDS = {  # those by which Hugging Face knows splits, and MNIST's
+    "train": {"train", "training"},
+    "test": {"test", "testing", "eval", "evaluation", "t10k"},
+    "validation": {"val", "valid", "validation", "dev"},
+}
+LEFTOVERS = {  # of archives, desktops, servers and file systems, in small letters
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
+
+
+def words(name: str) -> set[str]:
+    """The words of a name in small letters: "latestTrain-00000" has "latest" and "train"."""
+    return {word.lower() for word in WORD.findall(name)}
+
+
+def splits_in(name: str) -> list[str]:
+    """The splits that a name claims by one of its words."""
+    return [split for split, of_split in SPLIT_WORDS.items() if words(name) & of_split]
+
+
+def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Sorts names by the split that they claim, with notes on what a person may not expect.
+
+    Validation pictures stand in where there are none for the test, and are left out otherwise. This is the one rule
+    for folders, files, and the splits of TFDS.
+
+    Args:
+      names: below `place`; those that claim no split are left out.
+      place: what messages call the folder.
+
+    Returns:
+      {"train": names, "test": names}, either of which may be empty, and the notes.
+
+    Raises:
+      DataError: two splits claim a name.
+    """
+    found: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
+    for name in names:
+        claims = splits_in(name)
+        if len(claims) > 1:
+            raise DataError(f"{place}: the name {printable(name)} says {' and '.join(claims)}: rename it")
+        for split in claims:
+            found[split].append(name)
+    validation = found.pop("validation")
+    notes = []
+    if validation and found["test"]:
+        notes.append(f"{first_few(validation)} in {place} is left out: there are test pictures")
+    elif validation:
+        notes.append(f"{place} has no test pictures: {first_few(validation)} is used for the test")
+    return {"train": found["train"], "test": found["test"] or validation}, notes
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is hidden, or left by an archiver, a desktop or a server."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def folder_names(directory: Path) -> list[str]:
+    """Sorted names of the folders in a folder, leftovers aside."""
+    with os.scandir(directory) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_leftover(entry.name))
+
+
+def tidy(name: str) -> str:
+    """A class's name without what nobody sees: outer spaces, and letters that are composed in another way."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def first_few(names: Iterable[str], limit: int = 10) -> str:
+    names = list(names)
+    return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")

@@ -1,0 +1,175 @@
+"""A data set that TFDS prepared, in either of its file formats, read without TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.data.dataset import SPLITS, DataError
+from experiments.data.layouts.files import PictureFolder, identity
+from experiments.data.layouts.names import choose_splits
+from experiments.data.pictures import Box, Picture
+
+AGAIN = "prepare the data set again"
+
+
+def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder | None:
+    """Reads a folder that TFDS prepared (cars196/2.1.0/), or returns None where there is no dataset_info.json.
+
+    Args:
+      root: the folder.
+      name: of the data set that must be in it.
+      boxes: whether its pictures have boxes.
+
+    Raises:
+      DataError: another data set than that, tensorflow_datasets missing, or files missing or damaged.
+    """
+    if not (root / "dataset_info.json").is_file():
+        return None
+    if not (root / "features.json").is_file():
+        raise DataError(f"{root} has dataset_info.json but no features.json: an old TFDS prepared it, {AGAIN}")
+    builder = open_builder(root)
+    features = builder.info.features
+    expected = {"image", "label"} | ({"bbox"} if boxes else set())
+    if builder.name != name or not expected <= set(features):
+        raise DataError(
+            f"{root} holds the TFDS data set {builder.name!r} with {sorted(features)}: "
+            f"expected {name!r} with {sorted(expected)}"
+        )
+    chosen, notes = choose_splits(builder.info.splits, root)
+    if unclear := [split for split in SPLITS if len(chosen[split]) != 1]:
+        there = sorted(builder.info.splits)
+        raise DataError(f"{root} has {len(chosen[unclear[0]])} splits for {unclear[0]!r} among {there}: {AGAIN}")
+    splits = {split: builder.info.splits[chosen[split][0]] for split in SPLITS}
+    files = {split: [Path(path) for path in splits[split].filepaths] for split in SPLITS}
+    paths = files["train"] + files["test"]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{len(missing)} of {len(paths)} files of {root} are missing, first {missing[0].name}: {AGAIN}")
+    file_format = builder.info.file_format.value
+    reader = Records if file_format == "tfrecord" else ArrayRecords
+    return PictureFolder(
+        layout=f"TFDS {name} ({file_format})",
+        directory=root,
+        class_names=tuple(features["label"].names),
+        counts={split: splits[split].num_examples for split in SPLITS},
+        boxes=boxes,
+        identity=identity(files),
+        notes=tuple(notes),
+        pictures=lambda split: reader(root, chosen[split][0], boxes),
+    )
+
+
+def open_builder(root: Path) -> Any:
+    """TFDS's description of the folder.
+
+    Raises:
+      DataError: tensorflow_datasets or array_record missing, or not a folder of TFDS.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise DataError(
+            f"{root} was prepared by TFDS, and reading it needs a package that is missing ({error}): "
+            'pip install "tensorflow-datasets" "array-record"'
+        ) from error
+    try:
+        builder = tensorflow_datasets.builder_from_directory(str(root))
+        file_format = builder.info.file_format.value
+    except Exception as error:  # TFDS passes on what its parsers raise
+        raise DataError(f"{root} cannot be read as a TFDS data set ({error})") from error
+    if file_format not in ("tfrecord", "array_record"):
+        raise DataError(f"{root} is in TFDS's format {file_format}: expected tfrecord or array_record")
+    if file_format == "array_record":
+        try:
+            importlib.import_module("array_record.python.array_record_module")  # TFDS imports it at the first picture
+        except ImportError as error:
+            raise DataError(f'{root} needs a package that is missing ({error}): pip install "array-record"') from error
+    return builder
+
+
+class Records:
+    """The pictures of a split, in the order of the files. Pickled it is the folder's name: it opens the files anew."""
+
+    def __init__(self, root: Path, split: str, boxes: bool) -> None:
+        self.root, self.split, self.boxes = root, split, boxes
+
+    def __iter__(self) -> Iterator[Picture]:
+        """Reads the split's TFRecord files.
+
+        Raises:
+          DataError: a file is damaged, or has more or fewer records than dataset_info.json says.
+        """
+        from grain.experimental import TFRecordIterDataset
+
+        split, features, number = self._builder.info.splits[self.split], self._builder.info.features, -1
+        records = (record for path in split.filepaths for record in TFRecordIterDataset(str(path)))
+        try:
+            for number, record in enumerate(records):
+                yield self._picture(number, features.deserialize_example_np(record, decoders=self._decoders))
+        except DataError:
+            raise
+        except Exception as error:  # grain's and protobuf's own types, and MemoryError where a length is damaged
+            raise self._damaged(number + 1, error) from error
+        if number + 1 != split.num_examples:
+            raise DataError(
+                f"{self.root} holds {number + 1:,} {self.split} pictures, its dataset_info.json says "
+                f"{split.num_examples:,}: {AGAIN}"
+            )
+
+    def _picture(self, number: int, example: dict[str, Any]) -> Picture:
+        name = f"{self.split} {example['id'].decode() if 'id' in example else number}"
+        label, classes = int(example["label"]), self._builder.info.features["label"].num_classes
+        if not 0 <= label < classes:
+            raise DataError(f"{name} of {self.root} has the label {label}: expected 0 to {classes - 1}")
+        if not self.boxes:
+            return Picture(name, label, None, example["image"])
+        ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
+        return Picture(name, label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
+
+    def _damaged(self, count: int, error: Exception) -> DataError:
+        reason = (str(error) or type(error).__name__).partition(": b'")[0]  # grain shows the bytes
+        return DataError(f"{self.root} is damaged after {count:,} {self.split} pictures ({reason}): {AGAIN}")
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        return open_builder(self.root)
+
+    @property
+    def _decoders(self) -> dict[str, Any]:
+        import tensorflow_datasets
+
+        return {"image": tensorflow_datasets.decode.SkipDecoding()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "split": self.split, "boxes": self.boxes}
+
+
+class ArrayRecords(Records, Sequence[Picture]):
+    """The same of array_record files, each picture read when it is asked for, by several threads at once if need be."""
+
+    __iter__ = Sequence.__iter__
+
+    def __len__(self) -> int:
+        return self._builder.info.splits[self.split].num_examples
+
+    def __getitem__(self, number: int) -> Picture:
+        """Reads a record.
+
+        Raises:
+          DataError: the file is damaged, or has fewer records.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        try:
+            return self._picture(number, self._source[number])
+        except DataError:
+            raise
+        except Exception as error:  # array_record and protobuf raise types of their own
+            raise self._damaged(number, error) from error
+
+    @functools.cached_property
+    def _source(self) -> Sequence[dict[str, Any]]:
+        return self._builder.as_data_source(self.split, decoders=self._decoders)

@@ -1,0 +1,110 @@
+"""From the bytes of a file to an 8-bit RGB picture: what is no picture, and pixels that have more than 8 bits."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image
+
+# Pillow refuses pictures of more than twice its limit, and of those in between it says this at each.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+NUMBERS, FRACTIONS, COLOURS = "whole numbers", "floating-point numbers", "16-bit colours"  # of more than 8 bits
+OTHER_FILES = {  # how files begin that are taken for pictures
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC, as iPhones save pictures, which Pillow does not read: convert it to JPEG",
+    rb"....ftypavi": "AVIF, which this Pillow was built without: install a newer one, or convert it to PNG",
+    rb"\xff\x0a|....JXL ": "JPEG XL, which Pillow does not read: convert it to PNG",
+    rb"version https://git-lfs": "only a pointer of git-lfs: run git lfs pull",
+    rb"\s*(<\?xml.{,999})?<svg": "SVG, a drawing without pixels: convert it to PNG",
+    rb"\s*(<!doctype|<html)": "a web page, not a picture in any format that Pillow reads",
+    rb"%PDF": "a PDF, not a picture",
+    rb"PK\x03\x04": "a zip archive, not a picture",
+}
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture in a file, its pixels not decoded yet.
+
+    Raises:
+      ValueError: it is empty, no picture, a decompression bomb, or PostScript: a program, which Pillow would have
+        Ghostscript run, for as long as it likes.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        known = (what for pattern, what in OTHER_FILES.items() if re.match(pattern, data, re.I | re.S))
+        raise ValueError(next(known, "not a picture in any format that Pillow reads")) from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb"
+        ) from None
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, not a picture")
+    return image
+
+
+def is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # damaged notes: the pixels are there
+        return False
+
+
+def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, float | None]:
+    """Of a loaded picture with more than 8 bits what its pixels are, and the highest; (None, None) of others.
+
+    Args:
+      image: the picture.
+      sixteen: whether its file has 16 bits for each colour, which Pillow does not tell once it has loaded it.
+
+    Raises:
+      ValueError: pixels that are negative, infinite or not numbers.
+    """
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        lowest, highest = values.min().item(), values.max().item()
+        if not 0 <= lowest <= highest < (math.inf if image.mode[0] == "I" else 65536):
+            raise ValueError(f"pixels from {lowest:g} to {highest:g}: expected 0 to 65535")
+        return (FRACTIONS if image.mode == "F" else NUMBERS), highest
+    if sixteen:  # Pillow keeps the upper 8
+        return COLOURS, max(high for _, high in image.convert("RGB").getextrema()) << 8 | 255
+    return None, None
+
+
+def white_of(kind: str, highest: float) -> int:
+    """The value that is white where this is the highest: of fractions 1, else of 8, 10, 12, 14 or 16 bits."""
+    if kind == FRACTIONS and highest <= 1:
+        return 1
+    return next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), 2 ** int(highest).bit_length() - 1)
+
+
+def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
+    """The picture in 8-bit RGB. Transparent parts show white; of more than 8 bits the upper 8 of those in use are kept.
+
+    Args:
+      image: loaded.
+      white: the highest value that a pixel of more than 8 bits may have; None for one that follows from this picture.
+
+    Raises:
+      ValueError: pixels that are negative, infinite or not numbers.
+    """
+    kind, highest = depth_of(image)
+    if kind is not None:
+        white = white or white_of(kind, highest)
+        values = np.asarray(image)
+        if kind == FRACTIONS:
+            eight = np.rint(np.minimum(values, white) * (255 / white))
+        else:
+            eight = np.minimum(values, white) >> (white.bit_length() - 8)
+        return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        white_sheet = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white_sheet, opaque).convert("RGB")
+    return image.convert("RGB")

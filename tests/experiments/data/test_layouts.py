@@ -1,0 +1,532 @@
+"""Tiny folders of every layout, as people bring them and spoilt. More refusals are in bad_inputs.py."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from picture_folders import (
+    CLASSES,
+    HUGGINGFACE,
+    LABELS,
+    annotations_of,
+    crop,
+    folder_name,
+    load,
+    make_by_class,
+    make_devkit,
+    make_original,
+    make_parquet,
+    make_tfds,
+    photographs,
+    whole,
+    write_parquet,
+)
+from PIL import Image
+
+from experiments.data import stanford_cars
+from experiments.data.dataset import DataError
+from experiments.data.layouts import devkit, find_pictures
+from experiments.data.layouts.names import choose_splits, words
+
+
+def make_joint(root, **changes):
+    """The authors' other distribution: one folder of pictures, one file of boxes, classes and splits."""
+    rows = []
+    for split in LABELS:
+        for row, (_, _, photograph) in zip(annotations_of(split), photographs(split), strict=True):
+            name = f"car_ims/{len(rows) + 1:06d}.png"
+            (root / "car_ims").mkdir(parents=True, exist_ok=True)
+            photograph.save(root / name)
+            fields = {"relative_im_path": name, "test": int(split == "test")} | row
+            del fields["fname"]
+            rows.append(fields | (changes if not rows else {}))
+    table = np.array([tuple(row.values()) for row in rows], [(field, object) for field in rows[0]])
+    names = np.array(CLASSES, object).reshape(1, -1)
+    scipy.io.savemat(root / "cars_annos.mat", {"annotations": table.reshape(1, -1), "class_names": names})
+
+
+def in_folder(make, *path, **options):
+    return lambda root: make(root.joinpath(*path), **options)
+
+
+TFDS_LAYOUT, PARQUET_LAYOUT = "TFDS cars196 ({})", "Hugging Face parquet"
+LAYOUTS = {  # the layout's name, whether boxes are used, and what makes the folder
+    "by class": ("by class", False, make_by_class),
+    "by class, Kaggle": ("by class", False, in_folder(make_by_class, "car_data", "car_data")),
+    "by class with a devkit": (
+        "by class",
+        True,
+        lambda root: (make_by_class(root, cut=whole), make_devkit(root / "devkit")),
+    ),
+    "original": ("original", True, make_original),
+    "original, everything at the top": ("original", True, in_folder(make_original, devkit=".")),
+    "original, torchvision": ("original", True, in_folder(make_original, "stanford_cars", test_annotations=".")),
+    "original, Kaggle": ("original", True, in_folder(make_original, devkit="car_devkit/devkit", nested=True)),
+    "original, car_ims": ("original", True, make_joint),
+    "TFDS, tfrecord": (TFDS_LAYOUT.format("tfrecord"), True, make_tfds),
+    "TFDS, array_record": (
+        TFDS_LAYOUT.format("array_record"),
+        True,
+        in_folder(make_tfds, "cars196", "2.1.0", file_format="array_record"),
+    ),
+    "parquet": (PARQUET_LAYOUT, False, make_parquet),
+    "parquet in data": (PARQUET_LAYOUT, False, in_folder(make_parquet, "data")),
+    "parquet, a folder per split": (
+        PARQUET_LAYOUT,
+        False,
+        in_folder(make_parquet, pattern="{split}/0000{part}.parquet"),
+    ),
+    "parquet, names in the README": (PARQUET_LAYOUT, False, in_folder(make_parquet, names="readme")),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
+    """The boxes are noise on black: one pixel off, and all of them differ."""
+    layout, boxes, make = LAYOUTS[case]
+    make(tmp_path / "found")
+    dataset = load(tmp_path / "found", tmp_path)
+    for split in LABELS:
+        cars = list(photographs(split))
+        if layout == "by class":
+            cars.sort(key=lambda car: car[1])
+        decoded = getattr(dataset, split)
+        np.testing.assert_array_equal(decoded.labels, [label for _, label, _ in cars])
+        np.testing.assert_array_equal(decoded.images, np.stack([crop(photograph) for _, _, photograph in cars]))
+        assert (decoded.labels.dtype, decoded.images.dtype) == (np.int32, np.uint8)
+    assert dataset.class_names == (tuple(map(folder_name, range(3))) if layout == "by class" else CLASSES)
+    assert (dataset.source["layout"], dataset.source["boxes"]) == (layout, boxes)
+    assert (dataset.source["train"], dataset.source["test"], dataset.source["classes"]) == (4, 3, 3)
+    assert json.loads(json.dumps(dataset.source)) == dataset.source
+    printed = capsys.readouterr().err
+    assert f"4 train and 3 test pictures of 3 classes in {dataset.source['directory']}, layout {layout}" in printed
+    assert "the whole of Stanford Cars is 8,144 and 8,041 of 196" in printed
+
+
+# The finder.
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("latest-train.parquet", {"latest", "train", "parquet"}),
+        ("latestTrain_2", {"latest", "train"}),
+        ("CARS-TEST2017", {"cars", "test"}),
+        ("t10k-images-idx3-ubyte", {"t10k", "images", "idx", "ubyte"}),
+    ],
+)
+def test_words_end_at_signs_digits_and_capitals(name, found):
+    assert words(name) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test", "note"),
+    [
+        ("train test", "train", "test", ""),
+        ("Training TESTING", "Training", "TESTING", ""),
+        ("latest-train.parquet contest-test.parquet", "latest-train.parquet", "contest-test.parquet", ""),
+        ("strain retrain trainer contest latest attest devkit value", "", "", ""),
+        ("train val", "train", "val", "val is used for the test"),
+        ("train validation test", "train", "test", "validation in .* is left out"),
+        ("data/train-0.parquet data/eval-0.parquet", "data/train-0.parquet", "data/eval-0.parquet", ""),
+    ],
+)
+def test_splits_are_words(names, train, test, note):
+    chosen, notes = choose_splits(names.split(), Path("cars"))
+    assert chosen == {"train": train.split(), "test": test.split()}
+    assert re.search(note, " ".join(notes))
+    assert bool(note) == bool(notes)
+
+
+def renamed(make, **names):
+    """The folder with its splits under other names; a name with / moves it."""
+
+    def made(root):
+        make(root)
+        for split, name in names.items():
+            (root / split).rename(root / "moved")
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / "moved").rename(root / name)
+
+    return made
+
+
+def changed(make, *changes):
+    return lambda root: (make(root), *(change(root) for change in changes))
+
+
+def a_picture(*names):
+    """Puts noise of a picture's own under these names."""
+
+    def change(root):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(list(name.encode())).integers(0, 256, (9, 9, 3), np.uint8)
+            Image.fromarray(noise).save(root / name, "PNG")
+
+    return change
+
+
+def a_file(*names, content=b"\0\5\26\7"):
+    def change(root):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+
+    return change
+
+
+def moved(old, new):
+    return lambda root: ((root / new).parent.mkdir(parents=True, exist_ok=True), (root / old).rename(root / new))
+
+
+def linked(name, target):
+    def change(root):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(root / target, root / name)
+
+    return change
+
+
+def removed(*names):
+    def change(root):
+        for name in names:
+            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+
+    return change
+
+
+def hub_cache(root):
+    """Two snapshots, whose files are links without a suffix into blobs/."""
+    repository = root / "hub" / "datasets--x--stanford_cars"
+    make_parquet(repository / "blobs")
+    for snapshot in ("0ld", "1new"):
+        for number, path in enumerate(sorted((repository / "blobs").glob("*.parquet"))):
+            blob = repository / "blobs" / f"{snapshot}{number}"
+            blob.write_bytes(path.read_bytes())
+            linked(f"snapshots/{snapshot}/data/{path.name}", f"blobs/{blob.name}")(repository)
+    removed(*(f"blobs/{path.name}" for path in (repository / "blobs").glob("*.parquet")))(repository)
+    a_file("refs/main", content=b"1new\n")(repository)
+
+
+AUDI, RAM, SMART = map(folder_name, range(3))
+LEFT = (
+    ".ipynb_checkpoints",
+    "__MACOSX",
+    "@eaDir",
+    ".Trash-0",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
+PARTS = {split: [f"{split}-0000{part}-of-00002.parquet" for part in (0, 1)] for split in LABELS}
+TFDS_TRAIN = "cars196-train.tfrecord-00000-of-00001"
+NO_LAYOUT = "in no layout that this program knows: "
+
+
+def with_validation_for_test(root):
+    info = json.loads((make_tfds(root) / "dataset_info.json").read_text())
+    info["splits"][1]["name"] = "validation"
+    (root / "dataset_info.json").write_text(json.dumps(info))
+    moved(TFDS_TRAIN.replace("train", "test"), TFDS_TRAIN.replace("train", "validation"))(root)
+
+
+# What people bring -> (what makes it, what is noted about it); all of it is the four train and three test pictures.
+TAKEN = {
+    "Train and Test": (renamed(make_by_class, train="Train", test="Test"), ""),
+    "TRAINING and TESTING": (renamed(make_by_class, train="TRAINING", test="TESTING"), ""),
+    "cars_train and cars_test by class": (renamed(make_by_class, train="cars_train", test="cars_test"), ""),
+    "valid for test": (renamed(make_by_class, test="valid"), "valid is used for the test"),
+    "train, test and val": (changed(make_by_class, a_picture(f"val/{AUDI}/1.png")), "val in .* is left out"),
+    "train in train": (renamed(make_by_class, train="train/train", test="test/Test"), ""),
+    "contest and latest beside them": (changed(make_by_class, a_picture("contest/a/1.png", "latest/b/2.png")), ""),
+    "leftovers": (
+        changed(
+            make_by_class,
+            *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
+            a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
+            a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
+        ),
+        "",
+    ),
+    "folders without pictures": (
+        changed(make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef")),
+        r"2 folders without pictures are no classes: train/old, test/Škoda.*\n2 entries of .* are not pictures",
+    ),
+    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 pictures .* no class folder"),
+    "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
+    "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
+    "links for classes": (
+        changed(make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "store/a")),
+        "",
+    ),
+    "by class in folders of any name": (in_folder(make_by_class, "some", "where [v1] 100%", "Škoda"), ""),
+    "by class, unpacked twice": (in_folder(make_by_class, "archive (1)", "stanford-car-dataset-by-classes-folder"), ""),
+    "beside other data sets": (
+        lambda root: (make_by_class(root / "stanford_cars"), make_by_class(root / "flowers")),
+        "",
+    ),
+    "the newest of TFDS's versions": (
+        lambda root: [make_tfds(root / "cars196" / version) for version in ("2.1.0", "2.10.0", "2.9.0")],
+        "",
+    ),
+    "TFDS with a validation split": (with_validation_for_test, "for the test"),
+    "Hugging Face's cache": (hub_cache, ""),
+    "latest-train.parquet": (in_folder(make_parquet, pattern="latest-{split}-0000{part}-of-00002.parquet"), ""),
+    "leftovers beside parquet": (changed(make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet")), ""),
+    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "no annotation: .*9.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_people_bring_is_taken_for_what_it_is(tmp_path, case):
+    make, note = TAKEN[case]
+    make(tmp_path / "found")
+    dataset = load(tmp_path / "found", tmp_path)
+    assert np.bincount(dataset.train.labels).tolist() == [2, 1, 1]
+    assert np.bincount(dataset.test.labels).tolist() == [1, 1, 1]
+    assert [name.replace("/", "-") for name in dataset.class_names] == [AUDI, RAM, SMART]
+    notes = "\n".join(note for note in dataset.source["notes"] if "the whole of Stanford Cars" not in note)
+    assert re.search(note, notes)
+    assert bool(note) == bool(notes), notes
+    if case.endswith("versions"):
+        assert dataset.source["directory"].endswith("2.10.0")
+    if case == "Hugging Face's cache":
+        assert dataset.source["directory"].endswith("1new")
+
+
+def test_a_name_composed_in_two_ways_is_one_class(tmp_path):
+    """macOS takes letters apart: e and an accent."""
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        a_picture(*(f"{split}/{unicodedata.normalize(form, name)}/1.png" for name in ("Citroën", "Škoda")))(tmp_path)
+    assert load(tmp_path, tmp_path).class_names == ("Citroën", "Škoda")
+
+
+def fewer_records_than_promised(root):
+    info = json.loads((root / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["5"]
+    (root / "dataset_info.json").write_text(json.dumps(info))
+
+
+def cut(name, size):
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:size])
+
+
+def parquet_with(*rows):
+    return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
+
+
+def csv_of_labels(root):
+    a_picture("images/1.png")(root)
+    a_file("labels.csv")(root)
+
+
+REFUSED = {  # what is wrong -> (what makes it, what the message says)
+    "by class: no train": (changed(make_by_class, removed("train")), "has no folder train/"),
+    "by class: two folders of train": (
+        changed(make_by_class, a_picture("training/a/1.png")),
+        "several folders of train, train, training",
+    ),
+    "by class: a folder of both": (
+        changed(make_by_class, a_picture("train_test/a/1.png")),
+        "the name train_test says train and test: rename it",
+    ),
+    "by class: one folder for both": (
+        changed(make_by_class, removed("test"), linked("test", "train")),
+        "one folder for both splits: train is test",
+    ),
+    "by class: a folder deeper": (
+        changed(make_by_class, moved(f"train/{RAM}", "train/x"), moved("train/x", f"train/{RAM}/{RAM}")),
+        f"train/{RAM} has no pictures itself, but its folder {RAM} has 1: expected train/<Class Name>/",
+    ),
+    "by class: a class twice": (
+        changed(make_by_class, a_picture(f"train/{AUDI.lower()} /7.png")),
+        "in train, one class in two spellings: join them",
+    ),
+    "by class: a devkit that is none": (
+        lambda root: (make_by_class(root), make_devkit(root), (root / "cars_train_annos.mat").write_bytes(b"404")),
+        "cars_train_annos.mat cannot be read as a MATLAB file",
+    ),
+    "two sets": (
+        lambda root: [make_by_class(root / name) for name in ("cars_small", "cars_large")],
+        "has 2 sets of pictures: give one of .*cars_large, .*cars_small",
+    ),
+    "original: no cars_test": (changed(make_original, removed("cars_test")), "no folder for cars_test/: expected both"),
+    "original: no train annotations": (
+        changed(make_original, removed("devkit/cars_train_annos.mat")),
+        "no cars_train_annos.mat",
+    ),
+    "original: no test labels": (
+        changed(make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat")),
+        r"no cars_test_annos_withlabels.mat.*\(cars_test_annos.mat is there, but has no classes\)",
+    ),
+    "original: missing pictures": (
+        changed(make_original, removed("cars_train/00002.png", "cars_train/00004.png")),
+        r"2 of 7 pictures .*: cars_train/00002.png \(No such file or directory\), cars_train/00004.png.*--skip-bad",
+    ),
+    "car_ims: no annotations": (changed(make_joint, removed("cars_annos.mat")), "has car_ims/ but no cars_annos.mat"),
+    "car_ims: a picture twice": (in_folder(make_joint, relative_im_path="car_ims/000002.png"), "names a picture twice"),
+    "car_ims: a picture elsewhere": (in_folder(make_joint, relative_im_path="../1.png"), "does not name a file"),
+    "TFDS: another data set": (in_folder(make_tfds, name="flowers"), "'flowers'.*expected 'cars196'"),
+    "TFDS: an old one": (changed(make_tfds, removed("features.json")), "no features.json: an old TFDS prepared it"),
+    "TFDS: no features of their own": (
+        changed(make_tfds, a_file("features.json", content=b"{")),
+        "cannot be read as a TFDS data set",
+    ),
+    "TFDS: a missing file": (changed(make_tfds, removed(TFDS_TRAIN)), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
+    "TFDS: a truncated file": (changed(make_tfds, cut(TFDS_TRAIN, -30)), "is damaged after 3 train pictures"),
+    "TFDS: a file without its last byte": (changed(make_tfds, cut(TFDS_TRAIN, -1)), "is damaged after 3 train"),
+    "TFDS: a file that ends in a header": (changed(make_tfds, cut(TFDS_TRAIN, 5)), "is damaged after 0 train pictures"),
+    "TFDS: another file": (changed(make_tfds, a_file(TFDS_TRAIN, content=b"x" * 100)), "damaged after 0 train"),
+    "TFDS: an array_record that is none": (
+        changed(
+            in_folder(make_tfds, file_format="array_record"),
+            a_file(TFDS_TRAIN.replace("tfrecord", "array_record"), content=b"x" * 100),
+        ),
+        "is damaged after 0 train pictures",
+    ),
+    "TFDS: fewer records than promised": (
+        changed(make_tfds, fewer_records_than_promised),
+        "holds 4 train pictures, its dataset_info.json says 5",
+    ),
+    "parquet: no test": (changed(make_parquet, removed(*PARTS["test"])), "none of the split 'test'"),
+    "parquet: a missing file": (changed(make_parquet, removed(PARTS["test"][0])), "1 of 2 .* of test: number 0 is"),
+    "parquet: a file twice": (
+        changed(make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet"))),
+        "has number 0 of the parquet files of test twice",
+    ),
+    "parquet: two sets": (changed(make_parquet, a_file("test.parquet")), "more than one set of parquet files of test"),
+    "parquet: a file of both splits": (changed(make_parquet, a_file("train-test.parquet")), "says train and test"),
+    "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
+    "parquet: other columns": (parquet_with({"picture": 1}), r"no column 'image' but \['picture'\]"),
+    "parquet: a label out of range": (
+        parquet_with({"image": {"bytes": b""}, "label": 0}, {"image": {"bytes": b""}, "label": 3}),
+        "row 1 has the label 3: expected 0 to 2",
+    ),
+    "parquet: a gap in the labels": (
+        parquet_with({"image": {"bytes": b""}, "label": 0}, {"image": {"bytes": b""}, "label": None}),
+        "column 'label' must be whole numbers without gaps",
+    ),
+    "no layout: one split alone": (
+        changed(in_folder(make_by_class), moved("train", "x"), moved("x/" + AUDI, AUDI), moved("x/" + RAM, RAM),
+                removed("x", "test")),
+        f"{NO_LAYOUT}it has pictures in {AUDI}, {RAM}, but no train/<Class Name>/",
+    ),
+    "no layout: no classes": (a_picture("train/1.png", "test/2.png"), f"{NO_LAYOUT}it has pictures in test, train, "),
+    "no layout: labels in a table": (csv_of_labels, f"{NO_LAYOUT}it holds labels.csv: labels in such files"),
+    "no layout: an archive": (a_file("archive.zip"), f"{NO_LAYOUT}it holds archive.zip: unpack it"),
+    "no layout: Arrow": (a_file("train/data-0.arrow", "state.arrow"), "it holds state.arrow: write it as parquet"),
+    "no layout: nothing": (lambda root: root.mkdir(), f"{NO_LAYOUT}it is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_explained_in_a_few_lines(tmp_path, case):
+    make, message = REFUSED[case]
+    make(tmp_path / "found")
+    with pytest.raises(DataError, match=message) as raised:
+        load(tmp_path / "found", tmp_path)
+    assert str(raised.value).count("\n") < 10
+    for layout in ("by class", "original", "TFDS", "parquet", "car_ims", "cars196/2.1.0"):
+        assert not case.startswith("no layout") or layout in str(raised.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("make", "package", "command"),
+    [
+        (make_tfds, "tensorflow_datasets", 'pip install "tensorflow-datasets" "array-record"'),
+        (
+            in_folder(make_tfds, file_format="array_record"),
+            "array_record.python.array_record_module",
+            'pip install "array-record"',
+        ),
+        (make_parquet, "pyarrow.parquet", 'pip install "pyarrow"'),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, make, package, command):
+    make(tmp_path / "found")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=re.escape(command)):
+        load(tmp_path / "found", tmp_path)
+
+
+def test_tfrecords_are_read_without_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert len(load(make_tfds(tmp_path / "found"), tmp_path).train) == 4
+
+
+def test_parquet_without_class_names_calls_them_by_number(tmp_path):
+    dataset = load(make_parquet(tmp_path / "found", names=None), tmp_path)
+    assert dataset.class_names == ("0", "1", "2")
+    assert any("called by number" in note for note in dataset.source["notes"])
+
+
+@pytest.mark.parametrize(("kept", "lost"), [("train", "test"), ("test", "train")])
+def test_a_class_of_one_split_keeps_its_number(tmp_path, kept, lost):
+    root = make_by_class(tmp_path / "found")
+    shutil.rmtree(root / lost / RAM)
+    dataset = load(root, tmp_path)
+    assert dataset.class_names == (AUDI, RAM, SMART)
+    assert 1 in getattr(dataset, kept).labels
+    assert set(getattr(dataset, lost).labels) == {0, 2}
+    assert f"1 classes have no {lost} pictures: {RAM}" in dataset.source["notes"]
+
+
+def numbered_anew(root):
+    for old, new in ((f"{SMART}/00002", "x"), (f"{AUDI}/00004", f"{AUDI}/00002"), ("x", f"{SMART}/00004")):
+        moved(f"train/{old}.png", f"train/{new}.png")(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (a_picture(f"test/{AUDI}/09999.png"), f"1 of 4 test pictures are not in it: test/{AUDI}/09999.png"),
+        (numbered_anew, "00002.png in class 'smart fortwo Convertible 2012'"),
+        (
+            removed("devkit/cars_test_annos_withlabels.mat"),
+            "expected cars_meta.mat and annotations of both train and test",
+        ),
+    ],
+)
+def test_a_devkit_that_does_not_fit_is_not_used(tmp_path, change, reason):
+    root = make_by_class(tmp_path / "found", cut=whole)
+    make_devkit(root / "devkit")
+    change(root)
+    dataset = load(root, tmp_path)
+    assert dataset.source["boxes"] is False
+    assert any("boxes are not used" in note and reason in note for note in dataset.source["notes"])
+
+
+# The real data.
+
+
+def test_the_real_devkit(devkit_dir):
+    names = devkit.read_class_names(devkit_dir / "cars_meta.mat")
+    assert (len(names), names[0]) == (196, "AM General Hummer SUV 2000")
+    for file_name, count in (("cars_train_annos.mat", 8144), ("cars_test_annos_withlabels.mat", 8041)):
+        annotations = devkit.read_annotations(devkit_dir / file_name, 196)
+        assert len(annotations) == count
+        assert {annotation.label for annotation in annotations.values()} == set(range(196))
+    assert annotations["00001.jpg"] == ((30, 52, 246, 147, False), 180, None)
+    unlabelled = devkit.read_annotations(devkit_dir / "cars_test_annos.mat", 196)
+    assert {name: row.box for name, row in unlabelled.items()} == {name: row.box for name, row in annotations.items()}
+    assert {row.label for row in unlabelled.values()} == {None}
+
+
+def test_the_real_cars_agree_with_the_real_devkit(stanford_cars_dir, devkit_dir, tmp_path):
+    """By class: file names and class names are the devkit's, so beside it its boxes would be used (and refused)."""
+    for name, target in (("train", stanford_cars_dir), ("test", stanford_cars_dir), ("devkit", devkit_dir.parent)):
+        (tmp_path / name).symlink_to(target / name)
+    folder = find_pictures(tmp_path)
+    assert folder.boxes
+    assert folder.notes == ()
+    assert stanford_cars.title_of(folder, folder.counts) == "Stanford Cars"
+    assert len(folder.class_names) == 196
