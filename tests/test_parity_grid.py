@@ -11,16 +11,16 @@ an hour on two cores; here are two on ResNet-50 and one on ResNet-101. All five:
     python -m experiments.parity --sections trajectories --trajectory-arch resnet101 --frameworks torch_ref
 """
 
-import functools
-
 import numpy as np
 import pytest
 
 pytest.importorskip("torchvision", reason="needs the extra torch")
 
+from experiments.frameworks.common import ResNet
 from experiments.parity import __main__ as parity
-from experiments.parity import cases, in_jax, in_torch
+from experiments.parity import cases, in_torch
 from experiments.parity import checks as compare
+from experiments.parity.comparison import TRAINING_BATCH
 
 pytestmark = pytest.mark.slow
 
@@ -47,10 +47,10 @@ def one_thread():
 @pytest.mark.parametrize(("arch", "channels", "shape", "mode"), GRID, ids=str)
 def test_network_is_the_same_in_all_frameworks(arch, channels, shape, mode, x64):
     """float64; 1e-10, the target of the design, on logits, loss, activations, statistics and every gradient."""
-    network = cases.Network(arch, in_channels=channels)
+    network = ResNet(arch, in_channels=channels)
     weights = cases.draw_weights(network, seed=0)
-    images, labels = cases.draw_batch(network, *shape, rng=np.random.default_rng(1))
-    compared = compare.compare_network(network, weights, images, labels, ["float64"], mode, FRAMEWORKS)
+    batch = cases.draw_batch(network, shape, np.random.default_rng(1))
+    compared = compare.compare_network(network, weights, batch, ["float64"], mode, FRAMEWORKS)
     rows = [row for rows, _ in compared for row in rows]
     assert len(rows) == len(FRAMEWORKS) * 6
     assert [row for row in rows if row.verdict != "ok"] == []
@@ -73,28 +73,13 @@ TRAININGS = [
 ]
 
 
-@functools.cache
-def jax_trainer(network):
-    """Compiled once for all its optimizers."""
-    return in_jax.Trainer(network)
-
-
 @pytest.mark.xdist_group("trainings")
 @pytest.mark.parametrize(("arch", "optimizer", "frameworks"), TRAININGS, ids=str)
 def test_trainings(arch, optimizer, frameworks, x64):
     """20 steps in float64: each from the same state to 1e-9, and running free within ten times what one unit in the
     last place of the weights does, the targets of the design."""
-    network = cases.Network(arch)
-    rows, growth = compare.compare_trainings(
-        network,
-        cases.draw_weights(network, seed=0),
-        optimizer,
-        20,
-        parity.TRAINING_BATCH,
-        frameworks,
-        jax_trainer(network),
-        0,
-        after_step=lambda: None,
-    )
+    network = ResNet(arch)
+    weights = cases.draw_weights(network, seed=0)
+    rows, growth = compare.compare_trainings(network, weights, optimizer, 20, TRAINING_BATCH, frameworks, seed=0)
     assert len(growth.yardstick) == 20
     assert [row for row in rows if row.verdict != "ok"] == []

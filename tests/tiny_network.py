@@ -9,7 +9,7 @@ import numpy as np
 from experiments.data.dataset import Dataset, Split
 from experiments.frameworks.common import Network, Recipe, make_training
 from experiments.frameworks.optimizers import make_schedule
-from jax_resnet import layers
+from jax_resnet import layers, weights
 from jax_resnet.resnet import Output
 
 CLASSES = ("dark", "bright", "striped")
@@ -73,4 +73,6 @@ def training(settings, data, *, spoiled=()):
         preprocess_test=lambda images: images.astype(jnp.float32) / 255,
         skip_nonfinite=settings.system.skip_nonfinite,
     )
-    return make_training(Network((TinyConfig(), apply), (None, None), lambda: None, *draw()), recipe)
+    return make_training(
+        Network((TinyConfig(), apply), (None, None), lambda framework: None, *draw(), weights.to_torch), recipe
+    )

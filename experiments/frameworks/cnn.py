@@ -126,7 +126,7 @@ def network(config: CNNConfig, params: Params) -> Network:
     return Network(
         (config, apply_jax),
         (config, apply_numpy),
-        functools.partial(make_module, config),
+        lambda framework: make_module(config),
         params,
         {},
         functools.partial(to_torch, config),

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import numpy_ref.weights
+from experiments.frameworks.common import ResNet
+from experiments.frameworks.jax import make_resnet
 from jax_resnet import resnet
 from numpy_ref.resnet import MIN_SIZE, ResNetConfig
 from numpy_ref.resnet import init as draw_initial
 
 Arrays = dict[str, np.ndarray]
 Tree = dict[str, Any]
+Batch = tuple[np.ndarray, np.ndarray]  # images, labels
 
-NUM_CLASSES = 1000
 MIN_VALUES_PER_CHANNEL = 32
 
 
@@ -33,7 +35,7 @@ class LayerCase(NamedTuple):
     constants: Mapping[str, np.ndarray] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
 
-    def astype(self, dtype: type) -> LayerCase:
+    def astype(self, dtype: str) -> LayerCase:
         """The same with floats of another type."""
         arrays, constants = (
             {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in values.items()}
@@ -42,7 +44,7 @@ class LayerCase(NamedTuple):
         return self._replace(arrays=arrays, constants=constants)
 
     def named_results(self, outputs: Any, gradients: Any) -> Arrays:
-        """{"output": ..., "gradient of x": ...}; of batch_norm's outputs the second and third are running values."""
+        """{"output": ..., "gradient of x": ...}; batch_norm's second and third outputs are its running statistics."""
         names = ("output", "running mean", "running variance")
         results = dict(zip(names, outputs, strict=False))
         results |= {f"gradient of {name}": value for name, value in zip(self.arrays, gradients, strict=False)}
@@ -55,7 +57,7 @@ def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def layer_cases(seed: int) -> list[LayerCase]:
-    """Every layer of the design, with sizes that are no multiples of the stride, ties in max-pool and zeros in ReLU."""
+    """Every layer of the design: sizes that are no multiples of the stride, ties in max_pool, zeros in relu."""
     rng = np.random.default_rng(seed)
 
     def conv2d(size: int, stride: int, padding: int, bias: bool, height: int = 14, width: int = 17) -> LayerCase:
@@ -94,44 +96,20 @@ def layer_cases(seed: int) -> list[LayerCase]:
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A ResNet by the settings that all three implementations take."""
-
-    arch: str
-    in_channels: int = 3
-    stride_in: str = "conv2"
-    batch_norm: bool = True
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(
-            num_classes=NUM_CLASSES,
-            in_channels=self.in_channels,
-            stride_in=self.stride_in,
-            batch_norm=self.batch_norm,
-        )
-
-    def __str__(self) -> str:
-        version = "" if self.arch in ("resnet18", "resnet34") or self.stride_in == "conv2" else ", v1"
-        return f"{self.arch}{version}{'' if self.batch_norm else ' without BatchNorm'}"
+def activation_names(network: ResNet) -> list[str]:
+    """In execution order; a dict that comes out of jit has "layer3.10" before "layer3.2"."""
+    return ["stem", *(block.name for block in resnet.blocks(make_resnet(network))), "pool"]
 
 
-def activation_names(network: Network) -> list[str]:
-    """From the first to the last; a dict that comes out of jit has "layer3.10" before "layer3.2"."""
-    config = getattr(resnet, network.arch)(**network.options)
-    return ["stem", *(block.name for block in resnet.blocks(config)), "pool"]
+def draw_weights(network: ResNet, seed: int) -> Arrays:
+    """Random weights {torchvision's name: array} in its layout, in execution order.
 
-
-def draw_weights(network: Network, seed: int) -> Arrays:
-    """Random weights {torchvision's name: array} in its layout and the order of the network.
-
-    With BatchNorm's initial 1 and 0 half of all mistakes would not show. The last gamma of a block is small, as in
-    trained networks: with 1 each block doubles the variance in evaluation, which makes 2^33 in ResNet-101. It is not 0,
-    which would hide the block.
+    BatchNorm's initial 1 and 0 would hide half of all mistakes. The last gamma of a block is small, as in trained
+    networks: with 1 each block doubles the variance in evaluation, which makes 2^33 in ResNet-101. It is not 0, which
+    would hide the block.
     """
     rng = np.random.default_rng(seed)
-    config = getattr(resnet, network.arch)(**network.options)
+    config = make_resnet(network)
     numpy_config = ResNetConfig(**dataclasses.asdict(config))
     weights = numpy_ref.weights.to_torch(*draw_initial(numpy_config, rng, np.float64))
     if not network.batch_norm:
@@ -147,19 +125,17 @@ def draw_weights(network: Network, seed: int) -> Arrays:
     return weights
 
 
-def draw_batch(
-    network: Network, batch_size: int, height: int, width: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """images (N, H, W, C) float64, normal, and labels (N,) int32."""
-    images = rng.standard_normal((batch_size, height, width, network.in_channels))
-    return images, rng.integers(0, NUM_CLASSES, batch_size).astype(np.int32)
+def draw_batch(network: ResNet, shape: tuple[int, int, int], rng: np.random.Generator) -> Batch:
+    """images (N, H, W, C) float64, normal, and labels (N,) int32; shape is (N, H, W)."""
+    images = rng.standard_normal((*shape, network.in_channels))
+    return images, rng.integers(0, network.num_classes, len(images)).astype(np.int32)
 
 
-def check_batch(network: Network, batch_size: int, height: int, width: int) -> None:
-    """Refuses batches whose gradients no two implementations can have in common.
+def check_batch(network: ResNet, batch_size: int, height: int, width: int) -> None:
+    """Refuses batches on which no two implementations can agree.
 
     Raises:
-      ValueError: for less than an image, or too few values per channel for a BatchNorm in training.
+      ValueError: for an empty batch, or too few values per channel for a BatchNorm in training.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
@@ -172,8 +148,8 @@ def check_batch(network: Network, batch_size: int, height: int, width: int) -> N
         )
 
 
-# By optimizer: the settings that all frameworks take, in the names of optax. weight_decay is L2 but for adamw. gamma is
-# a hundred times the default, or within 20 steps the bounds would hardly touch anything.
+# By optimizer: the settings that all frameworks take, in the names of optax. weight_decay is L2 except in adamw. gamma
+# is a hundred times the default, or the bounds would hardly touch anything within 20 steps.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": dict(learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "adam": dict(learning_rate=1e-3),
@@ -183,8 +159,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-class State(NamedTuple):
-    """What a training step changes, in the form in which frameworks hand it to one another.
+class TrainerState(NamedTuple):
+    """What a training step changes, in the form in which the frameworks exchange it.
 
     params, batch_stats: nested dicts in the layout of jax_resnet and numpy_ref.
     moments: the optimizer's, trees like params, by optax's names: "trace" or "mu", "nu" and, of AMSBound, "nu_max".

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -11,14 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from experiments.frameworks.common import ResNet
 from experiments.parity import in_jax, in_numpy
-from experiments.parity.cases import Arrays, LayerCase, Network, activation_names, draw_batch
+from experiments.parity.cases import Arrays, Batch, LayerCase, activation_names, draw_batch
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_errors
 
-# The design's targets for float64. In float32 a sum of some hundred products may lose two of the seven digits, in a
-# layer; a network may be ten times as far from JAX as JAX in float32 is from JAX in float64, if that is more. Gradients
-# are no continuous function of the weights: each ReLU that rounding turns on or off moves some by a jump, in JAX itself
-# too. What bounds them in float32 is the length of the whole difference.
+# The design's targets for float64. In float32 a layer may lose two of its seven digits to a sum of some hundred
+# products. A network may be ten times as far from JAX as JAX in float32 is from JAX in float64, if that is more.
+# Gradients are no continuous function of the weights: wherever rounding turns a ReLU on or off some of them jump, in
+# JAX itself too. In float32 the length of their whole difference is bounded instead.
 BOUND_FLOAT64 = 1e-10
 LAYER_BOUNDS = {"float64": BOUND_FLOAT64, "float32": 1e-5}
 LOGITS_BOUND_FLOAT32 = 1e-4  # absolute
@@ -34,8 +34,10 @@ STEP_BOUND = 1e-9
 GROWTH_BOUND = 10.0  # times what one unit in the last place of the weights does
 
 
-def torch_module() -> ModuleType:
-    """`experiments.parity.in_torch`, imported when it is needed: torch may not be installed."""
+def module_of(framework: str) -> ModuleType:
+    """The functions of a framework, imported when they are needed: torch may not be installed."""
+    if framework == "numpy":
+        return in_numpy
     from experiments.parity import in_torch
 
     return in_torch
@@ -43,18 +45,17 @@ def torch_module() -> ModuleType:
 
 def compare_layer(case: LayerCase, dtype: str, frameworks: Sequence[str]) -> list[Row]:
     """A layer's outputs and gradients: a row per framework ("torch" is torch.nn.functional)."""
-    case = case.astype(np.dtype(dtype).type)
+    case = case.astype(dtype)
     reference = in_jax.run_layer(case)
     rows = []
     for framework in frameworks:
-        results = in_numpy.run_layer(case) if framework == "numpy" else torch_module().run_layer(case)
-        error, where = largest(relative_errors(results, reference))
+        error, where = largest(relative_errors(module_of(framework).run_layer(case), reference))
         rows.append(Row(f"{case.title}, {dtype}", framework, error, LAYER_BOUNDS[dtype], where))
     return rows
 
 
 class Profile(NamedTuple):
-    """Errors along a network, in its order: of activations and of the gradients of parameters, by name."""
+    """Errors along a network, in execution order: of activations and of the gradients of parameters, by name."""
 
     framework: str
     dtype: str
@@ -63,24 +64,30 @@ class Profile(NamedTuple):
     gradients: dict[str, float]
 
 
-def compare_network(
-    network: Network,
-    state_dict: Arrays,
-    images: np.ndarray,
-    labels: np.ndarray,
-    dtypes: Sequence[str],
-    mode: str,
-    frameworks: Sequence[str],
-) -> Iterator[tuple[list[Row], list[Profile]]]:
-    """A pass of the network, mode "train" or "eval", in JAX and then in each framework, for each dtype.
+Errors = Mapping[str, Mapping[str, float]]  # {field of Results: {array: relative error}}
 
-    Float32 after float64 is compared with it too, in JAX: without that most of float32 has no bound.
+
+def compare_network(
+    network: ResNet, state_dict: Arrays, batch: Batch, dtypes: Sequence[str], mode: str, frameworks: Sequence[str]
+) -> Iterator[tuple[list[Row], list[Profile]]]:
+    """Runs a pass of the network, mode "train" or "eval", in JAX and then in each framework, for each dtype.
+
+    If float64 comes first, JAX's float32 is compared with it too: most bounds of float32 follow from that error.
 
     Yields:
-      after each pass its rows and its errors along the network, none after those of JAX in its first dtype.
+      after each pass its rows and its errors along the network; nothing after the first pass of JAX.
     """
+    images, labels = batch
     order = [*activation_names(network), *state_dict]
     exact = None
+
+    def profile(errors: Errors, framework: str) -> Profile:
+        activations, gradients = (
+            {name: errors[part][name] for name in order if name in errors[part]}
+            for part in ("activations", "parameter_gradients")
+        )
+        return Profile(framework, dtype, mode, activations, gradients)
+
     for dtype in dtypes:
         weights = {name: value.astype(dtype) for name, value in state_dict.items()}
         arguments = (network, weights, images.astype(dtype), labels, mode == "train")
@@ -95,36 +102,30 @@ def compare_network(
         else:
             own = errors_by_part(reference, exact)
             bounds = bounds_float32(own)
-            yield rows_by_part(own, what, OWN_ERROR, {}), [_profile(own, OWN_ERROR, dtype, mode, order)]
+            yield rows_by_part(own, what, OWN_ERROR, {}), [profile(own, OWN_ERROR)]
         for framework in frameworks:
-            results = network_runner(framework)(*arguments)
+            library = {} if framework == "numpy" else {"library": framework}
+            results = module_of(framework).run_network(*arguments, **library)
             errors = errors_by_part(results, reference)
             rows = rows_by_part(errors, what, framework, bounds)
             if dtype == "float32":
                 rows += rows_of_float32(results, reference, what, framework)
-            yield rows, [_profile(errors, framework, dtype, mode, order)]
-
-
-def network_runner(framework: str) -> Callable[..., Results]:
-    """run_network of a framework: "numpy", "torch_ref" or "torchvision"."""
-    if framework == "numpy":
-        return in_numpy.run_network
-    return functools.partial(torch_module().run_network, library=framework)
+            yield rows, [profile(errors, framework)]
 
 
 def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, float]]:
-    """{field of Results: {array: relative error}}; of a field that is one array, under its own name."""
+    """The errors of all arrays; a field that is a single array has its own name."""
     errors = {}
     for part, ours in results._asdict().items():
-        ours, theirs = (
-            value if isinstance(value, dict) else {part: value} for value in (ours, getattr(reference, part))
-        )
+        theirs = getattr(reference, part)
+        if not isinstance(ours, dict):
+            ours, theirs = {part: ours}, {part: theirs}
         if ours or theirs:  # without BatchNorm there are no running statistics
             errors[part] = relative_errors(ours, theirs)
     return errors
 
 
-def bounds_float32(own: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def bounds_float32(own: Errors) -> dict[str, float]:
     """By part, from JAX's own errors; no smaller than that of a layer."""
     return {
         part: max(OWN_ERROR_BOUND_FLOAT32 * largest(errors)[0], LAYER_BOUNDS["float32"])
@@ -133,10 +134,8 @@ def bounds_float32(own: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def rows_by_part(
-    errors: Mapping[str, Mapping[str, float]], what: str, framework: str, bounds: Mapping[str, float]
-) -> list[Row]:
-    """The largest error of each part; of those not in bounds for information."""
+def rows_by_part(errors: Errors, what: str, framework: str, bounds: Mapping[str, float]) -> list[Row]:
+    """The largest error of each part; a part without a bound is for information."""
     rows = []
     for part, of_part in errors.items():
         error, where = largest(of_part)
@@ -145,7 +144,7 @@ def rows_by_part(
 
 
 def rows_of_float32(results: Results, reference: Results, what: str, framework: str) -> list[Row]:
-    """What float32 is asked beside: logits, the best five classes, and the gradients as a whole."""
+    """The further demands on float32: logits, the best five classes, and the gradients as a whole."""
     difference = np.abs(results.logits - reference.logits)
     image = f"image {difference.max(1).argmax()}"
     ours, theirs = (np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (results.logits, reference.logits))
@@ -162,19 +161,8 @@ def rows_of_float32(results: Results, reference: Results, what: str, framework: 
     return rows
 
 
-def _profile(
-    errors: Mapping[str, Mapping[str, float]], framework: str, dtype: str, mode: str, order: Sequence[str]
-) -> Profile:
-    """In the order of the network."""
-    activations, gradients = (
-        {name: errors[part][name] for name in order if name in errors[part]}
-        for part in ("activations", "parameter_gradients")
-    )
-    return Profile(framework, dtype, mode, activations, gradients)
-
-
 class Growth(NamedTuple):
-    """How trainings part that start from the same weights and see the same batches.
+    """How trainings diverge that start from the same weights and see the same batches.
 
     distances: from JAX's training after each step, by framework: the largest relative error over all parameters and
       running statistics.
@@ -187,43 +175,38 @@ class Growth(NamedTuple):
 
 
 def compare_trainings(
-    network: Network,
+    network: ResNet,
     state_dict: Arrays,
     optimizer: str,
     steps: int,
     batch_shape: tuple[int, int, int],
     frameworks: Sequence[str],
-    jax_trainer: in_jax.Trainer,
     seed: int,
-    after_step: Callable[[], object],
+    after_step: Callable[[], object] = lambda: None,
 ) -> tuple[list[Row], Growth]:
-    """Trains in all frameworks at once, in float64.
+    """Trains in all frameworks at once, in float64, each framework twice.
 
-    After each step there is one of each framework that made this step alone, from the state that JAX had before it, and
-    one that made all steps itself.
+    One training makes each step from the state that JAX had before it, the other makes all steps itself.
 
     Args:
       network, state_dict: with the weights to start from.
       optimizer: a name in `cases.OPTIMIZERS`.
       steps: how many.
-      batch_shape: (N, H, W); another batch each step.
+      batch_shape: (N, H, W); each step sees another batch.
       frameworks: "numpy", "torch_ref".
-      jax_trainer: of this network, so that it is compiled once for several optimizers.
-      seed: of the batches, and of who moves up and who moves down by one unit in the last place.
-      after_step: is called then.
+      seed: of the batches, and of which weights move up and which down by one unit in the last place.
+      after_step: called after each step.
     """
     rng = np.random.default_rng(seed)
-    modules = {name: in_numpy if name == "numpy" else torch_module() for name in frameworks}
     step_by_step, free = (
-        {name: module.Trainer(network).start(optimizer, state_dict) for name, module in modules.items()}
-        for _ in range(2)
+        {name: module_of(name).Trainer(network, optimizer, state_dict) for name in frameworks} for _ in range(2)
     )
-    reference = jax_trainer.start(optimizer, state_dict)
-    moved = jax_trainer.start(optimizer, moved_by_one_unit(state_dict, rng))
+    reference = in_jax.Trainer(network, optimizer, state_dict)
+    moved = in_jax.Trainer(network, optimizer, moved_by_one_unit(state_dict, rng))
     growth = Growth(optimizer, {name: [] for name in frameworks}, [])
     of_steps, of_free = ({name: [] for name in frameworks} for _ in range(2))
     for step in range(1, steps + 1):
-        images, labels = draw_batch(network, *batch_shape, rng)
+        images, labels = draw_batch(network, batch_shape, rng)
         before = reference.state()
         reference.step(images, labels)
         expected = _flat(reference.weights())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,8 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Results(NamedTuple):
-    """What one pass of a network computes: images and activations (N, H, W, C), the rest by torchvision's names and in
-    its layout.
+    """What one pass of a network computes: images and activations (N, H, W, C), the rest with torchvision's names and
+    layout.
 
     running_statistics: after the pass.
     parameter_gradients, image_gradient: of the mean loss.
@@ -26,14 +26,21 @@ class Results(NamedTuple):
     parameter_gradients: Arrays
     image_gradient: np.ndarray
 
+    @classmethod
+    def of(
+        cls, loss_and_output: tuple[Any, Any], gradients: tuple[Any, Any], to_torch: Callable[[Any, Any], Arrays]
+    ) -> Results:
+        """From what jax_resnet or numpy_ref computed, and its (params, batch_stats) -> {torchvision's name: array}."""
+        (loss, out), (dparams, dimages) = loss_and_output, gradients
+        return cls(out.logits, loss, out.activations, to_torch({}, out.batch_stats), to_torch(dparams, {}), dimages)
+
 
 class Row(NamedTuple):
-    """One comparison with JAX.
+    """A comparison of a framework with JAX.
 
-    what: is compared.
-    framework: that is compared with JAX.
+    what: the quantity compared.
     error: the largest of all arrays.
-    bound: on it, or None: for information only.
+    bound: on the error; None if the row is for information only.
     where: the array with that error.
     """
 
@@ -77,7 +84,7 @@ def relative_errors(ours: Arrays, reference: Arrays) -> dict[str, float]:
 
 
 def length_of_difference(ours: Any, reference: Any) -> float:
-    """Of all numbers in one array, or in arrays by name, over the length of the reference; inf for other names."""
+    """|ours - reference| / |reference| over all numbers of an array, or of arrays by name; inf if names differ."""
     if not isinstance(reference, Mapping):
         ours, reference = {"": ours}, {"": reference}
     if ours.keys() != reference.keys():

@@ -1,8 +1,7 @@
-"""jax_resnet for the comparisons: a layer, a network and a training, each run once; the reference."""
+"""jax_resnet, the reference of the comparisons: a layer, a pass of a network, a training."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
+from experiments.frameworks.common import ResNet
+from experiments.frameworks.jax import make_gradients, make_resnet
+from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
-from jax_resnet import layers, resnet, weights
+from jax_resnet import layers, weights
 from jax_resnet.adabound import adabound, amsbound
 
 
@@ -35,81 +36,55 @@ def run_layer(case: LayerCase) -> Arrays:
     return case.named_results(*run(*case.arrays.values()))
 
 
-def run_network(network: Network, state_dict: Arrays, images: np.ndarray, labels: np.ndarray, train: bool) -> Results:
-    """One forward and backward pass; weights come and results go through `jax_resnet.weights`."""
-    config = getattr(resnet, network.arch)(**network.options)
+def run_network(network: ResNet, state_dict: Arrays, images: np.ndarray, labels: np.ndarray, train: bool) -> Results:
+    """A forward and backward pass; weights and results are converted by `jax_resnet.weights`."""
+    gradients = make_gradients(make_resnet(network), with_images=True, train=train, return_activations=True)
     params, batch_stats = weights.from_torch(state_dict)
-
-    @jax.jit
-    def run(params: Any, batch_stats: Any, images: jax.Array) -> Any:
-        def loss_fn(params: Any, images: jax.Array) -> tuple[jax.Array, resnet.Output]:
-            out = resnet.apply(config, params, batch_stats, images, train=train, return_activations=True)
-            return layers.softmax_cross_entropy(out.logits, labels).mean(), out
-
-        return jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(params, images)
-
-    (loss, out), (dparams, dimages) = jax.device_get(run(params, batch_stats, images))
-    return Results(
-        logits=out.logits,
-        loss=loss,
-        activations=out.activations,
-        running_statistics=weights.to_torch({}, out.batch_stats),
-        parameter_gradients=weights.to_torch(dparams, {}),
-        image_gradient=dimages,
-    )
-
-
-def make_optimizer(name: str) -> optax.GradientTransformation:
-    settings = dict(OPTIMIZERS[name])
-    if name == "sgd":
-        return optax.chain(optax.add_decayed_weights(settings.pop("weight_decay")), optax.sgd(**settings))
-    return {"adam": optax.adam, "adamw": optax.adamw, "adabound": adabound, "amsbound": amsbound}[name](**settings)
-
-
-class Trainer:
-    """A training of a network, step by step; the gradients are compiled once for all optimizers."""
-
-    def __init__(self, network: Network):
-        config = getattr(resnet, network.arch)(**network.options)
-
-        def loss_fn(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-            out = resnet.apply(config, params, batch_stats, images, train=True)
-            return layers.softmax_cross_entropy(out.logits, labels).mean(), out.batch_stats
-
-        self._gradients = jax.jit(jax.grad(loss_fn, has_aux=True))
-
-    def start(self, optimizer: str, state_dict: Arrays) -> Trainer:
-        """A training from these weights with an optimizer of `cases.OPTIMIZERS`."""
-        trainer = copy.copy(self)
-        init, trainer._update = _jitted(optimizer)
-        trainer._count = 0
-        trainer._params, trainer._batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(state_dict))
-        trainer._opt_state = init(trainer._params)
-        return trainer
-
-    def step(self, images: np.ndarray, labels: np.ndarray) -> None:
-        grads, self._batch_stats = self._gradients(self._params, self._batch_stats, images, labels)
-        self._params, self._opt_state = self._update(grads, self._opt_state, self._params)
-        self._count += 1
-
-    def state(self) -> State:
-        """Before the next step."""
-        found = {name: optax.tree.get(self._opt_state, name) for name in ("trace", "mu", "nu", "nu_max")}
-        moments = {name: tree for name, tree in found.items() if tree is not None}
-        return State(self._count, *jax.device_get((self._params, self._batch_stats, moments)))
-
-    def weights(self) -> tuple[Any, Any]:
-        """params and batch_stats as NumPy arrays."""
-        return jax.device_get((self._params, self._batch_stats))
+    return Results.of(*jax.device_get(gradients(params, images, batch_stats, labels)), weights.to_torch)
 
 
 @functools.cache
-def _jitted(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """An optimizer's init and update, the latter with the new parameters in place of the updates."""
-    optimizer = make_optimizer(name)
+def _gradients(network: ResNet) -> Callable[..., Any]:
+    return make_gradients(make_resnet(network), train=True)
+
+
+@functools.cache
+def _optimizer(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """init, and update with the new parameters in place of the updates; both jitted."""
+    settings = dict(OPTIMIZERS[name])
+    if name == "sgd":
+        optimizer = optax.chain(optax.add_decayed_weights(settings.pop("weight_decay")), optax.sgd(**settings))
+    else:
+        aliases = {"adam": optax.adam, "adamw": optax.adamw, "adabound": adabound, "amsbound": amsbound}
+        optimizer = aliases[name](**settings)
 
     def update(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     return jax.jit(optimizer.init), jax.jit(update)
+
+
+class Trainer:
+    """A training with an optimizer of `cases.OPTIMIZERS`; all trainings of a network share its compiled gradients."""
+
+    def __init__(self, network: ResNet, optimizer: str, state_dict: Arrays):
+        init, self._update = _optimizer(optimizer)
+        self._gradients, self._count = _gradients(network), 0
+        self._params, self._batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(state_dict))
+        self._opt_state = init(self._params)
+
+    def step(self, images: np.ndarray, labels: np.ndarray) -> None:
+        (_, out), grads = self._gradients(self._params, images, self._batch_stats, labels)
+        self._params, self._opt_state = self._update(grads, self._opt_state, self._params)
+        self._batch_stats, self._count = out.batch_stats, self._count + 1
+
+    def state(self) -> TrainerState:
+        """Before the next step."""
+        found = {name: optax.tree.get(self._opt_state, name) for name in ("trace", "mu", "nu", "nu_max")}
+        moments = {name: tree for name, tree in found.items() if tree is not None}
+        return TrainerState(self._count, *self.weights(), jax.device_get(moments))
+
+    def weights(self) -> tuple[Any, Any]:
+        """params and batch_stats as NumPy arrays."""
+        return jax.device_get((self._params, self._batch_stats))

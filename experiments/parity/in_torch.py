@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.parity.cases import NUM_CLASSES, OPTIMIZERS, Arrays, LayerCase, Network, State, cotangent
+from experiments.frameworks.common import ResNet
+from experiments.frameworks.torch import channels_first, load_weights, make_resnet, to_arrays, to_tensors
+from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
 from jax_resnet import weights
-from torch_ref import adabound, resnet
+from torch_ref import adabound
 
 
 @contextlib.contextmanager
@@ -82,51 +83,28 @@ def run_layer(case: LayerCase) -> Arrays:
     return case.named_results([output.detach() for output in outputs], gradients)
 
 
-def why_not_torchvision(network: Network) -> str:
-    """What torchvision's networks do not have, "" if it is nothing."""
-    if not network.batch_norm:
-        return "its networks have BatchNorm"
-    if network.stride_in != "conv2" and network.arch not in ("resnet18", "resnet34"):
-        return "its networks have the stride in conv2"
-    return ""
-
-
-def make_model(network: Network, library: str, state_dict: Arrays) -> nn.Module:
+def make_model(network: ResNet, library: str, state_dict: Arrays) -> nn.Module:
     """The network of "torch_ref" or "torchvision" with these weights and their dtype."""
-    if library == "torchvision":
-        import torchvision
-
-        model = getattr(torchvision.models, network.arch)(num_classes=NUM_CLASSES)
-        if network.in_channels != 3:  # torchvision's take colour alone
-            model.conv1 = nn.Conv2d(network.in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    else:
-        model = getattr(resnet, network.arch)(**network.options)
-    tensors = _tensors(state_dict)
-    model.to(tensors["conv1.weight"].dtype).load_state_dict(tensors, strict=True)
-    return model
-
-
-def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Copies of those arrays alone that PyTorch must not write to, such as JAX's."""
-    return {name: torch.from_numpy(a if a.flags.writeable else a.copy()) for name, a in arrays.items()}
+    model = make_resnet(network, "torch" if library == "torch_ref" else library)
+    return load_weights(model.to(to_tensors(state_dict)["conv1.weight"].dtype), state_dict)
 
 
 def run_network(
-    network: Network, state_dict: Arrays, images: np.ndarray, labels: np.ndarray, train: bool, *, library: str
+    network: ResNet, state_dict: Arrays, images: np.ndarray, labels: np.ndarray, train: bool, *, library: str
 ) -> Results:
-    """One forward and backward pass of a library's network; weights go in by load_state_dict."""
+    """A forward and backward pass of a library's network."""
     model = make_model(network, library, state_dict).train(train)
-    inputs = torch.tensor(np.moveaxis(images, -1, 1), requires_grad=True)
+    inputs = channels_first(images).requires_grad_()
     logits, activations = _with_activations(model, library, inputs)
     loss = F.cross_entropy(logits, torch.tensor(labels, dtype=torch.long))
     loss.backward()
     return Results(
-        logits=_array(logits),
-        loss=_array(loss),
-        activations={name: np.moveaxis(_array(value), 1, -1) for name, value in activations.items()},
-        running_statistics={name: _array(value) for name, value in model.named_buffers() if "running" in name},
-        parameter_gradients={name: _array(param.grad) for name, param in model.named_parameters()},
-        image_gradient=np.moveaxis(_array(inputs.grad), 1, -1),
+        logits=logits.detach().numpy(),
+        loss=loss.detach().numpy(),
+        activations={name: np.moveaxis(value, 1, -1) for name, value in to_arrays(activations).items()},
+        running_statistics=to_arrays({name: value for name, value in model.named_buffers() if "running" in name}),
+        parameter_gradients=to_arrays({name: param.grad for name, param in model.named_parameters()}),
+        image_gradient=np.moveaxis(inputs.grad.numpy(), 1, -1),
     )
 
 
@@ -134,58 +112,43 @@ def _with_activations(model: nn.Module, library: str, images: Tensor) -> tuple[T
     if library == "torch_ref":
         return model(images, return_activations=True)
     activations: dict[str, Tensor] = {}
-    stages = [f"layer{stage}" for stage in range(1, 5)]
-    modules = {
-        f"{stage}.{number}": block for stage in stages for number, block in getattr(model, stage).named_children()
-    }
-    for name, module in {"stem": model.maxpool, **modules, "pool": model.avgpool}.items():
+    modules = {"stem": model.maxpool, "pool": model.avgpool}
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        modules |= {f"{stage}.{number}": block for number, block in getattr(model, stage).named_children()}
+    for name, module in modules.items():
         module.register_forward_hook(lambda _module, _inputs, output, name=name: activations.update({name: output}))
     logits = model(images)
     activations["pool"] = activations["pool"].flatten(1)
     return logits, activations
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().numpy()
-
-
 MOMENTS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
-
-
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    settings = dict(OPTIMIZERS[name])
-    settings["lr"] = settings.pop("learning_rate")
-    classes = {
-        "sgd": torch.optim.SGD,
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "adabound": adabound.AdaBound,
-        "amsbound": adabound.AMSBound,
-    }
-    return classes[name](model.parameters(), **settings)
+OPTIMIZER_CLASSES = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adabound": adabound.AdaBound,
+    "amsbound": adabound.AMSBound,
+}
 
 
 class Trainer:
-    """A training of torch_ref's network, step by step."""
+    """A training of torch_ref's network with an optimizer of `cases.OPTIMIZERS`."""
 
-    def __init__(self, network: Network):
-        self._network = network
+    def __init__(self, network: ResNet, optimizer: str, state_dict: Arrays):
+        self._model = make_model(network, "torch_ref", state_dict).train()
+        settings = dict(OPTIMIZERS[optimizer])
+        learning_rate = settings.pop("learning_rate")
+        self._optimizer = OPTIMIZER_CLASSES[optimizer](self._model.parameters(), lr=learning_rate, **settings)
 
-    def start(self, optimizer: str, state_dict: Arrays) -> Trainer:
-        """A training from these weights with an optimizer of `cases.OPTIMIZERS`."""
-        trainer = copy.copy(self)
-        trainer._model = make_model(self._network, "torch_ref", state_dict).train()
-        trainer._optimizer = make_optimizer(optimizer, trainer._model)
-        return trainer
-
-    def load(self, state: State) -> None:
+    def load(self, state: TrainerState) -> None:
         """Continues from there."""
-        self._model.load_state_dict(_tensors(weights.to_torch(state.params, state.batch_stats)), strict=True)
+        load_weights(self._model, weights.to_torch(state.params, state.batch_stats))
         saved = self._optimizer.state_dict()
         saved["state"] = {}
         if state.count:
             counts_in_tensors = not isinstance(self._optimizer, adabound.AdaBound)
-            moments = {MOMENTS[name]: _tensors(weights.to_torch(tree, {})) for name, tree in state.moments.items()}
+            moments = {MOMENTS[name]: to_tensors(weights.to_torch(tree, {})) for name, tree in state.moments.items()}
             for number, (name, _) in enumerate(self._model.named_parameters()):
                 saved["state"][number] = {key: tensors[name] for key, tensors in moments.items()}
                 if "momentum_buffer" not in moments:  # SGD does not count
@@ -195,7 +158,7 @@ class Trainer:
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> None:
         self._optimizer.zero_grad()
-        logits = self._model(torch.tensor(np.moveaxis(images, -1, 1)))
+        logits = self._model(channels_first(images))
         F.cross_entropy(logits, torch.tensor(labels, dtype=torch.long)).backward()
         self._optimizer.step()
 

@@ -157,11 +157,10 @@ def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[s
     config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
     weights_key, augment_key = jax.random.split(jax.random.key(experiment.seed))
     params, batch_stats = initial_weights(settings, config, weights_key)
-    torchvision = experiment.framework == "torchvision"
     training, preparation = prepare_training(
         settings,
         dataset,
-        resnet_network(experiment.arch, params, batch_stats, **shape, torchvision=torchvision),
+        resnet_network(experiment.arch, params, batch_stats, **shape),
         key=augment_key,
         place=experiment.augmentation,
         normalized=experiment.normalize,

@@ -22,8 +22,7 @@ import numpy_ref.weights
 from experiments import mnist
 from experiments.data.digits import load_mnist
 from experiments.data.stream import Batches
-from experiments.frameworks.common import TITLES
-from experiments.frameworks.optimizers import CommonOptimizerName
+from experiments.frameworks.experiment import TITLES, CommonOptimizerName
 from experiments.machine import jax_device, numpy_device, torch_device
 from experiments.training import side_by_side as compare
 from experiments.training.run_folder import read_metrics

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.frameworks import optimizers
 from jax_resnet import adabound as jax_adabound
 from jax_resnet import resnet as jax_resnet
 from jax_resnet import train
@@ -20,11 +19,11 @@ from numpy_ref import layers, optim, resnet
 
 
 def jax_sgd(learning_rate, momentum=0.0, nesterov=False, dampening=0.0):
-    """The chain of experiments.frameworks.optimizers, which has no Nesterov."""
+    """optax's SGD, with the dampening that it does not have."""
     if nesterov:
         return optax.sgd(learning_rate, momentum, nesterov=True)
-    unused = {"base_lr": 1.0, "final_lr": 1.0, "gamma": 1.0, "weight_decay": 0.0}
-    return optimizers.make_optimizer("sgd", learning_rate, momentum=momentum, dampening=dampening, **unused)
+    trace = optax.chain(optax.scale(1 - dampening), optax.trace(momentum))
+    return optax.chain(trace, optax.scale_by_learning_rate(learning_rate))
 
 
 ALIASES = {

@@ -49,10 +49,10 @@ def recipe(**changes):
     return Recipe(experiment, schedule, STEPS, augmented, preprocess, freeze_backbone)
 
 
-def resnet18(torchvision=False):
+def resnet18():
     config = jax_resnet.resnet.resnet18(**SHAPE)
     drawn = jax.tree.map(np.asarray, jax_resnet.resnet.init(config, jax.random.key(0), np.float32))
-    return resnet_network("resnet18", *drawn, **SHAPE, torchvision=torchvision)
+    return resnet_network("resnet18", *drawn, **SHAPE)
 
 
 def run(training, images, labels):
@@ -89,8 +89,7 @@ def in_jax(batch):
 def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
     """Three steps in float64, augmented: 1e-8 of an array's largest entry, since BatchNorm's 16 values per channel
     magnify rounding; the first loss, the weights before and the names are the same."""
-    network = resnet18(torchvision=name == "torchvision")
-    training = make_training(network, recipe(framework=name, freeze_backbone=freeze_backbone))
+    training = make_training(resnet18(), recipe(framework=name, freeze_backbone=freeze_backbone))
     losses, results, before, after, moments = run(training, *batch)
     their_losses, their_results, their_before, their_after, their_moments = in_jax(freeze_backbone)
     assert losses[0] == pytest.approx(their_losses[0], rel=1e-12)

@@ -8,30 +8,46 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.frameworks.experiment import LEARNING_RATES, CommonOptimizerName
-from experiments.frameworks.optimizers import (
-    as_numbers,
-    make_numpy_optimizer,
-    make_optimizer,
-    make_schedule,
-    make_torch_optimizer,
-    refuse_uncommon,
-)
+from experiments.frameworks.common import Recipe, adapter
+from experiments.frameworks.experiment import LEARNING_RATES, CommonOptimizerName, Experiment
+from experiments.frameworks.optimizers import as_numbers, make_schedule, refuse_uncommon
 from numpy_ref import optim
 
-OPTIONS = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.0)
+
+def recipe(name, schedule, **options):
+    return Recipe(Experiment(opt=name, learning_rate=0.1, **options), schedule, 20, None, None)
+
+
+def make_optimizer(name, **options):
+    return adapter("jax").make_optimizer(recipe(name, optax.constant_schedule(0.1), **options))
+
+
+def updating(optimizer, params, apply_updates=optax.apply_updates):
+    """(grads, params) -> the params after the next step."""
+    state = optimizer.init(params)
+
+    def update(grads, params):
+        nonlocal state
+        updates, state = optimizer.update(grads, state, params)
+        return apply_updates(params, updates)
+
+    return update
+
+
+def descend(update, params, steps=5):
+    """Steps along 0.5·|w - 1|²."""
+    for _ in range(steps):
+        params = update(jax.tree.map(lambda w: w - 1.0, params), params)
+    return params
+
+
+START = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
 
 
 def path(name, steps=5, **options):
-    """The weights after some steps on 0.5·|w - 1|², from fixed starting points."""
-    optimizer = make_optimizer(name, optax.constant_schedule(0.1), **(OPTIONS | options))
-    params = {"kernel": jnp.array([[3.0, -2.0]]), "bias": jnp.array([0.5])}
-    state = optimizer.init(params)
-    for _ in range(steps):
-        grads = jax.tree.map(lambda w: w - 1.0, params)
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+    """The weights after some steps of an optimizer by its name."""
+    params = jax.tree.map(jnp.asarray, START)
+    return descend(updating(make_optimizer(name, **options), params), params, steps)
 
 
 @pytest.mark.parametrize("name", LEARNING_RATES)
@@ -69,55 +85,27 @@ def test_dampened_sgd_is_adabounds_limit():
 )
 def test_adams_are_optaxs(name, theirs):
     params = jnp.array([[3.0, -2.0]])
-    state = theirs.init(params)
-    for _ in range(5):
-        updates, state = theirs.update(params - 1.0, state, params)
-        params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(path(name)["kernel"], params, rtol=1e-6)
-
-
-def twenty_steps(update, params):
-    """Along 0.5·|w - 1|²: update(grads, params) -> params."""
-    for _ in range(20):
-        params = update(jax.tree.map(lambda w: w - 1.0, params), params)
-    return params
+    np.testing.assert_allclose(path(name)["kernel"], descend(updating(theirs, params), params), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", get_args(CommonOptimizerName))
 def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
     """Twenty steps along a cosine in float64, the bias without decay; 1e-12 for the order of multiplications."""
-    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=weight_decay)
-    schedule = make_schedule("cosine", 0.1, 20, 0)
-    start = {"kernel": np.array([[3.0, -2.0]]), "bias": np.array([0.5])}
-
-    def stateful(optimizer, apply_updates, params):
-        state = optimizer.init(params)
-
-        def update(grads, params):
-            nonlocal state
-            updates, state = optimizer.update(grads, state, params)
-            return apply_updates(params, updates)
-
-        return twenty_steps(update, params)
-
-    jaxs = stateful(
-        make_optimizer(name, schedule, **options, dampening=0.0),
-        optax.apply_updates,
-        jax.tree.map(jnp.asarray, start),
-    )
-    numpys = stateful(
-        make_numpy_optimizer(name, as_numbers(schedule, 20), **options, dampening=0.0), optim.apply_updates, start
-    )
-    for leaf in start:
-        np.testing.assert_allclose(numpys[leaf], jaxs[leaf], rtol=1e-12)
+    ours = recipe(name, make_schedule("cosine", 0.1, 20, 0), weight_decay=weight_decay)
+    start = jax.tree.map(jnp.asarray, START)
+    jaxs = descend(updating(adapter("jax").make_optimizer(ours), start), start, 20)
+    numpys = updating(adapter("numpy").make_optimizer(ours), START, optim.apply_updates)
+    for leaf, array in descend(numpys, START, 20).items():
+        np.testing.assert_allclose(array, jaxs[leaf], rtol=1e-12)
 
     torch = pytest.importorskip("torch", reason="needs the extra torch")
+
     model = torch.nn.Module()
-    for leaf, array in start.items():
+    for leaf, array in START.items():
         model.register_parameter(leaf, torch.nn.Parameter(torch.tensor(array)))
-    optimizer = make_torch_optimizer(name, model, **options)
-    rate = as_numbers(schedule, 20)
+    optimizer = adapter("torch").make_optimizer(ours, model)
+    rate = as_numbers(ours.schedule, 20)
     for step in range(20):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
@@ -130,10 +118,10 @@ def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
 
 def test_torchs_optimizer_leaves_frozen_parameters_out():
     torch = pytest.importorskip("torch", reason="needs the extra torch")
+
     model = torch.nn.Linear(2, 3)
     model.bias.requires_grad_(False)
-    options = dict(base_lr=0.1, final_lr=0.1, gamma=1e-3, momentum=0.9, weight_decay=0.0)
-    groups = make_torch_optimizer("adam", model, **options).param_groups
+    groups = adapter("torch").make_optimizer(recipe("adam", None), model).param_groups
     assert [param for group in groups for param in group["params"]] == [model.weight]
 
 
@@ -182,7 +170,7 @@ def test_warmup_is_linear_and_then_the_schedule():
 
 
 def test_adabounds_bounds_refer_to_the_peak_though_the_warmup_starts_at_0():
-    optimizer = make_optimizer("adabound", make_schedule("cosine", 0.1, 100, 10), **OPTIONS)
+    optimizer = adapter("jax").make_optimizer(recipe("adabound", make_schedule("cosine", 0.1, 100, 10)))
     optimizer.init(jnp.ones(2))
 
 

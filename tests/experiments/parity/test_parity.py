@@ -16,6 +16,7 @@ import pytest
 import jax_resnet.layers
 import numpy_ref.fast.resnet
 import numpy_ref.layers
+from experiments.frameworks.common import ResNet
 from experiments.parity import __main__ as parity
 from experiments.parity import cases, in_jax
 from experiments.parity import checks as compare
@@ -114,12 +115,12 @@ DIMENSIONS = [  # channels, (N, H, W), mode, dtypes; 64x64 in colour is above, o
 @pytest.mark.parametrize(("channels", "shape", "mode", "dtypes"), DIMENSIONS, ids=str)
 def test_a_network_of_every_kind(channels, shape, mode, dtypes, x64):
     """ResNet-18 in grey, on pictures that are not square and on large ones, in float32; the bounds of the program."""
-    network = cases.Network("resnet18", in_channels=channels)
+    network = ResNet("resnet18", in_channels=channels)
     weights = cases.draw_weights(network, seed=0)
-    batch = cases.draw_batch(network, *shape, rng=np.random.default_rng(1))
+    batch = cases.draw_batch(network, shape, np.random.default_rng(1))
     frameworks = ("numpy", "torch_ref", "torchvision")
-    with compare.torch_module().exact_on_one_thread():
-        compared = list(compare.compare_network(network, weights, *batch, dtypes, mode, frameworks))
+    with compare.module_of("torch").exact_on_one_thread():
+        compared = list(compare.compare_network(network, weights, batch, dtypes, mode, frameworks))
     rows = [row for rows, _ in compared for row in rows]
     bounds = {"float64": 6, "float32": 8}  # by framework
     assert sum(row.bound is not None for row in rows) == sum(bounds[dtype] for dtype in dtypes) * len(frameworks)
@@ -434,18 +435,18 @@ def test_float32_logits_have_an_absolute_bound(shift, logits, top5):
 
 def test_weights_hide_nothing():
     """No value that BatchNorm starts with, and no two arrays alike."""
-    weights = cases.draw_weights(cases.Network("resnet18"), seed=0)
+    weights = cases.draw_weights(ResNet("resnet18"), seed=0)
     for name, value in weights.items():
         assert np.ptp(value) > 0.05, name
         if name.endswith("running_var"):
             assert value.min() > 0.4
-    moved = cases.draw_weights(cases.Network("resnet18"), seed=1)
+    moved = cases.draw_weights(ResNet("resnet18"), seed=1)
     assert not any(np.array_equal(value, moved[name]) for name, value in weights.items())
 
 
 def test_moved_by_one_unit():
     """Every weight moves, by the distance to its neighbour; half of them up."""
-    weights = cases.draw_weights(cases.Network("resnet18"), seed=0)
+    weights = cases.draw_weights(ResNet("resnet18"), seed=0)
     moved = compare.moved_by_one_unit(weights, np.random.default_rng(0))
     for name, value in weights.items():
         if "running" in name:

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from experiments.frameworks.optimizers import moments_of
+from experiments.frameworks.jax import moments_of
 from experiments.training.step_sizes import layer_steps, plot_layer_steps, summarize_steps
 from jax_resnet.adabound import adabound
 

@@ -1,0 +1,150 @@
+"""jax_resnet in the experiments: networks, weights in and out, gradients, optimizers, trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.frameworks.common import Array, Arrays, Network, Recipe, ResNet, Training
+from experiments.machine import jax_device
+from jax_resnet import layers, resnet, train, weights
+from jax_resnet.adabound import AdaBoundState, adabound, adaboundw, amsbound
+
+ADAMS_B2 = 0.999  # the usual default, which make_optimizer does not change
+
+
+def make_resnet(network: ResNet) -> resnet.ResNetConfig:
+    """The configuration that `jax_resnet.resnet.apply` takes."""
+    return getattr(resnet, network.arch)(**network.options)
+
+
+def make_logits(network: ResNet, arrays: Arrays) -> Callable[[Array], Array]:
+    """A function from images (N, H, W, C) to logits, in evaluation; arrays as in a weight file."""
+    config = make_resnet(network)
+    params, batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(arrays))
+
+    @jax.jit
+    def logits(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
+        return resnet.apply(config, params, batch_stats, images, train=False).logits
+
+    def run(images: Array) -> Array:
+        with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
+            return np.asarray(logits(params, batch_stats, images))
+
+    return run
+
+
+def make_gradients(config: resnet.ResNetConfig, *, with_images: bool = False, **options: Any) -> Callable[..., Any]:
+    """A jitted function (params, images, batch_stats, labels) -> ((mean loss, Output), gradients).
+
+    Args:
+      config: of the network.
+      with_images: gradients are (of params, of images) instead of those of params alone.
+      options: of `jax_resnet.resnet.apply`, such as train.
+    """
+
+    def loss_fn(params: Any, images: jax.Array, batch_stats: Any, labels: jax.Array) -> tuple[jax.Array, resnet.Output]:
+        out = resnet.apply(config, params, batch_stats, images, **options)
+        return layers.softmax_cross_entropy(out.logits, labels).mean(), out
+
+    return jax.jit(jax.value_and_grad(loss_fn, (0, 1) if with_images else 0, has_aux=True))
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """The optimizer of a recipe, with what the recipe does to gradients before."""
+    experiment, mask, rate = recipe.experiment, train.decay_mask, recipe.schedule
+    momentum = experiment.momentum
+    l2 = optax.add_decayed_weights(experiment.weight_decay, mask) if experiment.weight_decay else optax.identity()
+    match experiment.opt:
+        case "adabound" | "amsbound" | "adaboundw":
+            optimizer = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}[experiment.opt](
+                rate,
+                experiment.final_lr,
+                b1=momentum,
+                gamma=experiment.gamma,
+                base_lr=experiment.learning_rate,
+                weight_decay=experiment.weight_decay,
+                mask=mask,
+            )
+        case "adamw":
+            optimizer = optax.adamw(rate, b1=momentum, weight_decay=experiment.weight_decay, mask=mask)
+        case "sgd":
+            trace = optax.chain(optax.scale(1 - experiment.dampening), optax.trace(momentum))
+            optimizer = optax.chain(l2, trace, optax.scale_by_learning_rate(rate))
+        case _:
+            optimizer = optax.chain(
+                l2, {"adam": optax.adam, "amsgrad": optax.amsgrad}[experiment.opt](rate, b1=momentum)
+            )
+    if experiment.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(experiment.clip_norm), optimizer)
+    return optimizer if experiment.loss_scale == 1 else optax.chain(optax.scale(experiment.loss_scale), optimizer)
+
+
+def moments_of(opt_state: optax.OptState) -> AdaBoundState:
+    """The moments in the state of any optimizer of `make_optimizer` but SGD, wherever they are inside it."""
+    if (found := optax.tree.get(opt_state, "AdaBoundState")) is not None:
+        return found
+    if (adam := optax.tree.get(opt_state, "ScaleByAdamState")) is not None:
+        return AdaBoundState(adam.count, adam.mu, adam.nu, None)
+    amsgrad = optax.tree.get(opt_state, "ScaleByAmsgradState")
+    # optax corrects nu for its start at 0 before it takes the largest, AdaBoundState's is corrected after.
+    correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, in all digits
+    nu_max = jax.tree.map(lambda v: v * float(correction), amsgrad.nu_max)
+    return AdaBoundState(amsgrad.count, amsgrad.mu, amsgrad.nu, nu_max)
+
+
+def make_training(network: Network, recipe: Recipe) -> Training:
+    """See `experiments.frameworks.common.make_training`."""
+    experiment = recipe.experiment
+    config, apply = network.jax
+    optimizer = make_optimizer(recipe)
+    dtype = experiment.weights_dtype
+    params, batch_stats = jax.tree.map(lambda a: jnp.asarray(a, dtype), (network.params, network.batch_stats))
+    state = train.create_train_state(
+        params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone, ema=experiment.ema is not None
+    )
+    mesh = train.data_mesh(jax.devices()[: recipe.devices]) if recipe.devices > 1 else None
+    options = dict(apply=apply, mesh=mesh)
+    if experiment.remat:
+        options["remat"] = True
+    if experiment.precision == "bfloat16":
+        options["dtype"] = jnp.bfloat16
+    step_options = dict(
+        label_smoothing=experiment.label_smoothing,
+        preprocess=recipe.preprocess_train,
+        freeze_backbone=recipe.freeze_backbone,
+        **options,
+    )
+    train_step = train.make_train_step(
+        config,
+        optimizer,
+        accumulate=experiment.accumulate,
+        ema_decay=experiment.ema,
+        skip_nonfinite=recipe.skip_nonfinite,
+        **step_options,
+    )
+
+    def place(state: Any) -> Any:
+        return train.replicate(state, mesh) if mesh else jax.tree.map(jnp.asarray, state)
+
+    def put(images: Array, labels: Array) -> tuple[Any, Any]:
+        return train.shard_batch((images, labels), mesh) if mesh else (jnp.asarray(images), jnp.asarray(labels))
+
+    return Training(
+        experiment.framework,
+        train.replicate(state, mesh) if mesh else state,
+        train_step,
+        train.make_eval_step(config, preprocess=recipe.preprocess_test, **options),
+        jax_device() | {"used": recipe.devices},
+        network.to_torch,
+        lambda state: moments_of(state.opt_state),
+        put,
+        place,
+        lambda state: None if state.ema is None else (state.ema["params"], state.ema["batch_stats"]),
+        train.make_nonfinite_search(config, **step_options),
+    )

@@ -1,0 +1,119 @@
+"""The sections of the comparison: layers, a network's pass, trainings. Each adds a table to the report."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.cli import parse_image_size
+from experiments.frameworks.common import ResNet
+from experiments.parity.cases import check_batch, draw_batch, draw_weights, layer_cases
+from experiments.parity.checks import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings
+from experiments.parity.summary import Report
+
+if TYPE_CHECKING:
+    from experiments.parity.__main__ import Settings
+
+PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}
+TRAINING_BATCH = (8, 64, 64)  # images, height, width
+
+
+def network_of(settings: Settings, arch: str) -> ResNet:
+    """The network of the settings, with this architecture."""
+    options = dict(in_channels=settings.in_channels, stride_in=settings.stride_in, batch_norm=settings.batch_norm)
+    return ResNet(arch, **options)
+
+
+def choose_frameworks(settings: Settings) -> tuple[list[str], list[str]]:
+    """The frameworks that can be compared, and why the others cannot.
+
+    Raises:
+      ValueError: if there is none, or for a batch on which no two implementations can agree.
+    """
+    network = network_of(settings, settings.arch)
+    check_batch(network, settings.batch_size, *parse_image_size(settings.image_size))
+    found, left_out = [], []
+    for framework in dict.fromkeys(settings.frameworks):
+        missing = [package for package in PACKAGES[framework] if importlib.util.find_spec(package) is None]
+        reason = f"{' and '.join(missing)} not installed" if missing else ""
+        if framework == "torchvision" and not missing:
+            reason = network.why_not_torchvision
+        if reason:
+            left_out.append(f"{framework}: {reason}")
+        else:
+            found.append(framework)
+    if not found:
+        raise ValueError(f"nothing to compare with JAX, {'; '.join(left_out)}")
+    return found, left_out
+
+
+def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
+    """Fills the report; a bar on stderr shows the progress."""
+    dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
+    trained = [name for name in frameworks if name != "torchvision"]
+    counts = {
+        "layers": len(layer_cases(settings.seed)) * len(dtypes),
+        "network": 2 * len(dtypes) * (1 + len(frameworks)),
+        "trajectories": len(settings.optimizers) * settings.steps if trained else 0,
+    }
+    with tqdm(total=sum(counts[section] for section in settings.sections), unit="", dynamic_ncols=True) as progress:
+        if "layers" in settings.sections:
+            compare_layers(settings, frameworks, dtypes, report, progress)
+        if "network" in settings.sections:
+            compare_passes(settings, frameworks, dtypes, report, progress)
+        if "trajectories" in settings.sections and trained:
+            compare_trajectories(settings, trained, report, progress)
+
+
+def compare_layers(
+    settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report, progress: tqdm
+) -> None:
+    """Each layer of the design; PyTorch takes part with torch.nn.functional, whichever of its networks do."""
+    names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
+    rows = report.tables.setdefault("Layers: outputs and all gradients", [])
+    for dtype in dtypes:
+        for case in layer_cases(settings.seed):
+            progress.set_description(f"{case.layer}, {dtype}")
+            rows += compare_layer(case, dtype, names)
+            progress.update()
+
+
+def compare_passes(
+    settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report, progress: tqdm
+) -> None:
+    """A forward and backward pass of the network, in training and in evaluation."""
+    network = network_of(settings, settings.arch)
+    height, width = parse_image_size(settings.image_size)
+    weights = draw_weights(network, settings.seed)
+    rng = np.random.default_rng([settings.seed, 1])
+    batch = draw_batch(network, (settings.batch_size, height, width), rng)
+    title = f"{network}: {settings.batch_size} images of {height}x{width}x{settings.in_channels}"
+    table = report.tables.setdefault(title, [])
+    for mode in ("train", "eval"):
+        progress.set_description(f"{network}, {mode}")
+        for rows, profile in compare_network(network, weights, batch, dtypes, mode, frameworks):
+            table += rows
+            report.profiles += profile
+            progress.update()
+    if settings.dtype == "both":
+        report.notes.append(FLOAT32_NOTE)
+
+
+def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report, progress: tqdm) -> None:
+    """Trains the network with each optimizer."""
+    network = network_of(settings, settings.trajectory_arch)
+    weights = draw_weights(network, settings.seed)
+    count, height, width = TRAINING_BATCH
+    title = f"{network} trained: {settings.steps} steps of {count} images of {height}x{width}, float64"
+    table = report.tables.setdefault(title, [])
+    for optimizer in settings.optimizers:
+        progress.set_description(f"{network}, {optimizer}")
+        rows, growth = compare_trainings(
+            network, weights, optimizer, settings.steps, TRAINING_BATCH, frameworks, settings.seed, progress.update
+        )
+        table += rows
+        report.growths.append(growth)
