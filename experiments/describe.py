@@ -6,16 +6,15 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import tyro
-from flax.traverse_util import flatten_dict
 
-from experiments.cli import Arch, parse_image_size
+from experiments.cli import Arch, exit_code, parse_image_size
 from experiments.output.tables import print_table
-from jax_resnet import layers, resnet
+
+if TYPE_CHECKING:
+    from jax_resnet import resnet
 
 
 class Row(NamedTuple):
@@ -34,9 +33,14 @@ class Row(NamedTuple):
 
 
 def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator[Row]:
-    """The layers of a network in the order in which an image meets them; nothing is computed, only shapes."""
+    """The layers of a network in execution order; nothing is computed, only shapes."""
+    import jax
+    from jax.numpy import float32
+
+    from jax_resnet import layers, resnet
+
     params, _ = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
-    weights = flatten_dict(params, sep=".")
+    weights = {".".join(key.key for key in path): array for path, array in jax.tree.leaves_with_path(params)}
 
     def shape_of(layer: Callable[..., Any], x: Any, *arrays: Any, **settings: int) -> Any:
         return jax.eval_shape(functools.partial(layer, **settings), x, *arrays)
@@ -51,7 +55,7 @@ def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator
         multiply_adds = math.prod(y.shape[1:3]) * kernel.size
         return Row(conv.name, size, y.shape[1:], count(conv.name, conv.norm), multiply_adds), y
 
-    row, x = convolution(resnet.stem(config), jax.ShapeDtypeStruct((1, height, width, config.in_channels), jnp.float32))
+    row, x = convolution(resnet.stem(config), jax.ShapeDtypeStruct((1, height, width, config.in_channels), float32))
     yield row
     x = shape_of(layers.max_pool, x)
     yield Row("max_pool", "", x.shape[1:], 0, 0)
@@ -82,19 +86,18 @@ def describe(
       arch: the network.
       image_size: a side, or HEIGHTxWIDTH: 96, 64x96.
       in_channels: the channels of the images: 3 for colour, 1 for grey.
-      num_classes: the number of logits; 0 leaves the dense layer out.
+      num_classes: the number of logits.
       stride_in: which convolution of a bottleneck has the stride: conv2, its 3x3 (v1.5, torchvision), or conv1, its
         first 1x1 (v1, the paper).
       batch_norm: whether there is BatchNorm; its parameters are in the row of the convolution before it.
-
-    Raises:
-      ValueError: for a network or a size that there is not.
     """
-    height, width = parse_image_size(image_size)
+    from jax_resnet import resnet
+
+    size = parse_image_size(image_size)
     config = getattr(resnet, arch)(
         num_classes=num_classes, in_channels=in_channels, stride_in=stride_in, batch_norm=batch_norm
     )
-    rows = list(layer_rows(config, height, width))
+    rows = list(layer_rows(config, *size))
     parameters, multiply_adds = (sum(getattr(row, name) for row in rows) for name in ("parameters", "multiply_adds"))
     total = Row("total", "", (), parameters, multiply_adds)
     print_table(
@@ -112,12 +115,7 @@ def describe(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        tyro.cli(describe, args=arguments, prog="python -m experiments.describe")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: tyro.cli(describe, args=arguments, prog="python -m experiments.describe"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures this machine: `python -m experiments.bench NAME`.
 
-Contestants take turns on the same number of cores, those of several frameworks each in a process of its own; ratios
-come first, then medians and quartiles. --json keeps every single time, --plot draws them.
+Contestants take turns on the same number of cores, each in a process of its own. Ratios come first, then medians and
+quartiles. --json keeps every single time, --plot draws them.
 """
 
 from __future__ import annotations
@@ -11,103 +11,77 @@ from experiments.machine import use_huge_pages
 if __name__ == "__main__":
     use_huge_pages()  # which the contestants' processes inherit
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from experiments.bench.compile import CompileBench, run_compile_bench
-from experiments.bench.conv2d import Conv2dBench, run_conv2d_bench
-from experiments.bench.feed import FeedBench, run_feed_bench
-from experiments.bench.layers import LayersBench, run_layers_bench
-from experiments.bench.memory import MemoryBench, run_memory_bench
+from experiments.bench.compile import CompileBench
+from experiments.bench.feed import FeedBench
+from experiments.bench.layers import LayersBench
+from experiments.bench.memory import MemoryBench
 from experiments.bench.options import BenchSettings
-from experiments.bench.remat import RematBench, run_remat_bench
 from experiments.bench.results import Table
-from experiments.bench.scaling import ScalingBench, run_scaling_bench
-from experiments.bench.step import StepBench, run_step_bench
+from experiments.bench.scaling import ScalingBench
+from experiments.bench.step import StepBench
+from experiments.cli import exit_code
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
 
-BENCHES = {
-    "step": (StepBench, run_step_bench),
-    "layers": (LayersBench, run_layers_bench),
-    "compile": (CompileBench, run_compile_bench),
-    "memory": (MemoryBench, run_memory_bench),
-    "scaling": (ScalingBench, run_scaling_bench),
-    "feed": (FeedBench, run_feed_bench),
-    "conv2d": (Conv2dBench, run_conv2d_bench),
-    "remat": (RematBench, run_remat_bench),
+BENCHES: dict[str, type[BenchSettings]] = {
+    "step": StepBench,
+    "layers": LayersBench,
+    "compile": CompileBench,
+    "memory": MemoryBench,
+    "scaling": ScalingBench,
+    "feed": FeedBench,
 }
+
+
+def parse(arguments: list[str] | None) -> BenchSettings:
+    """Reads the command line."""
+    program = "python -m experiments.bench"
+    return tyro.extras.subcommand_cli_from_dict(BENCHES, args=arguments, description=__doc__, prog=program)
+
+
+def run(bench: BenchSettings) -> None:
+    """Measures and prints; writes --json and --plot after each table, so that an interrupted run leaves what it has."""
+    bench.check()
+    machine = describe_machine()
+    print(machine)
+    print(bench)
+    name = next(name for name, settings in BENCHES.items() if type(bench) is settings)
+    tables: list[Table] = []
+
+    def write_json(*, complete: bool) -> None:
+        if bench.json:
+            written = {"benchmark": name, "machine": machine, "settings": bench.as_json(), "complete": complete}
+            written["tables"] = [table.as_json() for table in tables]
+            write_whole(bench.json, json.dumps(written, indent=1) + "\n")
+
+    for table in bench.run():
+        print(f"\n{table.title}")
+        print_table(table.rows)
+        tables.append(table)
+        write_json(complete=False)
+        if bench.plot:
+            from experiments.bench.drawing import plot_tables
+
+            plot_tables(bench.plot, tables, f"{name}: {machine}")
+    write_json(complete=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes aside and renames: a reader never sees half of it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    bench = tyro.extras.subcommand_cli_from_dict(
-        {name: settings for name, (settings, _) in BENCHES.items()},
-        args=arguments,
-        description=__doc__,
-        prog="python -m experiments.bench",
-    )
-    name, run = next((name, run) for name, (settings, run) in BENCHES.items() if type(bench) is settings)
-    try:
-        bench.check()
-        machine = describe_machine()
-        print(machine)
-        print(described(bench))
-        tables = []
-        for table in run(bench):
-            print(f"\n{table.title}")
-            print_table(table.rows)
-            tables.append(table)
-            keep(bench, name, machine, tables)  # after each, so that an interrupted run leaves what it has
-        write_json(bench, name, machine, tables, complete=True)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def settings_of(bench: BenchSettings) -> dict[str, Any]:
-    """Those that shape a measurement, by their flags' names."""
-    values = {
-        name: v for name, v in dataclasses.asdict(bench).items() if name not in ("json", "plot") and v is not None
-    }
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def described(bench: BenchSettings) -> str:
-    """The settings in a line."""
-    words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in settings_of(bench).items()}
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
-
-
-def keep(bench: BenchSettings, name: str, machine: str, tables: list[Table]) -> None:
-    """Writes --json and --plot."""
-    write_json(bench, name, machine, tables, complete=False)
-    if bench.plot:
-        from experiments.bench.drawing import plot_tables
-
-        plot_tables(bench.plot, tables, f"{name}: {machine}")
-
-
-def write_json(bench: BenchSettings, name: str, machine: str, tables: list[Table], *, complete: bool) -> None:
-    """Writes --json, with a word on whether there is more to come."""
-    if bench.json:
-        written = {"benchmark": name, "machine": machine, "settings": settings_of(bench), "complete": complete}
-        write_whole(
-            bench.json, json.dumps(written | {"tables": [table.as_json() for table in tables]}, indent=1) + "\n"
-        )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Aside, then renamed: a reader never sees half of it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)
+    return exit_code(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long the first step takes: `python -m experiments.bench compile`.
 
-Cold is with an empty cache of compiled programs, warm with the one that the cold start has filled; each start is a new
-process, which has imported its libraries and built its network. torch.compile keeps its programs in a folder as well.
+A cold start has an empty cache of compiled programs, a warm one the cache that the cold start has filled. Each start is
+a new process, which has imported its libraries. torch.compile keeps its programs in a folder as well.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench.contestants import CONTESTANTS, Case, Task
-from experiments.bench.options import NetworkSettings
+from experiments.bench.contestants import CONTESTANTS, TASKS, Case, Task
+from experiments.bench.options import BenchSettings
 from experiments.bench.results import Table
-from experiments.bench.step import TASKS
-from experiments.bench.turns import available, started
+from experiments.bench.turns import NOBODY_LEFT, available, started
+from experiments.cli import FailedError
 from experiments.output.tables import Cell
 
 CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileBench(NetworkSettings):
+class CompileBench(BenchSettings):
     """Time the first training step and the first inference, cold and with a warm cache, against torch.compile's.
 
-    Ratios are to torch.compile. torch.compile takes a minute or more for a deep network: a round of this takes minutes.
+    Ratios are to torch.compile, which takes a minute or more for a deep network: a round takes minutes.
     """
 
     contestants: tuple[Literal["jax", "torch.compile"], ...] = ("jax", "torch.compile")
@@ -39,31 +39,30 @@ class CompileBench(NetworkSettings):
     tasks: tuple[Task, ...] = ("training", "inference")
     """What is run."""
 
-
-def run_compile_bench(bench: CompileBench) -> Iterator[Table]:
-    """A table each for training and inference."""
-    names = available(bench.contestants)
-    for task in bench.tasks:
-        case = bench.case._replace(task=task)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        for _ in tqdm(range(bench.rounds), desc="rounds", leave=False):
-            for name in list(times):
-                try:
-                    times[name].append(cold_and_warm(name, case, bench.threads))
-                except RuntimeError as error:
-                    print(f"left out: {error}")
-                    del times[name]
-        if not times:
-            raise ValueError("nobody is left to measure")
-        seconds = {name: np.array(of_contestant) for name, of_contestant in times.items()}
-        yield Table(f"{case}, first {TASKS[task]}", rows(seconds), ("cold s", "warm s"), seconds)
+    def run(self) -> Iterator[Table]:
+        """A table each for training and inference."""
+        names = available(self.contestants)
+        for task in self.tasks:
+            case = self.case._replace(task=task)
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+            for _ in tqdm(range(self.rounds), desc="rounds", leave=False):
+                for name in list(times):
+                    try:
+                        times[name].append(cold_and_warm(name, case, self.threads))
+                    except FailedError as error:
+                        print(f"left out: {error}")
+                        del times[name]
+            if not times:
+                raise ValueError(NOBODY_LEFT)
+            seconds = {name: np.array(of_contestant) for name, of_contestant in times.items()}
+            yield Table(f"{case}, first {TASKS[task]}", rows(seconds), ("cold s", "warm s"), seconds)
 
 
 def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
-    """Seconds of the first step in a process that finds nothing compiled, and in one that finds what that one left.
+    """Seconds of the first step in a process that finds nothing compiled, and in a second one with the same cache.
 
     Raises:
-      RuntimeError: if the step fails.
+      FailedError: if the step fails.
     """
     seconds = []
     with tempfile.TemporaryDirectory() as cache:
@@ -77,7 +76,7 @@ def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
 
 
 def rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
-    """By contestant the medians over rounds, and all rounds from the shortest to the longest."""
+    """By contestant the medians over rounds, and the shortest and longest round."""
     rows: dict[str, dict[str, Cell]] = {}
     for name, times in seconds.items():
         rows[name] = {}

@@ -9,10 +9,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.bench.turns import Step
+from experiments.frameworks.common import ResNet
 
 Precision = Literal["float32", "bfloat16"]
 Task = Literal["training", "inference"]
-ContestantName = Literal["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]
+ContestantName = Literal["jax", "jax.remat", "numpy", "torch", "torch.channels_last", "torch.compile"]
+TASKS: dict[Task, str] = {
+    "training": "training step: loss, gradients, running statistics",
+    "inference": "inference: logits",
+}
 
 
 class Case(NamedTuple):
@@ -30,6 +35,10 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         return f"{self.arch}, batch {self.batch_size} of {self.height}x{self.width}x{self.channels}, {self.precision}"
 
+    @property
+    def network(self) -> ResNet:
+        return ResNet(self.arch, num_classes=self.num_classes, in_channels=self.channels)
+
 
 def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Random images, NHWC, and labels."""
@@ -39,39 +48,36 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numpy_step(case: Case) -> Step:
-    """numpy_ref's fast network. Training returns (loss, running statistics, gradients), inference the logits.
+    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits.
 
     Raises:
       ValueError: for bfloat16, which NumPy does not have.
     """
     if case.precision != "float32":
         raise ValueError(f"NumPy has no {case.precision}")
-    from numpy_ref import fast, layers
+    from experiments.frameworks.numpy import fast, forward_backward, make_resnet
 
-    config = getattr(fast, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
+    config = make_resnet(case.network)
     params, batch_stats = fast.init(config, np.random.default_rng(0))
     images, labels = batch(case)
 
     def training():
-        out, vjp = fast.apply(config, params, batch_stats, images, train=True)
-        losses, loss_vjp = layers.softmax_cross_entropy(out.logits, labels)
-        (dlogits,) = loss_vjp(np.full_like(losses, 1 / len(losses)))
-        grads, _ = vjp(dlogits)
-        return losses.mean(), out.batch_stats, grads
+        (loss, out), (grads, _) = forward_backward(config, params, images, batch_stats, labels, train=True)
+        return loss, out.batch_stats, grads
 
     def inference():
-        out, _ = fast.apply(config, params, batch_stats, images, train=False)
-        return out.logits
+        return fast.apply(config, params, batch_stats, images, train=False)[0].logits
 
     return {"training": training, "inference": inference}[case.task]
 
 
-def jax_step(case: Case, devices: int | None = None) -> Step:
-    """jax_resnet's network under jit. Training returns (loss, running statistics, gradients), inference the logits.
+def jax_program(case: Case, devices: int | None = None, *, remat: bool = False) -> tuple[Any, tuple[Any, ...]]:
+    """jax_resnet's network as a jitted function, and its arguments.
 
     Args:
       case: what to build.
-      devices: the batch is shared among so many; on the first one if None.
+      devices: how many share the batch; None leaves everything on the first one.
+      remat: recompute each block in the backward pass.
 
     Raises:
       ValueError: if there are fewer devices.
@@ -79,38 +85,47 @@ def jax_step(case: Case, devices: int | None = None) -> Step:
     import jax
     import jax.numpy as jnp
 
-    from jax_resnet import resnet
-    from jax_resnet.train import data_mesh, loss_and_logits, replicate, shard_batch
+    from experiments.frameworks.jax import make_gradients, make_resnet, resnet, train
 
-    config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
+    config = make_resnet(case.network)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     images, labels = (jnp.asarray(a) for a in batch(case))
     if devices is not None:
         if devices > jax.device_count():
             raise ValueError(f"{devices} devices: there are {jax.device_count()}")
-        mesh = data_mesh(jax.devices()[:devices])
-        params, batch_stats = replicate((params, batch_stats), mesh)
-        images, labels = shard_batch((images, labels), mesh)
+        mesh = train.data_mesh(jax.devices()[:devices])
+        params, batch_stats = train.replicate((params, batch_stats), mesh)
+        images, labels = train.shard_batch((images, labels), mesh)
     dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
+    if case.task == "training":
+        gradients = make_gradients(config, train=True, dtype=dtype, remat=remat)
+        return gradients, (params, images, batch_stats, labels)
 
     @jax.jit
-    def training(params, batch_stats, images, labels):
-        def loss(params):
-            return loss_and_logits(config, params, batch_stats, images, labels, dtype=dtype)
-
-        (value, (_, new_stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, new_stats, grads
-
-    @jax.jit
-    def inference(params, batch_stats, images, labels):
+    def inference(params, images, batch_stats):
         return resnet.apply(config, params, batch_stats, images, train=False, dtype=dtype).logits
 
-    function = {"training": training, "inference": inference}[case.task]
-    return lambda: jax.block_until_ready(function(params, batch_stats, images, labels))
+    return inference, (params, images, batch_stats)
+
+
+def jax_step(case: Case, devices: int | None = None, *, remat: bool = False) -> Step:
+    """jax_resnet's network under jit; arguments as for `jax_program`, results as for `numpy_step`."""
+    import jax
+
+    function, arguments = jax_program(case, devices, remat=remat)
+
+    def step():
+        results = jax.block_until_ready(function(*arguments))
+        if case.task == "inference":
+            return results
+        (loss, out), grads = results
+        return loss, out.batch_stats, grads
+
+    return step
 
 
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
-    """torchvision's network, on a GPU if there is one, bfloat16 by autocast. Returns what the others do.
+    """torchvision's network, on a GPU if there is one, bfloat16 by autocast; results as for `numpy_step`.
 
     Args:
       case: what to build.
@@ -118,22 +133,19 @@ def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = Fals
       compiled: by torch.compile in place of eager.
     """
     import torch
-    import torchvision
 
-    model = getattr(torchvision.models, case.arch)(num_classes=case.num_classes)
-    if case.channels != 3:
-        model.conv1 = torch.nn.Conv2d(case.channels, 64, 7, 2, 3, bias=False)
-    model.train(case.task == "training")
-    images, labels = batch(case)
-    device = torch_device()
+    from experiments.frameworks.torch import channels_first, device, make_resnet
+
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(device, memory_format=memory_format)
-    images = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=memory_format)
-    labels = torch.from_numpy(labels).to(device)
+    model = make_resnet(case.network, "torchvision").train(case.task == "training")
+    model = model.to(device(), memory_format=memory_format)
+    images, labels = batch(case)
+    images = channels_first(images).to(device()).contiguous(memory_format=memory_format)
+    labels = torch.from_numpy(labels).to(device())
     network = torch.compile(model) if compiled else model
 
     def forward():
-        with torch.autocast(device, torch.bfloat16, enabled=case.precision == "bfloat16"):
+        with torch.autocast(device(), torch.bfloat16, enabled=case.precision == "bfloat16"):
             return network(images)
 
     def training():
@@ -142,22 +154,14 @@ def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = Fals
         loss.backward()
         return loss.detach(), dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()}
 
-    inference = torch.inference_mode()(forward)
-    return finished(device, {"training": training, "inference": inference}[case.task])
+    return finished({"training": training, "inference": torch.inference_mode()(forward)}[case.task])
 
 
-def torch_device() -> str:
-    """ "cuda" where there is one, or "cpu"."""
+def finished(step: Callable[[], Any]) -> Step:
+    """A step of torch that returns when the work is done: a GPU runs behind."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def finished(device: str, step: Callable[[], Any]) -> Step:
-    """A step of torch that returns when its device has done the work: a GPU runs behind."""
-    import torch
-
-    if device == "cpu":
+    if not torch.cuda.is_available():
         return step
 
     def synchronized():
@@ -168,8 +172,9 @@ def finished(device: str, step: Callable[[], Any]) -> Step:
     return synchronized
 
 
-CONTESTANTS: dict[str, Callable[..., Step]] = {
+CONTESTANTS: dict[ContestantName, Callable[..., Step]] = {
     "jax": jax_step,
+    "jax.remat": functools.partial(jax_step, remat=True),
     "numpy": numpy_step,
     "torch": torch_step,
     "torch.channels_last": functools.partial(torch_step, channels_last=True),

@@ -41,8 +41,9 @@ def _bars(axis: plt.Axes, table: Table) -> None:
         values = [table.rows[name].get(column, np.nan) for name in names]
         places = np.arange(len(names)) + (number - (len(table.plotted) - 1) / 2) * height
         errors = None
-        if column == "median ms":
-            spread = np.array([table.rows[name].get("quartiles ms", (np.nan, np.nan)) for name in names]).T
+        if column.startswith("median "):
+            quartiles = column.replace("median", "quartiles")
+            spread = np.array([table.rows[name].get(quartiles, (np.nan, np.nan)) for name in names]).T
             errors = np.abs(spread - np.array(values))
         bars = axis.barh(places, values, height, xerr=errors, label=column, error_kw={"alpha": 0.5})
         axis.bar_label(bars, ["" if np.isnan(v) else as_text(v) for v in values], padding=3, fontsize=8)

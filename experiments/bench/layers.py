@@ -1,8 +1,8 @@
 """Each distinct layer of a network by itself: `python -m experiments.bench layers`.
 
-Convolutions and the dense layer are matrix products at heart, so their speed is told in GFLOP/s and as a share of what
-the best contestant reaches with one large product in the same run. BatchNorm, ReLU and pooling move memory: GB/s, for
-reading the input and writing the output (backward: the gradients too), as if each were touched once.
+Convolutions and the dense layer are matrix products, so their speed is given in GFLOP/s and as a share of what the best
+contestant reaches with one large product in the same run. BatchNorm, ReLU and pooling move memory: their speed is in
+GB/s, for reading the input and writing the output (backward: the gradients too), as if each were touched once.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.bench.contestants import Case, Precision, finished, torch_device
-from experiments.bench.options import NetworkSettings
-from experiments.bench.results import Table
-from experiments.bench.turns import Step, available, compete, started
+from experiments.bench.contestants import Case, Precision, finished
+from experiments.bench.options import BenchSettings
+from experiments.bench.results import Table, ratios_to_best_torch, times
+from experiments.bench.turns import Step, available, compete, measure, started
 from experiments.output.tables import Cell
 
-Pass = Literal["forward", "dx", "dweight"]
-CONVOLUTION_PASSES: tuple[Pass, ...] = ("forward", "dx", "dweight")
+Pass = Literal["forward", "dx", "dweight", "all"]  # all: forward and both gradients at once
 SIDE = 2048  # of the square matrices whose product is the peak
 
 
 class Layer(NamedTuple):
-    """A layer: its kind, how often the network has it, its input (N, H, W, C), and of a convolution the rest."""
+    """A layer.
+
+    count: how often the network has it.
+    shape: of its input, (N, H, W, C).
+    out_channels: 0 if the layer is no product.
+    padding: None stands for half the kernel.
+    """
 
     kind: Literal["conv", "dense", "norm+relu", "max_pool"]
     count: int
@@ -34,24 +39,30 @@ class Layer(NamedTuple):
     out_channels: int = 0
     kernel: int = 1
     stride: int = 1
+    padding: int | None = None
+
+    @property
+    def pads(self) -> int:
+        return self.kernel // 2 if self.padding is None else self.padding
 
     def __str__(self) -> str:
         n, h, w, c = self.shape
         size = f"{n} of {h}x{w}"
         if self.kind in ("conv", "dense"):
             name = f"{self.kernel}x{self.kernel}" if self.kind == "conv" else "dense"
-            return f"{name}{'/2' if self.stride == 2 else ''} {c}->{self.out_channels}, {size}"
+            padding = "" if self.padding is None else f" padding {self.padding}"
+            return f"{name}{'/2' if self.stride == 2 else ''}{padding} {c}->{self.out_channels}, {size}"
         return f"{self.kind} {c}, {size}"
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        n, h, w, c = self.shape
-        out = self.out_channels or c
-        return n, -(-h // self.stride), -(-w // self.stride), out
+        n, *sides, c = self.shape
+        h, w = ((side + 2 * self.pads - self.kernel) // self.stride + 1 for side in sides)
+        return n, h, w, self.out_channels or c
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of each pass; 0 for what is no product."""
+        """Multiplications and additions of each pass, padding included; 0 if the layer is no product."""
         return 2 * self.kernel**2 * self.shape[3] * int(np.prod(self.output_shape)) if self.out_channels else 0
 
     def bytes_moved(self, name: Pass, itemsize: int) -> int:
@@ -59,11 +70,14 @@ class Layer(NamedTuple):
         return itemsize * (x + y if name == "forward" else 2 * x + y)
 
 
+CLASSIC = Layer("conv", 1, (8, 3, 5, 4), 2, kernel=3, padding=3)  # the small convolution of the project's origins
+
+
 def distinct_layers(case: Case) -> list[Layer]:
     """The layers of a network from stem to head, equal ones counted."""
-    from jax_resnet import resnet
+    from experiments.frameworks.jax import make_resnet, resnet
 
-    config = getattr(resnet, case.arch)(num_classes=case.num_classes, in_channels=case.channels)
+    config = make_resnet(case.network)
     found: dict[Layer, int] = {}
 
     def add(layer: Layer) -> tuple[int, int]:
@@ -88,8 +102,8 @@ def distinct_layers(case: Case) -> list[Layer]:
 
 
 def passes(layer: Layer) -> tuple[Pass, ...]:
-    """What is measured of it: for what is no product, forward and the input's gradient."""
-    return CONVOLUTION_PASSES if layer.operations else ("forward", "dx")
+    """What is measured of a layer of a network."""
+    return ("forward", "dx", "dweight") if layer.operations else ("forward", "dx")
 
 
 def operands(layer: Layer) -> dict[str, np.ndarray]:
@@ -103,23 +117,41 @@ def operands(layer: Layer) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
+def numpy_layer(layer: Layer, name: Pass, precision: Precision, *, function: str = "conv2d") -> Step:
+    """A convolution of numpy_ref.layers, by the function's name; its vjp computes both gradients at once.
+
+    Raises:
+      ValueError: for bfloat16, which NumPy does not have.
+    """
+    from numpy_ref import layers
+
+    if precision != "float32":
+        raise ValueError(f"NumPy has no {precision}")
+    arrays = operands(layer)
+
+    def step():
+        y, vjp = getattr(layers, function)(arrays["x"], arrays["weight"], stride=layer.stride, padding=layer.pads)
+        return y, *vjp(arrays["dy"])[:2]
+
+    return step
+
+
 def jax_layer(layer: Layer, name: Pass, precision: Precision) -> Step:
-    """jax_resnet's layer under jit; backward passes alone, the forward pass before them not timed."""
+    """jax_resnet's layer under jit; dx and dweight are timed without the forward pass before them."""
     import jax
     import jax.numpy as jnp
 
     from jax_resnet import layers
 
     arrays = {key: jnp.asarray(array) for key, array in operands(layer).items()}
-    if layer.kind != "norm+relu":
-        arrays = {key: array.astype(precision) for key, array in arrays.items()}
-    else:
-        arrays |= {key: arrays[key].astype(precision) for key in ("x", "dy")}
+    cast = arrays if layer.kind != "norm+relu" else ("x", "dy")
+    arrays |= {key: arrays[key].astype(precision) for key in cast}
+    x, weight, dy = arrays["x"], arrays["weight"], arrays["dy"]
 
     def forward(x, weight):
         match layer.kind:
             case "conv":
-                return layers.conv2d(x, weight, stride=layer.stride, padding=layer.kernel // 2)
+                return layers.conv2d(x, weight, stride=layer.stride, padding=layer.pads)
             case "dense":
                 return layers.dense(x.reshape(len(x), -1), weight[0, 0]).reshape(layer.output_shape)
             case "max_pool":
@@ -127,47 +159,57 @@ def jax_layer(layer: Layer, name: Pass, precision: Precision) -> Step:
         zeros, ones = jnp.zeros_like(weight), jnp.ones_like(weight)
         return layers.relu(layers.batch_norm(x, weight, arrays["bias"], zeros, ones, train=True)[0])
 
-    x, weight, dy = arrays["x"], arrays["weight"], arrays["dy"]
-    if name == "forward":
-        function = jax.jit(forward)
-        return lambda: jax.block_until_ready(function(x, weight))
-    # By x or by the weight alone, so that XLA leaves out what nobody asked for; what the forward pass keeps goes in.
-    along = (lambda x: forward(x, weight)) if name == "dx" else (lambda weight: forward(x, weight))
-    _, gradient = jax.jit(functools.partial(jax.vjp, along))(x if name == "dx" else weight)
-    function = jax.jit(lambda gradient, dy: gradient(dy))
-    return lambda: jax.block_until_ready(function(gradient, dy))
+    def all_at_once(x, weight, dy):
+        y, vjp = jax.vjp(forward, x, weight)
+        return y, *vjp(dy)
+
+    if name in ("forward", "all"):
+        function, arguments = (forward, (x, weight)) if name == "forward" else (all_at_once, (x, weight, dy))
+    else:
+        # By x or by the weight alone, so that XLA omits the other gradient; what the forward pass keeps is an argument.
+        along = (lambda x: forward(x, weight)) if name == "dx" else (lambda weight: forward(x, weight))
+        _, gradient = jax.jit(functools.partial(jax.vjp, along))(x if name == "dx" else weight)
+        function, arguments = (lambda gradient, dy: gradient(dy)), (gradient, dy)
+    compiled = jax.jit(function)
+    return lambda: jax.block_until_ready(compiled(*arguments))
 
 
 def torch_layer(layer: Layer, name: Pass, precision: Precision, *, channels_last: bool = False) -> Step:
-    """PyTorch's layer, in NCHW or channels_last; backward passes by autograd, the forward pass before it not timed."""
+    """PyTorch's layer, in NCHW or channels_last; dx and dweight by autograd, the forward pass before them not timed."""
     import torch
     from torch.nn import functional as F
 
-    device, dtype = torch_device(), getattr(torch, precision)
+    from experiments.frameworks.torch import device
+
+    dtype = getattr(torch, precision)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    arrays = {key: torch.from_numpy(array).to(device) for key, array in operands(layer).items()}
+    arrays = {key: torch.from_numpy(array).to(device()) for key, array in operands(layer).items()}
     x, dy = (arrays[k].to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=memory_format) for k in ("x", "dy"))
     weight = arrays["weight"]
     if layer.out_channels:
         weight = weight.to(dtype).permute(3, 2, 0, 1).contiguous(memory_format=memory_format)
-    x.requires_grad_(name == "dx")
-    weight.requires_grad_(name == "dweight")
+    x.requires_grad_(name in ("dx", "all"))
+    weight.requires_grad_(name in ("dweight", "all"))
 
     def forward():
         match layer.kind:
             case "conv":
-                return F.conv2d(x, weight, stride=layer.stride, padding=layer.kernel // 2)
+                return F.conv2d(x, weight, stride=layer.stride, padding=layer.pads)
             case "dense":
                 return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
             case "max_pool":
                 return F.max_pool2d(x, 3, 2, 1)
         return F.relu(F.batch_norm(x, None, None, weight, arrays["bias"], training=True))
 
-    if name == "forward":
-        return finished(device, torch.inference_mode()(forward))
+    def all_at_once():
+        y = forward()
+        return y, *torch.autograd.grad(y, (x, weight), dy)
+
+    if name in ("forward", "all"):
+        return finished(torch.inference_mode()(forward) if name == "forward" else all_at_once)
     wanted = x if name == "dx" else weight
     y = forward()
-    return finished(device, lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
+    return finished(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
 
 
 def jax_product(precision: Precision) -> Step:
@@ -184,8 +226,10 @@ def torch_product(precision: Precision) -> Step:
     """One large matrix product."""
     import torch
 
-    a = torch.ones((SIDE, SIDE), dtype=getattr(torch, precision), device=torch_device())
-    return finished(torch_device(), lambda: a @ a)
+    from experiments.frameworks.torch import device
+
+    a = torch.ones((SIDE, SIDE), dtype=getattr(torch, precision), device=device())
+    return finished(lambda: a @ a)
 
 
 CONTESTANTS: dict[str, Callable[..., Step]] = {
@@ -193,65 +237,91 @@ CONTESTANTS: dict[str, Callable[..., Step]] = {
     "torch": torch_layer,
     "torch.channels_last": functools.partial(torch_layer, channels_last=True),
 }
+NUMPY_FORMS: dict[str, Callable[..., Step]] = {
+    "numpy.loops": functools.partial(numpy_layer, function="conv2d_loops"),
+    "numpy": numpy_layer,
+    "numpy.unfolded": functools.partial(numpy_layer, function="conv2d_unfolded"),
+}
 PRODUCTS = {"jax": jax_product, "torch": torch_product, "torch.channels_last": torch_product}
 
 
 @dataclasses.dataclass(frozen=True)
-class LayersBench(NetworkSettings):
+class LayersBench(BenchSettings):
     """Time each distinct layer of a network: forward, input gradient (dx), weight gradient (dweight).
 
-    "share" is of the fastest matrix product of any contestant, 2048 x 2048 x 2048, measured in the same run. The last
-    table is how long all layers of the network take together, which leaves out what a compiler gains or loses in
-    between. "forward" is in the form for inference; training may take another one (`jax_resnet.cpu`).
+    "share" is relative to the fastest matrix product of any contestant, 2048 x 2048 x 2048, measured in the same run.
+    "forward" is in the form for inference; training may take another one (`jax_resnet.cpu`). The table before
+    the layers is a small convolution, forward and backward, in which NumPy takes part. The last table is how long all
+    layers of the network take together, without what a compiler gains or loses between them.
     """
 
     contestants: tuple[Literal["jax", "torch", "torch.channels_last"], ...] = tuple(CONTESTANTS)
     """Who takes part."""
     iterations: int = 5
-    """Iterations a turn, after a tenth of them (at least one) to warm up."""
+    """Iterations a turn, after a tenth of them (at least one) to warm up; twenty times as many of the small one."""
 
+    def run(self) -> Iterator[Table]:
+        """A table of the matrix product that is the peak, one for each layer, and one of all layers together."""
+        names = available(self.contestants)
+        yield self._small_convolution(names)
+        with started(names, self.threads) as contestants:
 
-def run_layers_bench(bench: LayersBench) -> Iterator[Table]:
-    """A table of the matrix product that is the peak, one for each layer, and one of all layers together."""
-    names = available(bench.contestants)
-    layers = distinct_layers(bench.case)
-    itemsize = 2 if bench.precision == "bfloat16" else 4
-    with started(names, bench.threads) as contestants:
+            def seconds_of(makers: dict[str, Callable[..., Step]], *arguments: Any) -> dict[str, np.ndarray]:
+                make_steps = {name: functools.partial(makers[name], *arguments, self.precision) for name in names}
+                results = compete(contestants, make_steps, self.rounds, self.iterations)
+                return {name: result.seconds for name, result in results.items()}
 
-        def measure(makers: dict[str, Callable[..., Step]], *arguments: Any) -> dict[str, np.ndarray]:
-            make_steps = {name: functools.partial(makers[name], *arguments, bench.precision) for name in names}
-            results = compete(contestants, make_steps, bench.rounds, bench.iterations)
-            return {name: result.seconds for name, result in results.items()}
-
-        products = measure(PRODUCTS)
-        speeds = {name: 2 * SIDE**3 / float(np.median(seconds)) / 1e9 for name, seconds in products.items()}
-        yield Table(
-            f"matrix product {SIDE}x{SIDE}x{SIDE}, {bench.precision}",
-            {name: {"GFLOP/s": speed} for name, speed in speeds.items()},
-            ("GFLOP/s",),
-            products,
-        )
-        peak = max(speeds.values())
-        totals: dict[str, dict[str, float]] = {name: {} for name in names}
-        for layer in layers:
-            rows: dict[str, dict[str, Cell]] = {}
-            all_seconds = {}
-            for name in passes(layer):
-                for contestant, times in measure(CONTESTANTS, layer, name).items():
-                    all_seconds[f"{contestant}, {name}"] = times
-                    seconds = float(np.median(times))
-                    row = rows.setdefault(contestant, {})
-                    row[f"{name} ms"] = 1e3 * seconds
-                    if layer.operations:
-                        speed = layer.operations / seconds / 1e9
-                        row |= {f"{name} GFLOP/s": speed, f"{name} share": speed / peak}
-                    else:
-                        row[f"{name} GB/s"] = layer.bytes_moved(name, itemsize) / seconds / 1e9
-                    total = totals[contestant]
-                    kind = f"{'products' if layer.operations else 'other'} {name} ms"
-                    total[kind] = total.get(kind, 0) + 1e3 * layer.count * seconds
-            unit = "GFLOP/s" if layer.operations else "GB/s"
-            yield Table(f"{layer}, x{layer.count}", rows, [f"{name} {unit}" for name in passes(layer)], all_seconds)
+            products = seconds_of(PRODUCTS)
+            speeds = {name: 2 * SIDE**3 / float(np.median(seconds)) / 1e9 for name, seconds in products.items()}
+            yield Table(
+                f"matrix product {SIDE}x{SIDE}x{SIDE}, {self.precision}",
+                {name: {"GFLOP/s": speed} for name, speed in speeds.items()},
+                ("GFLOP/s",),
+                products,
+            )
+            totals: dict[str, dict[str, float]] = {name: {} for name in names}
+            for layer in distinct_layers(self.case):
+                measured = {name: seconds_of(CONTESTANTS, layer, name) for name in passes(layer)}
+                yield self._layer_table(layer, measured, max(speeds.values()), totals)
         for total in totals.values():
             total["sum ms"] = sum(total.values())
-        yield Table(f"{bench.case}: all layers together, each as often as the network has it", totals, ("sum ms",))
+        yield Table(f"{self.case}: all layers together, each as often as the network has it", totals, ("sum ms",))
+
+    def _layer_table(
+        self,
+        layer: Layer,
+        measured: dict[Pass, dict[str, np.ndarray]],
+        peak: float,
+        totals: dict[str, dict[str, float]],
+    ) -> Table:
+        """The table of a layer, from seconds by pass and contestant; adds them to the totals."""
+        itemsize = 2 if self.precision == "bfloat16" else 4
+        unit = "GFLOP/s" if layer.operations else "GB/s"
+        rows: dict[str, dict[str, Cell]] = {}
+        for name, of_contestants in measured.items():
+            work = layer.operations or layer.bytes_moved(name, itemsize)
+            for contestant, times_taken in of_contestants.items():
+                seconds = float(np.median(times_taken))
+                row = rows.setdefault(contestant, {})
+                row |= {f"{name} ms": 1e3 * seconds, f"{name} {unit}": work / seconds / 1e9}
+                if layer.operations:
+                    row[f"{name} share"] = work / seconds / 1e9 / peak
+                kind = f"{'products' if layer.operations else 'other'} {name} ms"
+                totals[contestant][kind] = totals[contestant].get(kind, 0) + 1e3 * layer.count * seconds
+        all_seconds = {f"{contestant}, {name}": t for name, of in measured.items() for contestant, t in of.items()}
+        return Table(f"{layer}, x{layer.count}", rows, [f"{name} {unit}" for name in measured], all_seconds)
+
+    def _small_convolution(self, names: list[str]) -> Table:
+        """A convolution that takes microseconds; ratios are to the fastest form of PyTorch."""
+        makers = NUMPY_FORMS | {name: CONTESTANTS[name] for name in names}
+        make_steps = {name: functools.partial(make, CLASSIC, "all", self.precision) for name, make in makers.items()}
+        results = measure(make_steps, self.rounds, 20 * self.iterations, self.threads)
+        seconds = {name: result.seconds.mean(1) for name, result in results.items()}
+        ratios = ratios_to_best_torch(seconds)
+        rows: dict[str, dict[str, Cell]] = {}
+        for name, of_turns in seconds.items():
+            rows[name] = {"ratio": ratios[name]} if ratios else {}
+            rows[name] |= times(of_turns, "us")
+            rows[name]["GFLOP/s"] = 3 * CLASSIC.operations / float(np.median(of_turns)) / 1e9
+        title = f"{CLASSIC}, {self.precision}; forward and backward (gradients of x and weight)"
+        return Table(title, rows, ("median us",), {name: result.seconds for name, result in results.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,7 +48,8 @@ def ratios_to_best_torch(seconds: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.median(seconds[name] / seconds[best])) for name in seconds}
 
 
-def times_in_ms(seconds: np.ndarray) -> dict[str, Cell]:
+def times(seconds: np.ndarray, unit: Literal["ms", "us"] = "ms") -> dict[str, Cell]:
     """The median of any number of times and their quartiles."""
-    low, middle, high = (float(t) for t in 1e3 * np.percentile(seconds, [25, 50, 75]))
-    return {"median ms": middle, "quartiles ms": (low, high)}
+    scale = {"ms": 1e3, "us": 1e6}[unit]
+    low, middle, high = (float(t) for t in scale * np.percentile(seconds, [25, 50, 75]))
+    return {f"median {unit}": middle, f"quartiles {unit}": (low, high)}

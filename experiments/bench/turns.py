@@ -1,7 +1,7 @@
 """Contestants in processes of their own, which take turns.
 
-Processes of their own, since thread pools would get into one another's way, and since memory is counted by process. A
-contestant measures when it is told to.
+Each has its own process because thread pools would get in one another's way, and because memory is counted by process.
+A contestant measures when it is told to.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from experiments.cli import FailedError
 from experiments.machine import give_back_freed_memory
 
 Step = Callable[[], Any]  # what is timed; tests look at what it returns
@@ -27,20 +28,21 @@ MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or funct
 
 # By framework, the part of a contestant's name before the first dot: what it imports before it builds anything.
 MODULES = {
-    "numpy": ("numpy", "numpy_ref.fast"),
-    "jax": ("jax", "jax_resnet.train"),
-    "torch": ("torch", "torchvision"),
+    "numpy": ("numpy", "experiments.frameworks.numpy"),
+    "jax": ("jax", "experiments.frameworks.jax"),
+    "torch": ("torch", "torchvision", "experiments.frameworks.torch"),
 }
+NOBODY_LEFT = "nobody is left to measure"
 PAUSE = 0.05  # seconds between turns: OpenBLAS's threads keep a core busy for some 30 ms after their last product
 
 
 class Result(NamedTuple):
-    """What was measured of a contestant.
+    """The measurements of a contestant.
 
     first_step: seconds, compilation included.
     seconds: (rounds, steps), of each step.
-    memory_before: MB that its process held with its libraries imported, before anything was built.
-    peak_memory: MB that it held at most: libraries, weights and all.
+    memory_before: MB that its process held once its libraries were imported, before anything was built; 0 on a GPU.
+    peak_memory: MB that it held at most, libraries included; on a GPU what the framework allocated there.
     """
 
     first_step: float
@@ -70,7 +72,7 @@ class Contestant:
         """Makes the step that is to be measured and runs it once; returns the seconds of that first step.
 
         Raises:
-          RuntimeError: if it fails, with its message; as does `measure`.
+          FailedError: if it fails, with its message; as does `measure`.
         """
         return self._ask(make_step)
 
@@ -81,16 +83,16 @@ class Contestant:
     def _ask(self, request: MakeStep | int):
         with contextlib.suppress(BrokenPipeError):  # it has died: receiving says so
             self._connection.send(request)
-        answer, self.peak_memory = self._receive()
+        answer, self.memory_before, self.peak_memory = self._receive()
         return answer
 
     def _receive(self):
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            raise RuntimeError(f"{self.name} ended without a word") from None
+            raise FailedError(f"{self.name} ended without a word") from None
         if isinstance(answer, Exception):
-            raise RuntimeError(f"{self.name}: {answer}")
+            raise FailedError(f"{self.name}: {answer}")
         return answer
 
     def close(self) -> None:
@@ -106,15 +108,21 @@ def framework(name: str) -> str:
 
 
 def available(names: Sequence[str]) -> list[str]:
-    """Those contestants that can run here; the others are named, with the packages that are not installed."""
+    """The contestants that can run here; prints the others, with the packages that are not installed.
+
+    Raises:
+      ValueError: if none can.
+    """
     found = []
     for name in names:
-        packages = {module.split(".")[0] for module in MODULES[framework(name)]}
+        packages = {module.split(".")[0] for module in MODULES[framework(name)]} - {"experiments"}
         missing = sorted(package for package in packages if importlib.util.find_spec(package) is None)
         if missing:
             print(f"left out: {name}, without {' and '.join(missing)} installed")
         else:
             found.append(name)
+    if not found:
+        raise ValueError(NOBODY_LEFT)
     return found
 
 
@@ -135,10 +143,10 @@ def started(
 
 @contextlib.contextmanager
 def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Binds this process to so many cores and sets variables, for as long as the context; what it starts inherits both.
+    """Binds this process to so many cores and sets variables while the context lasts; what it starts inherits both.
 
-    Cores rather than each library's own setting, since all of them count the cores that they may use; OpenMP's besides,
-    where a system cannot bind a process to cores.
+    All libraries count the cores that they may use, so none needs a setting of its own. OpenMP's variable is set as
+    well, for systems that cannot bind a process to cores.
     """
     if threads is not None:
         environment = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
@@ -159,7 +167,7 @@ def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> 
 def compete(
     contestants: Sequence[Contestant], make_steps: dict[str, MakeStep], rounds: int, steps: int
 ) -> dict[str, Result]:
-    """Lets the contestants take turns at their steps; those that fail at their first one are named and left out.
+    """Lets the contestants take turns at their steps; prints who fails at the first one and leaves them out.
 
     Args:
       contestants: as started.
@@ -174,10 +182,10 @@ def compete(
     for contestant in contestants:  # one after the other: compiling needs all cores
         try:
             first[contestant] = contestant.build(make_steps[contestant.name])
-        except RuntimeError as error:
+        except FailedError as error:
             print(f"left out: {error}")
     if not first:
-        raise ValueError("nobody is left to measure")
+        raise ValueError(NOBODY_LEFT)
     seconds = {contestant: [] for contestant in first}
     turns = collections.deque(first)
     for _ in tqdm(range(rounds), desc="rounds", leave=False):
@@ -186,6 +194,18 @@ def compete(
             time.sleep(PAUSE)
             seconds[contestant].append(contestant.measure(steps))
     return {c.name: Result(first[c], np.array(seconds[c]), c.memory_before, c.peak_memory) for c in first}
+
+
+def measure(
+    make_steps: dict[str, MakeStep],
+    rounds: int,
+    steps: int,
+    threads: int | None,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Result]:
+    """`compete` in new processes."""
+    with started(list(make_steps), threads, environment) as contestants:
+        return compete(contestants, make_steps, rounds, steps)
 
 
 def _serve(connection: Connection, name: str) -> None:
@@ -202,19 +222,19 @@ def _serve(connection: Connection, name: str) -> None:
             step()
         return [_seconds(step) for _ in range(request)]
 
+    def prepare() -> float:
+        for module in MODULES[framework(name)]:
+            importlib.import_module(module)
+        return _memory("VmRSS")
+
     try:
-        _send(connection, lambda: _prepare(framework(name)))
+        _send(connection, prepare)
+        before = _memory("VmRSS")
         while True:
             request = connection.recv()
-            _send(connection, lambda request=request: (answer(request), _peak_memory(framework(name))))
+            _send(connection, lambda request=request: (answer(request), *_memory_use(framework(name), before)))
     except EOFError:  # the parent is gone
         pass
-
-
-def _prepare(framework: str) -> float:
-    for module in MODULES[framework]:
-        importlib.import_module(module)
-    return _memory("VmRSS")
 
 
 def _send(connection: Connection, answer: Callable[[], Any]) -> None:
@@ -231,25 +251,26 @@ def _seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(framework: str) -> float:
-    """MB: of the GPU where the framework runs on one, else of the process."""
+def _memory_use(framework: str, before: float) -> tuple[float, float]:
+    """MB before anything was built and at the peak: of the GPU if the framework runs on one, else of the process."""
     if framework == "torch":
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 1e6
+            return 0.0, torch.cuda.max_memory_allocated() / 1e6
     if framework == "jax":
         import jax
 
         if jax.default_backend() != "cpu":
-            return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan")) / 1e6
-    return _memory("VmHWM")
+            stats = jax.local_devices()[0].memory_stats() or {}
+            return 0.0, stats.get("peak_bytes_in_use", float("nan")) / 1e6
+    return before, _memory("VmHWM")
 
 
 def _memory(field: Literal["VmRSS", "VmHWM"]) -> float:
     """MB that this process holds (VmRSS) or has held at most (VmHWM); nan on systems without Linux's /proc.
 
-    Not getrusage's ru_maxrss: on Linux a process starts with that of the one that started it.
+    getrusage's ru_maxrss would not do: on Linux a process inherits its parent's.
     """
     try:
         with open("/proc/self/status") as file:

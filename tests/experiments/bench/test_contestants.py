@@ -10,18 +10,13 @@ from flax.traverse_util import flatten_dict
 
 import jax_resnet.resnet
 import numpy_ref.fast
-from experiments.bench import contestants, conv2d, layers
+from experiments.bench import contestants, layers
 from experiments.describe import layer_rows
 from jax_resnet import weights
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
-CONV2D_CASES = [
-    conv2d.Case(6, 7, 3, 5, kernel=3, stride=2, padding=1, batch_size=2),
-    conv2d.Case(5, 4, 2, 3, kernel=1, stride=1, padding=0, batch_size=2),
-    conv2d.CLASSIC._replace(batch_size=2),
-]
 CASE = contestants.Case("resnet18", 8, 32, 32)
 
 
@@ -69,34 +64,12 @@ def test_networks_compute_the_same(task):
     layouts as well.
     """
     expected = network_results("numpy", task)
-    for name in ("jax", "torch", "torch.channels_last") if TORCH else ("jax",):
+    for name in ("jax", "jax.remat", "torch", "torch.channels_last") if TORCH else ("jax", "jax.remat"):
         results = network_results(name, task)
         assert results.keys() == expected.keys()
         for key, reference in expected.items():
             tolerance = 1e-10 * np.abs(reference).max()
             np.testing.assert_allclose(results[key], reference, rtol=0, atol=tolerance, err_msg=f"{name}: {key}")
-
-
-CONV2D_AXES = [(0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0), (0,)]  # of y, dx, dweight and dbias: PyTorch's to ours
-
-
-@pytest.mark.parametrize("case", CONV2D_CASES, ids=str)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=needs_torch if name.startswith("torch") else ())
-        for name in conv2d.CONTESTANTS
-        if name != "numpy.loops"
-    ],
-)
-def test_conv2d_contestants_compute_the_same(name, case):
-    """float32 sums of at most some hundred terms; 1e-4 of the largest entry is far below any mistake."""
-    results = conv2d.CONTESTANTS[name](case)()
-    if name.startswith("torch"):
-        results = [r.detach().numpy().transpose(axes) for r, axes in zip(results, CONV2D_AXES, strict=True)]
-    expected = conv2d.CONTESTANTS["numpy.loops"](case)()
-    for result, reference in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
 
 def test_the_layers_of_a_network_are_all_there():
@@ -117,6 +90,21 @@ LAYERS = [
     layers.Layer("max_pool", 1, (2, 6, 7, 3), kernel=3, stride=2),
     layers.Layer("dense", 1, (2, 1, 1, 3), 5),
 ]
+
+
+@pytest.mark.parametrize("name", ["numpy", "numpy.unfolded", "jax", "torch", "torch.channels_last"])
+def test_small_convolutions_compute_the_same(name):
+    """y, dx and dweight of the plain loops; float32 sums of at most some hundred terms."""
+    if name.startswith("torch") and not TORCH:
+        pytest.skip("needs the extra torch")
+    make = (layers.NUMPY_FORMS | layers.CONTESTANTS)[name]
+    results = make(layers.CLASSIC, "all", "float32")()
+    if name.startswith("torch"):
+        axes = [(0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0)]
+        results = [r.detach().numpy().transpose(a) for r, a in zip(results, axes, strict=True)]
+    expected = layers.NUMPY_FORMS["numpy.loops"](layers.CLASSIC, "all", "float32")()
+    for result, reference in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
 
 
 @needs_torch
