@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import tyro
-
-from experiments.cli import Arch, exit_code, parse_image_size
+from experiments.cli import Arch, exit_code, parse, parse_image_size
 from experiments.output.tables import print_table
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ def describe(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: tyro.cli(describe, args=arguments, prog="python -m experiments.describe"))
+    return exit_code(lambda: parse(describe, arguments, "describe"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from experiments.bench.turns import Step, available, compete, measure, started
 from experiments.output.tables import Cell
 
 Pass = Literal["forward", "dx", "dweight", "all"]  # all: forward and both gradients at once
-SIDE = 2048  # of the square matrices whose product is the peak
 
 
 class Layer(NamedTuple):
@@ -70,6 +69,7 @@ class Layer(NamedTuple):
         return itemsize * (x + y if name == "forward" else 2 * x + y)
 
 
+PEAK = Layer("dense", 1, (2048, 1, 1, 2048), 2048)  # the product of two square matrices
 CLASSIC = Layer("conv", 1, (8, 3, 5, 4), 2, kernel=3, padding=3)  # the small convolution of the project's origins
 
 
@@ -212,26 +212,6 @@ def torch_layer(layer: Layer, name: Pass, precision: Precision, *, channels_last
     return finished(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
 
 
-def jax_product(precision: Precision) -> Step:
-    """One large matrix product."""
-    import jax
-    import jax.numpy as jnp
-
-    a = jnp.ones((SIDE, SIDE), precision)
-    product = jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready(product(a, a))
-
-
-def torch_product(precision: Precision) -> Step:
-    """One large matrix product."""
-    import torch
-
-    from experiments.frameworks.torch import device
-
-    a = torch.ones((SIDE, SIDE), dtype=getattr(torch, precision), device=device())
-    return finished(lambda: a @ a)
-
-
 CONTESTANTS: dict[str, Callable[..., Step]] = {
     "jax": jax_layer,
     "torch": torch_layer,
@@ -242,7 +222,6 @@ NUMPY_FORMS: dict[str, Callable[..., Step]] = {
     "numpy": numpy_layer,
     "numpy.unfolded": functools.partial(numpy_layer, function="conv2d_unfolded"),
 }
-PRODUCTS = {"jax": jax_product, "torch": torch_product, "torch.channels_last": torch_product}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,22 +245,19 @@ class LayersBench(BenchSettings):
         yield self._small_convolution(names)
         with started(names, self.threads) as contestants:
 
-            def seconds_of(makers: dict[str, Callable[..., Step]], *arguments: Any) -> dict[str, np.ndarray]:
-                make_steps = {name: functools.partial(makers[name], *arguments, self.precision) for name in names}
+            def seconds_of(layer: Layer, which: Pass) -> dict[str, np.ndarray]:
+                arguments = (layer, which, self.precision)
+                make_steps = {name: functools.partial(CONTESTANTS[name], *arguments) for name in names}
                 results = compete(contestants, make_steps, self.rounds, self.iterations)
                 return {name: result.seconds for name, result in results.items()}
 
-            products = seconds_of(PRODUCTS)
-            speeds = {name: 2 * SIDE**3 / float(np.median(seconds)) / 1e9 for name, seconds in products.items()}
-            yield Table(
-                f"matrix product {SIDE}x{SIDE}x{SIDE}, {self.precision}",
-                {name: {"GFLOP/s": speed} for name, speed in speeds.items()},
-                ("GFLOP/s",),
-                products,
-            )
+            products = seconds_of(PEAK, "forward")
+            speeds = {name: PEAK.operations / float(np.median(t)) / 1e9 for name, t in products.items()}
+            rows = {name: {"GFLOP/s": speed} for name, speed in speeds.items()}
+            yield Table(f"matrix product 2048x2048x2048, {self.precision}", rows, ("GFLOP/s",), products)
             totals: dict[str, dict[str, float]] = {name: {} for name in names}
             for layer in distinct_layers(self.case):
-                measured = {name: seconds_of(CONTESTANTS, layer, name) for name in passes(layer)}
+                measured = {name: seconds_of(layer, name) for name in passes(layer)}
                 yield self._layer_table(layer, measured, max(speeds.values()), totals)
         for total in totals.values():
             total["sum ms"] = sum(total.values())

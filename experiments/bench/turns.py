@@ -14,7 +14,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -58,15 +59,11 @@ class Contestant:
     """
 
     def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
-        """Starts it, on so many cores (all if None), with these variables besides the ones that are set."""
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name), daemon=True)
-        with bound(threads, environment):
-            self._process.start()
-        theirs.close()
+        """Starts it, on so many cores (all if None), with these additional variables."""
         self.name = name
-        self.memory_before = self.peak_memory = self._receive()
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with bound(threads, environment):
+            self._ask(_prepare, framework(name))
 
     def build(self, make_step: MakeStep) -> float:
         """Makes the step that is to be measured and runs it once; returns the seconds of that first step.
@@ -74,32 +71,93 @@ class Contestant:
         Raises:
           FailedError: if it fails, with its message; as does `measure`.
         """
-        return self._ask(make_step)
+        return self._ask(_build, make_step)
 
     def measure(self, steps: int) -> list[float]:
         """Runs a tenth of the steps, at least one, to warm up after the others' turns; returns the seconds of each."""
-        return self._ask(steps)
+        return self._ask(_measure, steps)
 
-    def _ask(self, request: MakeStep | int):
-        with contextlib.suppress(BrokenPipeError):  # it has died: receiving says so
-            self._connection.send(request)
-        answer, self.memory_before, self.peak_memory = self._receive()
-        return answer
-
-    def _receive(self):
+    def _ask(self, function: Callable[[Any], Any], argument: Any) -> Any:
         try:
-            answer = self._connection.recv()
-        except (EOFError, ConnectionResetError):
+            answer, (self.memory_before, self.peak_memory) = self._process.submit(_answer, function, argument).result()
+        except BrokenProcessPool:
             raise FailedError(f"{self.name} ended without a word") from None
-        if isinstance(answer, Exception):
-            raise FailedError(f"{self.name}: {answer}")
+        except RuntimeError as error:
+            raise FailedError(f"{self.name}: {error}") from None
         return answer
 
     def close(self) -> None:
-        self._connection.close()  # which ends the process by itself, unless it hangs
-        self._process.join(timeout=10)
-        self._process.kill()
-        self._process.join()
+        self._process.shutdown()
+
+
+# In the contestant's process:
+
+_state: dict[str, Any] = {}  # "framework", "memory": before anything was built, "step"
+
+
+def _answer(function: Callable[[Any], Any], argument: Any) -> tuple[Any, tuple[float, float]]:
+    """What the function returns, and the memory so far; any error as a RuntimeError, since not all can be pickled."""
+    try:
+        return function(argument), _memory_use(_state["framework"], _state["memory"])
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _prepare(framework: str) -> None:
+    for module in MODULES[framework]:
+        importlib.import_module(module)
+    _state.update(framework=framework, memory=_memory("VmRSS"))
+
+
+def _build(make_step: MakeStep) -> float:
+    _state.pop("step", None)  # the memory of the one before
+    _state["step"] = make_step()
+    give_back_freed_memory()  # of drawing the weights
+    return _seconds(_state["step"])
+
+
+def _measure(steps: int) -> list[float]:
+    for _ in range(max(1, steps // 10)):
+        _state["step"]()
+    return [_seconds(_state["step"]) for _ in range(steps)]
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _memory_use(framework: str, before: float) -> tuple[float, float]:
+    """MB before anything was built and at the peak: of the GPU if the framework runs on one, else of the process."""
+    if framework == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return 0.0, torch.cuda.max_memory_allocated() / 1e6
+    if framework == "jax" and "step" in _state:  # before that, to ask would start JAX
+        import jax
+
+        if jax.default_backend() != "cpu":
+            stats = jax.local_devices()[0].memory_stats() or {}
+            return 0.0, stats.get("peak_bytes_in_use", float("nan")) / 1e6
+    return before, _memory("VmHWM")
+
+
+def _memory(field: Literal["VmRSS", "VmHWM"]) -> float:
+    """MB that this process holds (VmRSS) or has held at most (VmHWM); nan on systems without Linux's /proc.
+
+    getrusage's ru_maxrss would not do: on Linux a process inherits its parent's.
+    """
+    try:
+        with open("/proc/self/status") as file:
+            kilobytes = next(line.split()[1] for line in file if line.startswith(field))
+    except OSError:
+        return float("nan")
+    return int(kilobytes) * 1024 / 1e6
+
+
+# In the process that compares:
 
 
 def framework(name: str) -> str:
@@ -206,75 +264,3 @@ def measure(
     """`compete` in new processes."""
     with started(list(make_steps), threads, environment) as contestants:
         return compete(contestants, make_steps, rounds, steps)
-
-
-def _serve(connection: Connection, name: str) -> None:
-    step = None
-
-    def answer(request: MakeStep | int) -> float | list[float]:
-        nonlocal step
-        if callable(request):
-            step = None  # the memory of the one before
-            step = request()
-            give_back_freed_memory()  # of drawing the weights
-            return _seconds(step)
-        for _ in range(max(1, request // 10)):
-            step()
-        return [_seconds(step) for _ in range(request)]
-
-    def prepare() -> float:
-        for module in MODULES[framework(name)]:
-            importlib.import_module(module)
-        return _memory("VmRSS")
-
-    try:
-        _send(connection, prepare)
-        before = _memory("VmRSS")
-        while True:
-            request = connection.recv()
-            _send(connection, lambda request=request: (answer(request), *_memory_use(framework(name), before)))
-    except EOFError:  # the parent is gone
-        pass
-
-
-def _send(connection: Connection, answer: Callable[[], Any]) -> None:
-    """Sends an answer, or the error met on the way to it."""
-    try:
-        connection.send(answer())
-    except Exception as error:
-        connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def _memory_use(framework: str, before: float) -> tuple[float, float]:
-    """MB before anything was built and at the peak: of the GPU if the framework runs on one, else of the process."""
-    if framework == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return 0.0, torch.cuda.max_memory_allocated() / 1e6
-    if framework == "jax":
-        import jax
-
-        if jax.default_backend() != "cpu":
-            stats = jax.local_devices()[0].memory_stats() or {}
-            return 0.0, stats.get("peak_bytes_in_use", float("nan")) / 1e6
-    return before, _memory("VmHWM")
-
-
-def _memory(field: Literal["VmRSS", "VmHWM"]) -> float:
-    """MB that this process holds (VmRSS) or has held at most (VmHWM); nan on systems without Linux's /proc.
-
-    getrusage's ru_maxrss would not do: on Linux a process inherits its parent's.
-    """
-    try:
-        with open("/proc/self/status") as file:
-            kilobytes = next(line.split()[1] for line in file if line.startswith(field))
-    except OSError:
-        return float("nan")
-    return int(kilobytes) * 1024 / 1e6

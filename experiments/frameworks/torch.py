@@ -70,7 +70,7 @@ def make_logits(network: ResNet, arrays: Arrays) -> Callable[[Array], Array]:
 
     def logits(images: Array) -> Array:
         with torch.inference_mode():
-            return model(channels_first(images)).numpy()
+            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
 
     return logits
 

@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-import tyro
-
-from experiments.cli import Arch, FailedError, exit_code, parse_image_size
+from experiments.cli import Arch, FailedError, exit_code, parse, parse_image_size
 from experiments.machine import describe_machine
 
 Framework = Literal["numpy", "torch_ref", "torchvision"]
@@ -117,7 +115,7 @@ def run(settings: Settings) -> int | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: run(tyro.cli(Settings, args=arguments, prog="python -m experiments.parity")))
+    return exit_code(lambda: run(parse(Settings, arguments, "parity")))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,8 +54,8 @@ def choose_frameworks(settings: Settings) -> tuple[list[str], list[str]]:
 
 def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
     """Fills the report; a bar on stderr shows the progress."""
-    dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
     trained = [name for name in frameworks if name != "torchvision"]
+    dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
     counts = {
         "layers": len(layer_cases(settings.seed)) * len(dtypes),
         "network": 2 * len(dtypes) * (1 + len(frameworks)),
@@ -62,24 +63,17 @@ def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -
     }
     with tqdm(total=sum(counts[section] for section in settings.sections), unit="", dynamic_ncols=True) as progress:
         if "layers" in settings.sections:
-            compare_layers(settings, frameworks, dtypes, report, progress)
+            # PyTorch takes part with torch.nn.functional, whichever of its networks do.
+            names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
+            rows = report.tables.setdefault("Layers: outputs and all gradients", [])
+            for dtype, case in itertools.product(dtypes, layer_cases(settings.seed)):
+                progress.set_description(f"{case.layer}, {dtype}")
+                rows += compare_layer(case, dtype, names)
+                progress.update()
         if "network" in settings.sections:
             compare_passes(settings, frameworks, dtypes, report, progress)
         if "trajectories" in settings.sections and trained:
             compare_trajectories(settings, trained, report, progress)
-
-
-def compare_layers(
-    settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report, progress: tqdm
-) -> None:
-    """Each layer of the design; PyTorch takes part with torch.nn.functional, whichever of its networks do."""
-    names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
-    rows = report.tables.setdefault("Layers: outputs and all gradients", [])
-    for dtype in dtypes:
-        for case in layer_cases(settings.seed):
-            progress.set_description(f"{case.layer}, {dtype}")
-            rows += compare_layer(case, dtype, names)
-            progress.update()
 
 
 def compare_passes(

@@ -45,7 +45,15 @@ def run_network(network: ResNet, state_dict: Arrays, images: np.ndarray, labels:
 
 @functools.cache
 def _gradients(network: ResNet) -> Callable[..., Any]:
-    return make_gradients(make_resnet(network), train=True)
+    """(params, images, batch_stats, labels) -> gradients and new running statistics."""
+    gradients = make_gradients(make_resnet(network), train=True)
+
+    @jax.jit  # without loss and logits, which nobody reads
+    def run(*arguments: Any) -> tuple[Any, Any]:
+        (_, out), grads = gradients(*arguments)
+        return grads, out.batch_stats
+
+    return run
 
 
 @functools.cache
@@ -75,9 +83,9 @@ class Trainer:
         self._opt_state = init(self._params)
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> None:
-        (_, out), grads = self._gradients(self._params, images, self._batch_stats, labels)
+        grads, self._batch_stats = self._gradients(self._params, images, self._batch_stats, labels)
         self._params, self._opt_state = self._update(grads, self._opt_state, self._params)
-        self._batch_stats, self._count = out.batch_stats, self._count + 1
+        self._count += 1
 
     def state(self) -> TrainerState:
         """Before the next step."""

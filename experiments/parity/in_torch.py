@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.frameworks.common import ResNet
-from experiments.frameworks.torch import channels_first, load_weights, make_resnet, to_arrays, to_tensors
+from experiments.frameworks.torch import load_weights, make_resnet, to_arrays, to_tensors
 from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
 from jax_resnet import weights
@@ -36,34 +36,23 @@ def exact_on_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _channels_first(images: Tensor) -> Tensor:
-    return images.movedim(-1, 1)
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.movedim(1, -1)
-
-
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: int) -> Tensor:
-    return _channels_last(F.conv2d(_channels_first(x), weight.permute(3, 2, 0, 1), bias, **settings))
+def _nhwc(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer of NCHW images as one of NHWC images."""
+    return lambda x, *arrays, **settings: layer(x.movedim(-1, 1), *arrays, **settings).movedim(1, -1)
 
 
 def _batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *, train: bool
 ) -> tuple[Tensor, ...]:
     mean, var = mean.clone(), var.clone()  # torch changes them in place
-    return _channels_last(F.batch_norm(_channels_first(x), mean, var, weight, bias, training=train)), mean, var
-
-
-def _max_pool(x: Tensor, *, window: int, stride: int, padding: int) -> Tensor:
-    return _channels_last(F.max_pool2d(_channels_first(x), window, stride, padding))
+    return _nhwc(F.batch_norm)(x, mean, var, weight, bias, training=train), mean, var
 
 
 LAYERS: dict[str, Callable[..., Any]] = {
-    "conv2d": _conv2d,
+    "conv2d": _nhwc(lambda x, weight, bias=None, **settings: F.conv2d(x, weight.permute(3, 2, 0, 1), bias, **settings)),
     "batch_norm": _batch_norm,
-    "max_pool": _max_pool,
-    "global_avg_pool": lambda x: F.adaptive_avg_pool2d(_channels_first(x), 1).flatten(1),
+    "max_pool": _nhwc(lambda x, window, **settings: F.max_pool2d(x, window, **settings)),
+    "global_avg_pool": lambda x: F.adaptive_avg_pool2d(x.movedim(-1, 1), 1).flatten(1),
     "relu": F.relu,
     "sigmoid": F.sigmoid,
     "dense": lambda x, weight, bias: F.linear(x, weight.T, bias),
@@ -83,6 +72,11 @@ def run_layer(case: LayerCase) -> Arrays:
     return case.named_results([output.detach() for output in outputs], gradients)
 
 
+def _images(images: np.ndarray) -> Tensor:
+    """NHWC -> a copy that is NCHW by its shape, and NHWC in memory as before."""
+    return torch.tensor(np.moveaxis(images, -1, 1))
+
+
 def make_model(network: ResNet, library: str, state_dict: Arrays) -> nn.Module:
     """The network of "torch_ref" or "torchvision" with these weights and their dtype."""
     model = make_resnet(network, "torch" if library == "torch_ref" else library)
@@ -94,7 +88,7 @@ def run_network(
 ) -> Results:
     """A forward and backward pass of a library's network."""
     model = make_model(network, library, state_dict).train(train)
-    inputs = channels_first(images).requires_grad_()
+    inputs = _images(images).requires_grad_()
     logits, activations = _with_activations(model, library, inputs)
     loss = F.cross_entropy(logits, torch.tensor(labels, dtype=torch.long))
     loss.backward()
@@ -158,7 +152,7 @@ class Trainer:
 
     def step(self, images: np.ndarray, labels: np.ndarray) -> None:
         self._optimizer.zero_grad()
-        logits = self._model(channels_first(images))
+        logits = self._model(_images(images))
         F.cross_entropy(logits, torch.tensor(labels, dtype=torch.long)).backward()
         self._optimizer.step()
 

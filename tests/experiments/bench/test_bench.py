@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
+from shallow import patch_shallow
 
-import jax_resnet.resnet
 from experiments.bench import compile, contestants, layers, scaling, step
 from experiments.bench import results as tables
 from experiments.bench import turns as processes
@@ -209,9 +209,7 @@ def test_ratios_are_to_the_best_torch():
 
 @pytest.fixture
 def shallow_resnet18(monkeypatch):
-    """resnet18 with a block in each stage, for what compiles it several times and does not look at its depth."""
-    shallow = functools.partial(jax_resnet.resnet.ResNetConfig, "basic", (1, 1, 1, 1))
-    monkeypatch.setattr(jax_resnet.resnet, "resnet18", shallow)
+    patch_shallow(monkeypatch, "resnet18")
 
 
 @pytest.mark.usefixtures("shallow_resnet18")
@@ -322,11 +320,11 @@ def test_turns_rotate():
 
 
 def test_a_contestant_that_dies_is_named():
-    with processes.started(["numpy"], 1) as (contestant,):
-        contestant._process.kill()
-        contestant._process.join()
-        with pytest.raises(FailedError, match="numpy ended without a word"):
-            contestant.measure(1)
+    with (
+        processes.started(["numpy"], 1) as (contestant,),
+        pytest.raises(FailedError, match="without a word"),
+    ):
+        contestant.build(functools.partial(os._exit, 1))
 
 
 def test_compile_prints_its_table(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`python -m experiments.parity`: its tables are complete, its page too, and the mistakes that people make break it.
 
-JAX's results are computed once for all tests: compiling them is most of the time.
+The networks have one block in each stage: tests/test_parity_grid.py has the deep ones. JAX's results are computed once
+for all tests: compiling them is most of the time.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from shallow import patch_shallow
 
 import jax_resnet.layers
 import numpy_ref.fast.resnet
@@ -26,13 +28,13 @@ from numpy_ref.fast.threads import alone
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
-FAST = ["--arch", "resnet50", "--dtype", "float64"]
+FAST = ["--arch", "resnet50", "--trajectory-arch", "resnet18", "--dtype", "float64"]
 PARTS = ["logits", "loss", "activations", "running statistics", "parameter gradients", "image gradient"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def jax_once():
-    """Each layer and each pass is computed in JAX once: the same seed gives the same arrays."""
+    """Shallow networks; each layer and each pass is computed in JAX once: the same seed gives the same arrays."""
 
     def remembered(run, key_of):
         results = {}
@@ -55,7 +57,10 @@ def jax_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_jax, "run_layer", remembered(in_jax.run_layer, layer_key))
         patch.setattr(in_jax, "run_network", remembered(in_jax.run_network, network_key))
+        patch_shallow(patch, "resnet18", "resnet50")
+        in_jax._gradients.cache_clear()
         yield
+        in_jax._gradients.cache_clear()
 
 
 def verdicts(printed):
@@ -454,7 +459,7 @@ def test_moved_by_one_unit():
         else:
             steps = np.abs(moved[name] - value) / np.spacing(np.abs(value))
             assert set(np.unique(steps)) <= {0.5, 1.0}, name  # half of one just below a power of 2
-    kernel = "layer4.1.conv2.weight"
+    kernel = "layer4.0.conv2.weight"
     assert np.mean(moved[kernel] > weights[kernel]) == pytest.approx(0.5, abs=0.01)
 
 
