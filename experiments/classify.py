@@ -25,18 +25,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-import numpy_ref.fast
-import numpy_ref.weights
 from experiments import imagenet, stablehlo
 from experiments.cli import MAX_SIZE, Arch
 from experiments.convert import recognize
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
+from experiments.frameworks.common import ResNet, adapter
 from jax_resnet import resnet, weights
 
 TORCHVISION = "torchvision"
@@ -275,54 +273,12 @@ def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) 
     return np.stack(images)
 
 
-def jax_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
-    config = getattr(resnet, arch)(**settings)
-    params, batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(arrays))
-
-    @jax.jit
-    def logits(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
-        return resnet.apply(config, params, batch_stats, images, train=False).logits
-
-    def run(images: np.ndarray) -> np.ndarray:
-        with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
-            return np.asarray(logits(params, batch_stats, images))
-
-    return run
-
-
-def numpy_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
-    config = getattr(numpy_ref.fast, arch)(**settings)
-    params, batch_stats = numpy_ref.weights.from_torch(arrays)
-    return lambda images: numpy_ref.fast.apply(config, params, batch_stats, images, train=False)[0].logits
-
-
-def torch_network(arch: str, settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Logits:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f'--framework torch needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
-        ) from error
-    import torch_ref.resnet
-
-    model = getattr(torch_ref.resnet, arch)(**settings).eval()
-    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
-
-    def logits(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-
-    return logits
-
-
-NETWORKS = {"jax": jax_network, "numpy": numpy_network, "torch": torch_network}
-
-
 def normalizing_network(framework: str, classifier: Classifier) -> Logits:
     """The network as a function of uint8 pictures."""
-    config, preparation = classifier.config, classifier.preparation
-    settings = dict(num_classes=config.num_classes, in_channels=config.in_channels, batch_norm=config.batch_norm)
-    network = NETWORKS[framework](classifier.arch, settings, classifier.arrays)
+    preparation = classifier.preparation
+    names = ("num_classes", "in_channels", "stride_in", "batch_norm")
+    options = {name: getattr(classifier.config, name) for name in names}
+    network = adapter(framework).make_logits(ResNet(classifier.arch, **options), classifier.arrays)
     return lambda images: network(normalize(to_unit_range(images), preparation.mean, preparation.std))
 
 

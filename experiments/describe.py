@@ -84,7 +84,7 @@ def describe(
       arch: the network.
       image_size: a side, or HEIGHTxWIDTH: 96, 64x96.
       in_channels: the channels of the images: 3 for colour, 1 for grey.
-      num_classes: the number of logits.
+      num_classes: the number of logits; 0 leaves the dense layer out.
       stride_in: which convolution of a bottleneck has the stride: conv2, its 3x3 (v1.5, torchvision), or conv1, its
         first 1x1 (v1, the paper).
       batch_norm: whether there is BatchNorm; its parameters are in the row of the convolution before it.

@@ -391,7 +391,7 @@ def test_weights_that_do_not_fit_are_listed(files, pictures, capsys):
     assert "bn1.running_var: 64 of 64 variances are negative" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("framework", classify.NETWORKS)
+@pytest.mark.parametrize("framework", ["jax", "numpy", "torch"])
 def test_logits_that_overflow_are_an_error(framework, files, pictures, capsys):
     """In JAX too, where XLA may lose a nan in a maximum: 224x224 is a size at which it did."""
     with np.errstate(all="ignore"):
