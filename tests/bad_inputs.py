@@ -195,7 +195,7 @@ COMMAND_LINE = [
     Case("a folder for a page", "parity --html .", "--html . is a folder: name the page to write"),
     Case("a page in no folder", "parity --html no/page.html", "--html no/page.html: there is no folder no"),
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must name something"),
-    Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed, conv2d, remat}."),
+    Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),
     Case("no rounds", "bench step --rounds 0", "--rounds must be at least 1, got 0"),
     Case("a batch for no network", "bench step --batch-size 4", "--batch-size and --image-size go with --arch"),
     Case("no runs", "compare", "name one folder of a run, or more"),
