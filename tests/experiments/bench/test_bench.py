@@ -37,20 +37,56 @@ def rows(printed: str, name: str) -> list[list[str]]:
     return [line[len(name) :].split() for line in printed.splitlines() if line.startswith(name + " ")]
 
 
-def test_step_prints_its_tables(capsys):
-    assert main([*STEP, "--contestants", "numpy"]) == 0
+class Here:
+    """A contestant in this process, for tests of what is done with the measurements."""
+
+    memory_before, peak_memory = 100.0, 300.0
+
+    def __init__(self, name, threads=None, environment=None):
+        self.name = name
+
+    def build(self, make_step):
+        try:
+            self.step = make_step()
+            self.step()
+        except Exception as error:
+            raise FailedError(f"{self.name}: {type(error).__name__}: {error}") from error
+        return 2.0
+
+    def measure(self, steps):
+        return [processes._seconds(self.step) for _ in range(steps)]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Contestants in this process, which compute with shallow networks."""
+    monkeypatch.setattr(processes, "Contestant", Here)
+    monkeypatch.setattr(processes, "PAUSE", 0)
+    patch_shallow(monkeypatch, "resnet18")
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "torch" in name else find_spec(name))
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_step_prints_and_writes_its_tables(tmp_path, monkeypatch, capsys):
+    """In a process, as it is run; those that are not installed are left out."""
+    files = [tmp_path / "step.json", tmp_path / "step.png"]
+    options = ["--contestants", "numpy", "torch", "--json", str(files[0]), "--plot", str(files[1])]
+    assert main([*STEP, *options]) == 0
     printed = capsys.readouterr().out
+    assert "left out: torch, without torch and torchvision installed" in printed
     assert "resnet18, batch 2 of 32x40x3, float32, training step" in printed
-    assert "resnet18, batch 2 of 32x40x3, float32, inference" in printed
+    assert not re.search("^ +ratio", printed, re.MULTILINE)
     assert len(rows(printed, "numpy")) == 2
     for row in rows(printed, "numpy"):  # median, quartiles, first step, peak memory, above libraries
         assert re.fullmatch(rf"{NUMBER} {NUMBER}-{NUMBER} {NUMBER} {NUMBER} {NUMBER}", " ".join(row))
-
-
-def test_json_and_plot_hold_what_was_printed(tmp_path, capsys):
-    files = [tmp_path / "step.json", tmp_path / "step.png"]
-    assert main([*STEP, "--contestants", "numpy", "--json", str(files[0]), "--plot", str(files[1])]) == 0
-    printed = capsys.readouterr().out
     written = json.loads(files[0].read_text())
     assert written["benchmark"] == "step"
     assert written["machine"] == printed.splitlines()[0]
@@ -81,32 +117,6 @@ def test_step_table(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        ([], ["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]),
-        (["--contestants", "numpy", "jax"], ["numpy", "jax"]),
-    ],
-)
-def test_who_takes_part(options, names, monkeypatch, capsys):
-    """Where nothing is installed, all that should take part are named as left out."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert main([*STEP, *options]) == 2
-    assert re.findall(r"^left out: ([\w.]+),", capsys.readouterr().out, re.MULTILINE) == names
-
-
-def test_without_torch_its_rows_are_left_out(monkeypatch, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "torch" in name else find_spec(name))
-    assert main([*STEP, "--contestants", "numpy", "torch", "torch.channels_last"]) == 0
-    printed = capsys.readouterr().out
-    assert "left out: torch, without torch and torchvision installed" in printed
-    assert "left out: torch.channels_last, without torch and torchvision installed" in printed
-    assert not re.search("^ +ratio", printed, re.MULTILINE)
-    assert len(rows(printed, "numpy")) == 2
-    assert rows(printed, "torch") == []
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([*STEP, "--rounds", "0"], "at least 1"),
@@ -128,11 +138,21 @@ def test_bad_settings_are_exit_code_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_nobody_left_is_exit_code_2(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (STEP, ["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]),
+        ([*STEP, "--contestants", "numpy", "jax"], ["numpy", "jax"]),
+        (LAYERS, ["jax"]),
+        (["scaling"], ["jax", "torch"]),
+    ],
+)
+def test_where_nothing_is_installed_all_are_left_out(arguments, names, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    for arguments in (STEP, LAYERS, ["scaling"]):
-        assert main(arguments) == 2
-        assert "nobody is left to measure" in capsys.readouterr().err
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert re.findall(r"^left out: ([\w.]+),", printed.out, re.MULTILINE) == names
+    assert "nobody is left to measure" in printed.err
 
 
 def test_a_contestant_that_fails_is_left_out(capsys):
@@ -157,6 +177,7 @@ def test_a_contestant_that_fails_is_left_out(capsys):
         (["compile", "--batch-size", "1", "--contestants", "jax"], "left out: jax: .*more than one value"),
     ],
 )
+@pytest.mark.usefixtures("here")
 def test_where_all_fail_nobody_is_left(arguments, message, capsys):
     small = ["--arch", "resnet18", "--image-size", "32", "--rounds", "1", "--tasks", "training"]
     assert main([*arguments, *small]) == 2
@@ -165,16 +186,7 @@ def test_where_all_fail_nobody_is_left(arguments, message, capsys):
     assert "nobody is left to measure" in printed.err
 
 
-@needs_torch
-def test_memory_of_those_that_can(capsys):
-    arguments = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
-    arguments += ["--tasks", "inference", "--precision", "bfloat16", "--contestants", "numpy", "torch"]
-    assert main(["memory", *arguments]) == 0
-    printed = capsys.readouterr().out
-    assert "left out: numpy" in printed
-    assert len(rows(printed, "torch, batch")) == 1
-
-
+@pytest.mark.usefixtures("here")
 def test_scaling_goes_on_without_devices(monkeypatch, capsys):
     """As on a machine with one GPU, which cannot be several."""
     monkeypatch.setattr(scaling, "VIRTUAL", "")
@@ -246,6 +258,7 @@ def test_remat_takes_less_memory():
 TWO_LAYERS = [layers.Layer("conv", 1, (2, 6, 7, 3), 5), layers.Layer("norm+relu", 1, (2, 6, 7, 3))]
 
 
+@pytest.mark.usefixtures("here")
 def test_layers_prints_its_tables(monkeypatch, capsys):
     monkeypatch.setattr(layers, "distinct_layers", lambda case: TWO_LAYERS)
     assert main(LAYERS) == 0
@@ -343,17 +356,27 @@ def test_compile_ratios_are_to_torch_compile():
 
 
 @needs_torch
+@pytest.mark.usefixtures("here")
 def test_memory_prints_its_table(capsys):
-    arguments = ["--arch", "resnet18", "--batch-size", "1", "64", "--image-size", "32", "--tasks", "inference"]
-    assert main(["memory", *arguments, "--contestants", "numpy", "torch", "--rounds", "1"]) == 0
+    """Ratio, MB, median and quartiles; who cannot is left out, JAX has the peak with compilation as well."""
+    arguments = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
+    arguments += ["--tasks", "inference", "--precision", "bfloat16", "--contestants", "jax", "numpy", "torch"]
+    assert main(["memory", *arguments]) == 0
     printed = capsys.readouterr().out
-    for name in ("numpy, batch", "torch, batch"):
-        batch_1, batch_64 = (float(row[2]) for row in rows(printed, name))  # its size, ratio, MB, time
-        assert batch_1 > 40  # MB: the weights of a ResNet-18
-        assert batch_64 >= batch_1
-    assert batch_64 > batch_1  # NumPy's may be what it needed to draw the weights
+    assert "left out: numpy: ValueError: NumPy has no bfloat16" in printed
+    assert [len(row) for name in ("torch", "jax") for row in rows(printed, f"{name}, batch")] == [5, 6]
+    assert rows(printed, "torch, batch")[0][:3] == ["2", "1.00", "200"]
 
 
+def test_memory_grows_with_the_batch(capsys):
+    """In processes of their own."""
+    arguments = ["--arch", "resnet18", "--batch-size", "1", "64", "--image-size", "32", "--tasks", "inference"]
+    assert main(["memory", *arguments, "--contestants", "numpy", "--rounds", "1"]) == 0
+    small, large = (float(row[1]) for row in rows(capsys.readouterr().out, "numpy, batch"))
+    assert 40 < small < large  # MB: more than the weights of a ResNet-18
+
+
+@pytest.mark.usefixtures("here")
 def test_scaling_prints_its_tables(monkeypatch, capsys):
     monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2, 4))
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--contestants", "numpy"]
