@@ -17,12 +17,11 @@ from pathlib import Path
 
 import tyro
 
+from experiments.bench.benchmark import BenchSettings, Table
 from experiments.bench.compile import CompileBench
 from experiments.bench.feed import FeedBench
 from experiments.bench.layers import LayersBench
 from experiments.bench.memory import MemoryBench
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table
 from experiments.bench.scaling import ScalingBench
 from experiments.bench.step import StepBench
 from experiments.cli import exit_code

@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from experiments.bench.benchmark import BenchSettings, Table
 from experiments.bench.contestants import CONTESTANTS, TASKS, Case, Task
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table
 from experiments.bench.turns import NOBODY_LEFT, available, started
 from experiments.cli import FailedError
 from experiments.output.tables import Cell

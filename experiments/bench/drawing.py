@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-from experiments.bench.results import Table
+from experiments.bench.benchmark import Table
 from experiments.output.tables import as_text
 
 matplotlib.use("Agg")  # files only; no window system is needed

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table, times
+from experiments.bench.benchmark import BenchSettings, Table, times
 from experiments.bench.turns import bound
 from experiments.frameworks.experiment import LEARNING_RATES, OptimizerName
 

@@ -14,9 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from experiments.bench.benchmark import BenchSettings, Table, ratios_to_best_torch, times
 from experiments.bench.contestants import Case, Precision, finished
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table, ratios_to_best_torch, times
 from experiments.bench.turns import Step, available, compete, measure, started
 from experiments.output.tables import Cell
 

@@ -10,10 +10,9 @@ from typing import Annotated
 
 import tyro
 
+from experiments.bench.benchmark import BenchSettings, Table, times
 from experiments.bench.compile import CACHE_VARIABLES
 from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName, Task
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table, times
 from experiments.bench.turns import NOBODY_LEFT, Result, available, framework, measure
 from experiments.output.tables import Cell
 

@@ -10,9 +10,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from experiments.bench.benchmark import BenchSettings, Table, ratios_to_best_torch
 from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName, Task, jax_step
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table, ratios_to_best_torch
 from experiments.bench.turns import Result, available, measure
 from experiments.cli import Arch
 from experiments.output.tables import Cell

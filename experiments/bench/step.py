@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from experiments.bench.benchmark import BenchSettings, Table, ratios_to_best_torch, times
 from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName
-from experiments.bench.options import BenchSettings
-from experiments.bench.results import Table, ratios_to_best_torch, times
 from experiments.bench.turns import Result, available, measure
 from experiments.cli import Arch
 from experiments.output.tables import Cell

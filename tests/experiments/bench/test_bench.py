@@ -15,8 +15,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from shallow import patch_shallow
 
+from experiments.bench import benchmark as tables
 from experiments.bench import compile, contestants, layers, scaling, step
-from experiments.bench import results as tables
 from experiments.bench import turns as processes
 from experiments.bench.__main__ import BENCHES, main
 from experiments.bench.turns import Result
