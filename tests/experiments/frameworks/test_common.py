@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from shallow import patch_shallow
 
 import jax_resnet.resnet
 import jax_resnet.weights
@@ -22,11 +23,13 @@ STEPS = 3
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Where cores are shared, torch's threads would mostly wait for one another."""
+    """Where cores are shared, torch's threads would mostly wait for one another. Shallow networks."""
     torch = pytest.importorskip("torch", reason="needs the extra torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch_shallow(patch, "resnet18")
+        yield
     torch.set_num_threads(threads)
 
 
