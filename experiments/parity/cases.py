@@ -5,19 +5,18 @@ Arrays are NumPy's in float64; weights have torchvision's names and layout, imag
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import numpy_ref.resnet
 import numpy_ref.weights
+from experiments.frameworks import jax, numpy
 from experiments.frameworks.common import ResNet
-from experiments.frameworks.jax import make_resnet
 from jax_resnet import resnet
-from numpy_ref.resnet import MIN_SIZE, ResNetConfig
-from numpy_ref.resnet import init as draw_initial
+from numpy_ref.resnet import MIN_SIZE
 
 Arrays = dict[str, np.ndarray]
 Tree = dict[str, Any]
@@ -98,7 +97,7 @@ def layer_cases(seed: int) -> list[LayerCase]:
 
 def activation_names(network: ResNet) -> list[str]:
     """In execution order; a dict that comes out of jit has "layer3.10" before "layer3.2"."""
-    return ["stem", *(block.name for block in resnet.blocks(make_resnet(network))), "pool"]
+    return ["stem", *(block.name for block in resnet.blocks(jax.make_resnet(network))), "pool"]
 
 
 def draw_weights(network: ResNet, seed: int) -> Arrays:
@@ -109,12 +108,11 @@ def draw_weights(network: ResNet, seed: int) -> Arrays:
     would hide the block.
     """
     rng = np.random.default_rng(seed)
-    config = make_resnet(network)
-    numpy_config = ResNetConfig(**dataclasses.asdict(config))
-    weights = numpy_ref.weights.to_torch(*draw_initial(numpy_config, rng, np.float64))
+    initial = numpy_ref.resnet.init(numpy.make_resnet(network), rng, np.float64)
+    weights = numpy_ref.weights.to_torch(*initial)
     if not network.batch_norm:
         return weights
-    last_gammas = {f"{block.convs[-1].norm}.weight" for block in resnet.blocks(config)}
+    last_gammas = {f"{block.convs[-1].norm}.weight" for block in resnet.blocks(jax.make_resnet(network))}
     for name, value in weights.items():
         if name in last_gammas:
             value[:] = rng.uniform(0.2, 0.5, value.shape)
