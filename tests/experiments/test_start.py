@@ -1,0 +1,59 @@
+"""How programs start and end: what they import, and output that nobody reads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("cars", "mnist", "compare")
+HEAVY = {"jax", "orbax", "grain", "matplotlib", "torch", "tensorboardX"}
+HELP = """
+import contextlib, importlib, io, json, sys
+found = {}
+for name in sys.argv[1:]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(f"experiments.{name}").main(["--help"])
+    found[name] = sorted(sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP, *PROGRAMS], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name, modules in json.loads(done.stdout).items():
+        assert not HEAVY & set(modules), name
+
+
+def test_training_needs_no_torch():
+    """With torch and torchvision made impossible to import everything still imports."""
+    blocked = "import sys; sys.modules.update(torch=None, torchvision=None); import experiments.training.prepare"
+    code = f"{blocked}, experiments.training.run, experiments.mnist, jax_resnet"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, jax_resnet; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["describe", "--arch", "resnet101"], ["cars", "--help"]])
+def test_a_closed_pipe_ends_a_program_quietly(command, unbuffered):
+    """As `| head -1` does, here before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", f"experiments.{command[0]}", *command[1:]],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert process.stderr == ""
+    assert process.returncode == 128 + 13
