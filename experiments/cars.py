@@ -18,32 +18,18 @@ import sys
 from typing import get_args
 
 from experiments.cli import exit_code
+from experiments.compare import start
 from experiments.frameworks.experiment import TITLES, FrameworkName
-from experiments.training.run_folder import refuse_earlier_run
 from experiments.training.settings import Settings, parse_settings
 
 
-def run(settings: Settings) -> int | None:
-    """Trains as the settings say and leaves the run's folder; returns the signal that ended it, if one did.
+def train(settings: Settings) -> int | None:
+    """Trains in one framework, once the processes have met; returns the signal that ended it, if one did.
 
     Raises:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss or gradients are not finite.
     """
-    system = settings.system
-    if system.compare is not None:
-        from experiments.compare import train_and_compare
-
-        return train_and_compare(run, settings, get_args(FrameworkName))
-    refuse_earlier_run(system.out, system.overwrite or system.resume)
-    from experiments.training.processes import start_processes
-
-    with start_processes(system):
-        return train(settings)
-
-
-def train(settings: Settings) -> int | None:
-    """`run` for one framework, once the processes have met."""
     import jax
 
     from experiments.training.prepare import load_cars, prepare_cars
@@ -66,7 +52,7 @@ def train(settings: Settings) -> int | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: run(parse_settings(arguments)))
+    return exit_code(lambda: start(train, parse_settings(arguments), get_args(FrameworkName)))
 
 
 if __name__ == "__main__":

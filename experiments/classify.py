@@ -217,13 +217,34 @@ def as_imagenet(resize: int) -> Preparation:
 
 
 def stretched(
-    image_size: tuple[int, int], grey: bool, mean: Sequence[float] = (), std: Sequence[float] = ()
+    image_size: tuple[int, int],
+    grey: bool,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    *,
+    pad: int = 0,
+    cut: bool = False,
 ) -> Preparation:
-    """Pictures as a run of experiments.cars takes them."""
+    """Pictures as a run of experiments.cars or mnist takes them.
+
+    Args:
+      image_size: (height, width) of the network's input.
+      pad: so many of its pixels on each side are background.
+      cut: the run cut its pictures to their boxes before.
+    """
     height, width = image_size
-    decode = functools.partial(decode_as_trained, box=None, decoding=Decoding((height, width), grey, margin=None))
-    text = f"stretched to {height}x{width}{', grey' if grey else ''}"
-    facts = {"image_size": [height, width], "grey": grey}
+    inner = height - 2 * pad, width - 2 * pad
+    decoding = Decoding(inner, grey, margin=None)
+
+    def decode(content: bytes) -> np.ndarray:
+        return np.pad(decode_as_trained(content, box=None, decoding=decoding), ((pad, pad), (pad, pad), (0, 0)))
+
+    text = f"stretched to {inner[0]}x{inner[1]}{', grey' if grey else ''}"
+    if pad:
+        text += f", with {pad} pixels of background around it"
+    if cut:
+        text += " (the run cut its pictures to boxes before: cut yours to the car)"
+    facts = {"image_size": [height, width], "grey": grey, "pad": pad, "cut": cut}
     return Preparation(text, decode, (height, width, 1 if grey else 3), tuple(mean), tuple(std), facts)
 
 
@@ -241,6 +262,9 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
         raise ValueError("'class_names' are not all text")
     if not all(isinstance(side, int) and resnet.MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
         raise ValueError(f"'image_size' is {height} x {width}, expected {resnet.MIN_SIZE} to {MAX_SIZE} pixels each")
+    pad = json.loads(facts.get("pad", "0"))
+    if type(pad) is not int or not 0 <= 2 * pad < min(height, width):
+        raise ValueError(f"'pad' is {pad}, expected a number of pixels, less than half of {height} x {width}")
     if not all(math.isfinite(number) for number in (*values["mean"], *values["std"])) or not min(values["std"]) > 0:
         raise ValueError(f"'mean' and 'std' are {values['mean']} and {values['std']}")
     of_metadata = (values["arch"], len(class_names), len(values["mean"]), len(values["std"]), 1 if grey else 3)
@@ -250,7 +274,8 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
             f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
             f"{of_weights} in the weights"
         )
-    return class_names, stretched((height, width), grey, values["mean"], values["std"])
+    margin = json.loads(facts.get("margin", "null"))
+    return class_names, stretched((height, width), grey, values["mean"], values["std"], pad=pad, cut=margin is not None)
 
 
 def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:

@@ -37,14 +37,18 @@ def exit_code(run: Callable[[], int | None]) -> int:
     # JAX logs errors, with tracebacks, that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        ended_by = run()
-        sys.stdout.flush()
+        try:
+            ended_by = run()
+        finally:
+            sys.stdout.flush()  # also after --help, which ends by SystemExit
         return 0 if ended_by is None else 128 + ended_by
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())  # or Python complains when it flushes at exit
         return 128 + getattr(signal, "SIGPIPE", 13)
     except FailedError as error:
         code, message = FAILED, str(error)

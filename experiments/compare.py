@@ -19,6 +19,7 @@ from experiments.cli import exit_code, parse
 from experiments.training.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
 from experiments.training.settings import RunSettings
 
+Train = Callable[[Any], int | None]
 PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
 
 
@@ -130,13 +131,29 @@ def describe_distances(distances: Sequence[dict[str, float]]) -> str:
     return f"{text}, by more than {', '.join(texts)}" if texts else text
 
 
-def train_and_compare(run: Callable[[Any], int | None], settings: RunSettings, frameworks: Sequence[str]) -> int | None:
-    """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
+def start(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int | None:
+    """Trains as the settings say; with --compare in several frameworks.
 
     Args:
-      run: the program, a function of a module: settings -> the signal that ended it, if one did.
-      settings: whose `compare` names frameworks.
-      frameworks: those that the program has.
+      train: a function of a program's module: settings -> the signal that ended the training, if one did.
+      settings: of the program.
+      frameworks: those that it has.
+
+    Raises:
+      ValueError, OSError: for bad input, with a message for the person who gave it.
+    """
+    system = settings.system
+    if system.compare is not None:
+        return train_and_compare(train, settings, frameworks)
+    refuse_earlier_run(system.out, system.overwrite or system.resume)
+    from experiments.training.processes import start_processes
+
+    with start_processes(system):
+        return train(settings)
+
+
+def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int | None:
+    """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
 
     Returns:
       the signal that ended a run, and then what there is was compared; None if all were trained to their end.
@@ -163,7 +180,7 @@ def train_and_compare(run: Callable[[Any], int | None], settings: RunSettings, f
     ended_by = None
     for name, child in children.items():
         print(f"{name}:", flush=True)
-        code = _run_in_a_process(run, child)
+        code = _run_in_a_process(train, child)
         if code > 128:
             ended_by = code - 128
             break
@@ -176,19 +193,19 @@ def train_and_compare(run: Callable[[Any], int | None], settings: RunSettings, f
     return ended_by
 
 
-def _run_in_a_process(run: Callable[[Any], int | None], settings: RunSettings) -> int:
+def _run_in_a_process(train: Train, settings: RunSettings) -> int:
     """Its own, so that its memory is given back."""
     from experiments.training.processes import leaving_stops_to_a_child
 
-    process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(run, settings))
+    process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(train, settings))
     with leaving_stops_to_a_child(process.terminate):
         process.start()
         process.join()
     return process.exitcode
 
 
-def _run_alone(run: Callable[[Any], int | None], settings: RunSettings) -> None:
-    sys.exit(exit_code(lambda: run(settings)))
+def _run_alone(train: Train, settings: RunSettings) -> None:
+    sys.exit(exit_code(lambda: start(train, settings, ())))
 
 
 def main(arguments: list[str] | None = None) -> int:

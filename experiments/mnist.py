@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from tyro.conf import OmitArgPrefixes
 
 from experiments.cli import Arch, exit_code, parse
+from experiments.compare import start
 from experiments.frameworks.experiment import LEARNING_RATES, TITLES, CommonOptimizerName, Experiment
-from experiments.training.run_folder import refuse_earlier_run
 from experiments.training.settings import RunSettings, System, logging_all, read_ahead
 
 if TYPE_CHECKING:
@@ -137,27 +137,13 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     return training, describe_input(model, dataset, preparation)
 
 
-def run(settings: Settings) -> int | None:
-    """Trains as the settings say and leaves the run's folder; returns the signal that ended it, if one did.
+def train(settings: Settings) -> int | None:
+    """Trains in one framework, once the processes have met; returns the signal that ended it, if one did.
 
     Raises:
       ValueError, OSError: for bad input, with a message for the person who gave it.
       DivergedError: when the loss or gradients are not finite.
     """
-    system = settings.system
-    if system.compare is not None:
-        from experiments.compare import train_and_compare
-
-        return train_and_compare(run, settings, tuple(TITLES))
-    refuse_earlier_run(system.out, system.overwrite or system.resume)
-    from experiments.training.processes import start_processes
-
-    with start_processes(system):
-        return train(settings)
-
-
-def train(settings: Settings) -> int | None:
-    """`run` for one framework, once the processes have met."""
     import jax
 
     from experiments.training.run import train_and_report
@@ -177,7 +163,7 @@ def train(settings: Settings) -> int | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: run(parse_settings(arguments)))
+    return exit_code(lambda: start(train, parse_settings(arguments), tuple(TITLES)))
 
 
 if __name__ == "__main__":

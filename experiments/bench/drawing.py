@@ -6,14 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
 from experiments.bench.benchmark import Table
+from experiments.output.figures import save
 from experiments.output.tables import as_text
-
-matplotlib.use("Agg")  # files only; no window system is needed
 
 
 def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
@@ -30,8 +28,7 @@ def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
     for axis in axes[len(tables) :]:
         axis.set_axis_off()
     figure.suptitle(textwrap.fill(title, 110 * columns), fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _bars(axis: plt.Axes, table: Table) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+
+from experiments.output.figures import save
 
 WIDE = 900  # pixels of a picture with letters that a phone's width would make too small
 STYLESHEET = """
@@ -63,8 +64,7 @@ def html_table(rows: Sequence[Mapping[str, str]], classes: Mapping[str, str] | N
 def figure_bytes(figure: Figure, format: Literal["svg", "png"]) -> bytes:
     """The picture's file; the figure is closed."""
     file = io.BytesIO()
-    figure.savefig(file, format=format, dpi=110)
-    plt.close(figure)
+    save(figure, file, format)
     return file.getvalue()
 
 

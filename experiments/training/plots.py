@@ -7,12 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-matplotlib.use("Agg")  # files only; no window system is needed
+from experiments.output.figures import label as as_label
+from experiments.output.figures import save
 
 PANELS = {
     "loss": {"train": "train_loss", "test": "test_loss"},
@@ -20,6 +20,7 @@ PANELS = {
     "macro-F1": {"train": "train_macro_f1", "test": "test_macro_f1"},
 }
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
+SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
 def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -44,14 +45,13 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axis.set_ylim(bottom=0)
         if name != "loss":
             # Where nearly everything is right the first steps would take up the whole height: some of them may leave.
-            values = [row[key] for row in rows for key in curves.values() if key in row]
+            values = [row[key] for row in rows for key in curves.values() if key in row] or [0.0]
             axis.set_ylim(bottom=max(0.0, 1 - 1.5 * (1 - np.quantile(values, 0.05))))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.suptitle(title)
+    save(figure, path)
 
 
 def plot_comparison(
@@ -82,7 +82,7 @@ def plot_comparison(
             shown = between or [row for row in rows if key in row]
             x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
             size = 3 + 2 * width if distances else 4
-            axis.plot(x, y, marker, ms=size, lw=1.5 * width if distances else 1, label=name)
+            axis.plot(x, y, marker, ms=size, lw=1.5 * width if distances else 1, label=as_label(name))
         axis.set(xlabel="epoch", title=key.replace("_", " "))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -92,14 +92,15 @@ def plot_comparison(
     for number, name in enumerate(runs):
         if name in distances:
             x, y = ([row[key] for row in distances[name]] for key in ("epoch", "distance"))
-            axes[3].plot(x, np.where(np.array(y) > 0, y, np.nan), ".-", ms=4, lw=1, color=f"C{number}", label=name)
+            axes[3].plot(
+                x, np.where(np.array(y) > 0, y, np.nan), ".-", ms=4, lw=1, color=f"C{number}", label=as_label(name)
+            )
     if distances:
         axes[3].set(xlabel="epoch", yscale="log", title=f"train loss, relative distance from {against}")
         axes[3].grid(alpha=0.3)
         axes[3].legend(fontsize=8)
-    figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.suptitle(title)
+    save(figure, path)
 
 
 def plot_predictions(
@@ -133,11 +134,37 @@ def plot_predictions(
         for spine in axis.spines.values():
             spine.set(color="tab:green" if right else "tab:red", linewidth=2.5)
         text = f"{_short(true)}\n{confidence:.0%} sure" if right else f"{_short(true)}\ntaken for {_short(predicted)}"
-        # Class names are other people's: a $ in one is no formula.
-        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red", parse_math=False)
-    figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
+    """Draws what `step_sizes.layer_steps` returns: each layer's steps before clipping, the bounds, and SGD's step."""
+    layers = steps["layers"]
+    x = np.arange(len(layers))
+    figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
+    axis.fill_between(
+        x,
+        [la["low"] for la in layers],
+        [la["high"] for la in layers],
+        alpha=0.3,
+        label="Adam's step, 5%-95% of a layer",
+    )
+    axis.plot(x, [la["median"] for la in layers], label="Adam's step, median of a layer")
+    axis.axhspan(steps["lower"], steps["upper"], color="tab:orange", alpha=0.15)
+    axis.axhline(steps["upper"], color="tab:orange", label=f"AdaBound's upper bound, {steps['upper']:.3g}")
+    axis.axhline(steps["lower"], color="tab:orange", ls="--", label=f"AdaBound's lower bound, {steps['lower']:.3g}")
+    axis.axhline(SGD_STEP, color="tab:green", ls=":", label=f"SGD's step, 0.05 at momentum 0.9: {SGD_STEP:.3g}")
+    axis.set_yscale("log")
+    ticks = x[:: max(1, len(x) // 26)]
+    names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
+    axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
+    axis.set_ylabel("step on the averaged gradient")
+    axis.set_title(f"{title}, update {steps['update']:,}, at the peak learning rate")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
 
 
 def _short(name: str, length: int = 34) -> str:

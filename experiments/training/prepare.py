@@ -109,8 +109,11 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
     Args:
       arch: the network.
       dataset: what it is trained on.
-      preparation: "mean", "std", and what else is done to a picture: "pad", pixels of background around it; without
-        that it is stretched to "image_size".
+      preparation: "mean" and "std" of its channels; "pad" where that many pixels of background are put around it.
+
+    Returns:
+      also "image_size", to which a picture is stretched, its padding included; "grey"; and "margin": it was cut to its
+      box before, widened by so many pixels, or taken whole (None).
     """
     *_, height, width, channels = dataset.train.images.shape
     return {
@@ -119,6 +122,8 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
         "data": dataset.title,
         "image_size": (height, width),
         "grey": channels == 1,
+        "margin": dataset.source.get("margin"),
+        "pad": 0,
     } | preparation
 
 

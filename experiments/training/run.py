@@ -22,7 +22,7 @@ from experiments.machine import give_back_freed_memory
 from experiments.training import step_sizes
 from experiments.training.loop import DivergedError, Loop, Results, count_steps
 from experiments.training.meter import Profile
-from experiments.training.plots import plot_curves, plot_predictions
+from experiments.training.plots import plot_curves, plot_layer_steps, plot_predictions
 from experiments.training.preflight import check_data, disk_findings, measure_memory, memory_findings
 from experiments.training.processes import is_first
 from experiments.training.run_folder import (
@@ -90,7 +90,7 @@ class Report:
             if self.experiment.bounds is not None and int(state.step):
                 steps = step_sizes.layer_steps(self.training.moments(state), **self.experiment.bounds)
                 (self.path / "step_sizes.json").write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
-                step_sizes.plot_layer_steps(self.path / STEP_SIZES, steps, self.title)
+                plot_layer_steps(self.path / STEP_SIZES, steps, self.title)
         except OSError as error:
             raise OSError(f"the report in {self.path} could not be written: {error.strerror or error}") from error
 
@@ -228,7 +228,8 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
         of_system += disk_findings(out, training, settings.system.keep)
     if not is_first():
         return
-    warnings = [finding for finding in of_data + of_system if finding.severity != "fact"]
+    said = dataset.source.get("notes", [])  # by the reader of the data
+    warnings = [f for f in of_data + of_system if f.severity != "fact" and f.text not in said]
     told = of_data + of_system if dry_run else of_system
     facts = [finding for finding in told if finding.severity == "fact"]
     for findings, file in ((warnings, sys.stderr), (facts, sys.stdout)):

@@ -7,20 +7,17 @@ its momentum adds up gradients instead of averaging them. In this unit the three
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from matplotlib import pyplot as plt
 
 from experiments.frameworks.experiment import BOUNDED  # noqa: F401 (for experiments.report)
 from jax_resnet.adabound import AdaBoundState
 from jax_resnet.step_sizes import StepSizes, step_sizes
 
 MOST_SAMPLED = 4096
-SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 # As one program: operation by operation it is compiled some six times for each shape of a kernel.
 _step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
@@ -99,32 +96,3 @@ def _by_name(
 def _parts(name: str) -> list[str]:
     """In the order of the network: the stem, the stages, the blocks by number, the dense layer."""
     return (["0"] if name.startswith("conv1") else ["2"] if name.startswith("fc") else ["1"]) + name.split(".")[:-1]
-
-
-def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
-    """Draws what `layer_steps` returns: each layer's steps before clipping, the bounds, and SGD's step."""
-    layers = steps["layers"]
-    x = np.arange(len(layers))
-    figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
-    axis.fill_between(
-        x,
-        [la["low"] for la in layers],
-        [la["high"] for la in layers],
-        alpha=0.3,
-        label="Adam's step, 5%-95% of a layer",
-    )
-    axis.plot(x, [la["median"] for la in layers], label="Adam's step, median of a layer")
-    axis.axhspan(steps["lower"], steps["upper"], color="tab:orange", alpha=0.15)
-    axis.axhline(steps["upper"], color="tab:orange", label=f"AdaBound's upper bound, {steps['upper']:.3g}")
-    axis.axhline(steps["lower"], color="tab:orange", ls="--", label=f"AdaBound's lower bound, {steps['lower']:.3g}")
-    axis.axhline(SGD_STEP, color="tab:green", ls=":", label=f"SGD's step, 0.05 at momentum 0.9: {SGD_STEP:.3g}")
-    axis.set_yscale("log")
-    ticks = x[:: max(1, len(x) // 26)]
-    names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
-    axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
-    axis.set_ylabel("step on the averaged gradient")
-    axis.set_title(f"{title}, update {steps['update']:,}, at the peak learning rate", parse_math=False)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -13,12 +13,11 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from experiments import cars, classify, convert, imagenet
+from experiments import classify, convert, imagenet
 from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
-from experiments.training.run import describe_input
+from experiments.training.prepare import describe_input
 from experiments.training.run_folder import WEIGHTS as RUN_WEIGHTS
-from experiments.training.settings import DATA_VARIABLE, parse_settings
 from jax_resnet import weights
 from numpy_ref import resnet
 
@@ -183,7 +182,8 @@ def cars_dataset():
 def run(cars_dataset, tmp_path_factory):
     """What experiments.cars writes of a network for grey pictures that are not square; the network is not trained."""
     folder = tmp_path_factory.mktemp("run")
-    description = describe_input("resnet18", cars_dataset, *channel_statistics(cars_dataset.train.images))
+    mean, std = channel_statistics(cars_dataset.train.images)
+    description = describe_input("resnet18", cars_dataset, {"mean": mean.tolist(), "std": std.tolist()})
     tree = draw(num_classes=len(cars_dataset.class_names), in_channels=1)
     metadata = {name: json.dumps(value) for name, value in description.items()}
     weights.write_arrays(folder / RUN_WEIGHTS, weights.to_torch(*tree), metadata=metadata)
@@ -219,17 +219,6 @@ def check_run(folder, dataset, framework, tmp_path, capsys):
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_run_classifies_with_its_own_preparation_and_names(framework, run, cars_dataset, tmp_path, capsys):
     check_run(run, cars_dataset, framework, tmp_path, capsys)
-
-
-@pytest.mark.slow
-def test_a_trained_run_classifies(tmp_path, monkeypatch, capsys):
-    """The folder that the command leaves, in all three frameworks."""
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    tiny = ["--arch", "resnet18", "--image-size", "32x48", "--limit", "240", "--batch-size", "12", "--epochs", "1"]
-    assert cars.main([*tiny, "--out", str(tmp_path / "run")]) == 0
-    dataset = cars.load_data(parse_settings(tiny))
-    for framework in FRAMEWORKS:
-        check_run(tmp_path / "run", dataset, framework, tmp_path, capsys)
 
 
 def test_an_exported_run_answers_the_same(run, resnet18, pictures, tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_one_command_trains_in_all_and_compares(compared):
         assert {"weights.safetensors", "curves.png", "predictions.png", "step_sizes.png", "config.json"} <= files
         if name != "jax":
             assert f"{name} from jax: training losses differ by at most " in printed
-    assert json.loads((folder / "torchvision" / "config.json").read_text())["settings"]["model"] == "torchvision"
+    assert json.loads((folder / "torchvision" / "config.json").read_text())["settings"]["framework"] == "torchvision"
     assert "torchvision's resnet18 in PyTorch with adabound on drawn cars" in printed
     assert np.asarray(Image.open(folder / "comparison.png").convert("L")).std() > 5
 
@@ -102,18 +102,13 @@ def test_what_one_cannot_do_is_said_before_any_has_trained(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_contestants_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
-    """--model torchvision beside --compare: torch is torch_ref all the same."""
+def test_frameworks_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(compare, "_run_in_a_process", lambda run, settings: ran.append(settings) or 130)
-    arguments = ["--framework", "torch", "--model", "torchvision", "--compare"]
     for names in ("torch,jax", "torchvision,torch", "jax,torch"):
-        assert cars.main([*TINY, *arguments, names, "--out", str(tmp_path / names)]) == 130
-    assert [(s.framework, s.model) for s in ran] == [
-        ("torch", "torch_ref"),
-        ("torch", "torchvision"),
-        ("jax", "torch_ref"),
-    ]
+        arguments = ["--framework", "torchvision", "--compare", names, "--out", str(tmp_path / names)]
+        assert cars.main([*TINY, *arguments]) == 130
+    assert [settings.experiment.framework for settings in ran] == ["torch", "torchvision", "jax"]
 
 
 @pytest.mark.slow

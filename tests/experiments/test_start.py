@@ -1,26 +1,72 @@
-"""Programs start at once: what --help imports, and what the whole of a quick program imports."""
+"""How programs start and end: what they import, and output that nobody reads."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "matplotlib", "orbax", "grain", "tensorboardX"}
-PROGRAM = """if True:
-    import contextlib, importlib, io, sys
-    name, *arguments = sys.argv[1:]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        importlib.import_module(name).main(arguments)
-    print(*sys.modules)
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("cars", "mnist", "compare", "describe", "convert", "classify", "bench", "parity", "study", "report")
+HEAVY = {"jax", "orbax", "grain", "matplotlib", "torch", "tensorboardX"}
+IMPORTS = """
+import contextlib, importlib, io, json, sys
+found = {}
+for command in sys.argv[1:]:
+    name, *arguments = command.split()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        program = importlib.import_module(f"experiments.{name}")
+        if hasattr(program, "__path__"):
+            program = importlib.import_module(f"experiments.{name}.__main__")
+        program.main(arguments)
+    found[command] = sorted(sys.modules)
+print(json.dumps(found))
 """
-HELP = ["experiments.bench.__main__", "experiments.parity.__main__", "experiments.describe"]
 
 
-@pytest.mark.parametrize("command", [*(f"{name} --help" for name in HELP), "experiments.describe --arch resnet101"])
-def test_nothing_heavy_is_imported(command):
-    process = [sys.executable, "-c", PROGRAM, *command.split()]
-    root = Path(__file__).parents[2]
-    printed = subprocess.run(process, cwd=root, check=True, capture_output=True, text=True).stdout
-    assert HEAVY.isdisjoint(printed.split())
-    assert "jax" not in printed.split() or "--help" not in command
+def imports(*commands):
+    """What has been imported once each of the programs has ended, all in one process."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *commands], cwd=ROOT, capture_output=True, text=True)
+    return {command: HEAVY & set(modules) for command, modules in json.loads(done.stdout).items()}
+
+
+def test_help_imports_nothing_heavy():
+    for command, heavy in imports(*(f"{name} --help" for name in PROGRAMS)).items():
+        assert not heavy, command
+
+
+def test_describe_imports_jax_alone():
+    assert imports("describe --arch resnet101") == {"describe --arch resnet101": {"jax"}}
+
+
+def test_training_needs_no_torch():
+    """With torch and torchvision made impossible to import everything still imports."""
+    blocked = "import sys; sys.modules.update(torch=None, torchvision=None); import experiments.training.prepare"
+    code = f"{blocked}, experiments.training.run, experiments.mnist, jax_resnet"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, jax_resnet; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["describe", "--arch", "resnet101"], ["cars", "--help"]])
+def test_a_closed_pipe_ends_a_program_quietly(command, unbuffered):
+    """As `| head -1` does, here before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", f"experiments.{command[0]}", *command[1:]],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert process.stderr == ""
+    assert process.returncode == 128 + 13

@@ -25,6 +25,7 @@ from experiments.output.tables import as_text, print_table
 from experiments.training import prepare
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
+
 needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
 STEP = ["step", "--arch", "resnet18", "--batch-size", "2", "--image-size", "32x40", "--rounds", "2", "--steps", "1"]

@@ -1,14 +1,7 @@
 """Streamed batches are those of a training in memory, whatever makes them; lazily decoded pictures are the cache's."""
 
-import collections
 import io
 import itertools
-import multiprocessing
-import os
-import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -30,7 +23,7 @@ from experiments.data import stanford_cars
 from experiments.data.dataset import DataError, Split, balanced_subset, channel_statistics
 from experiments.data.lazy import LazyPictures
 from experiments.data.stanford_cars import load_stanford_cars
-from experiments.data.stream import Batches, EvaluationBatches, TrainingSource, put_ahead
+from experiments.data.stream import Batches, EvaluationBatches, put_ahead
 
 CLASSES = ("a", "b", "c")
 COUNTS = {"train": 22, "test": 7}
@@ -140,14 +133,6 @@ def test_threads_stream_the_batches_of_a_training_in_memory(loaded, form, prefet
         assert_same(collect(split, part=part, prefetch=prefetch), expected, part)
 
 
-@pytest.mark.parametrize(("workers", "part"), [(1, (1, 2)), (2, (2, 4))])
-@pytest.mark.parametrize("form", FORMS)
-def test_workers_stream_the_batches_of_a_training_in_memory(loaded, form, workers, part):
-    """From step 4, so that the workers pass two ends of epochs."""
-    split, cached = loaded[form]
-    assert_same(collect(split, workers=workers, part=part, start_step=4), expected_batches(cached)[4:], part)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_resumed_at_any_step_repeats_and_skips_nothing(loaded, form):
     split, cached = loaded[form]
@@ -184,16 +169,6 @@ def test_evaluation_takes_all_pictures_in_order(loaded, form, batch_size):
             np.testing.assert_array_equal(streamed, np.concatenate([expected, expected[filling]]))
 
 
-def test_a_memory_map_is_sent_as_the_name_of_its_file(loaded):
-    split, cached = loaded["memory map"]
-    source = TrainingSource(split, BATCH_SIZE, (0, 1), SEED, EPOCHS)
-    sent = pickle.dumps(source)
-    assert len(sent) < 2000 < split.images.nbytes
-    assert_same([pickle.loads(sent)[7]], expected_batches(cached)[7:8])
-    part = TrainingSource(Split(split.images[2:], split.labels[2:]), BATCH_SIZE, (0, 1), SEED, EPOCHS)
-    assert_same([pickle.loads(pickle.dumps(part))[7]], [part[7]])
-
-
 def test_batches_are_put_on_the_device_ahead_of_their_use():
     put = []
     stream = put_ahead(((i, -i) for i in range(5)), lambda images, labels: put.append(images) or (images, labels), 2)
@@ -214,8 +189,7 @@ def test_batches_are_put_on_the_device_ahead_of_their_use():
         ({"start_step": 16}, "start_step must be 0 to 15"),
         ({"start_step": -1}, "start_step must be 0 to 15"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"workers": -1}, "workers and prefetch must not be negative"),
-        ({"prefetch": -1}, "workers and prefetch must not be negative"),
+        ({"prefetch": -1}, "prefetch must not be negative"),
     ],
 )
 def test_numbers_out_of_range_are_refused(loaded, options, message):
@@ -240,21 +214,15 @@ def emptied(path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "change", "reason"),
-    [
-        (0, deleted, "No such file or directory"),
-        (0, truncated, "truncated"),
-        (0, emptied, "the file is empty"),
-        (1, truncated, "truncated"),
-    ],
+    ("change", "reason"),
+    [(deleted, "No such file or directory"), (truncated, "truncated"), (emptied, "the file is empty")],
 )
-def test_a_picture_that_can_no_longer_be_read_is_named(tmp_path, workers, change, reason):
+def test_a_picture_that_can_no_longer_be_read_is_named(tmp_path, change, reason):
     root = make_jpegs(tmp_path / "found")
     dataset = load_stanford_cars(root, SIZE, False, cache_dir=tmp_path / "cache", decode="lazy")
     change(root / "train" / "b" / "00010.jpg")
     with pytest.raises(DataError, match=rf"train/b/00010\.jpg in .*found can no longer be read \(.*{reason}"):
-        collect(dataset.train, workers=workers)
-    assert not multiprocessing.active_children()
+        collect(dataset.train)
 
 
 def test_an_array_record_that_can_no_longer_be_read_is_named(tmp_path):
@@ -263,19 +231,10 @@ def test_an_array_record_that_can_no_longer_be_read_is_named(tmp_path):
     path = root / "cars196-train.array_record-00000-of-00001"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"found is damaged after \d+ train pictures"):
-        collect(pickle.loads(pickle.dumps(dataset.train)))
+        collect(dataset.train)
 
 
-# Processes and threads
-
-forks = []
-os.register_at_fork(before=lambda: forks.append("fork"))
-
-
-def running(pid):
-    """Whether there is such a process; one that is dead and waits for its parent is none."""
-    status = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
-    return bool(status.strip()) and not status.startswith("Z")
+# Threads
 
 
 def wait_for(condition, seconds=20.0):
@@ -283,41 +242,6 @@ def wait_for(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-
-
-def test_workers_are_spawned_leave_jax_alone_and_end_when_closed():
-    """Closed in the middle; one of them was killed before, as by a system out of memory."""
-
-    class Probe:
-        """In place of pictures: what each batch finds where it is made. Local, so that it is pickled by value."""
-
-        def __getitem__(self, index):
-            from jax._src import xla_bridge
-
-            method = multiprocessing.get_start_method()
-            blocked = {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
-            return np.array([os.getpid(), method == "spawn", xla_bridge.backends_are_initialized(), blocked], np.int64)
-
-    count = len(forks)
-    batches = Batches(Split(Probe(), np.zeros(10_000, np.int32)), 2, SEED, epochs=1, workers=2)
-    try:
-        facts = [next(batches)[0].tolist() for _ in range(6)]
-        pids = [pid for pid, *_ in facts]
-        assert pids == pids[:2] * 3
-        assert len({*pids, os.getpid()}) == 3
-        for _, spawned, jax_started, signals_blocked in facts:
-            assert (spawned, jax_started, signals_blocked) == (True, False, True)
-        assert len(forks) == count
-        os.kill(pids[0], signal.SIGKILL)
-        with pytest.raises(
-            ChildProcessError, match=r"worker .* failed .*exit code -9.*is the memory full, or /dev/shm"
-        ):
-            collections.deque(itertools.islice(batches, 100), maxlen=0)
-    finally:
-        started = time.monotonic()
-        batches.close()
-    assert time.monotonic() - started < 10
-    assert not any(running(pid) for pid in pids)
 
 
 def test_threads_end_when_closed(loaded):
@@ -330,65 +254,6 @@ def test_threads_end_when_closed(loaded):
     assert reading()
     batches.close()
     wait_for(lambda: not reading())
-
-
-PROGRAM = """
-import os, signal, time
-import numpy as np
-from experiments.data.dataset import Split
-from experiments.data.stream import Batches
-
-class Pids:
-    def __getitem__(self, index):
-        return np.array([os.getpid()])
-
-if __name__ == "__main__":
-    pictures = Split(np.zeros((10_000, 8, 8, 1), np.uint8), np.zeros(10_000, np.int32))
-    threads = Batches(pictures, 2, 0, epochs=1)
-    workers = Batches(Split(Pids(), pictures.labels), 2, 0, epochs=1, workers=2)
-    stopping = []
-    signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
-    print(*[next(workers)[0][0] for _ in range(2)], flush=True)
-    while not stopping:
-        next(threads), next(workers)
-        time.sleep(0.01)
-    for _ in range(10):  # a last step and a checkpoint
-        next(threads), next(workers)
-    print("stopped", flush=True)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_program_that_is_stopped_leaves_no_workers_and_does_not_hang(tmp_path, number):
-    """Ctrl-C goes to the whole group: the program goes on until it has finished, and closes nothing. And SIGKILL."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-    paths = os.pathsep.join(sys.path)
-    program = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py"],
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    pids = []
-    try:
-        pids = [int(word) for word in program.stdout.readline().split()]
-        assert len(pids) == 2, program.stderr.read()
-        assert all(running(pid) for pid in pids)
-        if number == signal.SIGINT:
-            os.killpg(program.pid, number)
-            output, errors = program.communicate(timeout=30)
-            assert (program.returncode, output.strip()) == (0, "stopped")
-            assert "Traceback" not in errors  # also not one that is ignored
-        else:
-            program.kill()
-            program.wait()
-        wait_for(lambda: not any(running(pid) for pid in pids))
-    finally:
-        program.kill()
-        for pid in filter(running, pids):
-            os.kill(pid, signal.SIGKILL)
 
 
 # Lazily decoded pictures
@@ -422,7 +287,7 @@ def test_lazily_decoded_pictures_are_those_of_the_cache(tmp_path, layout, option
         images, expected = getattr(lazy, name).images, getattr(cached, name).images
         assert (images.shape, images.dtype, len(images)) == (expected.shape, expected.dtype, len(expected))
         for index in (slice(None), slice(1, 3), np.array([2, 0, 2]), expected[:, 0, 0, 0] > 99, 1, np.int64(-1)):
-            found = pickle.loads(pickle.dumps(images))[index]
+            found = images[index]
             assert (type(found), found.dtype) == (np.ndarray, np.uint8)
             np.testing.assert_array_equal(found, expected[index])
         np.testing.assert_array_equal(getattr(lazy, name).labels, getattr(cached, name).labels)
@@ -449,12 +314,6 @@ def test_a_subset_of_lazily_decoded_pictures_is_lazy(loaded):
     np.testing.assert_array_equal(lazy.images[:], cached.images)
     np.testing.assert_array_equal(lazy.labels, cached.labels)
     np.testing.assert_array_equal(channel_statistics(lazy.images), channel_statistics(cached.images))
-
-
-def test_lazily_decoded_pictures_take_little_memory(loaded):
-    """Names and numbers: for each picture some 150 bytes are sent to a worker, where decoded they are 300 kB."""
-    sent = len(pickle.dumps(loaded["JPEG"][0].images))
-    assert sent < 1000 + 150 * COUNTS["train"]
 
 
 def test_bad_pictures_are_refused_or_skipped_as_with_the_cache(tmp_path):

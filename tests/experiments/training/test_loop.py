@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from experiments.data.dataset import Dataset, Split
+from experiments.frameworks.common import Training
+from experiments.frameworks.experiment import Experiment
 from experiments.machine import jax_device, numpy_device, processor
-from experiments.training.loop import DivergedError, Plan, evaluate, fit
+from experiments.training.loop import DivergedError, Loop, evaluate
 from experiments.training.meter import macro_f1
 from experiments.training.processes import Stopped, StopRequest
 from experiments.training.run_folder import RunFolder, earlier_run, read_metrics
-from experiments.training.saving import Saver
+from experiments.training.saving import Progress, Saver
+from experiments.training.settings import System
 
 
 def split(n):
@@ -27,19 +30,14 @@ class State:
     params = batch_stats = None
 
 
-class Steps:
-    """Of a framework without checkpoints."""
+class Report(list):
+    """Collects the results that it is given."""
 
-    search = None
+    def observe(self, state):
+        return {}
 
-    def __init__(self, train_step):
-        self.train_step, self.eval_step = train_step, right_eval_step
-
-    def put(self, images, labels):
-        return images, labels
-
-    def averages(self, state):
-        return None
+    def write(self, state, results):
+        self.append(results)
 
 
 def right_eval_step(params, batch_stats, images, labels):
@@ -47,11 +45,11 @@ def right_eval_step(params, batch_stats, images, labels):
 
 
 def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray, number=signal.SIGINT):
-    """Fits a fake network whose losses are given; returns what `fit` returns, its reports and its rows.
+    """Trains a fake network whose losses are given; returns what ended it, its reports and its rows.
 
     It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
     """
-    reports, losses = [], iter(losses)
+    reports, losses = Report(), iter(losses)
     seen = []
 
     def train_step(state, images, labels):
@@ -63,16 +61,10 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.
         return state, {name: array(value) for name, value in metrics.items()}
 
     dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
-    folder = RunFolder(tmp_path / "run")
-    ended_by = fit(
-        State(),
-        Steps(train_step),
-        dataset,
-        folder,
-        Saver(tmp_path / "run", keep=0),
-        Plan(epochs, batch_size=3, seed=0, log_every=log_every),
-        lambda state, results: reports.append(results),
-    )
+    folder, saver = RunFolder(tmp_path / "run"), Saver(tmp_path / "run", System(keep=0), {})
+    experiment = Experiment(epochs=epochs, batch_size=3, log_every=log_every)
+    training = Training("numpy", State(), train_step, right_eval_step, {}, arrays=None, moments=None)
+    ended_by = Loop(experiment, dataset, training, folder, saver, reports, Progress()).run()
     folder.close()
     return ended_by, reports, read_metrics(tmp_path / "run"), seen
 

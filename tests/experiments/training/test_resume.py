@@ -1,6 +1,5 @@
 """A run that is stopped and goes on is the run that was never stopped, bit for bit; and what can go wrong with that."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -13,20 +12,19 @@ import safetensors.numpy
 import tiny_network
 from soak import differences
 
+from experiments.frameworks.experiment import Experiment
 from experiments.training.loop import DivergedError
-from experiments.training.run import train_and_report, write_weights
+from experiments.training.run import train_and_report
 from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS, read_metrics
-from experiments.training.settings import RunSettings
+from experiments.training.settings import RunSettings, System
 from jax_resnet.checkpoint import Checkpoints
 
 STEPS = 3 * 5  # epochs, batches of 6 of 30 pictures
 
 
 def settings_for(out, **changes):
-    return RunSettings(
-        **{"epochs": 3, "batch_size": 6, "log_every": 2, "out": out, "keep": 3, "checkpoint_steps": 2, "ema": 0.9}
-        | changes
-    )
+    experiment = Experiment("amsbound", learning_rate=1e-2, epochs=3, batch_size=6, log_every=2, ema=0.9)
+    return RunSettings(experiment, System(out=out, keep=3, checkpoint_steps=2)).replace(**changes)
 
 
 def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoiled=()):
@@ -56,10 +54,9 @@ def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoile
         settings,
         data,
         training._replace(train_step=train_step, eval_step=eval_step),
-        title="tiny",
+        network="tiny",
         name="tiny",
         description=description,
-        write_report=lambda path, state, results: write_weights(path, training, state, description),
     )
 
 
@@ -174,9 +171,11 @@ def test_a_run_that_has_ended_stays_as_it_is(quiet, tmp_path):
 def test_other_settings_are_named(quiet, tmp_path):
     out = stopped(tmp_path, quiet, keep_last=1)
     before = (out / METRICS).read_bytes()
-    with pytest.raises(
-        ValueError, match=r"other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume goes on"
-    ):
+    message = (
+        "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume goes on with the same ones; "
+        "to train with these, begin a run in another --out$"
+    )
+    with pytest.raises(ValueError, match=message):
         train(settings_for(out, resume=True, epochs=4, batch_size=10))
     (out / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json cannot be read .*cannot know what run this was"):
@@ -279,4 +278,4 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
 )
 def test_settings_that_cannot_be(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(settings_for(tmp_path, checkpoint_steps=None, ema=None), **changes).check()
+        settings_for(tmp_path).replace(**{"checkpoint_steps": None, "ema": None} | changes).check()

@@ -6,7 +6,8 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from experiments.frameworks.jax import moments_of
-from experiments.training.step_sizes import layer_steps, plot_layer_steps, summarize_steps
+from experiments.training.plots import plot_layer_steps
+from experiments.training.step_sizes import layer_steps, summarize_steps
 from jax_resnet.adabound import adabound
 
 SETTINGS = dict(base_lr=1e-3, final_lr=0.1, gamma=1e-3, b1=0.9)
