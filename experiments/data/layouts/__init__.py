@@ -86,10 +86,10 @@ def inner_folders(directory: Path, usual: set[str]) -> list[str]:
 
 def describe_content(data_dir: Path) -> str:
     """For a message: what a folder without a layout holds, and what can be done with it."""
-    with os.scandir(data_dir) as entries:
-        names = sorted(entry.name for entry in entries if not is_leftover(entry.name))
+    names = sorted(name for name in os.listdir(data_dir) if not is_leftover(name))
+    files = [name for name in names if (data_dir / name).is_file()]
     for suffixes, advice in ADVICE.items():
-        if fitting := [name for name in names if Path(name).suffix.lower() in suffixes]:
+        if fitting := [name for name in files if Path(name).suffix.lower() in suffixes]:
             return f"it holds {first_few(fitting, 3)}: {advice}"
     folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
     if folders:
