@@ -215,7 +215,7 @@ def names_of(pictures: Iterable[Picture], failures: list[Failure]) -> tuple[str,
 
 
 def refuse_bad_pictures(failures: list[Failure], folder: PictureFolder, skip_bad: bool) -> None:
-    """Raises a DataError for pictures that cannot be used (unless skip_bad), and where half do not contain their box."""
+    """Raises a DataError for pictures that cannot be used (unless skip_bad), and if half do not contain their box."""
     total = sum(folder.counts.values())
     outside = [failure for failure in failures if failure.kind == "box"]
     if 2 * len(outside) >= total:
