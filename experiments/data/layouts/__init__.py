@@ -11,7 +11,7 @@ from experiments.data.dataset import DataError
 from experiments.data.layouts.by_class import by_class
 from experiments.data.layouts.devkit import original
 from experiments.data.layouts.files import PictureFolder, picture_files
-from experiments.data.layouts.names import first_few, folder_names, is_leftover, words
+from experiments.data.layouts.names import first_few, folder_names, is_leftover, splits_in, words
 from experiments.data.layouts.parquet import parquet
 from experiments.data.layouts.tfds import tfds
 
@@ -94,4 +94,6 @@ def describe_content(data_dir: Path) -> str:
     folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
     if folders:
         return f"it has pictures in {first_few(folders, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
+    if of_splits := [name for name in folder_names(data_dir) if splits_in(name)]:
+        return f"{first_few(of_splits, 3)} hold no class folders with files that end as pictures do (.jpg, .png, …)"
     return f"it holds {first_few(names, 5)}" if names else "it is empty"
