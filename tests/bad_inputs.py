@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -91,6 +92,7 @@ HINT = (
     "pass --data DIR with the four idx files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte "
     "and t10k-labels-idx1-ubyte, each as it is or as .gz"
 )
+NO_LAYOUT = "cars has Stanford Cars in no layout that this program knows"
 LAYOUTS_FOLLOW = "Give a folder with Stanford Cars in one of these layouts:"
 IN_CARS = "cars --data cars"
 CONVERT = "convert {} out.npz"
@@ -272,15 +274,31 @@ DATA_FOLDERS = [
          file("cars", b"PK\3\4")),
     Case("a pipe", IN_CARS, f"cars is no folder. {LAYOUTS_FOLLOW}",
          lambda folder: os.mkfifo(folder / "cars"), how="process"),
-    Case("an empty folder", IN_CARS, "cars has Stanford Cars in no layout that this program knows. It knows:",
+    Case("an empty folder", IN_CARS, f"{NO_LAYOUT}: it is empty. It knows:",
          lambda folder: (folder / "cars").mkdir()),
+    Case("classes without splits", IN_CARS,
+         f"{NO_LAYOUT}: it has pictures in Audi, BMW, but no train/<Class Name>/ and test/<Class Name>/. It knows:",
+         lambda folder: (cars_by_class(folder), (folder / "cars/train").rename(folder / "x"),
+                         remove(folder, "cars"), (folder / "x").rename(folder / "cars"))),
+    Case("labels in a table", IN_CARS,
+         f"{NO_LAYOUT}: it holds labels.csv: labels in such files are not read: sort the pictures by class. It knows:",
+         lambda folder: ((folder / "cars").mkdir(), (folder / "cars/labels.csv").touch())),
+    Case("a folder of two splits", IN_CARS, "cars: the name train_test says train and test: rename it",
+         by_class_but(lambda root: (root / "test").rename(root / "train_test"))),
+    Case("two folders of a split", IN_CARS,
+         "cars has several folders of train, train, training: leave one of them there",
+         by_class_but(lambda root: shutil.copytree(root / "train", root / "training"))),
+    Case("a class a folder deeper", IN_CARS,
+         "cars/train/BMW has no pictures itself, but its folder new has 2: expected train/<Class Name>/ and "
+         "test/<Class Name>/, and the pictures directly in them",
+         by_class_but(lambda root: ((root / "train/BMW").rename(root / "x"), (root / "train/BMW").mkdir(),
+                                    (root / "x").rename(root / "train/BMW/new")))),
     Case("a folder that links to itself", IN_CARS,
-         "cars has Stanford Cars in no layout that this program knows. It knows:",
+         f"{NO_LAYOUT}: it holds data. It knows:",
          lambda folder: ((folder / "cars").mkdir(), (folder / "cars" / "data").symlink_to("."))),
     Case("no test pictures", IN_CARS, "cars has no folder test/: expected train/<Class Name>/ and test/<Class Name>/",
          by_class_but(lambda root: remove(root, "test"))),
-    Case("train/ links to itself", IN_CARS,
-         "cars has no folder train/: expected train/<Class Name>/ and test/<Class Name>/",
+    Case("train/ links to itself", IN_CARS, "cars/train cannot be read (Too many levels of symbolic links)",
          by_class_but(lambda root: (remove(root, "train"), link("train")(root / "train")))),
     Case("pictures without classes", IN_CARS,
          "cars/test has no pictures in class folders (1 pictures lie directly in it, without a class): expected "
@@ -330,8 +348,11 @@ DATA_FOLDERS = [
     Case("a class that there is not", IN_CARS,
          "cars/devkit/cars_train_annos.mat has 0.png in class 3: cars_meta.mat names 1 to 2", devkit(**{"class": 3})),
     Case("annotations of other pictures", IN_CARS,
-         "1 of the 1 pictures that cars_train_annos.mat names are not in cars/cars_train: ../0.png; unpack "
-         "cars_train.tgz again", devkit(fname="../0.png")),
+         "cars/devkit/cars_train_annos.mat does not name a file in its row 1, ../0.png: is this the devkit's file?",
+         devkit(fname="../0.png")),
+    Case("annotations of missing pictures", IN_CARS,
+         "1 of 4 pictures in cars cannot be used: cars_train/1.png (No such file or directory). Replace them, or leave "
+         "them out with --skip-bad", lambda folder: (devkit()(folder), (folder / "cars/cars_train/1.png").unlink())),
     Case("boxes of other pictures", IN_CARS,
          "2 of 4 pictures in cars do not contain their box: cars_train/0.png (box x 5 to 99, y 5 to 30 in a picture of "
          "40x40), cars_train/1.png (box x 5 to 99, y 5 to 30 in a picture of 40x40). Boxes refer to the original "
@@ -342,7 +363,7 @@ DATA_FOLDERS = [
          "pointer of git-lfs: run git lfs pull)",
          lambda folder: ((folder / "cars").mkdir(), [(folder / "cars" / f"{split}.parquet").write_bytes(b"version")
                                                      for split in ("train", "test")])),
-    Case("a pipe for parquet", IN_CARS, "cars has Stanford Cars in no layout that this program knows. It knows:",
+    Case("a pipe for parquet", IN_CARS, f"{NO_LAYOUT}: it holds test.parquet, train.parquet. It knows:",
          lambda folder: ((folder / "cars").mkdir(), [os.mkfifo(folder / "cars" / f"{split}.parquet")
                                                      for split in ("train", "test")]), how="process"),
     Case("no such folder", "mnist --data digits", f"--data digits does not exist: {HINT}"),
@@ -375,8 +396,8 @@ DATA_FOLDERS = [
 ]  # fmt: skip
 
 
-def cannot_be_read(reason: str) -> str:
-    return f"1 of 9 pictures in cars cannot be read: {BAD} ({reason}). Replace them, or leave them out with --skip-bad"
+def cannot_be_used(reason: str) -> str:
+    return f"1 of 9 pictures in cars cannot be used: {BAD} ({reason}). Replace them, or leave them out with --skip-bad"
 
 
 def classify_command(*pictures: str) -> str:
@@ -387,29 +408,32 @@ A_BOMB = "more than 178,956,970 pixels, which may be a decompression bomb"
 NO_PICTURE = "not a picture in any format that Pillow reads"
 
 PICTURES = [
-    Case("an empty file", IN_CARS, cannot_be_read("the file is empty"), bad_picture(content(b""))),
-    Case("text", IN_CARS, cannot_be_read(NO_PICTURE), bad_picture(content(b"a picture of a car"))),
-    Case("half of a JPEG", IN_CARS, cannot_be_read("image file is truncated (…)"),
+    Case("an empty file", IN_CARS, cannot_be_used("the file is empty"), bad_picture(content(b""))),
+    Case("text", IN_CARS, cannot_be_used(NO_PICTURE), bad_picture(content(b"a picture of a car"))),
+    Case("half of a JPEG", IN_CARS, cannot_be_used("image file is truncated (…)"),
          bad_picture(content(encoded(NOISE, "JPEG")[:-1500]))),
-    Case("half of a PNG", IN_CARS, cannot_be_read("image file is truncated…"),
+    Case("half of a PNG", IN_CARS, cannot_be_used("image file is truncated…"),
          bad_picture(content(encoded(NOISE, "PNG")[:-5000]))),
-    Case("a JPEG's first bytes", IN_CARS, cannot_be_read("…"), bad_picture(content(encoded(NOISE, "JPEG")[:20]))),
-    Case("a PNG of 20,000x20,000 pixels", IN_CARS, cannot_be_read(A_BOMB), bad_picture(content(png_bomb()))),
-    Case("a JPEG that says 65,500x65,500 pixels", IN_CARS, cannot_be_read(A_BOMB), bad_picture(content(jpeg_bomb()))),
-    Case("a PostScript that never ends", IN_CARS, cannot_be_read("PostScript is a program, not a picture"),
+    Case("a JPEG's first bytes", IN_CARS, cannot_be_used("…"), bad_picture(content(encoded(NOISE, "JPEG")[:20]))),
+    Case("a PNG of 20,000x20,000 pixels", IN_CARS, cannot_be_used(A_BOMB), bad_picture(content(png_bomb()))),
+    Case("a JPEG that says 65,500x65,500 pixels", IN_CARS, cannot_be_used(A_BOMB), bad_picture(content(jpeg_bomb()))),
+    Case("a PostScript that never ends", IN_CARS, cannot_be_used("PostScript is a program, not a picture"),
          bad_picture(content(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n"))),
     Case("numbers without a range", IN_CARS,
-         cannot_be_read("floating-point pixels: expected 8 or 16 bits per channel"),
-         bad_picture(content(encoded(Image.new("F", (8, 8), 0.5), "TIFF")))),
-    Case("5 GB", IN_CARS, cannot_be_read("5,000,000,000 bytes, more than 1,073,741,824"), bad_picture(sparse_file)),
-    Case("a link to nowhere", IN_CARS, cannot_be_read("No such file or directory"), bad_picture(link("nowhere"))),
-    Case("a link to itself", IN_CARS, cannot_be_read("Too many levels of symbolic links"),
+         cannot_be_used("pixels from -0.5 to -0.5: expected 0 to 65535"),
+         bad_picture(content(encoded(Image.new("F", (8, 8), -0.5), "TIFF")))),
+    Case("5 GB", IN_CARS, cannot_be_used("5,000,000,000 bytes, more than 1,073,741,824"), bad_picture(sparse_file)),
+    Case("a link to nowhere", IN_CARS, cannot_be_used("No such file or directory"), bad_picture(link("nowhere"))),
+    Case("a link to itself", IN_CARS, cannot_be_used("Too many levels of symbolic links"),
          bad_picture(link("bad.jpg"))),
-    Case("a pipe", IN_CARS, cannot_be_read("a pipe or device, not a file"), bad_picture(os.mkfifo), how="process"),
-    Case("a link to a device without end", IN_CARS, cannot_be_read("a pipe or device, not a file"),
+    Case("a pipe", IN_CARS, cannot_be_used("a pipe or device, not a file"), bad_picture(os.mkfifo), how="process"),
+    Case("a link to a device without end", IN_CARS, cannot_be_used("a pipe or device, not a file"),
          bad_picture(link("/dev/zero")), how="process"),
-    Case("a locked picture", IN_CARS, cannot_be_read("Permission denied"),
+    Case("a locked picture", IN_CARS, cannot_be_used("Permission denied"),
          bad_picture(lambda path: (png(path), path.chmod(0))), how="nobody"),
+    Case("a photograph of an iPhone", IN_CARS,
+         cannot_be_used("HEIC, as iPhones save pictures, which Pillow does not read: convert it to JPEG"),
+         bad_picture(content(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))),
     Case("no readable picture at all", f"{IN_CARS} --skip-bad", "cars: no test pictures are left of 4",
          by_class_but(lambda root: [path.write_bytes(b"") for path in root.glob("test/*/*.png")])),
     Case("no such file", classify_command("no.jpg"),

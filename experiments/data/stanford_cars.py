@@ -67,7 +67,7 @@ def load_stanford_cars(
 
     Raises:
       DataError: no layout found, a part of it missing, pictures that cannot be read or do not contain their box (unless
-        skip_bad, and then too if most do not); decode="lazy" of a layout whose pictures cannot be read one by one.
+        skip_bad, and then too if half do not); decode="lazy" of a layout whose pictures cannot be read one by one.
       ValueError: image_size or margin is out of range.
     """
     if len(image_size) != 2 or min(image_size) < 1:
@@ -215,10 +215,10 @@ def names_of(pictures: Iterable[Picture], failures: list[Failure]) -> tuple[str,
 
 
 def refuse_bad_pictures(failures: list[Failure], folder: PictureFolder, skip_bad: bool) -> None:
-    """Raises a DataError for pictures that cannot be used, unless skip_bad, and where most do not contain their box."""
+    """Raises a DataError for pictures that cannot be used (unless skip_bad), and if half do not contain their box."""
     total = sum(folder.counts.values())
     outside = [failure for failure in failures if failure.kind == "box"]
-    if 2 * len(outside) > total:
+    if 2 * len(outside) >= total:
         raise DataError(
             f"{len(outside):,} of {total:,} pictures in {folder.directory} do not contain their box: "
             f"{listed(outside, 3)}. "

@@ -22,8 +22,7 @@ import experiments.bench.__main__
 import experiments.parity.__main__
 import experiments.report.__main__
 import experiments.study.__main__
-from experiments import cars, classify, convert, describe, mnist
-from experiments.training import side_by_side as compare
+from experiments import cars, classify, compare, convert, describe, mnist
 from experiments.training.settings import DATA_VARIABLE
 from jax_resnet import weights
 

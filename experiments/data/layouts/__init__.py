@@ -11,7 +11,7 @@ from experiments.data.dataset import DataError
 from experiments.data.layouts.by_class import by_class
 from experiments.data.layouts.devkit import original
 from experiments.data.layouts.files import PictureFolder, picture_files
-from experiments.data.layouts.names import first_few, folder_names, is_leftover, words
+from experiments.data.layouts.names import first_few, folder_names, is_leftover, splits_in, words
 from experiments.data.layouts.parquet import parquet
 from experiments.data.layouts.tfds import tfds
 
@@ -86,12 +86,14 @@ def inner_folders(directory: Path, usual: set[str]) -> list[str]:
 
 def describe_content(data_dir: Path) -> str:
     """For a message: what a folder without a layout holds, and what can be done with it."""
-    with os.scandir(data_dir) as entries:
-        names = sorted(entry.name for entry in entries if not is_leftover(entry.name))
+    names = sorted(name for name in os.listdir(data_dir) if not is_leftover(name))
+    files = [name for name in names if (data_dir / name).is_file()]
     for suffixes, advice in ADVICE.items():
-        if fitting := [name for name in names if Path(name).suffix.lower() in suffixes]:
+        if fitting := [name for name in files if Path(name).suffix.lower() in suffixes]:
             return f"it holds {first_few(fitting, 3)}: {advice}"
     folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
     if folders:
         return f"it has pictures in {first_few(folders, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
+    if of_splits := [name for name in folder_names(data_dir) if splits_in(name)]:
+        return f"{first_few(of_splits, 3)} hold no class folders with files that end as pictures do (.jpg, .png, …)"
     return f"it holds {first_few(names, 5)}" if names else "it is empty"

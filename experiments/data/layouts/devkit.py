@@ -38,12 +38,13 @@ def original(root: Path) -> PictureFolder | None:
       DataError: a part is missing or cannot be read.
     """
     others: list[str] = []
-    if (root / "car_ims").is_dir():
+    if (directory := root / "car_ims").is_dir():
         path = require(root, JOINT, "car_ims/")
         class_names = read_class_names(path)
         annotations = read_annotations(path, len(class_names))
         rows = {split: {name: row for name, row in annotations.items() if row.split == split} for split in SPLITS}
-        directories, notes = dict.fromkeys(SPLITS, root / "car_ims"), []
+        directory = directory / "car_ims" if (directory / "car_ims").is_dir() else directory
+        directories, notes = dict.fromkeys(SPLITS, directory), []
     else:
         has_devkit = any(find_devkit_file(root, name) for name in (META, *ANNOTATIONS["train"], *ANNOTATIONS["test"]))
         names = [name for name in folder_names(root) if splits_in(name) and (has_devkit or "cars" in words(name))]

@@ -13,13 +13,14 @@ from experiments.data.pictures import printable
 
 WORD = re.compile(r"t10k|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 SPLIT_WORDS = {  # those by which Hugging Face knows splits, and MNIST's
-    "train": {"train", "training"},
-    "test": {"test", "testing", "eval", "evaluation", "t10k"},
+    "train": {"train", "training", "trainset"},
+    "test": {"test", "testing", "testset", "eval", "evaluation", "t10k"},
     "validation": {"val", "valid", "validation", "dev"},
 }
 LEFTOVERS = {  # of archives, desktops, servers and file systems, in small letters
-    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "temporary items", "network trash folder"),
+    *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information"),
+    *("lost+found", "__pycache__"),
 }
 
 

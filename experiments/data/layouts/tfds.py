@@ -48,12 +48,15 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
     paths = files["train"] + files["test"]
     if missing := [path for path in paths if not path.is_file()]:
         raise DataError(f"{len(missing)} of {len(paths)} files of {root} are missing, first {missing[0].name}: {AGAIN}")
+    class_names = tuple(features["label"].names)
+    if boxes and class_names == tuple(map(str, range(len(class_names)))):
+        notes.append(f"{root} has no label.labels.txt with the classes' names: they are called by number")
     file_format = builder.info.file_format.value
     reader = Records if file_format == "tfrecord" else ArrayRecords
     return PictureFolder(
         layout=f"TFDS {name} ({file_format})",
         directory=root,
-        class_names=tuple(features["label"].names),
+        class_names=class_names,
         counts={split: splits[split].num_examples for split in SPLITS},
         boxes=boxes,
         identity=identity(files),
