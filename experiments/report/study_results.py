@@ -285,6 +285,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
     if len(lines) < (runs := _count_runs(protocol)):
         raise ValueError(f"{folder / TRIALS} has {len(lines)} runs, and {PROTOCOL} beside it {runs}")
+    axes = {block["name"]: list(block.get("axes", {})) for block in protocol["contestants"]}
     found: dict[str, Contestant] = {}
     for number, line in enumerate(lines, 2):
         try:
@@ -292,8 +293,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / TRIALS}, line {number}, is damaged: {error}") from error
         name = line["contestant"]
-        block, axes = _block(name, protocol)
-        labels = {axis: line[axis] for axis in axes}
+        block = line.get("block") or _block_by_name(name, protocol)
+        labels = {axis: line[axis] for axis in axes.get(block, ())}
         contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
@@ -326,12 +327,10 @@ def _check_line(line: Mapping[str, str | None]) -> None:
                 raise ValueError(f"{column} is {line[column]}, which is no share")
 
 
-def _block(name: str, protocol: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The block of a protocol that a contestant comes from, and its axes; see `experiments.study.protocol`."""
-    blocks = {block["name"]: list(block.get("axes", {})) for block in protocol["contestants"]}
-    names = [block for block, axes in blocks.items() if axes and name.startswith(f"{block}, ")]
-    block = max(names, key=len, default=name)
-    return block, blocks.get(block, [])
+def _block_by_name(name: str, protocol: Mapping[str, Any]) -> str:
+    """The block of a contestant, for a trials.csv that does not tell it."""
+    names = [block["name"] for block in protocol["contestants"]]
+    return max((block for block in names if name.startswith(f"{block}, ")), key=len, default=name)
 
 
 def find_studies(folder: Path) -> Sequence[Path]:
