@@ -41,6 +41,7 @@
     [report]
     compare = ["AdaBound", "Adam"]  # the two that the question is about, the second the one to beat
     targets = [0.25, 0.5]           # top-1: how soon was it reached?
+    measure = "top1"                # what the question is decided by, or "train_loss" [default: top1]
     beside = { other = ["SGD"] }    # contestants of another study, in the folder beside, whose final runs are shown too
 
 Contestants of a lower `group` (0 unless it says so) are run to their end before the next group begins.
@@ -171,6 +172,7 @@ class _Report:
     compare: list[str] = dataclasses.field(default_factory=list)
     targets: list[float] = dataclasses.field(default_factory=list)
     beside: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    measure: Literal["top1", "train_loss"] = "top1"
 
 
 def read_protocol(path: Path) -> Protocol:
