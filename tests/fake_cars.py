@@ -1,7 +1,8 @@
 """Stands for experiments.cars in tests of experiments.study: leaves a run's files within milliseconds.
 
 A contestant is the better the nearer its learning rate is to 0.01; one above 1 diverges. Each epoch appends a line to
-the file $FAKE_CARS_LOG, takes $FAKE_CARS_SECONDS, and is kept when it is killed, as checkpoints would.
+the file $FAKE_CARS_LOG, takes $FAKE_CARS_SECONDS, and is kept when it is killed, as checkpoints would. A run of 13
+epochs ends before the first.
 """
 
 import csv
@@ -15,8 +16,8 @@ from pathlib import Path
 
 FAKE = Path(__file__)
 TEST_PICTURES = 200
-DEFAULTS = {"momentum": 0.9, "dampening": 0.0, "preset": "cars96", "classes": None, "data": None, "grey": True}
-DEFAULTS |= {"framework": "jax"}
+DEFAULTS = {"momentum": 0.9, "dampening": 0.0, "preset": "cars96", "data": None, "framework": "jax", "test_every": 1}
+DEFAULTS |= {"final_lr": 1.0, "gamma": 0.001, "gamma_times_steps": None}
 
 
 SMALL = """
@@ -72,14 +73,19 @@ def main() -> int:
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "data": {"title": "drawn cars"},
         "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "steps_per_epoch": 1,
         "versions": {"jax": "0.10.2", "jaxlib": "0.10.2"},
         "git_commit": 40 * "a" + "-dirty",
         "input": {"arch": settings["arch"], "image_size": [32, 32], "grey": True, "class_names": ["a", "b", "c"]},
     }
+    if settings["gamma_times_steps"]:
+        settings["gamma"] = settings["gamma_times_steps"] / epochs
     (out / "config.json").write_text(json.dumps(config))
     if rate > 1:
         (out / "error.txt").write_text(f"the loss is nan at step 3; the checkpoint is in {out}/checkpoints\n")
         return 1
+    if epochs == 13:
+        return 0
     (out / "weights.safetensors").write_text("large")
     (out / "checkpoints").mkdir(exist_ok=True)
     metrics = out / "metrics.jsonl"
@@ -90,7 +96,8 @@ def main() -> int:
         noise = random.Random(f"{settings['seed']} {rate} {settings['opt']} {epoch}").uniform(0.95, 1)
         top1 = right * noise * epoch / epochs
         row = {"epoch": float(epoch), "step": epoch, "train_loss": 2 - top1, "train_top1": top1}
-        row |= {"test_loss": 2 - top1, "test_top1": top1, "test_top5": 1.0, "test_macro_f1": top1}
+        if epoch % settings["test_every"] == 0 or epoch == epochs:
+            row |= {"test_loss": 2 - top1, "test_top1": top1, "test_top5": 1.0, "test_macro_f1": top1}
         if settings["opt"] in ("adam", "adabound"):
             row |= {"step_lower": 0.1, "step_upper": 10 / epoch, "at_lower": 0.1, "at_upper": 1 - 1 / epoch}
             row |= {"step/conv1": 1.0, "step/layer1.0.conv1": 20.0 / epoch, "step/fc": 0.5}

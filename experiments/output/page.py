@@ -21,10 +21,13 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: left; } td { white-space: nowrap; } th { vertical-align: bottom; }
-@media (max-width: 40rem) { td:first-child { white-space: normal; min-width: 8rem; } }
+@media (max-width: 40rem) { td { white-space: normal; min-width: 5rem; vertical-align: top; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
 .ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
-.answer { font-size: 1.1rem; background: #f2f5fa; padding: .8rem 1rem; border-left: 4px solid #3465a4; }
+blockquote { font-size: 1.1rem; background: #f2f5fa; padding: .1rem 1rem; margin: 1rem 0;
+             border-left: 4px solid #3465a4; }
+summary { font-size: 1.1rem; font-weight: bold; padding: .6rem 0; cursor: pointer; overflow-wrap: anywhere; }
+details { border-top: 1px solid #ccc; } p, li, h1 { overflow-wrap: anywhere; }
 pre, code { font-size: .82rem; } pre { overflow-x: auto; background: #f6f6f6; padding: .6rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 @media (max-width: 40rem) { img.wide { max-width: none; width: 46rem; } }

@@ -9,9 +9,8 @@ from pathlib import Path
 import tyro
 
 from experiments.cli import exit_code
-from experiments.report.answer import answer
-from experiments.report.blocks import Block, Heading, Text, write_report
-from experiments.report.sections import speed_section, study_section
+from experiments.report.markdown import write_report
+from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
 from experiments.report.study_results import find_studies, read_study
 
 TITLE = "Is AdaBound better than Adam?"
@@ -20,14 +19,12 @@ ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all 
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """Write index.html, with all pictures inside, and report.md, with them beside it, from published files alone."""
+    """Write report.md, with its pictures beside it, and index.html, with them inside, from published files alone."""
 
     results: tyro.conf.Positional[Path]
     """The folder of one study, or of several."""
     out: Path = Path("report")
     """The folder to write; files of the same names are replaced."""
-    data: Path | None = None
-    """Folder of Stanford Cars: shows pictures of classes that are taken for one another."""
 
 
 def run(settings: ReportSettings) -> None:
@@ -38,20 +35,15 @@ def run(settings: ReportSettings) -> None:
     """
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file")
-    if settings.data is not None and not settings.data.is_dir():
-        raise ValueError(f"--data {settings.data} is no folder")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
-    studies.sort(key=lambda study: not study.compared)  # those first that compare two; otherwise by name, as found
-    in_words = _paragraphs(settings.results / ANSWER)
-    blocks: list[Block] = [Text(text, answer=True) for text in in_words]
-    blocks += [Text(text, answer=not in_words) for study in studies if (text := answer(study))]
-    for study in studies:
-        blocks += study_section(study, settings.data)
-    blocks += speed_section(settings.results / SPEED)
-    if notes := _paragraphs(settings.results / NOTES):
-        blocks.append(Heading("What was not run, and what else is to be known"))
-        blocks += [Text(text) for text in notes]
-    write_report(settings.out, TITLE, blocks)
+    # First those that compare two on several seeds, the largest first.
+    studies.sort(key=lambda study: (not study.compared, study.seeds < 2, -study.pictures, study.name))
+    sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
+    sections |= {study.name: study_section(study) for study in studies}
+    sections["Speed of the implementations"] = list(speed_section(settings.results / SPEED))
+    sections["What was not run, and other remarks"] = _paragraphs(settings.results / NOTES)
+    sections = {heading: blocks for heading, blocks in sections.items() if blocks}
+    write_report(settings.out, TITLE, overview(studies, _paragraphs(settings.results / ANSWER)), sections)
     print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")
 
 

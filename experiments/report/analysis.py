@@ -10,8 +10,8 @@ import numpy as np
 from scipy import special, stats
 
 CONFIDENCE = 0.95
-TIE = 0.003  # a smaller difference of accuracies is of no use to anybody, however certain it is
-Verdict = Literal["better", "worse", "tie", "unknown"]
+BETTER, EQUAL = 0.01, 0.02  # differences of accuracies: the least that counts, and the most that two equal ones have
+Verdict = Literal["better", "worse", "equal", "not told apart", "unknown"]
 
 
 class Interval(NamedTuple):
@@ -34,8 +34,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return Interval(math.nan, math.nan, math.nan, 0)
     if len(values) == 1:
         return Interval(float(values[0]), math.nan, math.nan, 1)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), len(values))
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    return Interval(float(values.mean()), float(low), float(high), len(values))
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
@@ -46,18 +46,23 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Inter
 def verdict(difference: Interval) -> Verdict:
     """What a paired difference of accuracies says of ours.
 
-    A tie where the interval holds 0 or the mean is below TIE; unknown where there is no interval.
+    Better or worse: the 95% interval excludes 0, and the mean is at least BETTER. Equal: the 90% interval is within
+    EQUAL of 0. Unknown: there is no interval.
 
-    >>> verdict(Interval(0.02, 0.01, 0.03, 5)), verdict(Interval(0.02, -0.01, 0.05, 5))
-    ('better', 'tie')
-    >>> verdict(Interval(0.002, 0.001, 0.003, 5)), verdict(Interval(-0.02, math.nan, math.nan, 1))
-    ('tie', 'unknown')
+    >>> verdict(Interval(0.02, 0.01, 0.03, 5)), verdict(Interval(-0.02, -0.03, -0.01, 5))
+    ('better', 'worse')
+    >>> verdict(Interval(0.02, -0.01, 0.05, 5)), verdict(Interval(0.005, 0.001, 0.009, 5))
+    ('not told apart', 'equal')
+    >>> verdict(Interval(-0.02, math.nan, math.nan, 1))
+    'unknown'
     """
-    if math.isnan(difference.low):
+    mean, low, high, count = difference
+    if math.isnan(low):
         return "unknown"
-    if difference.low <= 0 <= difference.high or abs(difference.mean) < TIE:
-        return "tie"
-    return "better" if difference.mean > 0 else "worse"
+    if abs(mean) >= BETTER and not low <= 0 <= high:
+        return "better" if mean > 0 else "worse"
+    half = (high - mean) * stats.t.ppf(0.95, count - 1) / stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    return "equal" if abs(mean) + half <= EQUAL else "not told apart"
 
 
 def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval:
@@ -95,7 +100,7 @@ def expected_best(values: Sequence[float]) -> np.ndarray:
 
 
 def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = False, draws: int = 2000) -> np.ndarray:
-    """How often each of several trials would have been chosen, had the held-out pictures been others of their kind.
+    """How often tuning would have chosen each of several trials, had it held out other pictures of the same kind.
 
     A bootstrap: the pictures are drawn again, with replacement, `draws` times, and each time the trial with the highest
     accuracy is chosen, of equals the one with the lowest loss; or by_loss that with the lowest loss.
@@ -127,6 +132,8 @@ def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = F
 def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
     """Epochs and seconds until test top-1 first was `target` or more, infinite if it never was.
 
+    Only epochs after which the network was tested count.
+
     >>> rows = [{"epoch": 1.0, "seconds": 9.0, "test_top1": 0.2}, {"epoch": 2.0, "seconds": 18.0, "test_top1": 0.3}]
     >>> reached(rows, 0.25), reached(rows, 0.5)
     ((2.0, 18.0), (inf, inf))
@@ -135,10 +142,3 @@ def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float
         if row["test_top1"] >= target:
             return row["epoch"], row["seconds"]
     return math.inf, math.inf
-
-
-def confusions(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """How often pictures of class i were taken for class j, (classes, classes), of any number of runs together."""
-    counts = np.zeros((classes, classes), int)
-    np.add.at(counts, (labels, predictions), 1)
-    return counts

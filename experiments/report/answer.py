@@ -34,10 +34,12 @@ def points(interval: Interval) -> str:
 
 
 def answer(results: StudyResults) -> str:
-    """The answer to the study's question in two sentences, by its numbers alone; "" where it compares no two."""
+    """The answer to the study's question, by its numbers alone; "" where it compares no two."""
     if not results.compared:
         return ""
     ours, theirs = map(results.find, results.compared)
+    if results.measure == "train_loss":
+        return _answer_by_loss(results)
     seeds = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
     if not seeds:
         names = f"{ours.name} and {theirs.name}"
@@ -49,7 +51,8 @@ def answer(results: StudyResults) -> str:
     said = {
         "better": f"{ours.name}{tuned} {ahead}",
         "worse": f"{theirs.name}{tuned} {ahead}",
-        "tie": "this is a tie",
+        "equal": "the two are equal",
+        "not told apart": "the two are not told apart",
         "unknown": "with one seed nothing can be said about which is better",
     }[verdict(difference)]
     planned = max(len(ours.final), len(theirs.final))
@@ -57,20 +60,55 @@ def answer(results: StudyResults) -> str:
     reach = f", or {100 * wider.low:+.1f} to {100 * wider.high:+.1f} for other test pictures as well" if wider else ""
     failures = [f" {len(c.failed)} of {c.name}'s trainings failed, and count as 0." for c in (ours, theirs) if c.failed]
     our_mean, their_mean = (mean_interval([c.by_seed()[seed] for seed in seeds]) for c in (ours, theirs))
-    first = (
+    text = (
         f"{results.name}: {so_far} {results.title}, {ours.name} reaches a final top-1 of {percent(our_mean)} "
         f"and {theirs.name} {percent(their_mean)} over {len(seeds)} seed{'s' * (len(seeds) > 1)}: a difference of "
-        f"{points(difference)}{reach}, so {said}.{''.join(failures)}"
+        f"{points(difference)}{reach}, so {said}.{''.join(failures)}{doubts}"
     )
-    leader = ours if our_mean.mean > their_mean.mean else theirs
     rest = [c for c in results.contestants if c not in (ours, theirs) and c.by_seed()]
-    first += doubts
     if not rest:
-        return first
+        return text
+    leader = ours if our_mean.mean > their_mean.mean else theirs
     best = max(rest, key=lambda contestant: contestant.interval().mean)
-    words = {"better": "better than", "tie": "not told apart from", "worse": "worse than", "unknown": "beside"}
-    relation = words[verdict(paired_difference(best.by_seed(), leader.by_seed()))]
-    return f"{first} Of the others {best.name} comes highest with {percent(best.interval())}, {relation} {leader.name}."
+    found = verdict(paired_difference(best.by_seed(), leader.by_seed()))
+    relation = {"better": "better than", "worse": "worse than", "equal": "equal to", "unknown": "beside"}
+    return (
+        f"{text} Of the others {best.name} comes highest with {percent(best.interval())}, "
+        f"{relation.get(found, 'not told apart from')} {leader.name}."
+    )
+
+
+def _answer_by_loss(results: StudyResults) -> str:
+    """The training loss of each contestant after the last epoch, the lowest first."""
+    losses = {
+        c.name: sum(t.epochs[-1]["train_loss"] for t in c.finals) / len(c.finals)
+        for c in results.contestants
+        if c.finals
+    }
+    if not losses:
+        return f"{results.name}: the question is still open, no run has reached its end."
+    listed = ", ".join(f"{losses[name]:.2f} with {name}" for name in sorted(losses, key=losses.get))
+    missing = [contestant.name for contestant in results.contestants if contestant.name not in losses]
+    rest = f" {', '.join(missing)}: not yet trained to the end." if missing else ""
+    return f"{results.name}: on {results.title}, the training loss of the last epoch is {listed}.{rest}"
+
+
+def answer_row(results: StudyResults) -> dict[str, str] | None:
+    """The answer as a row of a table; None where there is none, or where another measure decides."""
+    if not results.compared or results.measure != "top1" or results.compared[0] not in results.answers:
+        return None
+    ours, theirs = map(results.find, results.compared)
+    difference, _ = results.answers[ours.name]
+    found = verdict(difference)
+    ahead = "is ahead by this choice of settings" if _doubts(results, ours, theirs) else "is better"
+    words = {"better": f"{ours.name} {ahead}", "worse": f"{theirs.name} {ahead}", "unknown": "one seed"}
+    seeds = f"{difference.count} seed{'s' * (difference.count > 1)}"
+    return {
+        "study": f"{results.name}: {results.title}",
+        "final top-1": f"{ours.name} {ours.interval().mean:.1%}, {theirs.name} {theirs.interval().mean:.1%}",
+        "difference, 95% interval over seeds": f"{points(difference)}, {seeds}",
+        "": words.get(found, found),
+    }
 
 
 def _doubts(results: StudyResults, *contestants: Contestant) -> str:
@@ -93,8 +131,7 @@ def limits(results: StudyResults) -> str:
         beyond = f", {100 * (wider.high - wider.mean):.1f} for other test pictures" if wider else ""
         said.append(
             f"Between {ours.name} and {theirs.name} a difference of less than "
-            f"{100 * (difference.high - difference.mean):.1f} points would have been called a tie{beyond}: a tie says "
-            "that these runs do not tell the two apart, not that they are equal."
+            f"{100 * (difference.high - difference.mean):.1f} points would not have been told from 0{beyond}."
         )
     if (right := next(iter(theirs.right().values()), None)) is not None:
         share, pictures = float(right.mean()), len(right)

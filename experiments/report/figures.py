@@ -187,7 +187,7 @@ def plot_steps(contestants: Sequence[Contestant]) -> Figure | None:
 
 def _steps_of(contestant: Contestant) -> tuple[list[dict[str, Any]], list[str], np.ndarray]:
     """Of its first final run the rows with step sizes, the kernels, and each one's median step by epoch, (L, E)."""
-    rows = [row for row in contestant.finals[0].rows if "at_upper" in row] if contestant.finals else []
+    rows = [row for row in contestant.finals[0].epochs if "at_upper" in row] if contestant.finals else []
     columns = [column for column in rows[0] if column.startswith("step/")] if rows else []
     names = [column.removeprefix("step/") for column in columns]
     return rows, names, np.array([[row[column] for row in rows] for column in columns])
@@ -203,28 +203,6 @@ def _plot_steps_of(contestant: Contestant, axis: Axes) -> None:
     if contestant.opt in BOUNDED:
         for bound in ("step_upper", "step_lower"):
             axis.plot(epochs, [row[bound] for row in rows], color=colour, ls="--", lw=0.8)
-
-
-def plot_layer_steps(contestants: Sequence[Contestant]) -> Figure | None:
-    """The median step of each layer of one network after the last epoch, from the stem to the dense layer."""
-    found = {c.name: _steps_of(c) for c in contestants}
-    networks = {tuple(names) for rows, names, _ in found.values() if rows}
-    if len(networks) != 1:  # none has steps, or layers of several networks have no axis in common
-        return None
-    (names,) = networks
-    figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
-    for contestant in contestants:
-        rows, _, steps = found[contestant.name]
-        if rows:
-            axis.plot(range(len(steps)), steps[:, -1], ".-", color=contestant.colour, label=contestant.name)
-        elif contestant.opt == "sgd":
-            axis.axhline(sgd_step(contestant.finals[0]), color=contestant.colour, ls="-.", label=contestant.name)
-    ticks = range(0, len(names), max(1, len(names) // 26))
-    axis.set_xticks(list(ticks), [names[i] for i in ticks], rotation=60, ha="right", fontsize=7)
-    axis.set(yscale="log", ylabel="median step, at the peak of the schedule")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    return figure
 
 
 def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:
@@ -249,15 +227,3 @@ def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:
     bar = figure.colorbar(image, ax=axes, ticks=list(ticks), extend="both", label="median step over the upper bound")
     bar.ax.set_yticklabels([f"{10.0**tick:g}" for tick in ticks])
     return figure
-
-
-def plot_confusions(counts: np.ndarray, names: Sequence[str], title: str, axis: Axes) -> None:
-    """A confusion matrix, each row divided by its sum; names (classes) are drawn where there are up to 40."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axis.set_title(title, fontsize=9, parse_math=False)
-    axis.set(xlabel="taken for", ylabel="is")
-    if len(names) <= 40:
-        short = [name if len(name) <= 26 else f"{name[:25]}…" for name in names]
-        axis.set_yticks(range(len(names)), short, fontsize=6)
-        axis.set_xticks(range(len(names)), short, fontsize=6, rotation=90)

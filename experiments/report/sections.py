@@ -9,64 +9,81 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from experiments.data.dataset import Dataset
-from experiments.output.page import figure_bytes
 from experiments.output.tables import as_text
 from experiments.report import figures
-from experiments.report.analysis import confusions, paired_difference, reached, verdict
-from experiments.report.answer import limits, percent, points
-from experiments.report.blocks import Block, Command, Heading, Picture, Text, TextTable
+from experiments.report.analysis import paired_difference, reached, verdict
+from experiments.report.answer import answer, answer_row, limits, percent, points
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
+from experiments.report.markdown import Block, Picture, picture, table
 from experiments.report.study_results import Contestant, StudyResults, Trial
+from experiments.report.upper_bound import plot_upper_bounds, upper_bound_rows
 from experiments.study_files import slug
-from experiments.training.prepare import load_cars
-from experiments.training.settings import Settings
 
-CONFUSED_SHOWN = 8
 MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "macro_f1": "macro-F1"}
 
 
-def study_section(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
+def overview(studies: list[StudyResults], in_words: list[str]) -> Iterator[Block]:
+    """What is seen first: the answer, a table of it, and the picture that explains it.
+
+    Args:
+      studies: all of them.
+      in_words: paragraphs of the answer that somebody wrote; if there are none, the studies' numbers answer.
+    """
+    for text in in_words or filter(None, map(answer, studies)):
+        yield f"> {text}"
+    if rows := [row for row in map(answer_row, studies) if row]:
+        yield table(rows)
+    if (figure := plot_upper_bounds(studies)) is not None:
+        caption = (
+            "AdaBound's upper bound at the end of a run, over the median step that Adam takes there. Each dot is a run "
+            "of AdaBound; a line connects runs of a study that varies final_lr and gamma. Far below 1 AdaBound is SGD "
+            "with momentum at that rate, which may be too slow; above 1 it is Adam."
+        )
+        yield picture("upper-bound", caption, figure)
+
+
+def upper_bound_section(studies: list[StudyResults]) -> Iterator[Block]:
+    """The numbers behind the picture of the overview."""
+    if rows := upper_bound_rows(studies):
+        yield (
+            "Final top-1 of AdaBound's runs (how many in brackets), by AdaBound's final upper bound over Adam's median "
+            "step. The final upper bound is final_lr · (1 + 1 / (gamma · T)) after T updates. Adam's median step is "
+            "that of the Adam run of the same study that shares the most settings with AdaBound's: after the last "
+            "epoch, the median over layers of each layer's median learning_rate / sqrt(v). Compare along a row: the "
+            "studies differ in data, network and length. A study in which no optimizer learns much shows nothing."
+        )
+        yield table(rows)
+
+
+def study_section(results: StudyResults) -> Iterator[Block]:
     """All that a study has shown."""
-    yield Heading(results.name)
-    yield Text(" ".join(results.about.split()))
+    if text := answer(results):
+        yield text
+    yield " ".join(results.about.split())
     ended = [trial for trial in results.trials if trial.state == "done"]
     data = " --data DIR" if any(trial.config["settings"]["data"] for trial in ended) else ""
     again = f"--out runs/again/{results.name}"  # without it the command goes on with what is published
-    yield Command(f"python -m experiments.study experiments/protocols/{results.name}.toml{data} {again}")
+    yield f"```\npython -m experiments.study experiments/protocols/{results.name}.toml{data} {again}\n```"
     yield from _counts(results)
     if ended:
-        yield Text(_where(ended))
+        yield _where(ended)
     trained = [contestant for contestant in results.contestants if contestant.by_seed()]
     if not trained:
         yield from _tuning(results)
         return
     if results.absent:
-        yield Text(f"Not in the same folder: {', '.join(results.absent)}, with contestants that belong beside these.")
+        yield f"Not in the same folder: {', '.join(results.absent)}, with contestants that belong beside these."
     grids = find_grids(results.contestants)
     in_grids = [contestant.name for grid in grids for contestant in grid.cells.values()]
     if listed := [contestant for contestant in trained if contestant.name not in in_grids]:
-        yield TextTable([_row(results, contestant) for contestant in listed])
-        yield Text(_how_to_read(results, listed))
-    if chosen := [_chosen(results, contestant) for contestant in trained if contestant.tuning]:
-        by = "loss" if results.chosen_by_loss else "top-1"
-        yield Text(
-            f"The settings that tuning chose, by {by} on held-out pictures; a star: no larger or no smaller value was "
-            "tried (0 has none)."
-        )
-        yield TextTable(chosen)
-        yield Text(
-            "Chosen again: how often the same trial would have been chosen on other held-out pictures of their kind (a "
-            "bootstrap). Where that is seldom, the setting is one among equals. A value with a star may have a better "
-            "one beyond it."
-        )
-    if results.compared:
+        yield from _listed(results, listed)
+    yield from _chosen_settings(results, trained)
+    if results.compared and results.measure == "top1":
         yield from _differences(results)
-        yield Text(limits(results))
+        yield limits(results)
     yield from _pictures(results, trained, grids)
-    yield from _confusions(results, dataset_folder)
 
 
 def _counts(results: StudyResults) -> Iterator[Block]:
@@ -75,23 +92,19 @@ def _counts(results: StudyResults) -> Iterator[Block]:
     count = {state: sum(trial.state == state for trial in trials) for state in ("done", "failed", "open", "begun")}
     missing = count["open"] + count["begun"]
     rest = f" {missing} have not been run to their end." if missing else " Nothing is left to run."
-    yield Text(
+    yield (
         f"{len(trials)} runs: {count['done']} reached their end, {count['failed']} failed.{rest} Each is in trials.csv."
     )
     failures = [
-        {
-            "run": trial.columns["folder"],
-            "what was drawn": _drawn(results, trial),
-            "why": trial.columns.get("error", "")[:160],
-        }
-        for trial in trials
-        if trial.state == "failed"
+        {"run": t.columns["folder"], "what was drawn": _drawn(results, t), "why": t.columns.get("error", "")[:160]}
+        for t in trials
+        if t.state == "failed"
     ]
     if failures:
-        yield TextTable(failures)
+        yield table(failures)
     for contestant in results.contestants:
         if contestant.tuning and all(trial.state == "failed" for trial in contestant.tuning):
-            yield Text(f"{contestant.name}: no tuning run reached its end, so there is no setting for final runs.")
+            yield f"{contestant.name}: no tuning run reached its end, so there is no setting for final runs."
 
 
 def _where(ended: list[Trial]) -> str:
@@ -125,6 +138,24 @@ def _short(text: str) -> str:
         return text
 
 
+def _listed(results: StudyResults, contestants: list[Contestant]) -> Iterator[Block]:
+    """What each contestant reached, and how to read it."""
+    yield table([_row(results, contestant) for contestant in contestants])
+    said = ["The final epoch is what counts; the best one is chosen on the test pictures, and flatters."]
+    if any(len(contestant.by_seed()) > 1 for contestant in contestants):
+        said.insert(0, "Means with 95% intervals (Student's) over seeds.")
+    if results.targets:
+        said.append(
+            "Epochs and seconds to a target are medians over seeds, with the number of runs that reached it if not all "
+            "did. Seconds are those of one run beside others."
+        )
+    if any(contestant.failed for contestant in contestants):
+        said.append("A training that failed counts as 0.")
+    if beside := [contestant.name for contestant in contestants if contestant.beside]:
+        said.append(f"Of another study: {', '.join(beside)}.")
+    yield " ".join(said)
+
+
 def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     failed = f", {len(contestant.failed)} failed" if contestant.failed else ""
     row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
@@ -140,59 +171,52 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     return row
 
 
-def _how_to_read(results: StudyResults, listed: list[Contestant]) -> str:
-    said = ["The final epoch is what counts; the best one is chosen on the test pictures, and flatters."]
-    if any(len(contestant.by_seed()) > 1 for contestant in listed):
-        said.insert(0, "Means with 95% intervals (Student's) over seeds.")
-    if results.targets:
-        said.append(
-            "Epochs and seconds to a target are medians over seeds, infinite where it was never reached, and left out "
-            "if they are; then how many of the runs reached it, if not all. Seconds are those of one run beside others."
-        )
-    if any(contestant.failed for contestant in listed):
-        said.append("A training that failed counts as 0.")
-    if beside := [contestant.name for contestant in listed if contestant.beside]:
-        said.append(f"Of another study: {', '.join(beside)}.")
-    return " ".join(said)
-
-
-def _chosen(results: StudyResults, contestant: Contestant) -> dict[str, str]:
+def _chosen_settings(results: StudyResults, trained: list[Contestant]) -> Iterator[Block]:
     """What tuning chose; a star where no larger or no smaller value was tried."""
-    columns = contestant.final[0].columns
-    row = {"": contestant.name}
-    for field in results.searched:
-        tried = [trial.number(field) for trial in contestant.tuning if field in trial.columns]
-        edge = field in columns and (value := float(columns[field])) and value in (min(tried), max(tried))
-        row[field.replace("_", " ")] = f"{_short(columns.get(field, '-'))}{' *' if edge else ''}"
-    again = results.chosen_again(contestant)
-    return row | {"chosen again": "-" if again is None else f"{again:.0%}"}
+    rows = []
+    for contestant in trained:
+        if not contestant.tuning:
+            continue
+        columns, row = contestant.final[0].columns, {"": contestant.name}
+        for field in results.searched:
+            tried = [trial.number(field) for trial in contestant.tuning if field in trial.columns]
+            edge = field in columns and (value := float(columns[field])) and value in (min(tried), max(tried))
+            row[field.replace("_", " ")] = f"{_short(columns.get(field, '-'))}{' *' if edge else ''}"
+        again = results.chosen_again(contestant)
+        rows.append(row | {"chosen again": "-" if again is None else f"{again:.0%}"})
+    if rows:
+        by = "loss" if results.chosen_by_loss else "top-1"
+        yield f"The settings that tuning chose, by {by} on held-out pictures:"
+        yield table(rows)
+        yield (
+            "A star: no larger or no smaller value was tried, so a better one may lie beyond it (0 has none). Chosen "
+            "again: how often the same trial would have been chosen on other held-out pictures of their kind (a "
+            "bootstrap). Where that is seldom, the setting is one among equals."
+        )
 
 
 def _differences(results: StudyResults) -> Iterator[Block]:
     """Against the second of the two that are compared."""
-    baseline = results.find(results.compared[1])
-    if not baseline.by_seed():
+    if not results.answers:
         return
-    words = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "one run"}
-    ours = results.find(results.compared[0])
+    ours, baseline = map(results.find, results.compared)
     minus_it = {c.name: points(paired_difference(ours.by_seed(), c.by_seed())) for c in results.contestants}
-    rows = [
-        {
-            "": name,
-            f"minus {baseline.name}": points(difference),
-            "for other pictures too": points(wider) if wider else "-",
-            "so it is": words[verdict(difference)],
-            f"{ours.name} minus it": "" if name == ours.name else minus_it[name],
-        }
-        for name, (difference, wider) in results.answers.items()
-    ]
-    if not rows:
-        return
-    yield TextTable(rows)
-    yield Text(
-        "Paired by seed: same first weights, same batches. A tie is an interval over seeds that holds 0, or a "
-        "difference below 0.3 points; intervals are not corrected for how many there are. The second interval takes "
-        "the test pictures for a sample as well: the difference may be that on other pictures of these classes."
+    yield table(
+        [
+            {
+                "": name,
+                f"minus {baseline.name}": points(difference),
+                "for other pictures too": points(wider) if wider else "-",
+                "so it is": verdict(difference),
+                f"{ours.name} minus it": "" if name == ours.name else minus_it[name],
+            }
+            for name, (difference, wider) in results.answers.items()
+        ]
+    )
+    yield (
+        "Paired by seed: same first weights, same batches. Better or worse: the 95% interval over seeds excludes 0, "
+        "and the mean is at least 1 point. Equal: the 90% interval is within 2 points of 0. Intervals are not "
+        "corrected for their number. The second interval takes the test pictures for a sample as well."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
     yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
@@ -202,33 +226,25 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
     few = len(trained) <= figures.MOST_CURVES
     if few:
         caption = (
-            f"Curves: means over seeds, and their 95% intervals from {figures.LEAST_BAND} seeds on. Losses end at "
-            f"{figures.MOST_LOSS} times the lowest after one epoch; what goes beyond that has no band."
+            f"Means over seeds, with their 95% intervals from {figures.LEAST_BAND} seeds on. Losses are cut at "
+            f"{figures.MOST_LOSS} times the lowest after one epoch."
         )
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
-    if not few:
-        return
-    if (figure := figures.plot_steps(trained)) is not None:
+    if few and (figure := figures.plot_steps(trained)) is not None:
         caption = (
-            "What AdaBound's step is. Left: the share of all weights whose step before clipping is at a bound or "
-            "beyond it (mean over seeds). Right, of the first seed: the step on the averaged gradient, median over "
-            "layers of each layer's median, with 5% to 95% of the layers; dashed: AdaBound's bounds; dash-dotted: SGD "
-            "with momentum has one step for all. At the peak learning rate, wherever the schedule is."
+            "Left: the share of all weights whose step before clipping is at AdaBound's bound or beyond it (mean over "
+            "seeds). Right, of the first seed: the step on the averaged gradient, median over layers of each layer's "
+            "median, with 5% to 95% of the layers; dashed: AdaBound's bounds; dash-dotted: SGD with momentum has one "
+            "step for all. At the peak learning rate, wherever the schedule is."
         )
         yield _picture(results, "steps", figure, caption)
-    if (figure := figures.plot_layer_steps(trained)) is not None:
+    if few and (figure := figures.plot_step_map(trained)) is not None:
         caption = (
-            "The median step of each layer after the last epoch, from the stem to the dense layer (first seed), given "
-            "for the peak learning rate: a schedule has scaled all of them down by then."
-        )
-        yield _picture(results, "layer-steps", figure, caption)
-    if (figure := figures.plot_step_map(trained)) is not None:
-        caption = (
-            "Each layer's median step over AdaBound's upper bound, by epoch (first seed): red is above, where AdaBound "
-            "would cut it, blue below. AdaBound's own is white where it is cut. One without bounds is compared with "
-            "those of its run's settings."
+            "Each layer's median step over AdaBound's upper bound, by epoch (first seed). Red is above the bound, "
+            "where AdaBound would cut it, blue below. AdaBound's own is white where it is cut. An optimizer without "
+            "bounds is compared with those of its run's settings."
         )
         yield _picture(results, "step-map", figure, caption)
 
@@ -238,11 +254,10 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
         trained = [cell for cell in grid.cells.values() if cell.by_seed()]
         if not trained:
             continue
-        yield TextTable([_row(results, cell) for cell in trained])
-        yield Text(_how_to_read(results, trained))
+        yield from _listed(results, trained)
         if rows := grid_differences(grid):
-            yield Text("Final top-1, by what else differs: each optimizer minus the first, paired by seed.")
-            yield TextTable(rows)
+            yield "Final top-1, by what else differs: each optimizer minus the first, paired by seed."
+            yield table(rows)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
         yield _picture(results, f"{slug(grid.name)}-grid", plot_grid(grid), caption)
         for column, title, bounded in (
@@ -261,81 +276,12 @@ def _tuning(results: StudyResults) -> Iterator[Block]:
         )
         yield _picture(results, "tuning", figure, caption)
     if (figure := figures.plot_tuning_effort(results)) is not None:
-        caption = (
-            "What tuning is worth: the best of so many of the trials, on average over all choices of them. The right "
-            "end is the best single one, whatever more would have brought."
-        )
+        caption = "What tuning is worth: the best of k trials, on average over all choices of k of them."
         yield _picture(results, "tuning-effort", figure, caption)
 
 
-def _picture(results: StudyResults, name: str, figure: plt.Figure, caption: str) -> Picture:
-    return Picture(f"{results.name}-{name}.png", caption, figure_bytes(figure, "png"))
-
-
-def _confusions(results: StudyResults, dataset_folder: Path | None) -> Iterator[Block]:
-    """Which classes the two that are compared take for one another, all seeds together."""
-    if not results.compared:
-        return
-    pair = [c for c in map(results.find, results.compared) if c.finals]
-    if not pair or not all(trial.has_test_results for c in pair for trial in c.finals):
-        return
-    names = pair[0].finals[0].config["input"]["class_names"]
-    counts = {}
-    for contestant in pair:
-        of_runs = [trial.test_results for trial in contestant.finals]
-        labels, predictions = (np.concatenate([r[column] for r in of_runs]) for column in ("label", "prediction"))
-        counts[contestant.name] = confusions(labels, predictions, len(names))
-    figure, axes = plt.subplots(1, len(counts), figsize=(6.8 * len(counts), 6.6), layout="constrained", squeeze=False)
-    for axis, (name, of_it) in zip(axes[0], counts.items(), strict=True):
-        figures.plot_confusions(of_it, names, name, axis)
-    yield _picture(results, "confusions", figure, "Which class is taken for which, all seeds together.")
-    for name, of_it in counts.items():
-        wrong = of_it - np.diag(np.diag(of_it))
-        order = np.argsort(wrong / of_it.sum(1, keepdims=True), axis=None)[::-1][:CONFUSED_SHOWN]
-        found = [(int(i), int(j)) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
-        if not found:
-            continue
-        yield TextTable(
-            [
-                {
-                    f"{name}: is": names[i],
-                    "taken for": names[j],
-                    "of its pictures": f"{wrong[i, j] / of_it[i].sum():.0%}",
-                }
-                for i, j in found
-            ]
-        )
-        if dataset_folder is not None:
-            contestant = results.find(name)
-            dataset = _dataset(contestant, dataset_folder)
-            figure = plot_confused(contestant, dataset, found)
-            caption = (
-                f"{name}: above a picture that was taken for the class below it (first seed), and one of that class."
-            )
-            yield _picture(results, f"confused-{slug(name)}", figure, caption)
-
-
-def _dataset(contestant: Contestant, folder: Path) -> Dataset:
-    """The pictures that a contestant's runs were tested on."""
-    known = contestant.finals[0].config["settings"]
-    chosen = {name: known[name] for name in ("preset", "arch", "image_size", "grey", "classes", "seed")}
-    return load_cars(Settings().replace(**chosen, data=None if known["preset"] == "demo" else folder))
-
-
-def plot_confused(contestant: Contestant, dataset: Dataset, pairs: list[tuple[int, int]]) -> plt.Figure:
-    """Above a picture that was taken for another class, below one of that class."""
-    results = contestant.finals[0].test_results
-    figure, axes = plt.subplots(2, len(pairs), figsize=(1.9 * len(pairs), 4.4), layout="constrained", squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for column, (label, prediction) in enumerate(pairs):
-        wrong = np.flatnonzero((results["label"] == label) & (results["prediction"] == prediction))
-        of_other = np.flatnonzero(results["label"] == prediction)
-        for axis, indices, name in ((axes[0, column], wrong, label), (axes[1, column], of_other, prediction)):
-            if len(indices):
-                axis.imshow(np.asarray(dataset.test.images[int(indices[0])]).squeeze(), cmap="gray", vmin=0, vmax=255)
-            axis.set_title("\n".join(dataset.class_names[name].rsplit(" ", 2)), fontsize=6, parse_math=False)
-    return figure
+def _picture(results: StudyResults, name: str, figure: Figure, caption: str) -> Picture:
+    return picture(f"{results.name}-{name}", caption, figure)
 
 
 def speed_section(folder: Path) -> Iterator[Block]:
@@ -352,24 +298,20 @@ def speed_section(folder: Path) -> Iterator[Block]:
             if bench["benchmark"] != "step":
                 continue
             machines.add(bench["machine"])
-            for table in bench["tables"]:
-                measured = table["title"].partition(":")[0]  # what a step consists of is the same in all
-                for name, row in table["rows"].items():
+            for of_bench in bench["tables"]:
+                measured = of_bench["title"].partition(":")[0]  # what a step consists of is the same in all
+                for name, row in of_bench["rows"].items():
                     if "ratio" in row:
                         ratios.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
     if not ratios:
         return
-    yield Heading("Speed of the implementations")
     names = list(dict.fromkeys(name for of_title in ratios.values() for name in of_title))
-    yield TextTable(
-        [
-            {"": title} | {name: ", ".join(of_title.get(name, [])) for name in names}
-            for title, of_title in ratios.items()
-        ]
+    yield table(
+        [{"": title} | {n: ", ".join(of_title.get(n, [])) for n in names} for title, of_title in ratios.items()]
     )
-    yield Text(
+    yield (
         "Time over that of the faster form of PyTorch, less is better: one number for each run of experiments.bench "
         f"step, the median of its rounds. Every single time is in {folder}. On {'; '.join(sorted(machines))}."
     )

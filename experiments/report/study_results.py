@@ -22,7 +22,7 @@ from experiments.report.analysis import (
     paired_difference,
 )
 from experiments.study_files import PROTOCOL, TRIALS, Stage, State
-from experiments.training.run_folder import CONFIG, METRICS, TEST_RESULTS, read_epochs, read_test_results
+from experiments.training.run_folder import CONFIG, METRICS, TEST_RESULTS, read_metrics, read_test_results
 
 ACCURACIES = ("top1", "best_top1", "top5", "macro_f1")
 CONFIG_PARTS = ("settings", "data", "input", "device", "versions", "git_commit")
@@ -61,17 +61,28 @@ class Trial:
         return 0.0 if self.state == "failed" else self.number(column)
 
     @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Those of its metrics that end an epoch."""
+    def epochs(self) -> list[dict[str, Any]]:
+        """The last row of each whole epoch in its metrics; those of untested epochs have no test_top1."""
         try:
-            rows = read_epochs(self.folder)
-            if self.state == "done" and abs(rows[-1]["test_top1"] - self.accuracy()) > ROUNDING:
-                raise ValueError(f"it ends with a top-1 of {rows[-1]['test_top1']}, {TRIALS} has {self.accuracy()}")
-        except IndexError:
-            raise ValueError(f"{self.folder / METRICS} is missing, or has no epoch") from None
+            rows = {row["epoch"]: row for row in read_metrics(self.folder) if float(row["epoch"]).is_integer()}
+            last = list(rows.values())[-1]
+            if self.state == "done" and abs(last["test_top1"] - self.accuracy()) > ROUNDING:
+                raise ValueError(f"it ends with a top-1 of {last['test_top1']}, {TRIALS} has {self.accuracy()}")
+        except (OSError, IndexError, KeyError):
+            raise ValueError(f"{self.folder / METRICS} is missing, or its last epoch was not tested") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.folder / METRICS} is damaged: {error}") from error
-        return rows
+        return list(rows.values())
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The epochs after which it was tested."""
+        return [row for row in self.epochs if "test_top1" in row]
+
+    @property
+    def opt(self) -> str:
+        """The optimizer."""
+        return self.config["settings"]["opt"]
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -132,7 +143,7 @@ class Contestant:
     @property
     def opt(self) -> str | None:
         """The optimizer of its final runs; None if none has reached its end."""
-        return self.finals[0].config["settings"]["opt"] if self.finals else None
+        return self.finals[0].opt if self.finals else None
 
     def by_seed(self, column: str = "top1") -> dict[int, float]:
         """One of ACCURACIES, of all final runs that have ended or failed."""
@@ -143,7 +154,7 @@ class Contestant:
 
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Epochs (E,) and the column of each final run (S, E), as far as all have it."""
-        rows = [[row for row in trial.rows if column in row] for trial in self.finals]
+        rows = [[row for row in trial.epochs if column in row] for trial in self.finals]
         length = min((len(of_run) for of_run in rows), default=0)
         if not length:
             return np.empty(0), np.empty((0, 0))
@@ -167,6 +178,7 @@ class StudyResults:
     searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
     chosen_by_loss: whether tuning chose by the loss on held-out pictures, not by top-1.
     absent: the studies that it should be shown beside, and that are not there.
+    measure: what it is decided by, "top1" or "train_loss", after the last epoch.
     """
 
     name: str
@@ -177,12 +189,23 @@ class StudyResults:
     searched: dict[str, bool]
     chosen_by_loss: bool = False
     absent: tuple[str, ...] = ()
+    measure: str = "top1"
 
     @property
     def trials(self) -> list[Trial]:
         """Its own."""
         own = [contestant for contestant in self.contestants if not contestant.beside]
         return [trial for contestant in own for trial in (*contestant.tuning, *contestant.final)]
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures its first ended run was trained on; 0 if none has ended."""
+        return next((t.config["data"].get("train_used", 0) for t in self.trials if t.state == "done"), 0)
+
+    @property
+    def seeds(self) -> int:
+        """The most seeds that final runs of one contestant have ended with."""
+        return max((len(contestant.by_seed()) for contestant in self.contestants), default=0)
 
     @property
     def title(self) -> str:
@@ -263,6 +286,7 @@ def read_study(folder: Path) -> StudyResults:
         {column: chosen[column] for column in columns if column in chosen},
         protocol.get("tuning", {}).get("choose_by") == "loss",
         tuple(absent),
+        report.get("measure", "top1"),
     )
 
 
@@ -285,6 +309,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         raise ValueError(f"{folder / TRIALS} is not that of a study, or empty")
     if len(lines) < (runs := _count_runs(protocol)):
         raise ValueError(f"{folder / TRIALS} has {len(lines)} runs, and {PROTOCOL} beside it {runs}")
+    axes = {block["name"]: list(block.get("axes", {})) for block in protocol["contestants"]}
     found: dict[str, Contestant] = {}
     for number, line in enumerate(lines, 2):
         try:
@@ -292,8 +317,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / TRIALS}, line {number}, is damaged: {error}") from error
         name = line["contestant"]
-        block, axes = _block(name, protocol)
-        labels = {axis: line[axis] for axis in axes}
+        block = line.get("block") or _block_by_name(name, protocol)
+        labels = {axis: line[axis] for axis in axes.get(block, ())}
         contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
         getattr(contestant, line["stage"]).append(Trial(columns, folder / line["folder"]))
@@ -326,12 +351,10 @@ def _check_line(line: Mapping[str, str | None]) -> None:
                 raise ValueError(f"{column} is {line[column]}, which is no share")
 
 
-def _block(name: str, protocol: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The block of a protocol that a contestant comes from, and its axes; see `experiments.study.protocol`."""
-    blocks = {block["name"]: list(block.get("axes", {})) for block in protocol["contestants"]}
-    names = [block for block, axes in blocks.items() if axes and name.startswith(f"{block}, ")]
-    block = max(names, key=len, default=name)
-    return block, blocks.get(block, [])
+def _block_by_name(name: str, protocol: Mapping[str, Any]) -> str:
+    """The block of a contestant, for a trials.csv that does not tell it."""
+    names = [block["name"] for block in protocol["contestants"]]
+    return max((block for block in names if name.startswith(f"{block}, ")), key=len, default=name)
 
 
 def find_studies(folder: Path) -> Sequence[Path]:

@@ -1,7 +1,7 @@
 """Runs a protocol to its end: `python -m experiments.study experiments/protocols/cars64_small.toml --data DIR`.
 
-Killed at any moment, the same command goes on; begun a second time while it runs, on this machine or on another one
-that sees the same folder, it helps.
+If it is killed, the same command goes on where it was. Started again while it runs, on this machine or on another one
+that sees the same folder, the command is a second worker.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ else:
     from experiments.cli import FAILED, exit_code
     from experiments.study.cores import own_cores
     from experiments.study.ledger import Ledger
-    from experiments.study.plan import print_plan
-    from experiments.study.progress import print_progress
+    from experiments.study.progress import print_plan, print_progress
     from experiments.study.protocol import read_protocol
     from experiments.study.worker import RunError, work, write_trials
 
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """Run a protocol: tune each of its contestants, train each on several seeds, and keep all that came out."""
+    """Run a protocol: tune each of its contestants, train each on several seeds, and keep all results."""
 
     protocol: tyro.conf.Positional[Path]
     """The protocol, a .toml file."""
@@ -36,15 +35,12 @@ class StudySettings:
     """Folder of Stanford Cars; protocols on drawn cars need none."""
     out: Path | None = None
     """The study's folder [default: results/ and the protocol's name]."""
-    storage: str | None = None
-    """URL of a database for Optuna, such as sqlite:///study.db or postgresql://HOST/NAME [default: journal.log in the
-    study's folder]."""
     runs: int | None = None
-    """End after so many runs."""
+    """End after this many runs."""
     keep_weights: bool = False
     """Keep the weights of every run."""
     dry_run: bool = False
-    """Print the plan and what it will cost, and end."""
+    """Print what is left to run, and how long it takes by runs that have ended, and end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,16 +63,17 @@ def run(settings: StudySettings) -> int | None:
     if settings.runs is not None and settings.runs < 1:
         raise ValueError(f"--runs must be at least 1, got {settings.runs}")
     protocol = read_protocol(settings.protocol)
-    needing = [c.name for c in protocol.contestants if c.settings.get("preset") != "demo"]
-    if needing and settings.data is None:
+    drawn = all(contestant.settings.get("preset") == "demo" for contestant in protocol.contestants)
+    if not drawn and settings.data is None:
         raise ValueError(f"{protocol.name} trains on Stanford Cars: pass --data DIR")
     if settings.data is not None and not settings.data.is_dir():
         raise ValueError(f"--data {settings.data} is no folder")
     out = settings.out or Path("results") / protocol.name
+    ledger = Ledger(protocol, out)
+    ledger.check()
     if settings.dry_run:
-        print_plan(protocol, out, settings.data, settings.storage)
+        print_plan(ledger)
         return None
-    ledger = Ledger(protocol, out, settings.storage)
     ledger.publish_protocol()
     print(f"{protocol.name}, in {out}\n{protocol.about}")
     print_progress(ledger)

@@ -1,4 +1,4 @@
-"""A worker: takes one run after the other, trains it by experiments.cars in its own process, records how it ended."""
+"""A worker takes one run after the other and trains each by experiments.cars in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from experiments.cli import FAILED
-from experiments.study.ledger import Ledger, Run, outcome_of, replace
+from experiments.study.ledger import COLUMNS, Ledger, Run, replace
 from experiments.study.progress import print_progress
-from experiments.study.protocol import bookkeeping, command
 from experiments.study_files import TRIALS
 from experiments.training.processes import leaving_stops_to_a_child
 from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS
@@ -46,27 +45,23 @@ def work(
       the signal that ended it; None if nothing is left to do here.
 
     Raises:
-      RunError: a run failed for want of memory, of data, or the like; it will be tried again.
+      RunError: a run failed for lack of memory, of data, or the like; it will be tried again.
     """
-    for run in ledger.runs():  # whose worker was killed right after it had ended
-        folder = ledger.folder / run.folder
-        if run.state in ("done", "failed") and (folder / CHECKPOINTS).exists():
-            tidy(folder, keep_weights)
     ended, waiting = 0, False
     while most is None or ended < most:
         taken = ledger.take()
         if taken is None:
-            runs = ledger.runs()
-            # Who waits for another worker's last tuning run has final runs to do afterwards.
-            if not any(run.state == "open" for run in runs) or not any(ledger.busy(run) for run in runs):
+            rest = [run for run in ledger.runs() if not run.ended]
+            # After another worker's last tuning run there are final runs to do.
+            if all(run.ready for run in rest) or not any(ledger.busy(run) for run in rest):
                 return None
             if not waiting:
-                print("waiting for other workers: what is left to begin depends on runs that they are at", flush=True)
+                print("waiting for other workers: the runs that are left depend on theirs", flush=True)
             waiting = True
             time.sleep(WAIT_SECONDS)
             continue
-        run, held = taken
         waiting = False
+        run, held = taken
         with held:
             stopped = train(ledger, run, data, [held, *locks], keep_weights)
         if stopped is not None:
@@ -92,7 +87,10 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], 
         f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in run.drawn.items()
     )
     print(f"\n{run.contestant.name}, {folder.name}{f': {drawn}' if drawn else ''}", flush=True)
-    arguments = [*CARS, *command(run.settings, data), *bookkeeping(run.settings, folder)]
+    # Only JAX's runs go on; what a run of another framework left is replaced.
+    goes_on = run.settings.get("framework", "jax") == "jax"
+    arguments = [*CARS, *command(run.settings, data), f"--out={folder}"]
+    arguments += ["--resume", "--keep=1"] if goes_on else ["--overwrite"]
     child: subprocess.Popen | None = None
 
     def terminate() -> None:
@@ -108,18 +106,14 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], 
         return code - 128 if code > 0 else -code
     if code == FAILED and (folder / ERROR).exists():
         replace(folder / ERROR, (folder / ERROR).read_text(encoding="utf-8").replace(f"{folder}/", ""))
-        ledger.end(run, failed=True)
     elif code:
         raise RunError(
             f"the run in {folder} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}: see above. Once "
-            "that is mended, the same command goes on with it"
+            "the cause is removed, the same command goes on with it"
         )
-    else:
-        rows = ledger.rows(run)
-        if not rows or rows[-1]["epoch"] != run.epochs:
-            raise RunError(f"the run in {folder} has no row for epoch {run.epochs} in its metrics")
-        ledger.end(run)
     tidy(folder, keep_weights)
+    if not ledger.with_state(run).ended:
+        raise RunError(f"the run in {folder} ended without a test after epoch {run.epochs}")
     return came[0] if came else None
 
 
@@ -134,41 +128,50 @@ def tidy(folder: Path, keep_weights: bool) -> None:
     if not keep_weights:
         for name in (WEIGHTS, AVERAGED_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(
-        folder / CHECKPOINTS, ignore_errors=True
-    )  # last: by it the next worker sees that this was not reached
+    # Last: as long as they are there, the run has not ended, and another worker comes here again.
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def command(settings: Mapping[str, Any], data: str | Path | None) -> list[str]:
+    """The arguments of experiments.cars that stand for settings; `data` goes where pictures are needed."""
+    arguments = []
+    for field, value in settings.items():
+        flag = field.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments.append(f"--{flag}={value}")
+    if data is not None and settings.get("preset") != "demo":
+        arguments.append(f"--data={data}")
+    return arguments
 
 
 def write_trials(ledger: Ledger, data: Path | None) -> None:
     """Writes all runs of the protocol, failures and those to come too, to trials.csv in the study's folder."""
     with ledger.exclusive():  # of two workers the later one writes what both have done
-        replace(ledger.folder / TRIALS, _trials_text(ledger, data))
+        runs = ledger.runs()
+        rows = [_trial(ledger, run, data) for run in runs]
+        axes = dict.fromkeys(axis for run in runs for axis in run.contestant.labels)
+        searched = dict.fromkeys(field for run in runs for field in run.contestant.search)
+        columns = ["contestant", "block", "stage", "number", "state", *axes, "seed", "epochs", *searched, *COLUMNS]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*columns, "error", "folder", "command"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        replace(ledger.folder / TRIALS, text.getvalue())
 
 
-def _trials_text(ledger: Ledger, data: Path | None) -> str:
-    runs, cores = ledger.runs(), ledger.protocol.cores
-    # How many cores compute decides about the last digits.
-    program = f"{f'taskset -c 0-{cores - 1} ' if cores else ''}python -m experiments.cars"
-    searched = list(dict.fromkeys(field for run in runs for field in run.drawn))
-    axes = list(dict.fromkeys(axis for run in runs for axis in run.contestant.labels))
-    rows = []
-    for run in runs:
-        folder = ledger.folder / run.folder
-        row = {"contestant": run.contestant.name, "stage": run.stage, "number": run.number, "state": run.state}
-        row |= run.contestant.labels | {"seed": run.seed, "epochs": run.epochs} | run.drawn
-        if run.state == "done":
-            outcome = outcome_of(ledger.rows(run))
-            row |= {name: round(value, 5) for name, value in vars(outcome).items()}
-        elif (folder / ERROR).exists():
-            row["error"] = (folder / ERROR).read_text(encoding="utf-8").strip()
-        row["folder"] = run.folder
-        if run.drawn or not run.contestant.is_tuned:  # else it would train at settings that were not drawn
-            row["command"] = " ".join([program, *command(run.settings, Path("DIR") if data else None)])
-        rows.append(row)
-    columns = ["contestant", "stage", "number", "state", *axes, "seed", "epochs", *searched]
-    columns += ["top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds", "error", "folder", "command"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _trial(ledger: Ledger, run: Run, data: Path | None) -> dict[str, Any]:
+    contestant, error, cores = run.contestant, ledger.folder / run.folder / ERROR, ledger.protocol.cores
+    row = {"contestant": contestant.name, "block": contestant.block, "stage": run.stage, "number": run.number}
+    row |= {"state": run.state} | contestant.labels | {"seed": run.seed, "epochs": run.epochs} | run.drawn
+    if run.state == "done":
+        row |= {name: round(value, 5) for name, value in run.outcome.items()}
+    elif error.exists():
+        row["error"] = error.read_text(encoding="utf-8").strip()
+    row["folder"] = run.folder
+    if run.drawn or contestant.tuned_as is None:  # otherwise the settings are not known yet
+        # How many cores compute decides about the last digits.
+        program = f"{f'taskset -c 0-{cores - 1} ' if cores else ''}python -m experiments.cars"
+        row["command"] = " ".join([program, *command(run.settings, "DIR" if data else None)])
+    return row

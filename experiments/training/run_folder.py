@@ -188,8 +188,9 @@ def _remove(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl."""
-    return [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]
+    """The rows of a run folder's metrics.jsonl, without a last line that is being written or that a kill cut short."""
+    lines = (path / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,44 @@
+"""What a tuning trial draws: the protocol's seed and the trial's number alone decide it, whoever runs the trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from scipy.stats.qmc import Sobol
+
+MOST_SEARCHED = 8  # fields of a contestant's search, where a Sobol sequence draws them
+
+
+def draw(
+    search: Mapping[str, BaseDistribution], seed: int, number: int, sampler: Literal["random", "sobol"]
+) -> dict[str, Any]:
+    """Trial `number` of a contestant. Contestants whose searches begin alike draw alike."""
+    return (_random_draw if sampler == "random" else sobol_draw)(search, seed, number)
+
+
+def _random_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -> dict[str, Any]:
+    of_trial = np.random.SeedSequence([seed, number]).generate_state(1)[0]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=int(of_trial)))
+    return study.ask(dict(search)).params
+
+
+def sobol_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -> dict[str, Any]:
+    """Point `number` of a scrambled Sobol sequence: every power of two of them fills each range evenly.
+
+    A field's coordinate is its place in the search.
+    """
+    point = Sobol(MOST_SEARCHED, rng=seed).random(2 ** (number + 1).bit_length())[number]
+    drawn = {}
+    for (field, space), share in zip(search.items(), point, strict=False):
+        if isinstance(space, CategoricalDistribution):
+            drawn[field] = space.choices[int(share * len(space.choices))]
+        elif space.log:
+            drawn[field] = float(space.low * (space.high / space.low) ** share)
+        else:
+            drawn[field] = float(space.low + (space.high - space.low) * share)
+    return drawn
