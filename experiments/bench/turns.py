@@ -29,8 +29,12 @@ MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or funct
 MODULES = {
     "numpy": ("numpy", "numpy_ref.fast"),
     "jax": ("jax", "jax_resnet.train"),
+    "flax": ("jax", "flax.linen", "optax"),
+    "keras": ("jax", "keras", "optax"),
     "torch": ("torch", "torchvision"),
 }
+ENVIRONMENT = {"keras": {"KERAS_BACKEND": "jax"}}
+EXTRAS = {"torch": "torch", "keras": "bench"}  # of setup.cfg
 PAUSE = 0.05  # seconds between turns: OpenBLAS's threads keep a core busy for some 30 ms after their last product
 
 
@@ -60,7 +64,7 @@ class Contestant:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name), daemon=True)
-        with bound(threads, environment):
+        with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **(environment or {})}):
             self._process.start()
         theirs.close()
         self.name = name
@@ -112,7 +116,9 @@ def available(names: Sequence[str]) -> list[str]:
         packages = {module.split(".")[0] for module in MODULES[framework(name)]}
         missing = sorted(package for package in packages if importlib.util.find_spec(package) is None)
         if missing:
-            print(f"left out: {name}, without {' and '.join(missing)} installed")
+            extra = EXTRAS.get(framework(name))
+            how = f': pip install -e ".[{extra}]"' if extra else ""
+            print(f"left out: {name}, without {' and '.join(missing)} installed{how}")
         else:
             found.append(name)
     return found
@@ -238,7 +244,7 @@ def _peak_memory(framework: str) -> float:
 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 1e6
-    if framework == "jax":
+    if framework in ("jax", "flax", "keras"):
         import jax
 
         if jax.default_backend() != "cpu":

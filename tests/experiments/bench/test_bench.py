@@ -83,7 +83,7 @@ def test_step_table(capsys):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ([], ["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]),
+        ([], ["jax", "flax", "keras", "numpy", "torch", "torch.channels_last", "torch.compile"]),
         (["--contestants", "numpy", "jax"], ["numpy", "jax"]),
     ],
 )
@@ -112,7 +112,7 @@ def test_without_torch_its_rows_are_left_out(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "torch" in name else find_spec(name))
     assert main([*CONV2D, "--contestants", "numpy", "torch", "torch.channels_last"]) == 0
     printed = capsys.readouterr().out
-    assert "left out: torch, without torch and torchvision installed" in printed
+    assert 'left out: torch, without torch and torchvision installed: pip install -e ".[torch]"' in printed
     assert "left out: torch.channels_last, without torch and torchvision installed" in printed
     assert not re.search("^ +ratio", printed, re.MULTILINE)
     assert len(rows(printed, "numpy")) == 1
