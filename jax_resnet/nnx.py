@@ -43,6 +43,9 @@ class Layer(nnx.Module):
 class Dense(Layer):
     """The dense layer: (N, features) -> (N, num_classes)."""
 
+    weight: nnx.Param
+    bias: nnx.Param
+
     def __call__(self, x: Array) -> Array:
         return layers.dense(x, self.weight[...], self.bias[...])
 
@@ -189,7 +192,7 @@ def _layers(variables: Mapping[str, nnx.Variable], prefix: str = "") -> dict[str
     return {name: Layer(_below(variables, f"{name}.")) for name in sorted(names)}
 
 
-def _flat(module: nnx.Module | None, kind: type[nnx.Variable]) -> dict[str, Array]:
+def _flat(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Array]:
     """{"downsample.0.weight": array, …} of the variables of a kind."""
     state = nnx.to_pure_dict(nnx.state(module, kind))
     return {".".join(map(str, path)): array for path, array in flatten_dict(state).items()}
@@ -198,7 +201,7 @@ def _flat(module: nnx.Module | None, kind: type[nnx.Variable]) -> dict[str, Arra
 def _assign(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         *path, last = name.split(".")
-        part = module
+        part: Any = module
         for step in path:
             part = part[int(step)] if step.isdecimal() else getattr(part, step)
         getattr(part, last)[...] = array

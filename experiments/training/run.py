@@ -27,7 +27,6 @@ from experiments.training.preflight import check_data, disk_findings, measure_me
 from experiments.training.processes import is_first
 from experiments.training.run_folder import (
     AVERAGED_WEIGHTS,
-    CHECKPOINTS,
     CONFIG,
     CURVES,
     ERROR,
@@ -44,7 +43,6 @@ from experiments.training.run_folder import (
 )
 from experiments.training.saving import Progress, Saver, refuse_other_processes, refuse_other_run, restore_run
 from experiments.training.settings import RunSettings
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.weights import write_arrays
 
 PICTURES_SHOWN = 24
