@@ -28,7 +28,7 @@ __all__ = ["AdaBoundState", "adabound", "adaboundw", "amsbound", "scale_by_adabo
 class AdaBoundState(NamedTuple):
     """State of :func:`scale_by_adabound`; mu, nu and nu_max are trees like the parameters."""
 
-    count: jax.Array  # int32 scalar, the number of updates made
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar, the number of updates made
     mu: optax.Updates  # first moment, in mu_dtype or the parameters' dtype
     nu: optax.Updates  # second moment, in at least float32
     nu_max: optax.Updates | None  # largest second moment so far; None without AMSBound

@@ -251,7 +251,7 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _crc_of_json(values: Any) -> int:

@@ -27,7 +27,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from jax_resnet import layers, resnet
+from jax_resnet import cpu, layers, resnet
 
 __all__ = ["Block", "Dense", "Layer", "ResNet"]
 
@@ -43,6 +43,9 @@ class Layer(nnx.Module):
 class Dense(Layer):
     """The dense layer: (N, features) -> (N, num_classes)."""
 
+    weight: nnx.Param
+    bias: nnx.Param
+
     def __call__(self, x: Array) -> Array:
         return layers.dense(x, self.weight[...], self.bias[...])
 
@@ -50,9 +53,9 @@ class Dense(Layer):
 class Block(nnx.Module):
     """A residual block: conv1, bn1, conv2, ..., and downsample, a list of the shortcut's layers, if it has any."""
 
-    def __init__(self, block: resnet.Block, variables: Mapping[str, nnx.Variable], batch_norm: bool):
+    def __init__(self, config: resnet.ResNetConfig, block: resnet.Block, variables: Mapping[str, nnx.Variable]):
+        self.config = config
         self.convs, self.projection = resnet._without_prefix(block)
-        self.batch_norm = batch_norm
         self.use_running_average = False
         for name, layer in _layers(variables).items():
             if not name.startswith("downsample."):
@@ -64,13 +67,13 @@ class Block(nnx.Module):
         """The block's output, (N, H', W', C'); arguments and effect as for a call of `ResNet`."""
         run = functools.partial(
             resnet._residual,
+            self.config,
             self.convs,
             self.projection,
             train=_in_training(self, train),
             dtype=dtype,
-            batch_norm=self.batch_norm,
         )
-        y, stats = (resnet._recomputed(run) if remat else run)(x, _flat(self, nnx.Param), _flat(self, nnx.BatchStat))
+        y, stats = (cpu.recomputed(run) if remat else run)(x, _flat(self, nnx.Param), _flat(self, nnx.BatchStat))
         _assign(self, stats)
         return y
 
@@ -107,12 +110,10 @@ class ResNet(nnx.Module):
         self.use_running_average = False
         for name in ("conv1", "bn1") if config.batch_norm else ("conv1",):
             setattr(self, name, Layer(_below(variables, f"{name}.")))
-        found = [
-            (block.name, Block(block, _below(variables, f"{block.name}."), config.batch_norm))
-            for block in resnet.blocks(config)
-        ]
         for stage in ("layer1", "layer2", "layer3", "layer4"):
-            setattr(self, stage, nnx.List([block for name, block in found if name.startswith(stage)]))
+            blocks = [block for block in resnet.blocks(config) if block.name.startswith(stage)]
+            modules = [Block(config, block, _below(variables, f"{block.name}.")) for block in blocks]
+            setattr(self, stage, nnx.List(modules))
         self.fc = Dense(_below(variables, "fc.")) if config.num_classes else None
 
     def __call__(self, images: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False) -> Array:
@@ -133,14 +134,9 @@ class ResNet(nnx.Module):
         """The activations by name, {"stem", "layer1.0", ..., "layer4.2", "pool"}; arguments and effect as a call's."""
         resnet._check_images(self.config, images)
         options = {"train": _in_training(self, train), "dtype": dtype}
-        x, stats = resnet._conv_norm(
-            images if dtype is None else images.astype(dtype),
-            resnet.stem(self.config),
-            _flat(self, nnx.Param),
-            _flat(self, nnx.BatchStat),
-            batch_norm=self.config.batch_norm,
-            **options,
-        )
+        x = images if dtype is None else images.astype(dtype)
+        arrays = _flat(self, nnx.Param), _flat(self, nnx.BatchStat)
+        x, stats = resnet._conv_norm(self.config, resnet.stem(self.config), x, *arrays, **options)
         _assign(self, stats)
         activations = {"stem": (x := layers.max_pool(layers.relu(x)))}
         for stage in ("layer1", "layer2", "layer3", "layer4"):
@@ -196,7 +192,7 @@ def _layers(variables: Mapping[str, nnx.Variable], prefix: str = "") -> dict[str
     return {name: Layer(_below(variables, f"{name}.")) for name in sorted(names)}
 
 
-def _flat(module: nnx.Module | None, kind: type[nnx.Variable]) -> dict[str, Array]:
+def _flat(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Array]:
     """{"downsample.0.weight": array, …} of the variables of a kind."""
     state = nnx.to_pure_dict(nnx.state(module, kind))
     return {".".join(map(str, path)): array for path, array in flatten_dict(state).items()}
@@ -205,7 +201,7 @@ def _flat(module: nnx.Module | None, kind: type[nnx.Variable]) -> dict[str, Arra
 def _assign(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         *path, last = name.split(".")
-        part = module
+        part: Any = module
         for step in path:
             part = part[int(step)] if step.isdecimal() else getattr(part, step)
         getattr(part, last)[...] = array

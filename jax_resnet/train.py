@@ -35,8 +35,7 @@ Apply = Callable[..., resnet.Output]
 Loss = Callable[[Array, Array], Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything a step changes.
 
     step: () int32, the steps done.

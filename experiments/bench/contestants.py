@@ -1,8 +1,9 @@
-"""What `bench step` compares: the same network in NumPy, in JAX and in PyTorch, in training and in inference."""
+"""What `bench step` compares: a network in NumPy, in JAX, flax and Keras, and in PyTorch, in training and inference."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from experiments.frameworks.common import ResNet
 
 Precision = Literal["float32", "bfloat16"]
 Task = Literal["training", "inference"]
-ContestantName = Literal["jax", "jax.remat", "numpy", "torch", "torch.channels_last", "torch.compile"]
+ContestantName = Literal["jax", "jax.remat", "flax", "keras", "numpy", "torch", "torch.channels_last", "torch.compile"]
 TASKS: dict[Task, str] = {
     "training": "training step: loss, gradients, running statistics",
     "inference": "inference: logits",
@@ -124,6 +125,85 @@ def jax_step(case: Case, devices: int | None = None, *, remat: bool = False) -> 
     return step
 
 
+def flax_step(case: Case) -> Step:
+    """flax's network (`experiments.frameworks.linen`) under jit. Returns what the others do, under flax's names."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from experiments.frameworks import linen
+
+    dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
+    model = linen.ResNet(case.arch, case.num_classes, dtype)
+    images, labels = (jnp.asarray(a) for a in batch(case))
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+
+    @jax.jit
+    def training(params, batch_stats, images, labels):
+        def loss(params):
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, new_stats, grads
+
+    @jax.jit
+    def inference(params, batch_stats, images, labels):
+        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
+
+    function = {"training": training, "inference": inference}[case.task]
+    return lambda: jax.block_until_ready(function(params, batch_stats, images, labels))
+
+
+def keras_step(case: Case) -> Step:
+    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, its stateless calls under
+    jit. Returns (loss, what is not trained, gradients), or the logits.
+
+    Raises:
+      ValueError: for a network that keras.applications does not have.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # in the bench's processes it is set before anything is imported
+    import jax
+    import jax.numpy as jnp
+    import keras
+    import optax
+
+    if keras.backend.backend() != "jax":
+        raise ValueError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
+    name = f"ResNet{case.arch.removeprefix('resnet')}"
+    if not hasattr(keras.applications, name):
+        raise ValueError(f"keras.applications has no {name}")
+    keras.config.set_dtype_policy("mixed_bfloat16" if case.precision == "bfloat16" else "float32")
+    model = getattr(keras.applications, name)(
+        weights=None,
+        input_shape=(case.height, case.width, case.channels),
+        classes=case.num_classes,
+        classifier_activation=None,
+    )
+    images, labels = (jnp.asarray(a) for a in batch(case))
+    params, others = (
+        [variable.value for variable in found] for found in (model.trainable_variables, model.non_trainable_variables)
+    )
+
+    @jax.jit
+    def training(params, others, images, labels):
+        def loss(params):
+            logits, new = model.stateless_call(params, others, images, training=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, new, grads
+
+    @jax.jit
+    def inference(params, others, images, labels):
+        return model.stateless_call(params, others, images, training=False)[0]
+
+    function = {"training": training, "inference": inference}[case.task]
+    return lambda: jax.block_until_ready(function(params, others, images, labels))
+
+
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
     """torchvision's network, on a GPU if there is one, bfloat16 by autocast; results as for `numpy_step`.
 
@@ -175,6 +255,8 @@ def finished(step: Callable[[], Any]) -> Step:
 CONTESTANTS: dict[ContestantName, Callable[..., Step]] = {
     "jax": jax_step,
     "jax.remat": functools.partial(jax_step, remat=True),
+    "flax": flax_step,
+    "keras": keras_step,
     "numpy": numpy_step,
     "torch": torch_step,
     "torch.channels_last": functools.partial(torch_step, channels_last=True),

@@ -31,8 +31,12 @@ MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or funct
 MODULES = {
     "numpy": ("numpy", "experiments.frameworks.numpy"),
     "jax": ("jax", "experiments.frameworks.jax"),
+    "flax": ("jax", "flax.linen", "optax"),
+    "keras": ("jax", "keras", "optax"),
     "torch": ("torch", "torchvision", "experiments.frameworks.torch"),
 }
+ENVIRONMENT = {"keras": {"KERAS_BACKEND": "jax"}}
+EXTRAS = {"torch": "torch", "keras": "bench"}  # of setup.cfg
 NOBODY_LEFT = "nobody is left to measure"
 PAUSE = 0.05  # seconds between turns: OpenBLAS's threads keep a core busy for some 30 ms after their last product
 
@@ -62,7 +66,7 @@ class Contestant:
         """Starts it, on so many cores (all if None), with these additional variables."""
         self.name = name
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with bound(threads, environment):
+        with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **(environment or {})}):
             self._ask(_prepare, framework(name))
 
     def build(self, make_step: MakeStep) -> float:
@@ -135,7 +139,7 @@ def _memory_use(framework: str, before: float) -> tuple[float, float]:
 
         if torch.cuda.is_available():
             return 0.0, torch.cuda.max_memory_allocated() / 1e6
-    if framework == "jax" and "step" in _state:  # before that, to ask would start JAX
+    if framework in ("jax", "flax", "keras") and "step" in _state:  # before that, to ask would start JAX
         import jax
 
         if jax.default_backend() != "cpu":
@@ -176,7 +180,9 @@ def available(names: Sequence[str]) -> list[str]:
         packages = {module.split(".")[0] for module in MODULES[framework(name)]} - {"experiments"}
         missing = sorted(package for package in packages if importlib.util.find_spec(package) is None)
         if missing:
-            print(f"left out: {name}, without {' and '.join(missing)} installed")
+            extra = EXTRAS.get(framework(name))
+            how = f': pip install -e ".[{extra}]"' if extra else ""
+            print(f"left out: {name}, without {' and '.join(missing)} installed{how}")
         else:
             found.append(name)
     if not found:

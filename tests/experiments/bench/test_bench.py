@@ -142,7 +142,7 @@ def test_bad_settings_are_exit_code_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
-        (STEP, ["jax", "numpy", "torch", "torch.channels_last", "torch.compile"]),
+        (STEP, ["jax", "flax", "keras", "numpy", "torch", "torch.channels_last", "torch.compile"]),
         ([*STEP, "--contestants", "numpy", "jax"], ["numpy", "jax"]),
         (LAYERS, ["jax"]),
         (["scaling"], ["jax", "torch"]),

@@ -6,18 +6,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jax_resnet.resnet
 import numpy_ref.fast
 from experiments.bench import contestants, layers
 from experiments.describe import layer_rows
+from experiments.frameworks import linen
 from jax_resnet import weights
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
 CASE = contestants.Case("resnet18", 8, 32, 32)
+
+
+FLAX_NAMES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def from_flax(tree):
+    """{"layer1_0": {"bn1": {"scale": …}}} -> {"layer1.0.bn1.weight": …}."""
+    flat = flatten_dict(tree)
+    return {
+        ".".join([*(part.replace("_", ".") for part in path), FLAX_NAMES.get(last, last)]): array
+        for (*path, last), array in flat.items()
+    }
+
+
+def to_flax(arrays, like):
+    """The inverse, with the structure of like."""
+    flat = flatten_dict(arrays, sep=".")
+    return unflatten_dict({path: flat[ours] for path, ours in zip(flatten_dict(like), from_flax(like), strict=True)})
 
 
 def network_results(name: str, task: contestants.Task) -> dict[str, np.ndarray]:
@@ -29,6 +48,8 @@ def network_results(name: str, task: contestants.Task) -> dict[str, np.ndarray]:
     if name.startswith("torch"):
         batch_stats = weights.from_torch(batch_stats)[1]
         grads = weights.from_torch(grads)[0]
+    if name == "flax":
+        batch_stats, grads = (from_flax(tree) for tree in (batch_stats, grads))
     return flatten_dict({"loss": np.asarray(loss), "batch_stats": batch_stats, "grads": grads}, sep=".")
 
 
@@ -41,6 +62,14 @@ def same_weights(monkeypatch, x64):
     drawn = numpy_ref.fast.init(config, np.random.default_rng(0), np.float64)
     monkeypatch.setattr(numpy_ref.fast, "init", lambda *_: drawn)
     monkeypatch.setattr(jax_resnet.resnet, "init", lambda *_: jax.tree.map(jnp.asarray, drawn))
+    flax_init = linen.ResNet.init
+
+    def drawn_for_flax(model, *arguments, **options):
+        like = jax.eval_shape(lambda: flax_init(model, *arguments, **options))
+        trees = dict(zip(("params", "batch_stats"), drawn, strict=True))
+        return jax.tree.map(jnp.asarray, {name: to_flax(trees[name], like[name]) for name in trees})
+
+    monkeypatch.setattr(linen.ResNet, "init", drawn_for_flax)
     if TORCH:
         import torch
         import torchvision
@@ -64,12 +93,33 @@ def test_networks_compute_the_same(task):
     layouts as well.
     """
     expected = network_results("numpy", task)
-    for name in ("jax", "jax.remat", "torch", "torch.channels_last") if TORCH else ("jax", "jax.remat"):
+    for name in ("jax", "jax.remat", "flax", "torch", "torch.channels_last") if TORCH else ("jax", "jax.remat", "flax"):
         results = network_results(name, task)
+        for key in [key for key in results if name == "flax" and key.endswith("running_var")]:
+            del results[key], expected[key]  # flax keeps the biased variance, the others the unbiased one; it is last
         assert results.keys() == expected.keys()
         for key, reference in expected.items():
             tolerance = 1e-10 * np.abs(reference).max()
             np.testing.assert_allclose(results[key], reference, rtol=0, atol=tolerance, err_msg=f"{name}: {key}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra bench")
+def test_keras_computes_a_network_of_that_size():
+    """ResNet-50 with biases in its convolutions; its numbers are its own."""
+    case = contestants.Case("resnet50", 2, 32, 32)
+    loss, _, grads = contestants.keras_step(case)()
+    assert 0 < loss < 20
+    config = jax_resnet.resnet.resnet50(num_classes=196)
+    ours, _ = jax.eval_shape(lambda: jax_resnet.resnet.init(config, jax.random.key(0)))
+    biases = sum(
+        array.size for name, array in flatten_dict(ours, sep=".").items() if name.endswith("bias") and name != "fc.bias"
+    )
+    assert sum(g.size for g in grads) == sum(a.size for a in jax.tree.leaves(ours)) + biases  # one for each channel
+    logits = contestants.keras_step(case._replace(task="inference"))()
+    assert logits.shape == (2, 196)
+    with pytest.raises(ValueError, match=r"keras\.applications has no ResNet18"):
+        contestants.keras_step(case._replace(arch="resnet18"))
 
 
 def test_the_layers_of_a_network_are_all_there():
