@@ -84,7 +84,7 @@ def conv2d(direct: Callable[[Array, Array], Array], x: Array, weight: Array, *, 
 def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
     """A convolution as one product, patches times kernel: the form for training, where the others gain nothing."""
     kh, kw, _, k = weight.shape
-    patches = unfold(x, kh, kw, stride, padding)
+    patches = _unfold(x, kh, kw, stride, padding)
     y = _product(patches.reshape(-1, patches.shape[3]), weight.reshape(-1, k), 1, 0)
     return y.astype(x.dtype).reshape(*patches.shape[:3], k)
 
@@ -98,10 +98,10 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
     dpatches = _product(rows, weight.reshape(-1, k), 1, 1).reshape(*dy.shape[:3], kh * kw * c)
     dx = _fold(dpatches, x, kh, kw, stride, padding)
     if c < MIN_CHANNELS_BY_ROW:
-        patches = unfold(x, kh, kw, stride, padding)
+        patches = _unfold(x, kh, kw, stride, padding)
         return dx, _product_over_rows(patches, rows).astype(weight.dtype).reshape(weight.shape)
     # A row of the kernel at a time: unfolded across alone there is 1/kh of the patches, which caches may hold.
-    across = _side_by_side(pad(x, padding), 2, kw, stride)
+    across = _side_by_side(_pad(x, padding), 2, kw, stride)
     last = stride * (dy.shape[1] - 1)
     of_rows = [_product_over_rows(lax.slice_in_dim(across, u, u + last + 1, stride, 1), rows) for u in range(kh)]
     return dx, jnp.stack(of_rows).astype(weight.dtype).reshape(weight.shape)
@@ -144,22 +144,22 @@ def once_known(late: Array, x: Array) -> Array:
     return choose(late, x, cpu=on_cpu, default=lambda late, x: x)
 
 
-def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
+def _unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
-    return _side_by_side(_side_by_side(pad(x, padding), 2, kw, stride), 1, kh, stride)
+    return _side_by_side(_side_by_side(_pad(x, padding), 2, kw, stride), 1, kh, stride)
 
 
 def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The transpose of `unfold`, like x: each value gets the sum of what its copies got, all of them in one pass."""
+    """The transpose of `_unfold`, like x: each value gets the sum of what its copies got, all of them in one pass."""
 
     def unfold_by_taps(x):
-        return jnp.concatenate(taps(pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
+        return jnp.concatenate(_taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
 
     like_x = jax.ShapeDtypeStruct(x.shape, dpatches.dtype)
     return jax.linear_transpose(unfold_by_taps, like_x)(dpatches)[0].astype(x.dtype)
 
 
-def taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
+def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
     """For each tap (u, v) of a kernel, row-major, the values it meets: kh·kw arrays (N, out_h, out_w, C)."""
     return [
         x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
@@ -175,7 +175,7 @@ def _side_by_side(x: Array, axis: int, size: int, stride: int) -> Array:
     return stacked.reshape(*stacked.shape[:3], size * x.shape[3])
 
 
-def pad(x: Array, padding: int, value: float = 0) -> Array:
+def _pad(x: Array, padding: int, value: float = 0) -> Array:
     """x with so many pixels more on each of the four sides."""
     if not padding:
         return x
@@ -209,7 +209,7 @@ def _winograd(x: Array, weight: Array) -> Array:
 
 def _tiles(x: Array) -> Array:
     """Bᵀ d B of each tile: (4, 4, N, tiles down, tiles across, C)."""
-    x = pad(x, 2)[:, 1:, 1:]  # one before; one behind, and one more for tiles that stick out
+    x = _pad(x, 2)[:, 1:, 1:]  # one before; one behind, and one more for tiles that stick out
     for axis, size in enumerate(x.shape[1:3]):  # the fours go to the front, so the pixels' axes are 1 and then 3
         count = (size - 2) // 2
         d = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, 2 * axis + 1) for i in range(4)]
@@ -226,10 +226,10 @@ def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, pad
       window, stride, padding: as for `jax_resnet.layers.max_pool`.
     """
     n, _, _, c = x.shape
-    padded = pad(x, padding, -jnp.inf)
+    padded = _pad(x, padding, -jnp.inf)
     nowhere = window * window  # the number of no tap
     first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
-    for tap, value in reversed(list(enumerate(taps(padded, window, window, stride, *y.shape[1:3])))):
+    for tap, value in reversed(list(enumerate(_taps(padded, window, window, stride, *y.shape[1:3])))):
         first = jnp.where(value == y, tap, first)
     # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
     # a phase (r of their rows, s of their columns) are in the same places of their windows.

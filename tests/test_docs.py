@@ -57,11 +57,12 @@ def test_shell_commands_are_taken(command, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the weight file that pages load."""
+    """A folder with the weight files that pages load."""
     torch = pytest.importorskip("torch")
     models = pytest.importorskip("torchvision.models")
     folder = tmp_path_factory.mktemp("docs")
-    torch.save(models.resnet50(num_classes=1000).state_dict(), folder / "resnet50.pth")
+    for make in (models.resnet18, models.resnet50):
+        torch.save(make().state_dict(), folder / f"{make.__name__}.pth")
     return folder
 
 
@@ -70,6 +71,6 @@ def test_python_runs(page, folder, monkeypatch):
     """All fences of a page one after the other, as a reader would type them."""
     fences = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
     monkeypatch.chdir(folder)
-    names = {"images": np.zeros((1, 64, 64, 3), np.float32)}
+    names = {"images": np.zeros((1, 64, 64, 3), np.float32), "labels": np.zeros(1, np.int32)}
     for fence in fences:
         exec(compile(fence, str(page), "exec"), names)

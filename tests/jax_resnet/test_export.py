@@ -29,7 +29,7 @@ def infer(params, batch_stats, images):
 def gradients(params, batch_stats, images):
     def loss(params):
         out = jr.apply(CONFIG, params, batch_stats, images, train=True)
-        return layers.softmax_cross_entropy(out.logits, jnp.zeros(len(images), int)).mean(), out.batch_stats
+        return layers.softmax_cross_entropy(out.logits, jnp.zeros(images.shape[:1], int)).mean(), out.batch_stats
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
