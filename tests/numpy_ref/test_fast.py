@@ -75,7 +75,7 @@ def test_blas_gets_its_threads_back():
     images, inside, before = np.zeros((4, 32, 32, 1), np.float32), [], blas_threads()
 
     def run(_):
-        resnet.apply(config, params, batch_stats, images, train=True, threads=2)
+        fast.apply(config, params, batch_stats, images, train=True, threads=2)
         threads.Team(2).run([lambda: inside.append(blas_threads())] * 2)
 
     with ThreadPoolExecutor(3) as pool:
