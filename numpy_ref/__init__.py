@@ -1,21 +1,32 @@
-"""ResNets in plain NumPy, forward and backward: the reference to read, and to check other implementations against.
+"""ResNets in plain NumPy, forward and backward: to read, and to check other implementations against.
 
-Start with `layers`: each layer with its gradient under it. `resnet` puts them together, `optim` has the update rules,
-`weights` the files. `fused` is the fast form of what stands between two convolutions.
+Read the modules in this order:
 
-What breaks gradients through a BatchNorm inside a bottleneck, since many have looked for it elsewhere:
+- `layers`: each layer with its gradient right below it. `convolution` has the convolution in three forms.
+- `resnet`: the network, built from these layers and nothing else. `config` is the paper's table as data.
+- `optim`: SGD, Adam, AdamW, AdaBound and AMSBound. `train`: one training step and one evaluation step.
+- `check`: `check_vjp` compares a gradient of yours with central differences.
 
-- Taking the batch's mean and deviation for constants. They depend on every value of the channel, which gives dx two
-  more terms. Without them the last BatchNorm's own gradients are right and everything before it is wrong.
-- Other variances than torch's: the biased one normalizes, the unbiased one goes into the running variance.
-- Overwriting the gradient of the sum in the branch before the shortcut has had it too.
-- Comparing with few values per channel. Two values become ±1 whatever they are, so almost no gradient passes, and
-  rounding is magnified in every block. In float64 the gradients of this ResNet-101 and of JAX's, random weights, differ
-  by 8e-6 of an array's largest entry for two images of 32x32 (one pixel each in the last stage), by 7e-13 for eight of
-  64x64 (32 values per channel). In float32 nothing would be left of the first.
-- Comparing entry by entry. A BatchNorm removes the mean and the scale of what feeds it, so some directions of that
-  gradient are pure rounding: measure the largest difference over the array's largest entry.
+`fast` has the functions of `resnet` at several times the speed, and tests hold both equal. `weights` reads and writes
+files with torchvision's names. All but these two need NumPy alone.
 
-The momentum of the running statistics is innocent: training does not read them, so 0, 0.1 and 1 give the same gradients
-to the bit. (They do matter when the gradients of an evaluation are compared.)
+>>> import numpy as np
+>>> from numpy_ref import layers, resnet
+>>> config = resnet.resnet18(num_classes=10, in_channels=1)
+>>> params, batch_stats = resnet.init(config, np.random.default_rng(0))
+>>> images, labels = np.zeros((2, 32, 32, 1), np.float32), np.array([3, 7])
+>>> out, vjp = resnet.apply(config, params, batch_stats, images, train=True)
+>>> losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels)
+>>> dparams, dimages = vjp(*vjp_loss(np.full(2, 0.5, np.float32)))
+
+Four things make people's gradients disagree with these. docs/batchnorm.md derives and measures them.
+
+- BatchNorm's mean and variance depend on every value of the batch. A backward pass that takes them for constants is
+  wrong in everything before the last BatchNorm.
+- The biased variance normalizes; the unbiased one goes into the running variance. Momentum is the share of the new
+  value. Training reads no running statistics, so mistakes in them show in evaluation only.
+- With few values per channel, rounding grows in every block. Compare with at least 32, in float64, and relative to the
+  largest entry of each array.
+- The gradient of a sum goes to both of its terms. Code that works in place must not overwrite it in the branch before
+  the shortcut has read it.
 """
