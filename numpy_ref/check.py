@@ -8,7 +8,7 @@
 ...     return x**2, lambda dy: (x * dy,)
 >>> check_vjp(wrong, np.array([1.0, -2.0]))
 Traceback (most recent call last):
-AssertionError: gradient 0, (2,), is wrong: in a random direction the output changes by 0.216, the vjp says 0.108
+AssertionError: gradient 0, (2,), is wrong: in a random direction the output changes by 0.21647, the vjp says 0.10824
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def check_vjp(function: Callable[..., tuple[Any, Callable]], *arrays: Array, tol
         numeric, analytic = np.vdot(w, ahead - behind) / (2 * STEP), np.vdot(gradient, u)
         if not abs(numeric - analytic) <= tolerance * np.linalg.norm(gradient) + rounding:  # nan is wrong too
             raise AssertionError(
-                f"gradient {i}, {array.shape}, is wrong: in a random direction the output changes by {numeric:.3g}, "
-                f"the vjp says {analytic:.3g}"
+                f"gradient {i}, {array.shape}, is wrong: in a random direction the output changes by {numeric:.5g}, "
+                f"the vjp says {analytic:.5g}"
             )

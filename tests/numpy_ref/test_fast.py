@@ -9,17 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import errors, images_of, network, norm_arrays, passes
 
-import numpy_ref.config
 from numpy_ref import fast, layers, resnet
 from numpy_ref.fast import fused, threads
 
 NORMALIZATIONS = [{}, dict(batch_norm=False)]
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Networks of full depth with few channels."""
-    monkeypatch.setattr(numpy_ref.config, "STAGE_WIDTHS", (4, 4, 8, 8))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

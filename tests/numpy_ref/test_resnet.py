@@ -36,21 +36,22 @@ def jax_passes(name, options, params, batch_stats, images, train):
 
 
 slow = pytest.mark.slow
-NETWORKS = [  # name, options, (N, H, W): with BatchNorm at least 32 values per channel in the last stage
-    ("resnet18", {}, (8, 64, 64)),
-    ("resnet50", {}, (8, 33, 45)),
-    pytest.param("resnet34", {}, (8, 45, 33), marks=slow),
-    pytest.param("resnet101", {}, (8, 33, 45), marks=slow),
-    pytest.param("resnet101", {}, (8, 64, 64), marks=slow),
-    pytest.param("resnet152", {}, (8, 45, 33), marks=slow),
-    ("resnet50", dict(stride_in="conv1"), (8, 45, 33)),
-    ("resnet18", dict(batch_norm=False), (2, 32, 45)),
-    ("resnet50", dict(batch_norm=False, stride_in="conv1"), (2, 33, 32)),
+NETWORKS = [  # name, options, (N, H, W), train; with BatchNorm 32 values per channel in the last stage
+    ("resnet18", {}, (8, 33, 45), True),
+    ("resnet18", {}, (8, 64, 64), False),
+    ("resnet50", {}, (8, 33, 45), True),
+    ("resnet50", {}, (8, 33, 45), False),
+    ("resnet50", dict(stride_in="conv1"), (8, 45, 33), True),
+    ("resnet18", dict(batch_norm=False), (2, 32, 45), True),
+    ("resnet50", dict(batch_norm=False, stride_in="conv1"), (2, 33, 32), True),
+    pytest.param("resnet34", {}, (8, 45, 33), True, marks=slow),
+    pytest.param("resnet101", {}, (8, 64, 64), True, marks=slow),
+    pytest.param("resnet101", {}, (8, 33, 45), False, marks=slow),
+    pytest.param("resnet152", {}, (8, 45, 33), True, marks=slow),
 ]
 
 
-@in_training_and_evaluation
-@pytest.mark.parametrize(("name", "options", "shape"), NETWORKS, ids=str)
+@pytest.mark.parametrize(("name", "options", "shape", "train"), NETWORKS, ids=str)
 def test_network_is_jax_network(name, options, shape, train, x64):
     """Loss, logits, activations by name, running statistics, every gradient: 1e-10, the target of the design."""
     config, params, batch_stats = network(name, **options)
@@ -75,8 +76,12 @@ PARTS = [  # network, options, stage, number, stride; the stem has no stage
 
 @in_training_and_evaluation
 @pytest.mark.parametrize(("name", "options", "stage", "number", "stride"), PARTS, ids=str)
-def test_vjp_of_a_part_against_central_differences(name, options, stage, number, stride, train):
-    """Gradients of all its parameters and of its input, returned as (dparams, dx)."""
+def test_vjp_of_a_part_against_central_differences(name, options, stage, number, stride, train, monkeypatch):
+    """Gradients of all its parameters and of its input, returned as (dparams, dx).
+
+    With sigmoids: among thousands of values a step takes one across ReLU's kink, which is an error of a percent.
+    """
+    monkeypatch.setattr(layers, "relu", layers.sigmoid)
     config, params, batch_stats = network(name, **options)
     if stage is None:
         part, shape = functools.partial(resnet.stem, train=train), (3, 16, 15, CHANNELS)
@@ -99,8 +104,7 @@ def test_vjp_of_a_part_against_central_differences(name, options, stage, number,
 
         return y, flat_vjp
 
-    # A step may take one of thousands of values across a ReLU's kink, which moves the result by less than 1e-4.
-    check_vjp(function, np.random.default_rng(4).standard_normal(shape), *flatten_dict(params).values(), tolerance=1e-4)
+    check_vjp(function, np.random.default_rng(4).standard_normal(shape), *flatten_dict(params).values())
 
 
 def block_case():
@@ -127,17 +131,16 @@ def test_momentum_does_not_touch_training_gradients(monkeypatch):
     assert min(np.abs(means[0.1] - means[0.0]).max(), np.abs(means[1.0] - means[0.1]).max()) > 0.01
 
 
-def test_few_values_per_channel_magnify_rounding():
-    """Weights moved by one unit in the last place move ResNet-101's gradients by more than 1e-9 with two values per
-    channel in the last stage, by less than 1e-11 with 32. So the tests here, and anyone's, need enough values."""
+def test_few_values_per_channel_magnify_rounding(narrow):
+    """Weights moved by one unit in the last place move ResNet-101's gradients at least 50 times as far with two values
+    per channel in the last stage as with 32. So the tests here, and anyone's, need enough values."""
     config, params, batch_stats = network("resnet101")
     moved = params | {"conv1": {"weight": np.nextafter(params["conv1"]["weight"], np.inf)}}
     change = {}
     for shape in ((2, 32, 32), (8, 33, 45)):
-        here, there = (passes(fast, config, p, batch_stats, images_of(shape), True)["dparams"] for p in (params, moved))
-        change[shape] = max(errors(there, here).values())
-    assert change[8, 33, 45] < 1e-11
-    assert change[2, 32, 32] > 1e-9
+        here, there = (passes(fast, config, p, batch_stats, images_of(shape), True) for p in (params, moved))
+        change[shape] = max(errors(there["dparams"], here["dparams"]).values())
+    assert change[2, 32, 32] > 50 * change[8, 33, 45]
 
 
 @both
