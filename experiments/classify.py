@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import math
 import sys
@@ -28,18 +27,18 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import imagenet, stablehlo
-from experiments.cli import MAX_SIZE, Arch
-from experiments.convert import recognize
+from experiments import hub_pictures, imagenet, stablehlo
+from experiments.cli import MAX_SIZE, Arch, exit_code
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
 from experiments.frameworks.common import ResNet, adapter
+from experiments.training.run_folder import WEIGHTS
+from experiments.training.run_weights import RUN_FACTS, is_of_a_run, run_metadata
 from jax_resnet import resnet, weights
+from jax_resnet.weight_checks import check_arrays
 
 TORCHVISION = "torchvision"
-RUN_WEIGHTS = "weights.safetensors"  # in the folder of a run
-RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")  # in the metadata of that file
 BATCH_SIZE = 8
 Logits = Callable[[np.ndarray], np.ndarray]
 
@@ -51,7 +50,8 @@ class Settings:
     pictures: tyro.conf.Positional[tuple[Path, ...]]
     """Files in any format that Pillow reads."""
     weights: str
-    """A file (.safetensors, .npz, .pth, .pt, .stablehlo), a run's folder, or torchvision, which downloads some."""
+    """A weight file of any kind, or .stablehlo; the folder of a run, also while it trains, or one of its checkpoints;
+    hf:OWNER/NAME on Hugging Face's hub; or torchvision, which downloads ImageNet's weights."""
     arch: Arch | None = None
     """The network [default: a file's own, resnet101 for torchvision]."""
     framework: Literal["jax", "numpy", "torch"] = "jax"
@@ -60,6 +60,8 @@ class Settings:
     """How many classes to name, the most probable first."""
     version: Literal["V1", "V2"] | None = None
     """Of torchvision's weights, IMAGENET1K_V1 or V2 [default: torchvision's own, V2 where there is one]."""
+    entry: str | None = None
+    """Which network of a file with several, say model_ema or teacher [default: the one that was trained]."""
     resize: int | None = None
     """The shorter side of a picture in pixels, before the middle 224x224 are cut out [default: 232 for torchvision's V2
     weights, which are known by their file's name, such as resnet101-cd907fc2.pth; 256 for all others]."""
@@ -139,35 +141,34 @@ def load_classifier(settings: Settings) -> Classifier:
     if settings.weights == TORCHVISION:
         arch = settings.arch or "resnet101"
         path, resize = imagenet.torchvision_weights(arch, settings.version)
+        file = weights.read_file(path)
     else:
-        arch, path = settings.arch, Path(settings.weights)
-        path = path / RUN_WEIGHTS if path.is_dir() else path
-        resize = imagenet.resize_for(path)
-    arrays = weights.read_arrays(path)
-    try:
-        arch, config = recognize(arrays, arch)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    weights.check_arrays(arrays, config, path)
-    facts = weights.read_metadata(path) if path.suffix == ".safetensors" else {}
-    if any(name in facts for name in RUN_FACTS):
+        arch = settings.arch
+        file = weights.read_file(settings.weights, settings.entry)
+        path, resize = file.path, imagenet.resize_for(file.path)
+    arch, config = weights.recognize_file(file, arch)
+    check_arrays(file.arrays, config, path)
+    if not config.num_classes:
+        raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it tells no classes apart")
+    facts = run_metadata(file)
+    if is_of_a_run(facts):
         if settings.resize is not None:
             raise ValueError(f"--resize is for ImageNet's weights: {path} says itself how large its pictures are")
         try:
             class_names, preparation = as_trained(facts, arch, config)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} has metadata that are not those of a run of experiments.cars: {error}") from error
-    elif config.in_channels != len(imagenet.MEAN):
-        raise ValueError(
-            f"{path} is for pictures of {config.in_channels} channels and does not say how they are prepared: pass the "
-            f"{RUN_WEIGHTS} of a run of experiments.cars, whose metadata say it"
-        )
     else:
-        class_names = imagenet.class_names()
+        preparation = as_the_hub_says(file, settings.resize) or as_imagenet(settings.resize or resize)
+        if config.in_channels != len(preparation.mean):
+            raise ValueError(
+                f"{path} is for pictures of {config.in_channels} channels and does not say how they are prepared: pass "
+                f"the {WEIGHTS} of a run of experiments.cars, whose metadata say it"
+            )
+        class_names = hub_pictures.class_names(file.settings, config.num_classes) or imagenet.class_names()
         if config.num_classes != len(class_names):
             class_names = [f"class {number}" for number in range(config.num_classes)]
-        preparation = as_imagenet(settings.resize or resize)
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    arrays = {name: array.astype(np.float32) for name, array in file.arrays.items()}
     return Classifier(arch, config, arrays, class_names, preparation)
 
 
@@ -180,7 +181,8 @@ def load_exported(path: Path) -> Classifier:
     network, facts = stablehlo.read(path)
     try:
         made_of = facts["decode"]
-        preparation = as_imagenet(**made_of) if "resize" in made_of else stretched(**made_of)
+        make = as_imagenet if "resize" in made_of else stretched if "grey" in made_of else as_told
+        preparation = make(**made_of)
         return Classifier(facts["arch"], None, {}, tuple(facts["class_names"]), preparation, network)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what is beside {path} was not written by --export ({error!r}): export again") from error
@@ -211,9 +213,27 @@ def export_network(classifier: Classifier, path: Path) -> None:
 
 def as_imagenet(resize: int) -> Preparation:
     text = f"shorter side resized to {resize}, middle {imagenet.CROP}x{imagenet.CROP}"
-    decode = functools.partial(imagenet.decode, resize=resize)
+    decode = functools.partial(imagenet.decode, resize=(resize,))
     shape = (imagenet.CROP, imagenet.CROP, 3)
     return Preparation(text, decode, shape, imagenet.MEAN, imagenet.STD, {"resize": resize})
+
+
+def as_the_hub_says(file: weights.WeightFile, resize: int | None) -> Preparation | None:
+    """By the settings beside a file, or those of keras.applications; None where nothing tells them."""
+    try:
+        told = hub_pictures.preparation(file.settings, keras=file.naming == "Keras")
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the settings beside {file.path} do not say how pictures are prepared: {error!r}") from error
+    if told is None:
+        return None
+    return as_told(**dataclasses.asdict(told) | ({} if resize is None else {"shorter": (resize,)}))
+
+
+def as_told(**told: Any) -> Preparation:
+    """By the fields of a `hub_pictures.Told`."""
+    how = hub_pictures.Told(**told)
+    decode = functools.partial(hub_pictures.decode, told=how)
+    return Preparation(how.text, decode, (*how.crop, 3), how.mean, how.std, told)
 
 
 def stretched(
@@ -371,17 +391,7 @@ def classify(settings: Settings) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a picture need not be UTF-8
-    try:
-        classify(tyro.cli(Settings, args=arguments, prog="python -m experiments.classify"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: classify(tyro.cli(Settings, args=arguments, prog="python -m experiments.classify")))
 
 
 if __name__ == "__main__":

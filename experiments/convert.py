@@ -1,6 +1,8 @@
-"""Moves ResNet weights between .safetensors, .npz, .pth and .pt files.
+"""Moves ResNet weights between files of any kind: PyTorch's, safetensors, NumPy's, Keras', the hub's, a run's.
 
     python -m experiments.convert checkpoint.pth weights.safetensors
+    python -m experiments.convert runs/cars/checkpoints/500 best.safetensors
+    python -m experiments.convert hf:timm/resnet50.a1_in1k resnet50.npz
 
 What is written holds torchvision's names and layout, so that torchvision and timm load it as it is; the numbers are the
 same, bit for bit, and of the same type.
@@ -9,61 +11,20 @@ same, bit for bit, and of the same type.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 import jax
 import numpy as np
 import tyro
 
-from experiments.cli import Arch
+from experiments.cli import Arch, exit_code
+from experiments.training.run_weights import run_metadata
 from jax_resnet import resnet, weights
-
-COUNT = "num_batches_tracked"  # torch's, of each BatchNorm: no part of the network
-
-
-def recognize(arrays: Mapping[str, np.ndarray], arch: Arch | None = None) -> tuple[str, resnet.ResNetConfig]:
-    """Tells from names and shapes what network weights are for; whether everything fits is for `check_arrays`.
-
-    Where a bottleneck has its stride (stride_in) cannot be told from weights: it is torchvision's in what is returned.
-
-    Args:
-      arrays: {torchvision's name: array in torchvision's layout}.
-      arch: the architecture if it is known: then it is not looked for.
-
-    Returns:
-      its name and its configuration.
-
-    Raises:
-      ValueError: if there is no first convolution or dense layer, or there are blocks as none of the five has them.
-    """
-    ends = {}
-    for name, ndim in (("conv1.weight", 4), ("fc.weight", 2)):
-        if name not in arrays or arrays[name].ndim != ndim:
-            found = f"of shape {arrays[name].shape}" if name in arrays else "missing"
-            some = ", ".join([*arrays][:4])
-            raise ValueError(f"no ResNet: {name}, which must have {ndim} axes, is {found}; the first names are {some}")
-        ends[name] = arrays[name].shape
-    settings = dict(
-        num_classes=ends["fc.weight"][0], in_channels=ends["conv1.weight"][1], batch_norm="bn1.weight" in arrays
-    )
-    networks = {name: getattr(resnet, name)(**settings) for name in get_args(Arch)}
-    if arch is not None:
-        return arch, networks[arch]
-    blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
-    stage_sizes = tuple(sum(stage == number for stage, _ in blocks) for number in "1234")
-    block = "bottleneck" if "layer1.0.conv3.weight" in arrays else "basic"
-    for name, config in networks.items():
-        if (config.block, config.stage_sizes) == (block, stage_sizes):
-            return name, config
-    raise ValueError(
-        f"{block} blocks, {stage_sizes} in the four stages, are none of {', '.join(networks)}: "
-        "pass --arch to see what is missing or unexpected"
-    )
+from jax_resnet.weight_checks import check_arrays
+from jax_resnet.weight_names import COUNT
 
 
 def convert(
@@ -73,21 +34,21 @@ def convert(
     entry: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Move the weights of a ResNet from one file to another: .safetensors, .npz, .pth, .pt, and from .ckpt, .pth.tar.
+    """Move the weights of a ResNet from one file to another.
 
     Args:
-      source: the file to read: a state_dict, or a training checkpoint with one in it.
-      target: the file to write.
+      source: what to read: a weight file of any kind, or a training checkpoint with one in it; a folder of Hugging
+        Face's or of a run, or a checkpoint of that run; or hf:OWNER/NAME on Hugging Face's hub.
+      target: the file to write: .safetensors, .npz, .pth or .pt.
       arch: the network, where it is not to be recognized.
-      entry: the entry of a checkpoint to take, say model_ema; what is trained is taken if not given.
+      entry: which network to take where there are several, say model_ema or teacher; without it the trained one.
       overwrite: replace a file that is there.
 
     Raises:
       FileNotFoundError: if there is no such file, or no folder for the new one.
       ValueError: for files that cannot be read or written, or weights that do not fit the network.
     """
-    if target.suffix not in weights.SUFFIXES:
-        raise ValueError(f"weight files end in {', '.join(weights.SUFFIXES)}, got {target}")
+    weights.check_suffix(target)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name the file to write")
     if target.exists() and not overwrite:
@@ -97,28 +58,39 @@ def convert(
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{target} cannot be written: {target.parent} is read-only")
     file = weights.read_file(source, entry)
-    try:
-        arch, config = recognize(file.arrays, arch)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    weights.check_arrays(file.arrays, config, source)
-    metadata = weights.read_metadata(source) if source.suffix == ".safetensors" else {}
+    arch, config = weights.recognize_file(file, arch)
+    check_arrays(file.arrays, config, file.path)
+    metadata = dict(run_metadata(file))
+    if file.stride_in:
+        metadata["stride_in"] = file.stride_in
     left_out = list(file.left_out)
     if target.suffix != ".safetensors":
         left_out += [f"metadata {name}" for name in sorted(metadata)]
         metadata = {}
-    description = f"{source}, {megabytes(source)}: {describe(arch, config, file.arrays)}"  # it may be replaced
-    added = write_checked(target, file.arrays, metadata)
-    print(description)
-    if file.entry is not None:
-        print(f"  taken from its entry {file.entry!r}")
-    if file.prefix:
-        print(f"  {file.prefix!r} stripped from every name")
+    told = [f"{source}, {megabytes(file.path)}: {describe(arch, config, file.arrays)}", *findings(file)]
     if left_out:
-        print(f"  left out: {', '.join(left_out)}")
+        told.append(f"  left out: {', '.join(left_out[:20])}{' …' if len(left_out) > 20 else ''}")
+    added = write_checked(target, file.arrays, metadata)  # may replace what it was read from
     if added:
-        print(f"  {len(added)} batch counts added, as torch has them, all 0")
+        told.append(f"  {len(added)} batch counts added, as torch has them, all 0")
+    print("\n".join(told))
     print(f"{target}, {megabytes(target)}: read back, the same bit for bit")
+
+
+def findings(file: weights.WeightFile) -> list[str]:
+    """What was found where, and under which names; a line each."""
+    told = []
+    if file.prefix:
+        told.append(f"  found in {file.prefix.removesuffix('.')!r}")
+    if file.naming != "torchvision":
+        told.append(f"  {file.naming}'s names: converted to torchvision's")
+    if file.head not in (None, "fc"):
+        told.append(f"  its dense layer is called {file.head!r} there")
+    if "fc.weight" not in file.arrays:
+        told.append("  it has no dense layer, or one that is not a single layer: the file holds the backbone alone")
+    if file.stride_in == "conv1":
+        told.append('  its blocks have their stride in the first convolution: pass stride_in="conv1" when you load it')
+    return told
 
 
 def describe(arch: str, config: resnet.ResNetConfig, arrays: Mapping[str, np.ndarray]) -> str:
@@ -126,14 +98,15 @@ def describe(arch: str, config: resnet.ResNetConfig, arrays: Mapping[str, np.nda
     params, batch_stats = (jax.tree.leaves(tree) for tree in weights.from_torch(arrays))
     dtypes = sorted({str(array.dtype) for array in params + batch_stats})
     return (
-        f"{arch}, {config.num_classes} classes, {config.in_channels} channels"
+        f"{arch}, {config.num_classes or 'no'} classes, {config.in_channels} channels"
         f"{'' if config.batch_norm else ', no BatchNorm'}; {sum(array.size for array in params):,} parameters, "
         f"{len(params) + len(batch_stats)} arrays of {' and '.join(dtypes)}"
     )
 
 
 def megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.1f} MB"
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
 
 
 def write_checked(target: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[str]:
@@ -164,15 +137,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        tyro.cli(convert, args=arguments, prog="python -m experiments.convert")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: tyro.cli(convert, args=arguments, prog="python -m experiments.convert"))
 
 
 if __name__ == "__main__":

@@ -38,34 +38,44 @@ def resize_for(path: Path) -> int:
     return V2_RESIZE if path.name.startswith(V2_FILES) else V1_RESIZE
 
 
-def decode(data: bytes, resize: int) -> np.ndarray:
+def decode(
+    data: bytes,
+    resize: tuple[int, ...],
+    crop: tuple[int, int] = (CROP, CROP),
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> np.ndarray:
     """A picture as torchvision's pil_loader and ImageClassification(crop_size=224, resize_size=resize) see it.
 
-    Its shorter side becomes `resize` by Pillow's bilinear filter (which is antialiased), then the middle is cut out. As
-    in torchvision transparency is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike there,
-    pictures of 16 bits keep their upper 8: cut off at 255 they would be white.
+    It is resized by Pillow's filter (which is antialiased), then the middle is cut out. As in torchvision transparency
+    is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike there, pictures of 16 bits keep
+    their upper 8: cut off at 255 they would be white.
 
     Args:
       data: the file, in any format that Pillow reads; of several frames the first.
-      resize: at least 224.
+      resize: what the shorter side becomes, (pixels,), or (height, width) for both.
+      crop: height and width of what is cut out.
+      resample: the filter.
 
     Returns:
-      (224, 224, 3) uint8.
+      (*crop, 3) uint8.
 
     Raises:
       Exception: the picture cannot be decoded, or is too elongated to be resized.
     """
     with open_image(data) as image:
         colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
-    short, long = sorted(colours.size)
-    long = int(resize * long / short)
-    if resize * long > Image.MAX_IMAGE_PIXELS:
-        width, height = colours.size
-        raise ValueError(f"{width}x{height} pixels are too elongated: resized it would have {resize * long:,}")
-    width, height = (resize, long) if colours.width <= colours.height else (long, resize)
-    left, top = round((width - CROP) / 2), round((height - CROP) / 2)  # half to even, as torchvision
-    resized = colours.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
+    if len(resize) == 2:
+        height, width = resize
+    else:
+        short, long = sorted(colours.size)
+        sides = resize[0], int(resize[0] * long / short)
+        width, height = sides if colours.width <= colours.height else sides[::-1]
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        size = "{}x{}".format(*colours.size)
+        raise ValueError(f"{size} pixels are too elongated: resized it would have {width * height:,}")
+    left, top = round((width - crop[1]) / 2), round((height - crop[0]) / 2)  # half to even, as torchvision
+    resized = colours.resize((width, height), resample)
+    return np.asarray(resized.crop((left, top, left + crop[1], top + crop[0])))
 
 
 def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple[Path, int]:

@@ -1,151 +1,307 @@
-"""Opens weight files of people's: without running code, filling the memory or waiting for ever, and says what is wrong.
+"""Reads untrusted weight files: {name: array}, whatever wrote them. Executes nothing and bounds the memory.
 
-What the arrays in them mean is the subject of `weights`.
+The format is known by the first bytes, not by the suffix. Nested entries become dotted names. What the names mean is
+the subject of `weight_names`.
 """
 
 from __future__ import annotations
 
-import argparse
-import codecs
-import pickle
+import io
+import json
+import math
 import re
 import string
-import warnings
+import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
-SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
-READABLE_SUFFIXES = (*SUFFIXES, ".ckpt", ".tar")  # PyTorch's too: Lightning's, and .pth.tar of its examples and timm
+from jax_resnet import unpickling
+
 _MAX_BYTES = 2**34  # of all arrays together; those of ResNet-152 and of Adam, in float64, are 1.5e9
+_MAX_LEAVES, _MAX_DEPTH = 10**6, 16  # of nested entries, which can refer to one another
+# What a folder is read by, in this order: Hugging Face's names, a run's.
+INDEX = ".index.json"  # which says what is in which of several files
+FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
+                "weights.safetensors")  # fmt: skip
+AGAIN = "copy or download it again"
 _SIGNATURES = {  # of what people have under the name of a weight file
-    b"": "it is empty: copy or download it again",
+    b"": f"it is empty: {AGAIN}",
     b"version https://git-lfs": "it is a pointer of git-lfs: run `git lfs pull`",
     b"<!doctype": "it is a web page: download the file itself",
     b"<html": "it is a web page: download the file itself",
     b"\x93numpy": "it is a single array (.npy): expected {name: array}",
-    b"\x89hdf": "it is an HDF5 file: expected torchvision's names and layout",
     b"\x1f\x8b": "it is compressed: gunzip it",
-    bytes(16): "it begins with zeros alone: copy or download it again",
+    b"bzh": "it is compressed: bunzip2 it",
+    b"\xfd7zxz": "it is compressed: unxz it",
+    b"7z\xbc\xaf": "it is a 7z archive: unpack it",
+    b"rar!": "it is a RAR archive: unpack it",
+    bytes(16): f"it begins with zeros alone: {AGAIN}",
 }
+_KERAS_VARIABLES = {2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}  # by their number
 
 
-def read_contents(path: Path) -> Mapping[str, Any]:
-    """What a file holds under text names, by its suffix; errors as those of `weights.read_file`."""
-    check_suffix(path, READABLE_SUFFIXES)
+class Contents(NamedTuple):
+    """What a file holds.
+
+    arrays: {dotted name: array}; an `unpickling.Tensor` where an array has not been made yet.
+    others: the dotted names of all else, such as "epoch".
+    metadata: text by name, of a .safetensors file.
+    path: of a folder, the file or the checkpoint that was read.
+    """
+
+    arrays: dict[str, Any]
+    others: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = {}
+    path: Path | None = None
+
+
+def read_contents(path: Path) -> Contents:
+    """The arrays of a file or of a folder of files, under the names that they have there.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: for what is no file (a pipe is not opened), cannot be read, would unpack to more than 16 GiB, or is a
+        pickle of more than data.
+    """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a weight file in it")
+        return _read_folder(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a pipe or device: copy what it gives to a file")
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}")
-    refuse_bombs(path, _unpacked_size(path))
+    start = b""
     try:
         with path.open("rb") as file:
             start = file.read(512)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    torch = None if path.suffix in (".safetensors", ".npz") else import_torch(path)
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.numpy.load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_data_in_checkpoints()):
-            warnings.simplefilter("ignore")  # of what is refused further down: TorchScript, sparse tensors
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            file.seek(0)
+            return _read(path, start, file)
+    except (Unreadable, unpickling.RefusedError) as error:
+        raise ValueError(f"{path} {error}") from error
     except Exception as error:  # the readers raise a dozen types for a damaged file
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            raise ValueError(
-                f"{path} is refused: it is a pickle that wants {wanted[1]}, and a pickle of more than data can run any "
-                "code. Where you trust it, load it in PyTorch and save its state_dict alone: "
+        if isinstance(error, OSError) and error.errno:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        reason = _known(start) or f"{first_sentence(error)}; {AGAIN}"
+        raise ValueError(f"{path} is not a readable weight file: {reason}") from error
+
+
+class Unreadable(ValueError):
+    """A file is whole, and no weight file: the message goes on after its name."""
+
+
+def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
+    if start.startswith(b"PK\3\4"):
+        return _read_zip(file)
+    if start.startswith(b"\x89HDF"):
+        return _flat(_read_hdf5(file))
+    if start[257:262] == b"ustar" or tarfile.is_tarfile(file):
+        file.seek(0)
+        return _read_tar(file)
+    if start.startswith(b"\x80"):
+        file.seek(0)
+        return _flat(unpickling.read_stream(file))
+    if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes()[: 2**24]:
+        return _read_shards(path)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    raise Unreadable(f"is not a readable weight file: {_known(start) or f'its format is not known: {AGAIN}'}")
+
+
+def _read_safetensors(path: Path) -> Contents:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}
+    if eight := sorted(name for name in types if re.match(r"F[468](_|$)", name)):
+        raise Unreadable(f"is refused: it holds {', '.join(eight)}: save it as float32, float16 or bfloat16")
+    return Contents(dict(safetensors.numpy.load_file(path)), metadata=metadata)
+
+
+def _read_zip(file: BinaryIO) -> Contents:
+    """NumPy's .npz, PyTorch's since 1.6 and Keras' .keras are zip archives."""
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        refuse_bombs(sum(member.file_size for member in archive.infolist()))
+        if "model.weights.h5" in names:
+            return _flat(_read_hdf5(io.BytesIO(archive.read("model.weights.h5"))))
+        if any(name.endswith("constants.pkl") for name in names):
+            raise Unreadable(
+                "is not a readable weight file: it is TorchScript: load it in PyTorch and save its state_dict, "
                 "torch.save(model.state_dict(), PATH)"
-            ) from error
-        reason = _known(start, path.suffix, error) or f"{first_sentence(error)}; copy or download it again"
-        raise ValueError(f"{path} is not a readable {path.suffix} file: {reason}") from error
-    if not isinstance(contents, Mapping) or not has_names(contents):
-        keys = " whose keys are not all text" if isinstance(contents, Mapping) else ""
-        raise ValueError(f"{path} must hold a state_dict, {{name: array}}, got a {type(contents).__name__}{keys}")
-    return contents
-
-
-def refuse_bombs(path: Path, size: int) -> None:
-    """Raises a ValueError for arrays that would fill the memory: a zip archive, or a torch tensor without strides, of a
-    few bytes can stand for any number of them."""
-    if size > _MAX_BYTES:
-        raise ValueError(f"{path} is refused: it would unpack to {size / 1e9:,.0f} GB, which no ResNet needs")
-
-
-def _unpacked_size(path: Path) -> int:
-    """The bytes that a zip archive says it unpacks to, as .npz and .pth files are such; 0 for all else."""
+            )
+        if pickles := [name for name in names if re.fullmatch(r"([^/]*/)?data\.pkl", name)]:
+            return _flat(unpickling.read_zip(archive, pickles[0].removesuffix("data.pkl")))
+    if not all(name.endswith(".npy") for name in names):
+        raise Unreadable(f"is an archive of {_some(names)}: unpack it, and name a weight file of it")
+    file.seek(0)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(member.file_size for member in archive.infolist())
-    except Exception:  # of many types for what is none, or is damaged; what is wrong shows when it is read
-        return 0
+        with np.load(file, allow_pickle=False) as arrays:
+            contents = dict(arrays)
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise Unreadable(
+                "is refused: it holds Python objects, which could run code: expected arrays of numbers"
+            ) from error
+        raise
+    if raw := [name for name, array in contents.items() if array.dtype.kind == "V"]:
+        size = contents[raw[0]].dtype.itemsize
+        what = {1: "float8", 2: "bfloat16"}.get(size, "a type that NumPy has not")
+        raise Unreadable(
+            f"is refused: {len(raw)} arrays, such as {raw[0]}, are raw bytes, {size} a value: NumPy has saved {what} "
+            "without its type. Save it as .safetensors, or as float32"
+        )
+    return _flat(contents)
 
 
-def _known(start: bytes, suffix: str, error: Exception) -> str | None:
-    """What a file that cannot be read is instead and what to do, if its first bytes or the reader's error tell it."""
+def _read_tar(file: BinaryIO) -> Contents:
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        names = archive.getnames()
+        if {"pickle", "storages", "tensors"} <= {name.removeprefix("./") for name in names}:
+            return _flat(unpickling.read_tar(archive))
+    raise Unreadable(f"is an archive of {_some(names)}: unpack it, and name a weight file of it")
+
+
+def _read_hdf5(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Keras' names are made {layer}.{variable}, whatever group they are in; in others "/" becomes "."."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise Unreadable(
+            f'is an HDF5 file, which needs h5py ({error}): pip install -e ".[keras]", or save it as .npz'
+        ) from error
+    with h5py.File(file, "r") as root:
+        found = {name: item for name, item in _hdf5_arrays(root, h5py) if not name.startswith("optimizer")}
+        refuse_bombs(sum(math.prod(item.shape) * item.dtype.itemsize for item in found.values()))
+        names = {name: _keras_name(name, item) for name, item in found.items()}
+        if None in names.values() or len(set(names.values())) < len(names):
+            names = {name: name.replace("/", ".") for name in found}
+        return {names[name]: np.asarray(item[()]) for name, item in found.items()}
+
+
+def _keras_name(name: str, item: Any) -> str | None:
+    """{layer}.{variable} of a variable of Keras, None for another array."""
+    path = name.split("/")
+    variable = path[-1].split(":")[0]
+    if len(path) > 1 and path[-2] == "vars" and variable.isdecimal():  # Keras 3
+        layer, number = str(item.parent.attrs.get("name", path[-3])), int(variable)
+        kinds = _KERAS_VARIABLES.get(max(2, len(item.parent)), ())
+        return f"{layer}.{kinds[number] if number < len(kinds) else variable}"
+    kinds = [kind for kinds in _KERAS_VARIABLES.values() for kind in kinds]
+    return f"{path[-2]}.{variable}" if len(path) > 1 and variable in kinds else None
+
+
+def _hdf5_arrays(group: Any, h5py: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(path, data set) of what is in the file itself: links, external and virtual data lead to other files."""
+    for name in group:
+        if depth < _MAX_DEPTH and isinstance(group.get(name, getlink=True), h5py.HardLink):
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                yield from _hdf5_arrays(item, h5py, f"{prefix}{name}/", depth + 1)
+            elif item.external or item.is_virtual:
+                raise Unreadable(f"is refused: its array {prefix}{name} is in another file")
+            elif item.shape is not None and item.dtype.kind in "fiub":
+                yield prefix + name, item
+
+
+def _read_shards(path: Path) -> Contents:
+    """A file of Hugging Face's that says which of several others holds which array."""
+    parts = json.loads(path.read_bytes())["weight_map"]
+    arrays: dict[str, Any] = {}
+    for name in sorted({str(name) for name in parts.values()}):
+        if Path(name).name != name:
+            raise Unreadable(f"is refused: it names a file in another folder, {name}")
+        arrays |= read_contents(path.with_name(name)).arrays
+    if missing := [name for name in parts if name not in arrays]:
+        raise Unreadable(f"names {len(missing)} arrays that its parts do not hold, such as {missing[0]}")
+    return Contents(arrays)
+
+
+def _read_folder(path: Path) -> Contents:
+    """A folder of Hugging Face's or of a training run, or one of that run's checkpoints."""
+    for name in FOLDER_FILES:
+        if (path / name).is_file():
+            return read_contents(path / name)._replace(path=path / name)
+    from jax_resnet.checkpoint import Checkpoints, DamagedError  # imports orbax
+
+    if path.name.isdecimal() and (path / "record").is_dir():
+        folder, steps = path.parent, [int(path.name)]
+    else:
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        steps = Checkpoints(folder).steps()[::-1] if folder.is_dir() else []
+    for step in steps:
+        try:
+            return _of_run(Checkpoints(folder).read(step)[0])._replace(path=folder / str(step))
+        except DamagedError as error:
+            damaged = error
+    if steps:
+        raise ValueError(str(damaged))
+    raise ValueError(
+        f"{path} is a folder without {FOLDER_FILES[0]}, {FOLDER_FILES[-1]} or checkpoints: name a weight file"
+    )
+
+
+def _of_run(arrays: Mapping[str, np.ndarray]) -> Contents:
+    """A checkpoint of jax_resnet.train: parameters and statistics together, in torchvision's layout, and averages."""
+    ours = {}
+    for name, array in arrays.items():
+        if match := re.fullmatch(r"(ema\.)?(?:params|batch_stats)\.(.+)", name):
+            ours[(match[1] or "") + match[2]] = to_torch_layout(array)
+    return Contents(ours, tuple(name for name in arrays if name.startswith(("opt_state", "step"))))
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """Kernels (kh, kw, in, out) -> (out, in, kh, kw), dense weights (in, out) -> (out, in)."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+
+def _flat(tree: Any) -> Contents:
+    arrays: dict[str, Any] = {}
+    others = []
+    for number, (name, value) in enumerate(_leaves(tree)):
+        value = value.tensor if isinstance(value, unpickling.Inert) else value
+        if number == _MAX_LEAVES:
+            raise Unreadable(f"is refused: it has more than {_MAX_LEAVES:,} entries")
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            arrays[name] = value
+        else:
+            others.append(name)
+    return Contents(arrays, tuple(others))
+
+
+def _leaves(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, Mapping) else None
+    if items is None or depth == _MAX_DEPTH:
+        yield prefix.removesuffix("."), tree
+        return
+    for name, value in items:
+        yield from _leaves(value, f"{prefix}{name}.", depth + 1)
+
+
+def refuse_bombs(size: int) -> None:
+    """Raises an Unreadable for so many bytes that they would fill the memory: a zip archive, or a torch tensor without
+    strides, of a few bytes can stand for any number of them."""
+    if size > _MAX_BYTES:
+        raise Unreadable(f"is refused: it would unpack to {size / 1e9:,.0f} GB, which no ResNet needs")
+
+
+def _known(start: bytes) -> str | None:
+    """What a file that cannot be read is instead and what to do, if its first bytes tell it."""
     seen = start.strip().lower()
     for signature, what in _SIGNATURES.items():
         if seen.startswith(signature) if signature else not start:
             return what
     if all(byte in string.printable.encode() for byte in start):
-        return "it is text: copy or download it again"
-    if isinstance(error, MemoryError):
-        return "it says that it holds more than the memory does: copy or download it again"
-    if suffix == ".npz" and not start.startswith(b"PK"):
-        return "it is no zip archive: copy or download it again"
-    if "Object arrays" in str(error):
-        return "it holds Python objects, which could run code: expected arrays of numbers"
-    if re.search(r"enforce fail|Unsupported operand|magic number", str(error)):
-        return "it is no file of PyTorch's, or not the whole of it: copy or download it again"
-    if "TorchScript" in str(error):
-        return "it is TorchScript: load it in PyTorch and save its state_dict, torch.save(model.state_dict(), PATH)"
-    if missing := re.search(r"no attribute '(float\w+)'", str(error)):
-        return f"it holds {missing[1]}, which NumPy has not: save it as float32, float16 or bfloat16"
+        return f"it is text: {AGAIN}"
     return None
 
 
-def _data_in_checkpoints() -> list[Any]:
-    """What training scripts put beside the weights and is data alone, though torch does not know it.
-
-    That is their command line, a Namespace, and NumPy's scalars, by the new and the old name of their module.
-    """
-    scalar = np._core.multiarray.scalar
-    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    return [argparse.Namespace, scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes, codecs.encode]
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
 
 
 def first_sentence(error: Exception) -> str:
-    """The first sentence of an error; of torch's, not its advice to allow any code."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    return re.split(r"\.\s|\n", text)[0] or type(error).__name__
-
-
-def import_torch(path: Path) -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: {path.suffix} files need PyTorch, which is missing ({error}): "
-            'pip install -e ".[torch]", or take .safetensors or .npz'
-        ) from error
-    return torch
-
-
-def has_names(mapping: Mapping[Any, Any]) -> bool:
-    return all(isinstance(name, str) for name in mapping)
-
-
-def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
-    if path.suffix not in suffixes:
-        raise ValueError(f"weight files end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {path}")
+    return re.split(r"\.\s|\n", str(error))[0] or type(error).__name__

@@ -3,15 +3,14 @@
 A file holds torchvision's names and layout: kernels (out, in, kh, kw), dense weights (out, in). The tree holds the same
 names as paths, kernels (kh, kw, in, out), dense weights (in, out). Moving is a transpose per array.
 
-Files are read in the styles that people have: a state_dict alone, or in one entry of a training checkpoint, its names
-with or without what a wrapped model puts before them. PyTorch is needed for its own files only: all but .safetensors
-and .npz.
+Any file that people have is read: by its content, whatever it is called; the network in it is found, whatever surrounds
+it; names of Hugging Face and Keras become torchvision's. PyTorch is needed to write its files alone.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -22,41 +21,40 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_resnet import resnet
-from jax_resnet.weight_files import (
-    SUFFIXES,
-    check_suffix,
-    first_sentence,
-    has_names,
-    import_torch,
-    read_contents,
-    refuse_bombs,
-)
+from jax_resnet import hub, resnet, weight_names
+from jax_resnet.weight_checks import check_arrays, recognize
+from jax_resnet.weight_files import FOLDER_FILES, read_contents, to_torch_layout
+from jax_resnet.weight_names import COUNT, STATISTICS
 
-_STATISTICS = ("running_mean", "running_var")
-_COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
-_ENTRIES = ("state_dict", "model", "model_state_dict")  # of a checkpoint: the trained model, not its average
-_PREFIXES = ("module.", "model.", "_orig_mod.")  # (Distributed)DataParallel, a Lightning module's model, torch.compile
-_AVERAGED = "n_averaged"  # torch's AveragedModel counts its updates beside the weights
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files that are written
 
 
 class WeightFile(NamedTuple):
     """What `read_file` found.
 
-    arrays: {torchvision's name: array}, batch counts (num_batches_tracked) included.
-    entry: the entry of a checkpoint that they are from, None if the file is no checkpoint.
-    prefix: what stood before every name, "" if nothing.
+    path: of the file, or of the checkpoint of a run, on this machine.
+    arrays: {torchvision's name: array in torchvision's layout}, batch counts (num_batches_tracked) included.
+    prefix: what stood before every name, "state_dict.module.", "" if nothing.
+    naming: whose names they were: "torchvision", "Hugging Face", "Keras", "nn.Sequential".
+    head: what the dense layer was called, None if there is none or it is not a single layer.
     left_out: the names of what else the file holds, such as the state of an optimizer.
+    metadata: text by name, of a .safetensors file.
+    settings: what config.json and preprocessor_config.json beside the file say, of a folder of Hugging Face's or a run.
+    stride_in: where a bottleneck has its stride, if the file tells it; else None.
     """
 
+    path: Path
     arrays: dict[str, np.ndarray]
-    entry: str | None
     prefix: str
+    naming: str
+    head: str | None
     left_out: tuple[str, ...]
+    metadata: Mapping[str, str]
+    settings: Mapping[str, Any]
+    stride_in: str | None
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,21 +66,19 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     params, batch_stats = {}, {}
     for name, value in state_dict.items():
         last = name.rpartition(".")[2]
-        if last != _COUNT:
-            (batch_stats if last in _STATISTICS else params)[name] = _transposed(_to_numpy(value), (2, 3, 1, 0))
+        if last != COUNT:
+            (batch_stats if last in STATISTICS else params)[name] = _to_tree_layout(_to_numpy(value))
     return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
 
 
 def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """(params, batch_stats) -> {torchvision's key: array in torchvision's layout}, contiguous."""
     flat = flatten_dict(dict(params), sep=".") | flatten_dict(dict(batch_stats), sep=".")
-    return {name: np.ascontiguousarray(_transposed(np.asarray(value), (3, 2, 0, 1))) for name, value in flat.items()}
+    return {name: np.ascontiguousarray(to_torch_layout(np.asarray(value))) for name, value in flat.items()}
 
 
-def _transposed(value: np.ndarray, kernel_axes: tuple[int, ...]) -> np.ndarray:
-    if value.ndim == 4:
-        return value.transpose(kernel_axes)
-    return value.T if value.ndim == 2 else value
+def _to_tree_layout(value: np.ndarray) -> np.ndarray:
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T if value.ndim == 2 else value
 
 
 def save(path: str | os.PathLike, params: Any, batch_stats: Any, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -108,7 +104,7 @@ def write_arrays(
     A .pth or .pt file gets a batch count of 0 for each BatchNorm that has none: a state_dict of torch has them.
     """
     path = Path(path)
-    check_suffix(path, SUFFIXES)
+    check_suffix(path)
     if metadata and path.suffix != ".safetensors":
         raise ValueError(f"only .safetensors files hold metadata, got {path}")
     if path.suffix == ".npz" and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
@@ -122,9 +118,15 @@ def write_arrays(
             # Not save_file, whose files only their owner may read.
             aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
         else:
-            torch = import_torch(path)
+            torch = _import_torch(path)
             torch.save({name: _to_tensor(torch, array) for name, array in _with_counts(arrays).items()}, aside)
         os.replace(aside, path)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises a ValueError for the name of a file that cannot be written."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"weight files end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}")
 
 
 def load(
@@ -134,79 +136,71 @@ def load(
     head: Literal["strict", "new"] = "strict",
     stem: Literal["strict", "grey"] = "strict",
     key: jax.Array | None = None,
+    entry: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
 
     Args:
-      path: a weight file as `read_file` takes it.
-      config: the network; with num_classes=0 the file's dense layer is left out.
+      path: a file, a folder or a name of Hugging Face's hub, as `read_file` takes it.
+      config: the network; with num_classes=0 the file's dense layer is left aside.
       head: "new" leaves the file's dense layer aside and draws one for config.num_classes with `key`.
       stem: "grey" sums a stem for three channels into one for one channel, if that is what config has.
       key: a JAX random key, for head="new".
+      entry: which network to take, see `read_file`.
 
     Returns:
-      params and batch_stats, nested dicts of NumPy arrays of the file's dtypes.
+      params and batch_stats, nested dicts of NumPy arrays of the file's dtypes; float16 and bfloat16 become float32.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be read (see `read_file`), or one list of all that does not fit (see
-        `check_arrays`).
+      ValueError: for a file that cannot be read (see `read_file`) or does not fit (see `check_arrays`).
     """
     if head not in ("strict", "new") or stem not in ("strict", "grey"):
         raise ValueError(f'head is "strict" or "new", stem "strict" or "grey", got {head!r} and {stem!r}')
-    arrays = read_file(path).arrays
-    if not config.num_classes:
+    if head == "new" and key is None:
+        raise ValueError('head="new" draws a dense layer: pass key')
+    return fit(read_file(path, entry), config, head=head, stem=stem, key=key)
+
+
+def fit(
+    file: WeightFile,
+    config: resnet.ResNetConfig,
+    *,
+    head: Literal["strict", "new"] = "strict",
+    stem: Literal["strict", "grey"] = "strict",
+    key: jax.Array | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`load` for a file that has been read."""
+    if file.stride_in not in (None, config.stride_in) and config.block == "bottleneck":
+        raise ValueError(
+            f"{file.path} is of a ResNet whose blocks have their stride in {file.stride_in}, which changes what it "
+            f"computes: pass a configuration with stride_in={file.stride_in!r}"
+        )
+    arrays = {
+        name: array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+        if jnp.issubdtype(array.dtype, jnp.floating)
+        else array
+        for name, array in file.arrays.items()
+    }
+    if head == "new" or config.num_classes == 0:
         arrays = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
-    elif head == "new":
-        if key is None:
-            raise ValueError('head="new" draws a dense layer: pass key')
-        dense = resnet.init_dense(config, key)
-        arrays |= to_torch({"fc": dense}, {})
+    if head == "new" and config.num_classes:
+        arrays |= to_torch({"fc": resnet.init_dense(config, key)}, {})
     kernel = arrays.get("conv1.weight")
     if stem == "grey" and config.in_channels == 1 and kernel is not None and kernel.shape[1:2] == (3,):
-        wide = kernel.astype(np.promote_types(kernel.dtype, np.float32))  # halves are rounded once
-        arrays["conv1.weight"] = wide.sum(1, keepdims=True).astype(kernel.dtype)
-    check_arrays(arrays, config, path)
+        arrays["conv1.weight"] = kernel.sum(1, keepdims=True)
+    check_arrays(arrays, config, file.path)
     return from_torch(arrays)
 
 
-def check_arrays(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig, path: str | os.PathLike) -> None:
-    """Checks the arrays of a file against a network; batch counts may be there or not.
-
-    Raises:
-      ValueError: with one list of all names that are missing or unexpected and all arrays of another shape, that are
-        not of a float type, or that hold values which are not finite or variances which are negative.
-    """
-    expected = {
-        name: _torch_shape(spec.shape)
-        for tree in jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
-        for name, spec in flatten_dict(tree, sep=".").items()
-    }
-    arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != _COUNT}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays]
-    problems += [f"unexpected: {name} {value.shape}" for name, value in arrays.items() if name not in expected]
-    problems += [
-        f"{name}: expected {shape}, the file has {arrays[name].shape}{_hint(name, shape, arrays[name].shape)}"
-        for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    for name, value in arrays.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            problems.append(f"{name}: expected floats, the file has {value.dtype}")
-        elif count := value.size - np.count_nonzero(np.isfinite(value)):
-            problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
-        elif name.endswith("running_var") and (count := np.count_nonzero(value < 0)):
-            problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
-    if problems:
-        raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
-
-
-def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...]) -> str:
-    if name.startswith("fc.") and given[1:] == expected[1:]:
-        return ' (another number of classes: head="new" draws a dense layer)'
-    if name == "conv1.weight" and given == (expected[0], 3, *expected[2:]) and expected[1] == 1:
-        return ' (a stem for colour: stem="grey" sums it)'
-    return " (transposed?)" if sorted(given) == sorted(expected) else ""
+def recognize_file(file: WeightFile, arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
+    """The name and the configuration of the network in a file, see `weight_checks.recognize`; with the stride, if the
+    file tells it."""
+    try:
+        arch, config = recognize(file.arrays, arch)
+    except ValueError as error:
+        raise ValueError(f"{file.path} {error}") from error
+    return arch, dataclasses.replace(config, stride_in=file.stride_in or config.stride_in)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -215,68 +209,51 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
-    """Reads a weight file in any of the styles that people have, whatever network it is for.
+    """Reads the ResNet in a weight file, whatever wrote it and whatever else is in it.
 
-    A checkpoint is a file with a dict of arrays in one entry or more, beside an optimizer's state and the like. Of
-    several such entries the trained model is taken ("state_dict", "model" or "model_state_dict"), not its average. What
-    a wrapped model puts before its names ("module.", "model.", "_orig_mod.") is stripped where every name has it.
+    Formats are known by the content: .safetensors, .npz, PyTorch's three, pickles of NumPy arrays, and HDF5 (Keras).
+    The names may be torchvision's, Hugging Face's or Keras', with any prefix.
 
     Args:
-      path: a .safetensors, .npz, .pth, .pt, .ckpt or .pth.tar file.
-      entry: which entry of a checkpoint to take instead, say "model_ema".
+      path: a file; a folder of Hugging Face's or of a training run; a checkpoint of a run, run/checkpoints/5; or
+        "hf:owner/name" on Hugging Face's hub, see `hub.fetch`.
+      entry: which network to take where there are several, by a part of its prefix: "model_ema", "teacher". Without it
+        the trained one is taken ("state_dict", "model" or "model_state_dict"), not its average.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for another suffix, what is no file (a pipe is not opened), a file that cannot be read or would unpack
-        to more than 16 GiB, a pickle that is more than data (it is refused, since reading it would run code), no entry
-        of that name, several of which none is the model, or a suffix of PyTorch's where it is missing.
+      ValueError: for what is no file (a pipe is not opened), a file that cannot be read or would unpack to more than 16
+        GiB, a pickle that is more than data (it is refused, since reading it would run code), no ResNet, or several.
     """
-    path = Path(path)
+    path = hub.fetch(path) if hub.is_name(path) else Path(path)
     contents = read_contents(path)
-    checkpoint = {
-        name: value
-        for name, value in contents.items()
-        if isinstance(value, Mapping) and has_names(value) and any(map(_is_array, value.values()))
-    }
-    left_out = []
-    if checkpoint and entry is None:
-        known = [name for name in _ENTRIES if name in checkpoint]
-        if not known and len(checkpoint) > 1:
-            raise ValueError(
-                f"{path} has arrays in several entries, {', '.join(checkpoint)}: name one, read_file(path, entry), or "
-                "take it out with `python -m experiments.convert IN OUT --entry NAME`"
-            )
-        entry = (known or list(checkpoint))[0]
-    if entry is not None:
-        if entry not in checkpoint:
-            there = ", ".join(checkpoint) or "no entry"
-            raise ValueError(f"{path} has no entry {entry!r} with arrays: {there} has some")
-        left_out = [name for name in contents if name != entry]
-        contents = checkpoint[entry]
-    sizes = (math.prod(value.shape) * value.dtype.itemsize for value in contents.values() if _is_array(value))
-    refuse_bombs(path, sum(sizes))
     try:
-        arrays = {name: _to_numpy(value) for name, value in contents.items() if _is_array(value) and name != _AVERAGED}
-    except (TypeError, RuntimeError) as error:  # quantized, sparse
-        raise ValueError(f"{path} has tensors that are no plain arrays: {first_sentence(error)}") from error
-    left_out += [name for name in contents if name not in arrays]
-    if not arrays:
-        raise ValueError(f"{path} holds no arrays: expected {{name: array}}, alone or in an entry of a checkpoint")
-    prefix = ""
-    while step := next((step for step in _PREFIXES if all(name.startswith(step) for name in arrays)), ""):
-        arrays = {name.removeprefix(step): array for name, array in arrays.items()}
-        prefix += step
-    return WeightFile(arrays, entry, prefix, tuple(left_out))
+        found = weight_names.find(contents.arrays, contents.others, entry)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    path = contents.path or path
+    settings = _settings_beside(path)
+    stride_in = "conv1" if found.naming is weight_names.KERAS or settings.get("downsample_in_bottleneck") else None
+    stride_in = contents.metadata.get("stride_in", stride_in)
+    naming, metadata = found.naming.title, contents.metadata
+    return WeightFile(
+        path, found.arrays, found.prefix, naming, found.head, found.left_out, metadata, settings, stride_in
+    )
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata of a .safetensors file, {} if it has none."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return file.metadata() or {}
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """The JSON of a folder of Hugging Face's, and of the run that a checkpoint is of."""
+    if path.is_file() and path.name not in FOLDER_FILES:
+        return {}
+    folder = path.parent if path.is_file() else path.parent.parent
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            try:
+                settings |= json.loads((folder / name).read_bytes()[: 2**24])
+            except (OSError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{folder / name} cannot be read: {error}") from error
+    return settings
 
 
 def _to_numpy(value: Any) -> np.ndarray:
@@ -295,11 +272,16 @@ def _to_tensor(torch: ModuleType, array: np.ndarray) -> Any:
 
 
 def _with_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    norms = [name.rpartition(".")[0] for name in arrays if name.endswith(f".{_STATISTICS[0]}")]
-    return {f"{norm}.{_COUNT}": np.zeros((), np.int64) for norm in norms} | dict(arrays)
+    norms = [name.rpartition(".")[0] for name in arrays if name.endswith(f".{STATISTICS[0]}")]
+    return {f"{norm}.{COUNT}": np.zeros((), np.int64) for norm in norms} | dict(arrays)
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 4:
-        return (shape[3], shape[2], shape[0], shape[1])
-    return shape[::-1]
+def _import_torch(path: Path) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: to write {path.suffix} files PyTorch is needed, which is missing ({error}): "
+            'pip install -e ".[torch]", or take .safetensors or .npz'
+        ) from error
+    return torch

@@ -183,13 +183,16 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     path = settings.experiment.init
     if path is None or has_checkpoint(settings.system):
         return jax.tree.map(np.asarray, resnet.init(config, key, jnp.float32))
-    arrays = weights.read_arrays(path)
-    dense, kernel = arrays.get("fc.weight", np.empty(0)), arrays.get("conv1.weight", np.empty(0))
-    head = "new" if dense.ndim == 2 and len(dense) != config.num_classes else "strict"
-    stem = "grey" if kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1 else "strict"
-    if head == "new":
-        print(f"{path} has {len(dense)} classes: a new dense layer is drawn for {config.num_classes}")
-    if stem == "grey":
+    file = weights.read_file(path, settings.experiment.entry)
+    dense, kernel = file.arrays.get("fc.weight"), file.arrays.get("conv1.weight", np.empty(0))
+    fits = dense is not None and dense.ndim == 2 and len(dense) == config.num_classes and "fc.bias" in file.arrays
+    grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
+    loaded = weights.fit(file, config, head="strict" if fits else "new", stem="grey" if grey else "strict", key=key)
+    if file.left_out:
+        print(f"{path}: left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
+    if not fits:
+        has = "no dense layer" if dense is None else f"{len(dense)} classes"
+        print(f"{path} has {has}: a new dense layer is drawn for {config.num_classes}")
+    if grey:
         print(f"{path} has a stem for three channels: summed into one for grey pictures")
-    loaded = weights.load(path, config, head=head, stem=stem, key=key)
     return jax.tree.map(lambda a: np.asarray(a, np.float32), loaded)

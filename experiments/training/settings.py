@@ -144,8 +144,10 @@ class CarsExperiment(Experiment):
     """AdaBound: gamma times the run's number of updates, in place of --gamma. The bounds then close alike in runs of
     any length: at 1 they have come half the way, at 100 they are nearly closed."""
     init: Path | None = None
-    """Weights to start from, .safetensors, .npz or .pth; another number of classes draws a new dense layer. --resume
-    does not read them again."""
+    """Weights to start from, as experiments.convert reads them; another number of classes draws a new dense layer.
+    --resume does not read them again."""
+    entry: str | None = None
+    """Which network of --init to take where it holds several, say model_ema or teacher."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone: train the dense layer alone; all before it, from --init, runs as in evaluation."""
 

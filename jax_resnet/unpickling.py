@@ -1,0 +1,362 @@
+"""Reads the pickles in weight files without executing anything, and without PyTorch.
+
+A pickle is a program: it names functions and classes of any module, and calls them. Here a name stands for one of three
+things: a function of this module that makes an array, a dict, or `Inert`, which takes any arguments and does nothing. A
+name that is on no list is refused (RefusedError). So a path, a date, or the settings of a training are accepted, and
+never come to life.
+
+PyTorch has written three formats: a zip archive since 1.6, before that a stream of pickles with the numbers behind it,
+and in its first year a tar archive. NumPy arrays are pickled by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of PyTorch's stream
+_STORAGES = {
+    "Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Long": "i8", "Int": "i4",
+    "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16",
+    "Untyped": "u1", "QInt8": "i1", "QUInt8": "u1", "QInt32": "i4",
+}  # fmt: skip
+_TORCH_DTYPES = {
+    "float64": "f8", "float32": "f4", "float16": "f2", "bfloat16": ml_dtypes.bfloat16, "int64": "i8", "int32": "i4",
+    "int16": "i2", "int8": "i1", "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "bool": "?",
+    "complex64": "c8", "complex128": "c16",
+}  # fmt: skip
+# Modules and names of what is data alone. What is left of an object of these is an Inert.
+_DATA_MODULES = {"datetime", "decimal", "fractions", "pathlib", "pathlib._local", "uuid", "zoneinfo"}
+_DATA = {
+    "argparse.Namespace", "types.SimpleNamespace", "collections.deque", "torch.Size", "torch.device", "torch.Tensor",
+    "torch.serialization._get_layout", "torch.torch_version.TorchVersion", "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer", "torch.per_tensor_affine", "torch.per_channel_affine", "torch.strided",
+    "torch.sparse_coo", "copy_reg._reconstructor", "copyreg._reconstructor",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__")
+      for name in ("bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "long",
+                   "object", "range", "set", "slice", "str", "tuple", "unicode", "xrange")),
+}  # fmt: skip
+_DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
+
+
+class RefusedError(ValueError):
+    """A pickle wants what is not data: the message goes on after the file's name."""
+
+
+class Storage:
+    """A block of numbers, which may be read after the tensors that lie in it are known."""
+
+    def __init__(self, dtype: np.dtype, data: bytes = b""):
+        self.dtype, self.data = dtype, data
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A view of a storage; `array` makes a copy. A tensor of an unusual kind (sparse, quantized) has no array."""
+
+    storage: Storage
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in numbers, as in PyTorch
+    offset: int
+    kind: str = ""
+
+    def array(self) -> np.ndarray:
+        """Raises a ValueError for a tensor that reaches out of its storage, or is no plain array."""
+        if self.kind:
+            raise ValueError(f"a {self.kind} tensor")
+        size = self.dtype.itemsize
+        strides = [stride * size for stride in self.strides]
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        if min((*self.strides, self.offset), default=0) < 0:
+            raise ValueError("a tensor with a negative stride or offset")
+        end = self.offset + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        if (end + 1) * size > len(self.storage.data):
+            raise ValueError("a tensor larger than its storage")
+        view = np.ndarray(self.shape, self.dtype, self.storage.data, self.offset * size, strides)
+        return np.array(view, order="C").astype(self.dtype.newbyteorder("="), copy=False)
+
+
+class Inert:
+    """Stands for an object that is not needed. Pickles call it, fill it and index it to no effect."""
+
+    tensor: Tensor | None = None  # of a NumPy array
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def _ignore(self, *args: Any) -> None:
+        pass
+
+    append = extend = add = update = __setitem__ = _ignore
+
+
+class Dict(dict):
+    """An OrderedDict and the like; the attributes that pickles give it are dropped."""
+
+    def __new__(cls, *args: Any) -> Dict:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any):
+        super().__init__()
+        for arg in args:
+            if isinstance(arg, Mapping | list):
+                self.update(arg)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Maker:
+    """A function of this module for a pickle to call; unlike a function it has no attributes for a pickle to set."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]):
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedError("is refused: its pickle changes a function")
+
+
+class _NumPyArray(Inert):
+    """A NumPy array: its pickle makes it empty, and fills it in."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, by_columns, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
+        if isinstance(dtype, _DType) and isinstance(data, bytes):
+            self.tensor = _from_buffer(data, dtype, shape, "F" if by_columns else "C")
+
+
+class _DType(Inert):
+    """NumPy's type, by its code or, of ml_dtypes, by the class that stands for it."""
+
+    def __new__(cls, code: Any, *_: Any) -> _DType:
+        self = super().__new__(cls)
+        self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(str(code))
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Bounded:
+    """A file that is never asked for more than it has: for that so much memory would be set aside."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size, self.readline = file, size, file.readline
+
+    def read(self, count: int) -> bytes:
+        if count > self._size:
+            raise EOFError(f"{count:,} bytes are wanted, which it has not")
+        return self._file.read(count)
+
+
+class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a hostile memo index asks for
+    def __init__(self, file: BinaryIO, size: int, persistent: Callable[[Any], Any] | None = None):
+        super().__init__(_Bounded(file, size), encoding="latin1")
+        self._budget = 4 * size + 2**20  # bytes: Latin-1 is up to twice as long in the file, and may be unpacked twice
+        self._persistent = persistent
+
+    def _load_bytearray(self) -> None:
+        self.append(self.read(*struct.unpack("<Q", self.read(8))))
+
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        today = path.replace("numpy.core.", "numpy._core.")  # the name before NumPy 2
+        if path in _DICTS:
+            return Dict
+        if path in _DATA or module in _DATA_MODULES or module.startswith("numpy.random."):
+            return Inert
+        if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
+            return _Kind(name.removesuffix("Storage"))
+        if module in ("torch", "torch.cuda") and name.endswith("Tensor"):
+            return Inert
+        if module == "torch" and re.match("float|bfloat|complex|bool|bits|q?u?int", name):
+            return _dtype(_TORCH_DTYPES[name]) if name in _TORCH_DTYPES else Inert
+        if path == "ml_dtypes.bfloat16":
+            return _dtype(ml_dtypes.bfloat16)
+        if path == "_codecs.encode":
+            return _Maker(self._encode)
+        if path == "torch.storage._load_from_bytes":
+            return _Maker(self._load)
+        if today in _MAKERS:
+            return _MAKERS[today]
+        if path.startswith("torch._utils._rebuild_"):
+            kind = re.sub("_rebuild_|_?tensor|_no_storage", "", name)
+            return _Maker(lambda *_: _unusual("quantized" if kind == "q" else kind))
+        raise RefusedError(
+            f"is refused: it is a pickle that wants {path}, and a pickle of more than data can run any code. Where you "
+            "trust it, load it in PyTorch and save its state_dict alone: torch.save(model.state_dict(), PATH)"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._persistent is None:
+            raise pickle.UnpicklingError("it refers to numbers outside of it")
+        return self._persistent(pid)
+
+    def _encode(self, text: str, encoding: str = "latin1") -> bytes:
+        """Bytes as protocol 2 writes them."""
+        self._spend(len(text))
+        return text.encode("latin1")
+
+    def _load(self, data: bytes) -> Any:
+        """A storage as pickle, without torch.save, writes it: a stream in a pickle."""
+        self._spend(len(data))
+        return read_stream(io.BytesIO(data))
+
+    def _spend(self, size: int) -> None:
+        """A file can refer to its bytes any number of times, and unpacks them once."""
+        self._budget -= size
+        if self._budget < 0:
+            raise RefusedError("is refused: its pickle unpacks to more than it holds")
+
+
+class _Kind(Inert):
+    """A class of storages."""
+
+    def __new__(cls, name: str) -> _Kind:
+        self = super().__new__(cls)
+        self.dtype = np.dtype(_STORAGES[name])
+        return self
+
+
+def _dtype(code: Any) -> _DType:
+    dtype = _DType("f4")
+    dtype.dtype = np.dtype(code)
+    return dtype
+
+
+def _unusual(kind: str) -> Tensor:
+    return Tensor(Storage(np.dtype("u1")), np.dtype("u1"), (), (), 0, kind)
+
+
+def _tensor(storage: Storage, offset: int, size: Iterable[int], strides: Iterable[int], *_: Any) -> Tensor:
+    return Tensor(storage, storage.dtype, tuple(size), tuple(strides), offset)
+
+
+def _typed_tensor(storage: Any, offset: int, size: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Tensor:
+    """Of a type that has no class of storages: the storage is of bytes, the offset in numbers."""
+    if not isinstance(dtype, _DType):
+        return _unusual("eight-bit or smaller")
+    return dataclasses.replace(_tensor(storage, offset, size, strides), dtype=dtype.dtype)
+
+
+def _from_buffer(data: bytes | bytearray, dtype: _DType, shape: tuple[int, ...], order: str = "C") -> Any:
+    if dtype.dtype.hasobject or dtype.dtype.kind not in "fiubcV":
+        return Inert()
+    sizes = [shape[i + 1 :] if order == "C" else shape[:i] for i in range(len(shape))]
+    return Tensor(Storage(dtype.dtype, data), dtype.dtype, tuple(shape), tuple(map(math.prod, sizes)), 0)
+
+
+_MAKERS = {
+    "torch._utils._rebuild_tensor": _Maker(_tensor),
+    "torch._utils._rebuild_tensor_v2": _Maker(_tensor),
+    "torch._utils._rebuild_tensor_v3": _Maker(_typed_tensor),
+    "torch._utils._rebuild_parameter": _Maker(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": _Maker(lambda data, *_: data),
+    "torch._utils._rebuild_device_tensor_from_numpy": _Maker(lambda data, *_: data),
+    "torch._utils._rebuild_xla_tensor": _Maker(lambda data, *_: data),
+    "torch._tensor._rebuild_from_type_v2": _Maker(lambda make, kind, args, state: make(*args)),
+    "numpy._core.multiarray._reconstruct": _Maker(lambda *_: _NumPyArray()),
+    "numpy._core.numeric._frombuffer": _Maker(_from_buffer),
+    "numpy._core.multiarray.scalar": _Maker(lambda *_: Inert()),
+    "numpy.ndarray": Inert,
+    "builtins.bytes": _Maker(lambda *_: b""),  # so are empty ones written
+    "__builtin__.bytes": _Maker(lambda *_: b""),
+    "numpy.dtype": _DType,
+}
+
+
+def read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
+    """A zip archive of PyTorch's: {prefix}data.pkl, and the numbers of storage 0 in {prefix}data/0."""
+    order = ">" if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") == b"big" else "<"
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: Any) -> Storage:
+        _, kind, key, *_ = pid
+        if key not in storages:
+            storages[key] = Storage(kind.dtype.newbyteorder(order), archive.read(f"{prefix}data/{key}"))
+        return storages[key]
+
+    member = archive.getinfo(f"{prefix}data.pkl")
+    with archive.open(member) as file:
+        return _Unpickler(file, member.file_size, storage).load()
+
+
+def read_stream(file: BinaryIO) -> Any:
+    """A pickle; if it is PyTorch's magic number then three more follow, and the storages behind them."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    first = _Unpickler(file, size).load()
+    if first != _MAGIC:
+        return first
+    storages: dict[str, Storage] = {}
+
+    def storage(pid: Any) -> Storage:
+        _, kind, key, *_ = pid
+        return storages.setdefault(key, Storage(kind.dtype.newbyteorder("<")))
+
+    _, _, contents, keys = (_Unpickler(file, size, storage).load() for _ in range(4))
+    for key in keys:
+        _fill(storages[key], file)
+    return contents
+
+
+def _fill(storage: Storage, file: BinaryIO) -> None:
+    (count,) = struct.unpack("<q", file.read(8))
+    storage.data = file.read(count * storage.dtype.itemsize)
+
+
+def read_tar(archive: tarfile.TarFile) -> Any:
+    """A tar archive of PyTorch's first year: storages, the tensors in them, and the pickle that refers to those."""
+    members = {member.name.removeprefix("./"): member for member in archive.getmembers()}
+
+    def opened(name: str) -> tuple[BinaryIO, int]:
+        file = archive.extractfile(members[name])
+        if file is None:
+            raise pickle.UnpicklingError(f"{name} is no file")
+        return file, members[name].size
+
+    file, size = opened("storages")
+    storages: dict[Any, Storage] = {}
+    for _ in range(_Unpickler(file, size).load()):
+        key, _, kind = _Unpickler(file, size).load()
+        storages[key] = Storage(kind.dtype)
+        _fill(storages[key], file)
+    for target, root, offset, count in _Unpickler(file, size).load():
+        itemsize = storages[root].dtype.itemsize
+        storages[target] = Storage(storages[root].dtype, storages[root].data[offset * itemsize :][: count * itemsize])
+    file, size = opened("tensors")
+    tensors = {}
+    for _ in range(_Unpickler(file, size).load()):
+        key, storage, _ = _Unpickler(file, size).load()
+        (ndim,) = struct.unpack("<i4x", file.read(8))
+        if ndim > 64:
+            raise pickle.UnpicklingError(f"a tensor of {ndim} axes")
+        numbers = struct.unpack(f"<{2 * ndim + 1}q", file.read(8 * (2 * ndim + 1)))
+        tensors[str(key)] = _tensor(storages[storage], numbers[-1], numbers[:ndim], numbers[ndim:-1])
+    file, size = opened("pickle")
+    return _Unpickler(file, size, lambda pid: pid[0] if isinstance(pid, tuple) else tensors[str(pid)]).load()

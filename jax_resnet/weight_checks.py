@@ -1,0 +1,173 @@
+"""Tells which ResNet the arrays of a file are of, and what in them does not fit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jax_resnet import resnet
+from jax_resnet.weight_files import to_torch_layout
+from jax_resnet.weight_names import COUNT, STATISTICS
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_LISTED = 8  # of the differences between a file and a network
+
+
+def check_arrays(
+    arrays: Mapping[str, np.ndarray],
+    config: resnet.ResNetConfig,
+    path: str | os.PathLike,
+) -> None:
+    """Checks the arrays of a file against a network; batch counts may be there or not.
+
+    Args:
+      arrays: {torchvision's name: array in torchvision's layout}.
+      config: the network.
+      path: for the message.
+
+    Raises:
+      ValueError: if they are of another network, of which the message says the kind; or with a list of what is missing
+        or unexpected, of another shape, no float, not finite, or a negative variance.
+    """
+    expected = _shapes(config)
+    arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != COUNT}
+    missing = {name: shape for name, shape in expected.items() if name not in arrays}
+    problems = [f"missing: {name} {shape}{_hint(name, shape, ())}" for name, shape in missing.items()]
+    problems += [f"unexpected: {name} {value.shape}" for name, value in arrays.items() if name not in expected]
+    problems += [
+        f"{name}: expected {shape}, the file has {arrays[name].shape}{_hint(name, shape, arrays[name].shape)}"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    for name, value in arrays.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            problems.append(f"{name}: expected floats, the file has {value.dtype}")
+        elif count := value.size - np.count_nonzero(np.isfinite(value)):
+            problems.append(f"{name}: {count:,} of {value.size:,} values are not finite")
+        elif name.endswith("running_var") and (count := np.count_nonzero(value < 0)):
+            problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
+    if not problems:
+        return
+    if other := _diagnosis(arrays, config):
+        raise ValueError(f"{path} {other}")
+    if len(problems) > _LISTED:
+        problems[_LISTED:] = [f"and {len(problems) - _LISTED:,} more"]
+    raise ValueError(f"{path} does not fit {describe(config)}:\n  " + "\n  ".join(problems))
+
+
+def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...]) -> str:
+    if name.startswith("fc.") and given[1:] == expected[1:]:
+        return ' (another number of classes: head="new" draws a dense layer)'
+    if name.startswith("fc.") and not given:
+        return ' (head="new" draws a dense layer)'
+    if name == "conv1.weight" and given == (expected[0], 3, *expected[2:]) and expected[1] == 1:
+        return ' (a stem for colour: stem="grey" sums it)'
+    return " (transposed?)" if sorted(given) == sorted(expected) else ""
+
+
+def recognize(arrays: Mapping[str, np.ndarray], arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
+    """Tells from names and shapes what network weights are for; whether everything fits is for `check_arrays`.
+
+    Where a bottleneck has its stride (stride_in) cannot be told from weights: it is torchvision's in what is returned.
+
+    Args:
+      arrays: {torchvision's name: array in torchvision's layout}; without a dense layer there are 0 classes.
+      arch: the architecture if it is known: then it is not looked for.
+
+    Returns:
+      its name and its configuration.
+
+    Raises:
+      ValueError: that says what other kind of network this is, or that a part is missing.
+    """
+    if other := _other_network(arrays):
+        raise ValueError(f"holds {other}: not supported")
+    dense = arrays.get("fc.weight", np.empty((0, 0)))
+    if dense.ndim != 2:
+        raise ValueError(f"holds no ResNet: fc.weight has the shape {dense.shape}")
+    settings = dict(
+        num_classes=len(dense), in_channels=arrays["conv1.weight"].shape[1], batch_norm="bn1.weight" in arrays
+    )
+    networks = {name: getattr(resnet, name)(**settings) for name in ARCHITECTURES}
+    if arch is not None:
+        return arch, networks[arch]
+    shape = _block_and_stages(arrays)
+    for name, config in networks.items():
+        if (config.block, config.stage_sizes) == shape:
+            return name, config
+    raise ValueError(f"holds a ResNet with {shape[1]} {shape[0]} blocks: not supported, or incomplete")
+
+
+def describe(config: resnet.ResNetConfig) -> str:
+    """A network in words: "a resnet18 with 5 classes and 3 channels"."""
+    shapes = {(c.block, c.stage_sizes): name for name in ARCHITECTURES if (c := getattr(resnet, name)())}
+    name = shapes.get((config.block, config.stage_sizes), f"ResNet of {config.stage_sizes} {config.block} blocks")
+    plain = "" if config.batch_norm else ", without BatchNorm"
+    return f"a {name} with {config.num_classes or 'no'} classes and {config.in_channels} channels{plain}"
+
+
+def _diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:
+    """What else the arrays are of, if that is all that is wrong."""
+    if "layer1.0.conv1.weight" not in arrays:
+        return None
+    try:
+        arch, found = recognize(arrays)
+    except ValueError as error:
+        return str(error) if _other_network(arrays) else None
+    if (found.block, found.stage_sizes) == (config.block, config.stage_sizes):
+        return None
+    return f"holds the weights of {describe(found)}, not of {describe(config)}: pass --arch {arch}"
+
+
+def _block_and_stages(arrays: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
+    blocks = {match.groups() for name in arrays if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
+    stages = tuple(sum(stage == number for stage, _ in blocks) for number in "1234")
+    return "bottleneck" if "layer1.0.conv3.weight" in arrays else "basic", stages
+
+
+def _other_network(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What relative of the five ResNets these weights are for, None if they may be for one of them."""
+    shapes = {name: array.shape for name, array in arrays.items()}
+    stem, block = shapes.get("conv1.weight"), shapes.get("layer1.0.conv1.weight", ())
+    middle = shapes.get("layer1.0.conv2.weight", ())
+    inner = {match[1] for name in arrays if (match := re.match(r"layer\d\.\d+\.(.+)\.\w+$", name))}
+    strange = sorted(name for name in inner if not re.fullmatch(r"(conv|bn)[123]|downsample\.[01]", name))
+    if arrays["layer1.0.conv1.weight"].dtype.kind in "iu" or any(name.endswith("zero_point") for name in arrays):
+        return "a quantized network"
+    if any(name.endswith(("weight_orig", "weight_g", "weight_v")) or "parametrizations" in name for name in arrays):
+        return "weights in two parts, as pruning and weight normalization have them"
+    if any(re.search(r"(^|\.)(se|eca|attn|cbam|gc)\b|^fc\d$|se_module", name) for name in inner):
+        return f"a ResNet with attention in its blocks ({strange[0]})"
+    if stem is None:
+        return "a ResNet with another stem (ResNet-C or D, or an unusual name)"
+    if len(stem) != 4 or len(block) != 4:
+        return f"no ResNet: kernels of the shapes {stem} and {block}"
+    if stem[2:] != (7, 7) and stem[:2] != (7, 7):
+        return f"a ResNet with a stem of {stem[2]}x{stem[3]}, as for small pictures"
+    if len(shapes.get("layer2.0.downsample.1.weight", ())) == 4:
+        return "a ResNet-D, which pools in its shortcuts"
+    if len(middle) == 4 and "layer1.0.conv3.weight" in arrays and middle[1] < middle[0] and middle[2:] == (3, 3):
+        return f"a ResNeXt, with {middle[0] // middle[1]} groups in its convolutions"
+    if block[0] != 64 and block[2:] in ((1, 1), (3, 3)):
+        return f"a ResNet of another width, {block[0]} in place of 64 in its first block"
+    if "bn1.weight" in arrays and not any(name.endswith(STATISTICS) for name in arrays):
+        return "a ResNet without running statistics: with GroupNorm, or an average of the parameters alone"
+    if strange:
+        return f"a ResNet with {strange[0]} in its blocks"
+    return None
+
+
+@functools.cache
+def _shapes(config: resnet.ResNetConfig) -> dict[str, tuple[int, ...]]:
+    """{torchvision's name: shape in torchvision's layout}."""
+    trees = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
+    empty = jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), trees)
+    return {name: to_torch_layout(array).shape for tree in empty for name, array in flatten_dict(tree, sep=".").items()}

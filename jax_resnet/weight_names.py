@@ -1,0 +1,273 @@
+"""Finds a ResNet among the arrays of a file, whatever surrounds it and whichever library has named it.
+
+A network is found by the first kernel of its first block, `layer1.0.conv1.weight` in torchvision's names. What stands
+before it in that name is its prefix: the entry of a checkpoint, the attribute of a module. All that has another prefix
+is left out: an optimizer, a loss, a teacher.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_resnet.weight_files import refuse_bombs
+
+COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
+STATISTICS = ("running_mean", "running_var")
+LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+_WRAPPERS = {  # components that a wrapped module has in its names: DataParallel, torch.compile, FSDP, Opacus
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_module",
+}  # fmt: skip
+_TRAINED = ("state_dict", "model", "model_state_dict")  # entries of checkpoints: the network that was trained
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)", re.IGNORECASE)
+# What may stand beside the layers of a network that has no prefix, and the dense layer among it.
+_BESIDE = re.compile(
+    "criterion|loss|queue|metric|acc|auc|n_averaged|optim|proj|predict|mlp|prototype|head|classif|linear|logit|fc",
+    re.IGNORECASE,
+)
+_HEAD = re.compile(r"(?!.*(proj|predictor|embed))(.*(fc|head|classif|linear|logit|output|predictions|dense).*|\d+)$")
+_KERAS_EPS = 1.001e-5  # of its BatchNorm; ours is 1e-5
+_BLOCK = "layer1.0.conv1.weight"
+
+
+class Naming(NamedTuple):
+    """How a library names the layers.
+
+    title: whose names they are.
+    theirs: torchvision's name -> theirs, below the prefix.
+    """
+
+    title: str
+    theirs: Callable[[str], str]
+
+
+class Found(NamedTuple):
+    """A network in a file.
+
+    arrays: {torchvision's name: array in torchvision's layout}, and what is unexpected under its own name.
+    prefix: what stood before each name, say "state_dict.module.".
+    naming: whose names they were.
+    left_out: what else there is, arrays or not.
+    head: the dense layer's name there; None if there is none, or it is not a single one.
+    """
+
+    arrays: dict[str, np.ndarray]
+    prefix: str
+    naming: Naming
+    left_out: tuple[str, ...]
+    head: str | None
+
+
+def _sequential(name: str) -> str:
+    """nn.Sequential(*resnet.children()): by number, ReLU, pooling and flattening counted."""
+    first, _, rest = name.partition(".")
+    return f"{dict(zip(LAYERS, (0, 1, 4, 5, 6, 7, 9), strict=True))[first]}.{rest}"
+
+
+def _huggingface(name: str) -> str:
+    if name.startswith("fc."):
+        return f"classifier.1.{name.removeprefix('fc.')}"
+    kinds = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
+    if stem := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
+        return f"embedder.embedder.{kinds[stem[1]]}.{stem[2]}"
+    stage, block, layer, field = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)\.(\w+)", name).groups()
+    inner = re.fullmatch(r"(conv|bn)(\d)|downsample\.(\d)", layer)
+    where = f"layer.{int(inner[2]) - 1}.{kinds[inner[1]]}" if inner[1] else f"shortcut.{kinds[inner[3]]}"
+    return f"encoder.stages.{int(stage) - 1}.layers.{block}.{where}.{field}"
+
+
+def _keras(name: str) -> str:
+    layer, _, field = name.rpartition(".")
+    norm = layer.endswith(("downsample.1",)) or "bn" in layer
+    fields = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    field = fields.get(field, field) if norm else field.replace("weight", "kernel")
+    if layer in ("fc", "conv1", "bn1"):
+        return f"{ {'fc': 'predictions', 'conv1': 'conv1_conv', 'bn1': 'conv1_bn'}[layer] }.{field}"
+    stage, block, inner = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", layer).groups()
+    number = "0" if inner.startswith("downsample") else inner[-1]
+    return f"conv{int(stage) + 1}_block{int(block) + 1}_{number}_{'bn' if norm else 'conv'}.{field}"
+
+
+TORCHVISION = Naming("torchvision", lambda name: name)
+HUGGING_FACE = Naming("Hugging Face", _huggingface)
+KERAS = Naming("Keras", _keras)
+NAMINGS = (TORCHVISION, Naming("nn.Sequential", _sequential), HUGGING_FACE, KERAS)
+
+
+@functools.cache
+def _torchvision_names(naming: Naming) -> dict[str, str]:
+    """{their name: torchvision's} of the largest network."""
+    fields = ("weight", "bias", "running_mean", "running_var", COUNT)
+    inner = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1")
+    blocks = [f"layer{stage}.{block}.{layer}" for stage in range(1, 5) for block in range(36) for layer in inner]
+    names = [f"{layer}.{field}" for layer in ("conv1", "bn1", "fc", *blocks) for field in fields]
+    return {naming.theirs(name): name for name in names}
+
+
+def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = None) -> Found:
+    """Finds the one network in a file; of several the trained one, not its average.
+
+    Args:
+      arrays: {name: array}; of those that are needed `array()` is called, where they have it.
+      others: names of what is not an array.
+      entry: a part of the prefix, which says which network to take: "teacher", "state_dict_ema".
+
+    Raises:
+      ValueError: there is none, or several, or none of that entry; an array of it is sparse, quantized or the like. The
+        message goes on after the file's name.
+    """
+    originals = _without_wrappers(arrays)
+    networks = {prefix: naming for prefix, naming in _networks(originals)}
+    wrapped = {prefix: _with_wrappers(prefix, naming, originals) for prefix, naming in networks.items()}
+    shown = {prefix: wrapped[prefix] or prefix for prefix in networks}
+    chosen = _choose(shown, entry)
+    if chosen is None:
+        some = ", ".join([*arrays][:4]) or "none"
+        raise ValueError(f"holds no ResNet: there is no {_BLOCK}, whatever the prefix; the first names are {some}")
+    naming = networks[chosen]
+    names = _torchvision_names(naming)
+    deeper = tuple(prefix for prefix in networks if prefix != chosen and prefix.startswith(chosen))
+    inner = {}
+    for name, original in originals.items():
+        if name.startswith(chosen) and original.startswith(wrapped[chosen]) and not name.startswith(deeper):
+            theirs = name.removeprefix(chosen)
+            inner[names.get(theirs, theirs)] = original
+    outer = {}
+    if chosen:
+        parent = chosen.removesuffix(".").rpartition(".")[0]
+        parent = f"{parent}." if parent else ""
+        outer = {n.removeprefix(parent): o for n, o in originals.items() if n.startswith(parent)}
+        outer = {name: original for name, original in outer.items() if original not in set(inner.values())}
+    head, dense = _find_head(arrays, inner, outer)
+    beside = {n: o for n, o in inner.items() if n.split(".")[0] not in LAYERS[:-1] and not _unexpected(n, arrays[o])}
+    ours = {n: o for n, o in inner.items() if n not in beside and o not in dense.values()} | dense
+    left_out = [name for name in arrays if name not in set(ours.values())]
+    refuse_bombs(sum(math.prod(arrays[o].shape) * arrays[o].dtype.itemsize for o in ours.values()))
+    taken = {name: _made(original, arrays[original]) for name, original in ours.items()}
+    return Found(
+        _from_keras(taken) if naming is KERAS else taken,
+        shown[chosen],
+        naming,
+        tuple(_summary([*left_out, *others], shown[chosen])),
+        head,
+    )
+
+
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """{name without the components of wrapped modules: the name itself}; both are the same where two would be one."""
+    bare: dict[str, list[str]] = {}
+    for name in names:
+        bare.setdefault(".".join(part for part in name.split(".") if part not in _WRAPPERS), []).append(name)
+    return {short if len(full) == 1 else name: name for short, full in bare.items() for name in full}
+
+
+def _networks(names: Iterable[str]) -> Iterator[tuple[str, Naming]]:
+    """Prefix and naming of each network."""
+    for name in names:
+        for naming in NAMINGS:
+            block = naming.theirs(_BLOCK)
+            if f".{name}".endswith(f".{block}"):
+                yield name.removesuffix(block), naming
+
+
+def _with_wrappers(prefix: str, naming: Naming, originals: Mapping[str, str]) -> str:
+    """The prefix as it is in the file; "" if there are wrappers behind it too."""
+    block = naming.theirs(_BLOCK)
+    original = originals[prefix + block]
+    return original.removesuffix(block) if original.endswith(block) else ""
+
+
+def _choose(shown: Mapping[str, str], entry: str | None) -> str | None:
+    """One of the prefixes, {prefix: as it is in the file}; None if there are none."""
+    prefixes = list(shown)
+    there = ", ".join(shown[prefix].removesuffix(".") or "the file itself" for prefix in prefixes)
+    if entry is not None:
+        prefixes = [p for p in prefixes if any(f".{entry}." in f".{name}" for name in (p, shown[p]))]
+        if not prefixes:
+            raise ValueError(f"has no network in {entry!r}, {'only in ' + there if there else 'nor elsewhere'}")
+    for keep in (lambda p: shown[p].split(".")[0] in _TRAINED, lambda p: not _AVERAGE.search(p)):
+        if len(prefixes) > 1:
+            prefixes = [prefix for prefix in prefixes if keep(prefix)] or prefixes
+    if len(prefixes) > 1:
+        raise ValueError(f"has several networks: in {there}. Name one: --entry NAME, or entry= in Python")
+    return prefixes[0] if prefixes else None
+
+
+def _find_head(arrays: Mapping[str, Any], *scopes: Mapping[str, str]) -> tuple[str | None, dict[str, str]]:
+    """The name of the dense layer, and {"fc.weight": name there, "fc.bias": name there}.
+
+    It is called fc, or stands alone in a module that is called a head, and takes what a ResNet gives.
+    """
+    for scope in scopes:
+        modules: dict[str, list[str]] = {}
+        for name in scope:
+            first = name.split(".")[0]
+            if first == "fc" or first not in LAYERS:
+                modules.setdefault(first, []).append(name)
+        layers = {}
+        for names in modules.values():
+            layer = names[0].rpartition(".")[0]
+            dense = [arrays[scope[name]].shape for name in names if len(arrays[scope[name]].shape) == 2]
+            alone = len(dense) == 1 and {name.rpartition(".")[0] for name in names} == {layer}
+            fits = alone and {512, 2048} & {*dense[0]} and all(map(_HEAD.match, layer.split(".")))
+            if fits or layer == "fc":
+                layers[layer] = names
+        layers = {"fc": layers["fc"]} if "fc" in layers else layers
+        if len(layers) == 1:
+            ((layer, names),) = layers.items()
+            fields = {name: name.rpartition(".")[2].replace("kernel", "weight") for name in names}  # Keras' kernel
+            return layer, {f"fc.{field}": scope[name] for name, field in fields.items()}
+    return None, {}
+
+
+def _unexpected(name: str, array: Any) -> bool:
+    """Whether an array beside the layers may be a part of the network; a count or a loss is none."""
+    return bool(array.shape) and jnp.issubdtype(array.dtype, jnp.floating) and not _BESIDE.search(name.split(".")[0])
+
+
+def _made(name: str, array: Any) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    try:
+        return array.array()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"has tensors that are no plain arrays: {name} is {error}") from error
+
+
+def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
+    """Names by their first component that is not in the prefix; the whole name of what is alone there."""
+    groups: dict[str, list[str]] = {}
+    path = prefix.split(".")
+    for name in names:
+        parts = name.split(".")
+        common = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), 0)
+        groups.setdefault(".".join(parts[: common + 1]), []).append(name)
+    for group, members in groups.items():
+        yield members[0] if len(members) == 1 and members[0].count(".") == group.count(".") + 1 else group
+
+
+def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Keras' layout, biases of convolutions and eps -> torchvision's, which computes the same in evaluation.
+
+    A bias is taken from the mean of the BatchNorm behind it; the difference of eps is added to the variance.
+    """
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}
+    new = {}
+    for name, array in arrays.items():
+        layer, _, field = name.rpartition(".")
+        if field == "running_mean":
+            conv = re.sub(r"downsample\.1$", "downsample.0", layer).replace("bn", "conv")
+            bias = arrays.get(f"{conv}.bias")
+            array = array if bias is None else (array.astype(np.float64) - bias).astype(array.dtype)
+        elif field == "running_var":
+            array = (array.astype(np.float64) + (_KERAS_EPS - 1e-5)).astype(array.dtype)
+        elif field == "bias" and ("conv" in layer or layer.endswith("downsample.0")):
+            continue
+        new[name] = np.ascontiguousarray(array.transpose(axes.get(array.ndim, range(array.ndim))))
+    return new
