@@ -125,50 +125,66 @@ def jax_step(case: Case, devices: int | None = None, *, remat: bool = False) -> 
     return step
 
 
-def flax_step(case: Case) -> Step:
-    """flax's network (`experiments.frameworks.linen`) under jit. Returns what the others do, under flax's names."""
+def library_step(case: Case, forward: Callable[..., Any], params: Any, others: Any) -> Step:
+    """A network of another library under jit. Returns (loss, what is not trained, gradients), or the logits.
+
+    Args:
+      case: its images and labels are taken.
+      forward: (params, others, images, train) -> (logits, others after this batch).
+      params: what is trained.
+      others: what is not, such as running statistics.
+    """
     import jax
     import jax.numpy as jnp
     import optax
+
+    images, labels = (jnp.asarray(a) for a in batch(case))
+
+    @jax.jit
+    def training(params, others, images, labels):
+        def loss(params):
+            logits, new = forward(params, others, images, True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+
+        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, new, grads
+
+    @jax.jit
+    def inference(params, others, images, labels):
+        return forward(params, others, images, False)[0]
+
+    function = {"training": training, "inference": inference}[case.task]
+    return lambda: jax.block_until_ready(function(params, others, images, labels))
+
+
+def flax_step(case: Case) -> Step:
+    """flax's network (`experiments.frameworks.linen`), under flax's names."""
+    import jax
+    import jax.numpy as jnp
 
     from experiments.frameworks import linen
 
     dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
     model = linen.ResNet(case.arch, case.num_classes, dtype)
-    images, labels = (jnp.asarray(a) for a in batch(case))
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(0), jnp.asarray(batch(case)[0]))
 
-    @jax.jit
-    def training(params, batch_stats, images, labels):
-        def loss(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+    def forward(params, batch_stats, images, train):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, new = model.apply(variables, images, train=train, mutable=["batch_stats"])
+        return logits, new["batch_stats"]
 
-        (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, new_stats, grads
-
-    @jax.jit
-    def inference(params, batch_stats, images, labels):
-        return model.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
-
-    function = {"training": training, "inference": inference}[case.task]
-    return lambda: jax.block_until_ready(function(params, batch_stats, images, labels))
+    return library_step(case, forward, variables["params"], variables["batch_stats"])
 
 
 def keras_step(case: Case) -> Step:
-    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, its stateless calls under
-    jit. Returns (loss, what is not trained, gradients), or the logits.
+    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls.
 
     Raises:
       ValueError: for a network that keras.applications does not have.
     """
     os.environ.setdefault("KERAS_BACKEND", "jax")  # in the bench's processes it is set before anything is imported
-    import jax
-    import jax.numpy as jnp
     import keras
-    import optax
 
     if keras.backend.backend() != "jax":
         raise ValueError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
@@ -182,26 +198,12 @@ def keras_step(case: Case) -> Step:
         classes=case.num_classes,
         classifier_activation=None,
     )
-    images, labels = (jnp.asarray(a) for a in batch(case))
-    params, others = (
-        [variable.value for variable in found] for found in (model.trainable_variables, model.non_trainable_variables)
-    )
 
-    @jax.jit
-    def training(params, others, images, labels):
-        def loss(params):
-            logits, new = model.stateless_call(params, others, images, training=True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
+    def forward(params, others, images, train):
+        return model.stateless_call(params, others, images, training=train)
 
-        (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, new, grads
-
-    @jax.jit
-    def inference(params, others, images, labels):
-        return model.stateless_call(params, others, images, training=False)[0]
-
-    function = {"training": training, "inference": inference}[case.task]
-    return lambda: jax.block_until_ready(function(params, others, images, labels))
+    found = (model.trainable_variables, model.non_trainable_variables)
+    return library_step(case, forward, *([variable.value for variable in variables] for variables in found))
 
 
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:

@@ -211,23 +211,14 @@ def with_momentum(batch_norm, *arrays, **settings):
     return batch_norm(*arrays, **settings | {"momentum": 0.9})
 
 
-EVERYWHERE = set(PARTS)
+EVERYWHERE, STATISTICS = set(PARTS), {"running statistics"}
 CONVOLUTIONS_AT_STRIDE_2 = {"conv2d 3x3, stride 2, padding 1", "conv2d 7x7, stride 2, padding 3"}
+FAST_NET, LAYERS, AT_STRIDE_2 = numpy_ref.fast.resnet, numpy_ref.layers, CONVOLUTIONS_AT_STRIDE_2
 MISTAKES = {  # where it is made, the section and framework that show it, the parts of the table that are broken
-    "padding SAME, numpy": (
-        wrapped(numpy_ref.layers, "conv2d", padded_as_same),
-        "network",
-        "numpy",
-        EVERYWHERE,
-    ),
-    "padding SAME, numpy, layers": (
-        wrapped(numpy_ref.layers, "conv2d", padded_as_same),
-        "layers",
-        "numpy",
-        CONVOLUTIONS_AT_STRIDE_2,
-    ),
+    "padding SAME, numpy": (wrapped(LAYERS, "conv2d", padded_as_same), "network", "numpy", EVERYWHERE),
+    "padding SAME, numpy, layers": (wrapped(LAYERS, "conv2d", padded_as_same), "layers", "numpy", AT_STRIDE_2),
     "unbiased variance, numpy": (
-        wrapped(numpy_ref.fast.resnet, "batch_norm_relu", unbiased_in_numpy),
+        wrapped(FAST_NET, "batch_norm_relu", unbiased_in_numpy),
         "network",
         "numpy",
         EVERYWHERE,
@@ -238,19 +229,9 @@ MISTAKES = {  # where it is made, the section and framework that show it, the pa
         "numpy",
         {"batch_norm"},
     ),
-    "momentum 0.9, numpy": (
-        wrapped(numpy_ref.fast.resnet, "batch_norm_relu", with_momentum),
-        "network",
-        "numpy",
-        {"running statistics"},
-    ),
-    "momentum 0.9, torch_ref": (in_torch_norm, "network", "torch_ref", {"running statistics"}),
-    "stride in conv1, numpy": (
-        wrapped(numpy_ref.fast.resnet, "residual_block", stride_in_conv1),
-        "network",
-        "numpy",
-        EVERYWHERE,
-    ),
+    "momentum 0.9, numpy": (wrapped(FAST_NET, "batch_norm_relu", with_momentum), "network", "numpy", STATISTICS),
+    "momentum 0.9, torch_ref": (in_torch_norm, "network", "torch_ref", STATISTICS),
+    "stride in conv1, numpy": (wrapped(FAST_NET, "residual_block", stride_in_conv1), "network", "numpy", EVERYWHERE),
     "stride in conv1, torch_ref": (in_torch_network, "network", "torch_ref", EVERYWHERE),
 }
 
