@@ -33,7 +33,7 @@ def train(settings: Settings) -> int | None:
     import jax
 
     from experiments.training.prepare import load_cars, prepare_cars
-    from experiments.training.run import count_steps, train_and_report
+    from experiments.training.run import announce, count_steps, train_and_report
 
     dataset = load_cars(settings)
     steps = settings.experiment.epochs * count_steps(dataset.train, settings.experiment.batch_size)
@@ -44,10 +44,10 @@ def train(settings: Settings) -> int | None:
         network = f"torchvision's {network} in PyTorch"
     elif framework != "jax":
         network += f" in {TITLES[framework]}"
+    title = announce(settings, dataset, network)
     with jax.enable_x64(settings.experiment.precision == "float64"):
         training, description = prepare_cars(settings, dataset)
-        name = f"{dataset.title}-{network}"
-        return train_and_report(settings, dataset, training, network=network, name=name, description=description)
+        return train_and_report(settings, dataset, training, title=title, description=description)
 
 
 def main(arguments: list[str] | None = None) -> int:

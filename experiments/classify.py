@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 
 from experiments import hub_pictures, imagenet, stablehlo
-from experiments.cli import MAX_SIZE, Arch, exit_code
+from experiments.cli import MAX_SIZE, Arch, exit_code, parse
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
@@ -391,7 +391,7 @@ def classify(settings: Settings) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: classify(tyro.cli(Settings, args=arguments, prog="python -m experiments.classify")))
+    return exit_code(lambda: classify(parse(Settings, arguments, "classify")))
 
 
 if __name__ == "__main__":

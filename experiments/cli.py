@@ -89,8 +89,12 @@ def parse(kind: Any, arguments: list[str] | None, program: str, **options: Any) 
     """
     import tyro
 
-    arguments = [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    return tyro.cli(kind, args=arguments, prog=f"python -m experiments.{program}", **options)
+    return tyro.cli(kind, args=expanded(arguments), prog=f"python -m experiments.{program}", **options)
+
+
+def expanded(arguments: list[str] | None) -> list[str]:
+    """The arguments, by default those of this process, with ~ in paths expanded; see `parse`."""
+    return [expand_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
 
 
 def expand_home(argument: str) -> str:

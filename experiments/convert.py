@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.cli import Arch, exit_code
+from experiments.cli import Arch, exit_code, parse
 from experiments.training.run_weights import run_metadata
 from jax_resnet import resnet, weights
 from jax_resnet.weight_checks import check_arrays
@@ -137,7 +137,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: tyro.cli(convert, args=arguments, prog="python -m experiments.convert"))
+    return exit_code(lambda: parse(convert, arguments, "convert"))
 
 
 if __name__ == "__main__":

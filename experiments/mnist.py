@@ -146,19 +146,13 @@ def train(settings: Settings) -> int | None:
     """
     import jax
 
-    from experiments.training.run import train_and_report
+    from experiments.training.run import announce, train_and_report
 
     dataset, experiment = load_data(settings), settings.experiment
+    title = announce(settings, dataset, f"{experiment.model} in {TITLES[experiment.framework]}")
     with jax.enable_x64(experiment.precision == "float64"):
         training, description = prepare(settings, dataset)
-        return train_and_report(
-            settings,
-            dataset,
-            training,
-            network=f"{experiment.model} in {TITLES[experiment.framework]}",
-            name=f"mnist-{experiment.model}-{experiment.framework}",
-            description=description,
-        )
+        return train_and_report(settings, dataset, training, title=title, description=description)
 
 
 def main(arguments: list[str] | None = None) -> int:

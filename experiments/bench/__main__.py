@@ -24,7 +24,7 @@ from experiments.bench.layers import LayersBench
 from experiments.bench.memory import MemoryBench
 from experiments.bench.scaling import ScalingBench
 from experiments.bench.step import StepBench
-from experiments.cli import exit_code
+from experiments.cli import exit_code, expanded
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
 
@@ -41,7 +41,7 @@ BENCHES: dict[str, type[BenchSettings]] = {
 def parse(arguments: list[str] | None) -> BenchSettings:
     """Reads the command line."""
     program = "python -m experiments.bench"
-    return tyro.extras.subcommand_cli_from_dict(BENCHES, args=arguments, description=__doc__, prog=program)
+    return tyro.extras.subcommand_cli_from_dict(BENCHES, args=expanded(arguments), description=__doc__, prog=program)
 
 
 def run(bench: BenchSettings) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments.cli import exit_code
+from experiments.cli import exit_code, parse
 from experiments.report.markdown import write_report
 from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
 from experiments.report.study_results import find_studies, read_study
@@ -55,8 +55,7 @@ def _paragraphs(path: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    settings = tyro.cli(ReportSettings, args=arguments, prog="python -m experiments.report")
-    return exit_code(lambda: run(settings))
+    return exit_code(lambda: run(parse(ReportSettings, arguments, "report")))
 
 
 if __name__ == "__main__":

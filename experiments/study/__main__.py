@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
 else:
-    from experiments.cli import FAILED, exit_code
+    from experiments.cli import FAILED, exit_code, parse
     from experiments.study.cores import own_cores
     from experiments.study.ledger import Ledger
     from experiments.study.progress import print_plan, print_progress
@@ -45,9 +45,8 @@ class StudySettings:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    settings = tyro.cli(StudySettings, args=arguments, prog="python -m experiments.study")
     try:
-        return exit_code(lambda: run(settings))
+        return exit_code(lambda: run(parse(StudySettings, arguments, "study")))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -116,13 +117,23 @@ class Report:
         )
 
 
+def announce(settings: RunSettings, dataset: Dataset, network: str) -> str:
+    """Prints what is trained on what, before weights are drawn and programs compiled; returns it, for every title."""
+    experiment = settings.experiment
+    title = f"{network} with {experiment.opt} on {dataset.title}"
+    if experiment.limit is not None:
+        title += f", {len(dataset.train):,} training pictures"
+    compiles = "; the first step compiles" if experiment.framework == "jax" else ""
+    print(f"{title}: {len(dataset.train):,} pictures to train, {experiment.epochs} epochs{compiles}", flush=True)
+    return title
+
+
 def train_and_report(
     settings: RunSettings,
     dataset: Dataset,
     training: Training,
     *,
-    network: str,
-    name: str,
+    title: str,
     description: dict[str, Any],
 ) -> int | None:
     """Trains in a run folder, a new one or with --resume an earlier one, and says what was reached.
@@ -131,8 +142,7 @@ def train_and_report(
       settings: of the program.
       dataset: what to train and to test on.
       training: where it begins; consumed.
-      network: what is trained, for people.
-      name: of the folder in runs/, a time is added; unless --out says where it is.
+      title: see `announce`.
       description: see `prepare.describe_input`.
 
     Returns:
@@ -144,13 +154,8 @@ def train_and_report(
       DataError: the data is not to be trained on.
     """
     started, experiment, system = time.perf_counter(), settings.experiment, settings.system
-    title = f"{network} with {experiment.opt} on {dataset.title}"
-    if experiment.limit is not None:
-        title += f", {len(dataset.train):,} training pictures"
-    compiles = "; the first step compiles" if training.in_jax else ""
-    print(f"{title}: {len(dataset.train):,} pictures to train, {experiment.epochs} epochs{compiles}", flush=True)
-    name = f"{name}-{experiment.opt}-{time.strftime('%Y%m%d-%H%M%S')}".replace(" ", "-").replace("'", "").lower()
-    out = system.out or Path("runs") / name
+    name = re.sub("[^a-z0-9]+", "-", title.lower())
+    out = system.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = {
         "settings": settings.flat(),
         "data": {"title": dataset.title} | dataset.source | {"train_used": len(dataset.train)},

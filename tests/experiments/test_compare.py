@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments.training.side_by_side import describe_distances, loss_distances
 from PIL import Image
 
-from experiments import cars
-from experiments.training import side_by_side as compare
+from experiments import cars, compare
+from experiments.compare import describe_distances, loss_distances
 from experiments.training.run_folder import read_metrics
 from experiments.training.settings import DATA_VARIABLE
 

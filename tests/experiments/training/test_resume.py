@@ -54,8 +54,7 @@ def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoile
         settings,
         data,
         training._replace(train_step=train_step, eval_step=eval_step),
-        network="tiny",
-        name="tiny",
+        title="tiny",
         description=description,
     )
 
