@@ -244,6 +244,7 @@ def stretched(
     *,
     pad: int = 0,
     cut: bool = False,
+    white: Mapping[str, int] | None = None,
 ) -> Preparation:
     """Pictures as a run of experiments.cars or mnist takes them.
 
@@ -251,10 +252,11 @@ def stretched(
       image_size: (height, width) of the network's input.
       pad: so many of its pixels on each side are background.
       cut: the run cut its pictures to their boxes before.
+      white: of pictures with more than 8 bits what was white in all pictures of the run, by kind.
     """
     height, width = image_size
     inner = height - 2 * pad, width - 2 * pad
-    decoding = Decoding(inner, grey, margin=None)
+    decoding = Decoding(inner, grey, margin=None, white=tuple((white or {}).items()))
 
     def decode(content: bytes) -> np.ndarray:
         return np.pad(decode_as_trained(content, box=None, decoding=decoding), ((pad, pad), (pad, pad), (0, 0)))
@@ -264,7 +266,7 @@ def stretched(
         text += f", with {pad} pixels of background around it"
     if cut:
         text += " (the run cut its pictures to boxes before: cut yours to the car)"
-    facts = {"image_size": [height, width], "grey": grey, "pad": pad, "cut": cut}
+    facts = {"image_size": [height, width], "grey": grey, "pad": pad, "cut": cut, "white": white}
     return Preparation(text, decode, (height, width, 1 if grey else 3), tuple(mean), tuple(std), facts)
 
 
@@ -294,8 +296,11 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
             f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
             f"{of_weights} in the weights"
         )
-    margin = json.loads(facts.get("margin", "null"))
-    return class_names, stretched((height, width), grey, values["mean"], values["std"], pad=pad, cut=margin is not None)
+    white = json.loads(facts.get("white", "{}"))
+    if not isinstance(white, dict) or not all(type(value) is int and value > 0 for value in white.values()):
+        raise ValueError(f"'white' is {white}, expected the value that is white by kind of pixel")
+    cut = json.loads(facts.get("margin", "null")) is not None
+    return class_names, stretched((height, width), grey, values["mean"], values["std"], pad=pad, cut=cut, white=white)
 
 
 def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:

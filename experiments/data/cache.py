@@ -64,7 +64,6 @@ def load_or_make(
     size: int,
     make: Make,
     refuse: Callable[[dict[str, Any]], str | None] = lambda facts: None,
-    uncached: str = "the pictures are held in memory and decoded anew at the next start",
 ) -> Entry:
     """Opens the entry that `key` made, or makes it; keeps it in memory where it cannot be written.
 
@@ -76,7 +75,6 @@ def load_or_make(
       make: called with create(array name, item shape, dtype), which returns a writer. What it raises is passed on and
         nothing is kept. Where the cache fails it is called a second time, for an entry in memory.
       refuse: an entry's facts -> why it is to be made again although undamaged, or None.
-      uncached: what it means for a person that the cache cannot be written.
 
     Returns:
       The entry; its arrays are read-only, and memory maps if they are in the cache.
@@ -98,7 +96,7 @@ def load_or_make(
             discard(directory)
         entry = write_entry(directory, size, make)
     except Unwritable as error:
-        notes.append(f"no cache, so {uncached}: {error}")
+        notes.append(f"no cache, so the pictures are decoded anew at the next start: {error}")
         entry = make_in_memory(make)
     return dataclasses.replace(entry, notes=tuple(notes))
 

@@ -207,15 +207,14 @@ def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.nd
 
 
 def array_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
-    """Of every channel of (N, H, W, C) uint8 the sum and the sum of squares, counting how often each value occurs."""
-    channels = images.shape[-1]
-    histogram = np.zeros((channels, 256), np.int64)
+    """Of every channel of (N, H, W, C) uint8 the sum and the sum of squares, read a few megabytes at a time."""
     chunk = max(1, 2**22 // math.prod(images.shape[1:]))
-    for start in range(0, len(images), chunk):
-        pixels = np.asarray(images[start : start + chunk]).reshape(-1, channels)
-        for channel in range(channels):
-            histogram[channel] += np.bincount(pixels[:, channel], minlength=256)
-    # Python's whole numbers: the products of channel_statistics pass 2^63 from about 10^9 pixels on.
-    counted = [list(enumerate(occurrences)) for occurrences in histogram.tolist()]
-    sums = [sum(value * times for value, times in channel) for channel in counted]
-    return sums, [sum(value * value * times for value, times in channel) for channel in counted]
+    parts = [pixel_sums(images[start : start + chunk]) for start in range(0, len(images), chunk)]
+    first, second = np.sum(parts, 0, dtype=object).tolist()  # Python's whole numbers, which have no end
+    return first, second
+
+
+def pixel_sums(images: np.ndarray) -> np.ndarray:
+    """Of every channel of pictures (…, C) uint8 the sum and the sum of squares: (2, C) int64."""
+    pixels = np.asarray(images).reshape(-1, images.shape[-1]).astype(np.int64)
+    return np.stack([pixels.sum(0), (pixels * pixels).sum(0)])

@@ -160,13 +160,11 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         kind = {1: "labels", 3: "images"}[dimensions]
         raise DataError(f"{path} has the magic number {magic}: expected {expected}, that of {kind} as bytes; {HINT}")
     start = 4 + 4 * dimensions
-    if len(data) < start:
-        raise DataError(f"{path} ends inside its header, after {len(data)} of {start} bytes: download it again")
-    shape = struct.unpack(f">{dimensions}I", data[4:start])
+    shape = struct.unpack(f">{dimensions}I", data[4:start].ljust(start - 4, b"\0"))
     if len(data) - start != math.prod(shape):
         raise DataError(
-            f"{path} holds {len(data) - start:,} bytes of values: its header says {'x'.join(map(str, shape))} = "
-            f"{math.prod(shape):,}, download it again"
+            f"{path} holds {max(0, len(data) - start):,} bytes of values: its header says "
+            f"{'x'.join(map(str, shape))} = {math.prod(shape):,}, download it again"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 

@@ -26,7 +26,7 @@ class LazyPictures:
         Args:
           pictures: of a split, in the order of the folder.
           places: (N,) whole numbers, which of them these are: all but those that could not be read when checked.
-          sums: (N, 2, C), `picture_sums` of each of the N.
+          sums: (N, 2, C), `pixel_sums` of each of the N.
           decoding: what becomes of a picture.
           directory: what messages call the folder.
         """
@@ -72,9 +72,3 @@ class LazyPictures:
         """Of every channel the sum of all N·H·W pixels and the sum of their squares; nothing is decoded."""
         first, second = self.sums.sum(0, dtype=object).tolist()  # Python's whole numbers, which have no end
         return first, second
-
-
-def picture_sums(picture: np.ndarray) -> np.ndarray:
-    """Of every channel of a picture (H, W, C) uint8 the sum and the sum of squares: (2, C) int64."""
-    pixels = picture.reshape(-1, picture.shape[-1]).astype(np.int64)
-    return np.stack([pixels.sum(0), (pixels * pixels).sum(0)])

@@ -19,11 +19,11 @@ import PIL
 from tqdm import tqdm
 
 from experiments.data import cache
-from experiments.data.dataset import SPLITS, DataError, Dataset, Split
+from experiments.data.dataset import SPLITS, DataError, Dataset, Split, pixel_sums
 from experiments.data.layouts import find_pictures
 from experiments.data.layouts.files import Files, PictureFolder
 from experiments.data.layouts.names import first_few
-from experiments.data.lazy import LazyPictures, picture_sums
+from experiments.data.lazy import LazyPictures
 from experiments.data.pictures import Decoding, Failure, Picture, decode_many, printable
 from experiments.data.rgb import COLOURS, white_of
 
@@ -111,7 +111,6 @@ def load_stanford_cars(
             if any(kind == "file" for _, kind, _ in facts["failures"])
             else None
         ),
-        **(dict(uncached="all pictures are checked anew at the next start") if lazy else {}),
     )
     failures = [Failure(*failure) for failure in entry.facts["failures"]]
     refuse_bad_pictures(failures, folder, skip_bad)
@@ -172,7 +171,7 @@ def read_pictures(
 ) -> dict[str, Any]:
     """Decodes both splits into the arrays <split>-images and <split>-labels.
 
-    If lazy, it keeps in place of a picture where it is in the folder and its sums (`picture_sums`), as <split>-places
+    If lazy, it keeps in place of a picture where it is in the folder and its sums (`pixel_sums`), as <split>-places
     and <split>-sums.
 
     Returns:
@@ -194,7 +193,7 @@ def read_pictures(
                 continue
             row = {"labels": picture.label, "images": result.pixels, "places": place}
             if lazy:
-                row["sums"] = picture_sums(result.pixels)
+                row["sums"] = pixel_sums(result.pixels)
             for name, writer in writers.items():
                 writer.append(row[name])
             for remark in ("clipped", "turned"):

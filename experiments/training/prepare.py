@@ -113,7 +113,8 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
 
     Returns:
       also "image_size", to which a picture is stretched, its padding included; "grey"; and "margin": it was cut to its
-      box before, widened by so many pixels, or taken whole (None).
+      box before, widened by so many pixels, or taken whole (None); "white" where the set has pictures of more than 8
+      bits: the value that is white in all of them, by kind.
     """
     *_, height, width, channels = dataset.train.images.shape
     return {
@@ -124,6 +125,7 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
         "grey": channels == 1,
         "margin": dataset.source.get("margin"),
         "pad": 0,
+        **({"white": white} if (white := dataset.source.get("white")) else {}),
     } | preparation
 
 

@@ -1,5 +1,7 @@
 """The command `python -m experiments.classify`: one answer in three frameworks, by anybody's weights or a run's."""
 
+import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -188,6 +190,21 @@ def run(cars_dataset, tmp_path_factory):
     metadata = {name: json.dumps(value) for name, value in description.items()}
     weights.write_arrays(folder / RUN_WEIGHTS, weights.to_torch(*tree), metadata=metadata)
     return folder
+
+
+def test_what_was_white_in_the_run_is_white_here(run, cars_dataset):
+    """A dark picture of 12 bits in 16, which on its own would be four times as light."""
+    source = cars_dataset.source | {"white": {"whole numbers": 4095}}
+    description = describe_input(
+        "resnet18", dataclasses.replace(cars_dataset, source=source), {"mean": [0], "std": [1]}
+    )
+    facts = {name: json.dumps(value) for name, value in description.items()}
+    config = resnet.resnet18(num_classes=len(cars_dataset.class_names), in_channels=1)
+    file = io.BytesIO()
+    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(file, "PNG")
+    for told, expected in ((facts, 1000 >> 4), ({**facts, "white": "{}"}, 1000 >> 2)):
+        _, preparation = classify.as_trained(told, "resnet18", config)
+        np.testing.assert_array_equal(preparation.decode(file.getvalue()), expected)
 
 
 def check_run(folder, dataset, framework, tmp_path, capsys):

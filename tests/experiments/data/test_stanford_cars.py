@@ -301,7 +301,7 @@ def test_no_place_for_the_cache_is_a_warning(tmp_path, capsys):
     dataset = load(make_by_class(tmp_path / "found"), tmp_path)
     assert len(dataset.train) == 4
     assert dataset.source["cache"] is None
-    assert "warning: no cache, so the pictures are held in memory" in capsys.readouterr().err
+    assert "warning: no cache, so the pictures are decoded anew" in capsys.readouterr().err
 
 
 # Titles and arguments

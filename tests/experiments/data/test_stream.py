@@ -345,4 +345,4 @@ def test_no_place_for_what_the_check_learns_is_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
     dataset = load(tmp_path, "lazy")
     assert dataset.train.images[:].shape == (4, *SIZE, 3)
-    assert "warning: no cache, so all pictures are checked anew at the next start" in capsys.readouterr().err
+    assert "warning: no cache, so the pictures are decoded anew at the next start" in capsys.readouterr().err
