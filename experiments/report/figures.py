@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -14,11 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from experiments.frameworks.experiment import BOUNDED
 from experiments.report.analysis import expected_best, mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults, Trial
-from experiments.training.step_sizes import BOUNDED
-
-matplotlib.use("Agg")  # files only; no window system is needed
 
 OUT_OF_REACH = 4  # medians of the others' distances from 0
 MAPS_WIDE, DECADES = 4, 3  # maps side by side, and powers of ten on either side of the bound

@@ -73,7 +73,7 @@ def _settings_shared(ours: Trial, theirs: Trial) -> int:
 
 
 def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
-    """Each AdaBound run by its ratio; a study that varies final_lr or gamma on purpose as a curve. None without runs."""
+    """Each AdaBound run by its ratio; a study that varies final_lr or gamma as a curve. None without runs."""
     points = {study.name: found for study in studies if (found := upper_bound_points(study))}
     if not points:
         return None
