@@ -73,7 +73,6 @@ def test_the_page_has_everything_inside(results, tmp_path):
     for name in (
         "upper-bound",
         "small-curves",
-        "small-steps",
         "small-step-map",
         "small-tuning",
         "small-tuning-effort",
