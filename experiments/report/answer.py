@@ -123,28 +123,19 @@ def _doubts(results: StudyResults, *contestants: Contestant) -> str:
 
 
 def limits(results: StudyResults) -> str:
-    """What the study cannot tell of the two that it compares."""
-    ours, theirs = map(results.find, results.compared)
-    said = []
-    difference, wider = results.answers.get(ours.name, (None, None))
-    if difference and not math.isnan(difference.low):
-        beyond = f", {100 * (wider.high - wider.mean):.1f} for other test pictures" if wider else ""
-        said.append(
-            f"Between {ours.name} and {theirs.name} a difference of less than "
-            f"{100 * (difference.high - difference.mean):.1f} points would not have been told from 0{beyond}."
-        )
+    """What the study cannot tell about the two that it compares."""
+    theirs, said = results.find(results.compared[1]), []
     if (right := next(iter(theirs.right().values()), None)) is not None:
         share, pictures = float(right.mean()), len(right)
         of_one = 100 * NORMAL * math.sqrt(share * (1 - share) / pictures)
         said.append(f"With {pictures:,} test pictures one run's top-1 is uncertain by {of_one:.1f} points.")
     tuned = next((t for t in theirs.tuning if t.state == "done" and t.has_test_results), None)
     if tuned is not None:
-        pictures, epochs = len(tuned.test_results["label"]), tuned.columns["epochs"]
-        loss, one = ("the loss on ", "") if results.chosen_by_loss else ("", f" (one is {100 / pictures:.1f} points)")
+        pictures = len(tuned.test_results["label"])
+        by = "their loss" if results.chosen_by_loss else f"top-1, in which one is {100 / pictures:.1f} points"
         said.append(
-            f"Settings were chosen from {len(theirs.tuning)} by {loss}{pictures:,} held-out pictures{one}, after "
-            f"{epochs} epochs. The intervals hold for the settings so chosen: what "
-            "other draws would have brought is not in them, nor that a longer training may want other settings, above "
-            "all AdaBound's, whose bounds close with the number of updates."
+            f"Settings were chosen from {len(theirs.tuning)}, after {tuned.columns['epochs']} epochs, on {pictures:,} "
+            f"held-out pictures by {by}. The intervals hold for the settings so chosen, not for what other draws would "
+            "have brought, nor for what a longer training would want."
         )
     return " ".join(said)

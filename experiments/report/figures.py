@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -14,15 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from experiments.frameworks.experiment import BOUNDED
 from experiments.report.analysis import expected_best, mean_interval, paired_difference
-from experiments.report.study_results import Contestant, StudyResults, Trial
-from experiments.training.step_sizes import BOUNDED
-
-matplotlib.use("Agg")  # files only; no window system is needed
+from experiments.report.study_results import Contestant, StudyResults
 
 OUT_OF_REACH = 4  # medians of the others' distances from 0
 MAPS_WIDE, DECADES = 4, 3  # maps side by side, and powers of ten on either side of the bound
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
+PANELS |= {"at_upper": "share of weights at the upper bound"}
 TUNING_WIDE = 3
 MOST_CURVES = 10  # of one figure; more would hide one another
 MOST_LOSS = 2  # times the lowest loss after one epoch
@@ -41,17 +39,17 @@ def panels(count: int, most_wide: int, height: float, **shared: bool) -> tuple[F
 
 
 def plot_curves(contestants: Sequence[Contestant]) -> Figure:
-    """Means over seeds with their 95% intervals, by epoch."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
-    for axis, (column, title) in zip(axes, PANELS.items(), strict=True):
-        curves = {c.name: c.curve(column) for c in contestants}
-        firsts = [values[:, 0].mean() for epochs, values in curves.values() if len(epochs)]
+    """Means over seeds with their 95% intervals, by epoch; shares at the upper bound of optimizers that have one."""
+    bounded = [contestant for contestant in contestants if contestant.opt in BOUNDED]
+    titles = {column: title for column, title in PANELS.items() if bounded or column != "at_upper"}
+    figure, axes = plt.subplots(1, len(titles), figsize=(4.3 * len(titles), 4.2), layout="constrained")
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        curves = [(c, *c.curve(column)) for c in (bounded if column == "at_upper" else contestants)]
+        curves = [(contestant, epochs, values) for contestant, epochs, values in curves if len(epochs)]
         # One that explodes would flatten the others, and its band would cover them.
+        firsts = [values[:, 0].mean() for _, _, values in curves]
         most = MOST_LOSS * min(firsts, default=math.inf) if column.endswith("loss") else math.inf
-        for contestant in contestants:
-            epochs, values = curves[contestant.name]
-            if not len(epochs):
-                continue
+        for contestant, epochs, values in curves:
             axis.plot(epochs, values.mean(0), color=contestant.colour, lw=1.5, label=contestant.name)
             if len(values) >= LEAST_BAND and values.max() < most:
                 intervals = np.array([mean_interval(at_epoch) for at_epoch in values.T])
@@ -60,9 +58,10 @@ def plot_curves(contestants: Sequence[Contestant]) -> Figure:
         axis.grid(alpha=0.3)
         if axis.get_ylim()[1] > most:
             axis.set_ylim(0, most)
-    axes[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes[-1].set_ylim(bottom=0)
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(contestants)))
+        if not column.endswith("loss"):
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(contestants)))
     return figure
 
 
@@ -105,12 +104,20 @@ def plot_tuning(results: StudyResults) -> Figure | None:
         return None
     figure, axes = panels(len(results.searched), TUNING_WIDE, height=3, sharey=True)
     for axis, (field, choice) in zip(axes, results.searched.items(), strict=True):
-        place = _scale(axis, [t.number(field) for c in tuned for t in c.tuning if field in t.columns], choice)
+        choices = sorted({t.number(field) for c in tuned for t in c.tuning if field in t.columns}) if choice else []
         for number, contestant in enumerate(tuned):
-            for state, marker in (("done", "o"), ("failed", "x")):
-                trials = [t for t in contestant.tuning if t.state == state and field in t.columns]
-                x = place(np.array([t.number(field) for t in trials]), number / len(tuned) - 0.5)
-                axis.plot(x, [t.accuracy() for t in trials], marker, color=contestant.colour, ms=6, alpha=0.8)
+            for trial in contestant.ended_tuning:
+                if field in trial.columns:
+                    x = trial.number(field)
+                    if choice:  # side by side, or contestants would hide one another
+                        x = choices.index(x) + 0.6 * (number / len(tuned) - 0.5)
+                    marker = "o" if trial.state == "done" else "x"
+                    axis.plot(x, trial.accuracy(), marker, color=contestant.colour, ms=6, alpha=0.8)
+        if choice:
+            axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices], fontsize=8)
+        else:
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel=field.replace("_", " "), ylim=(-0.02, None))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         axis.grid(alpha=0.3)
@@ -137,72 +144,12 @@ def plot_tuning_effort(results: StudyResults) -> Figure | None:
     return figure
 
 
-def _scale(axis: Axes, values: Sequence[float], choice: bool) -> Callable[[np.ndarray, float], np.ndarray]:
-    """Sets an axis for drawn values: one place each for a choice, else logarithmic.
-
-    Returns:
-      where a contestant's values go, given its offset among the others, from -0.5 to 0.5.
-    """
-    if not choice:
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        return lambda x, _: x
-    choices = sorted(set(values))
-    axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices], fontsize=8)
-    axis.set_xlim(-0.5, len(choices) - 0.5)
-    return lambda x, offset: np.searchsorted(choices, x) + 0.6 * offset
-
-
-def sgd_step(trial: Trial) -> float:
-    """What SGD's momentum makes of its learning rate: the step on an averaged gradient, at the peak of the schedule."""
-    settings = trial.config["settings"]
-    return settings["learning_rate"] * (1 - settings["dampening"]) / (1 - settings["momentum"])
-
-
-def plot_steps(contestants: Sequence[Contestant]) -> Figure | None:
-    """What step the averaged gradient gets: shares at AdaBound's bounds, and the steps of all layers, by epoch."""
-    with_steps = [c for c in contestants if c.curve("at_upper")[0].size]
-    if not with_steps:
-        return None
-    figure, (shares, steps) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    for contestant in with_steps:
-        if contestant.opt in BOUNDED:
-            for column, bound, style in (("at_upper", "upper", "-"), ("at_lower", "lower", ":")):
-                epochs, values = contestant.curve(column)
-                label = f"{contestant.name}, {bound} bound"
-                shares.plot(epochs, values.mean(0), style, color=contestant.colour, label=label)
-        _plot_steps_of(contestant, steps)
-    for contestant in contestants:
-        if contestant.opt == "sgd":
-            rate = sgd_step(contestant.finals[0])
-            steps.axhline(rate, color=contestant.colour, ls="-.", label=contestant.name)
-    shares.set(xlabel="epoch", title="share of weights", ylim=(-0.02, 1.02))
-    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
-    steps.set(xlabel="epoch", yscale="log", title="step on the averaged gradient, at the peak of the schedule")
-    for axis in (shares, steps):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    return figure
-
-
 def _steps_of(contestant: Contestant) -> tuple[list[dict[str, Any]], list[str], np.ndarray]:
     """Of its first final run the rows with step sizes, the kernels, and each one's median step by epoch, (L, E)."""
     rows = [row for row in contestant.finals[0].epochs if "at_upper" in row] if contestant.finals else []
     columns = [column for column in rows[0] if column.startswith("step/")] if rows else []
     names = [column.removeprefix("step/") for column in columns]
     return rows, names, np.array([[row[column] for row in rows] for column in columns])
-
-
-def _plot_steps_of(contestant: Contestant, axis: Axes) -> None:
-    """The steps of its layers by epoch, the median and 5% to 95% of them, and its bounds."""
-    rows, _, steps = _steps_of(contestant)
-    epochs, colour = [row["epoch"] for row in rows], contestant.colour
-    low, median, high = np.percentile(steps, [5, 50, 95], axis=0)
-    axis.plot(epochs, median, color=colour, label=contestant.name)
-    axis.fill_between(epochs, low, high, color=colour, alpha=0.15)
-    if contestant.opt in BOUNDED:
-        for bound in ("step_upper", "step_lower"):
-            axis.plot(epochs, [row[bound] for row in rows], color=colour, ls="--", lw=0.8)
 
 
 def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:

@@ -10,11 +10,11 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from experiments.frameworks.experiment import BOUNDED
 from experiments.report.analysis import paired_difference
 from experiments.report.answer import percent, points
 from experiments.report.figures import panels
 from experiments.report.study_results import Contestant
-from experiments.training.step_sizes import BOUNDED
 
 PANELS_WIDE = 4
 

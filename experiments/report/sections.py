@@ -227,19 +227,12 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
     if few:
         caption = (
             f"Means over seeds, with their 95% intervals from {figures.LEAST_BAND} seeds on. Losses are cut at "
-            f"{figures.MOST_LOSS} times the lowest after one epoch."
+            f"{figures.MOST_LOSS} times the lowest after one epoch. The share of weights at AdaBound's upper bound is "
+            "the share that SGD trains, in effect."
         )
         yield _picture(results, "curves", figures.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
-    if few and (figure := figures.plot_steps(trained)) is not None:
-        caption = (
-            "Left: the share of all weights whose step before clipping is at AdaBound's bound or beyond it (mean over "
-            "seeds). Right, of the first seed: the step on the averaged gradient, median over layers of each layer's "
-            "median, with 5% to 95% of the layers; dashed: AdaBound's bounds; dash-dotted: SGD with momentum has one "
-            "step for all. At the peak learning rate, wherever the schedule is."
-        )
-        yield _picture(results, "steps", figure, caption)
     if few and (figure := figures.plot_step_map(trained)) is not None:
         caption = (
             "Each layer's median step over AdaBound's upper bound, by epoch (first seed). Red is above the bound, "

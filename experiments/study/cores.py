@@ -1,8 +1,4 @@
-"""Gives each worker cores of its own.
-
-How many cores compute decides in which order sums are taken, and so about the last digits; and on a small network two
-workers with a core each train more than one with both.
-"""
+"""Gives each worker cores of its own: their number decides the order of sums, and so the last digits."""
 
 from __future__ import annotations
 
@@ -23,10 +19,10 @@ class NoCoreError(ValueError):
 
 @contextlib.contextmanager
 def own_cores(number: int | None) -> Iterator[list[TextIO]]:
-    """Binds this process, and what it starts, to so many cores that no other worker on this machine has.
+    """Binds this process, and what it starts, to `number` cores that no other worker on this machine has.
 
     Args:
-      number: of cores; None for all, shared with whoever is there.
+      number: of cores; None for all of them, shared with others.
 
     Yields:
       the locks of the cores; a child that has them too keeps the cores when this process is killed.

@@ -185,7 +185,10 @@ class Ledger:
                 f"{self.folder}: {run.contestant.name} has begun its final runs, and the protocol has tuning trials "
                 "that have not ended: settings are not chosen again once test results may be known"
             )
-        trained, wanted = config["settings"], dataclasses.asdict(settings_from(run.settings).experiment)
+        trained = config["settings"]
+        if trained.get("model") == "torchvision":  # until there was --framework torchvision
+            trained = trained | {"framework": "torchvision"}
+        wanted = dataclasses.asdict(settings_from(run.settings).experiment)
         if wanted["gamma_times_steps"]:
             del wanted["gamma"]  # follows from it and the number of updates
         for name, value in wanted.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from experiments.frameworks.experiment import (
     require_at_least,
     require_positive,
 )
+from experiments.training.from_table import check_types
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
 
@@ -269,25 +269,11 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     settings = Settings(PRESETS[preset])
     for part in (settings.experiment, settings.system):
-        types = typing.get_type_hints(type(part))
-        for field in dataclasses.fields(part):
-            if field.name in values:
-                require_type(field.name, values[field.name], types[field.name])
+        check_types(type(part), values)
     try:
         return completed(settings.replace(**values))
     except TypeError as error:
         raise ValueError(f"experiments.cars has no such setting: {error}") from error
-
-
-def require_type(name: str, value: Any, kind: Any) -> None:
-    """Raises a ValueError unless a value is of a field's type; a whole number is a float as well."""
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(kind))}, got {value!r}")
-        return
-    kinds = typing.get_args(kind) or (kind,)
-    if not (type(value) in kinds or (type(value) is int and float in kinds)):
-        raise ValueError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
 
 
 def completed(settings: Settings) -> Settings:

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from experiments.frameworks.experiment import BOUNDED  # noqa: F401 (for experiments.report)
 from jax_resnet.adabound import AdaBoundState
 from jax_resnet.step_sizes import StepSizes, step_sizes
 

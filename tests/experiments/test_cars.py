@@ -176,9 +176,9 @@ def test_presets_and_what_overrides_them(monkeypatch, tmp_path):
         ({"lr": 0.1}, "lr"),
         ({"preset": "cars"}, "preset must be one of demo, cars96, cars224, got 'cars'"),
         ({"opt": "adamax"}, "opt must be one of adabound, .*got 'adamax'"),
-        ({"grey": 1}, "grey must be bool, got 1"),
-        ({"epochs": 1.5}, "epochs must be int, got 1.5"),
-        ({"classes": "all"}, "classes must be int, got 'all'"),
+        ({"grey": 1}, "grey must be true or false, got 1"),
+        ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"classes": "all"}, "classes must be a whole number, got 'all'"),
         ({"epochs": 0}, "--epochs must be at least 1"),
     ],
 )

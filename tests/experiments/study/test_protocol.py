@@ -42,8 +42,8 @@ def test_every_protocol_can_be_read_and_its_published_runs_are_its_own(path):
     ("old", "new", "said"),
     [
         ("about =", "abuot =", "'abuot'"),
-        ('opt = "adam"', 'opt = "adom"', "Adam: experiments.cars: opt must be one of adabound,"),
-        ('opt = "adam"', "gamma = true", "Adam: experiments.cars: gamma must be a number, got True"),
+        ('opt = "adam"', 'opt = "adom"', "Adam: opt must be one of adabound,"),
+        ('opt = "adam"', "gamma = true", "Adam: gamma must be a number, got True"),
         ('opt = "adam"', 'option = "adam"', "experiments.cars has no setting 'option'"),
         ('opt = "adam"', "seed = 3", "seed is set by the study itself"),
         ("low = 1e-4, high = 1e-1, log = true", "low = 1e-4", "search.learning_rate must be"),

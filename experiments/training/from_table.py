@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,12 +20,7 @@ WORDS = {
 
 
 def from_table(kind: type[T], table: Any, where: str) -> T:
-    """An instance of the dataclass `kind`.
-
-    Args:
-      kind: fields are bool, int, float, str, list[…], dict[…], Literal[…] and unions of these.
-      table: {field: value}.
-      where: the place in the file, for messages.
+    """An instance of the dataclass `kind` from {field: value}; where it stands in the file is for messages.
 
     Raises:
       ValueError: it is no table, a name is unknown or missing, or a value has another type.
@@ -38,16 +34,24 @@ def from_table(kind: type[T], table: Any, where: str) -> T:
     """
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table, got {table!r}")
-    fields, kinds = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := [name for name in table if name not in fields]:
         raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(fields)}")
     for name, field in fields.items():
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and name not in table:
+        if field.default is field.default_factory is dataclasses.MISSING and name not in table:
             raise ValueError(f"{where} has no {name}")
-        if name in table and not _fits(table[name], kinds[name]):
-            raise ValueError(f"{where}: {name} must be {_words(kinds[name])}, got {table[name]!r}")
+    check_types(kind, table, f"{where}: ")
     return kind(**table)
+
+
+def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Raises a ValueError for values that are not of the types of a dataclass's fields.
+
+    The types are bool, int, float (which a whole number is too), str, list[…], dict[…], Literal[…] and unions of these.
+    """
+    for name, wanted in typing.get_type_hints(kind).items():
+        if name in values and not _fits(values[name], wanted):
+            raise ValueError(f"{where}{name} must be {_words(wanted)}, got {values[name]!r}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
