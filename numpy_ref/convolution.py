@@ -133,12 +133,12 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
     matrix = weight.reshape(-1, filters)
     out_h, out_w = output_size(x, weight.shape, stride, padding)
     y = np.empty((len(x), out_h, out_w, filters), x.dtype)
-    for block, patches in _unfolded_blocks(x, kh, kw, stride, padding):
+    for block, patches in unfolded_blocks(x, kh, kw, stride, padding):
         np.matmul(patches, matrix, out=y[block].reshape(-1, filters))
 
     def vjp(dy: Array) -> tuple[Array, Array]:
         dx, dweight = np.empty(x.shape, y.dtype), None
-        for block, patches in _unfolded_blocks(x, kh, kw, stride, padding):
+        for block, patches in unfolded_blocks(x, kh, kw, stride, padding):
             dy_rows = dy[block].reshape(-1, filters)
             of_block = patches.T @ dy_rows
             dweight = of_block if dweight is None else np.add(dweight, of_block, out=dweight)
@@ -150,7 +150,7 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
 
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """The patches that a kernel sees (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
-    ((_, patches),) = _unfolded_blocks(x, kh, kw, stride, padding, images=len(x))
+    ((_, patches),) = unfolded_blocks(x, kh, kw, stride, padding, images=len(x))
     return patches
 
 
@@ -164,7 +164,7 @@ def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, 
     return x[:, padding : padding + h, padding : padding + w]
 
 
-def _unfolded_blocks(
+def unfolded_blocks(
     x: Array, kh: int, kw: int, stride: int, padding: int, images: int | None = None
 ) -> Iterator[tuple[slice, Array]]:
     """The patches of some images at a time: which images, and (images·H'·W', kh·kw·C), valid until the next block."""

@@ -1,15 +1,19 @@
-"""`numpy_ref.resnet` at speed: the same functions, to be called in the same way.
+"""The network of `numpy_ref.resnet` at speed.
 
-Two things make it faster. `threads` gives each core a part of the batch, and the parts meet in BatchNorm. `fused` does
-BatchNorm, the residual sum and ReLU in one go, on blocks that fit into the cache and in memory that is already there.
+- `threads` gives each core a part of the batch. The parts meet in BatchNorm.
+- `fused` does BatchNorm, the residual sum and ReLU in one go, in blocks that fit into the cache and in memory that is
+  already there.
+- A training step can leave out the gradient of the images, which no update needs.
 
-Limit
+What limits it: three quarters of a training step are matrix products, as fast as NumPy's BLAS makes them. The rest
+touches memory, where NumPy has a pass for each operation and compiled code has one for all. Each thread also makes a
+gradient of all weights, and the two are added.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,7 @@ from numpy import ndarray as Array
 
 from numpy_ref import layers
 from numpy_ref.config import Tree, blocks, convolutions
-from numpy_ref.convolution import Vjp
+from numpy_ref.convolution import Vjp, unfolded_blocks
 from numpy_ref.fast.fused import add_relu, batch_norm_relu
 from numpy_ref.fast.threads import Gather, Team, alone, cores
 from numpy_ref.resnet import Output, ResNetConfig, check, head
@@ -31,6 +35,7 @@ def apply(
     *,
     train: bool,
     return_activations: bool = False,
+    image_gradient: bool = True,
     threads: int | None = None,
 ) -> tuple[Output, Vjp]:
     """Runs the network on a batch.
@@ -41,6 +46,7 @@ def apply(
       images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
       train: True normalizes with the batch's statistics and updates the running ones.
       return_activations: fill Output.activations.
+      image_gradient: False saves time: the dimages that vjp returns is None.
       threads: that share the batch, at most one for two images [default: one per core].
 
     Returns:
@@ -55,10 +61,10 @@ def apply(
         raise ValueError(f"threads must be at least 1, got {threads}")
     size = min(cores() if threads is None else threads, len(images) // 2)
     if size <= 1:
-        return _apply(config, params, batch_stats, images, train, return_activations, alone)
+        return _apply(config, params, batch_stats, images, train, return_activations, image_gradient, alone)
     team, parts = Team(size), np.array_split(images, size)
     runs = [
-        functools.partial(_apply, config, params, batch_stats, part, train, return_activations, gather)
+        functools.partial(_apply, config, params, batch_stats, part, train, return_activations, image_gradient, gather)
         for part, gather in zip(parts, team.gathers, strict=True)
     ]
     outs, vjps = zip(*team.run(runs), strict=True)
@@ -70,7 +76,7 @@ def apply(
         dparams, dimages = zip(*team.run(runs), strict=True)
         layers_of_all = list(zip(*map(_layers, dparams), strict=True))
         team.run([functools.partial(_add_to_first, layers_of_all[i::size]) for i in range(size)])
-        return dparams[0], np.concatenate(dimages)
+        return dparams[0], np.concatenate(dimages) if image_gradient else None
 
     return Output(logits, outs[0].batch_stats, activations), vjp
 
@@ -98,10 +104,13 @@ def _apply(
     images: Array,
     train: bool,
     return_activations: bool,
+    image_gradient: bool,
     gather: Gather,
 ) -> tuple[Output, Vjp]:
     """`apply` to the images of one thread."""
-    (x, new_stats), vjp_stem = stem(params, batch_stats, images, train=train, gather=gather)
+    (x, new_stats), vjp_stem = stem(
+        params, batch_stats, images, train=train, image_gradient=image_gradient, gather=gather
+    )
     activations, vjps = {"stem": x}, []
     for stage, number, stride in blocks(config):
         p = params[stage][number]
@@ -127,14 +136,23 @@ def _apply(
 
 
 def stem(
-    params: Tree, batch_stats: Tree, images: Array, *, train: bool, gather: Gather = alone
+    params: Tree,
+    batch_stats: Tree,
+    images: Array,
+    *,
+    train: bool,
+    image_gradient: bool = True,
+    gather: Gather = alone,
 ) -> tuple[tuple[Array, Tree], Vjp]:
     """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2.
 
     Returns:
       (the input of the first block, the new running statistics), and vjp: dx -> (dparams, dimages).
     """
-    x, new_stats, vjp_conv = _conv_norm_relu(params, batch_stats, "conv1", "bn1", images, 2, train=train, gather=gather)
+    conv2d = layers.conv2d if image_gradient else conv2d_of_images
+    x, new_stats, vjp_conv = _conv_norm_relu(
+        params, batch_stats, "conv1", "bn1", images, 2, train=train, conv2d=conv2d, gather=gather
+    )
     x, vjp_pool = layers.max_pool(x)
     return (x, new_stats), lambda dx: vjp_conv(*vjp_pool(dx))
 
@@ -203,6 +221,7 @@ def _conv_norm_relu(
     *,
     train: bool,
     relu: bool = True,
+    conv2d: Callable = layers.conv2d,
     gather: Gather = alone,
 ) -> tuple[Array, Tree, Vjp]:
     """relu(norm(conv(x)) + shortcut), the norm only where params has one.
@@ -212,7 +231,7 @@ def _conv_norm_relu(
       where there is a shortcut.
     """
     kernel = params[conv]["weight"]
-    y, vjp_conv = layers.conv2d(x, kernel, params[conv].get("bias"), stride=stride, padding=len(kernel) // 2)
+    y, vjp_conv = conv2d(x, kernel, params[conv].get("bias"), stride=stride, padding=len(kernel) // 2)
     new_stats = {}
     if norm in params:
         affine, running = params[norm], batch_stats[norm]
@@ -234,3 +253,20 @@ def _conv_norm_relu(
         return (dparams, dx) if shortcut is None else (dparams, dx, dshortcut)
 
     return y, new_stats, vjp
+
+
+def conv2d_of_images(
+    x: Array, weight: Array, bias: Array | None = None, *, stride: int, padding: int
+) -> tuple[Array, Vjp]:
+    """`layers.conv2d` whose vjp returns None in place of dx. Folding the stem's dx takes as long as a large layer."""
+    y, _ = layers.conv2d(x, weight, bias, stride=stride, padding=padding)
+    kh, kw, _, filters = weight.shape
+
+    def vjp(dy: Array) -> tuple[None, Array, Array | None]:
+        products = (
+            patches.T @ dy[block].reshape(-1, filters) for block, patches in unfolded_blocks(x, kh, kw, stride, padding)
+        )
+        dweight = functools.reduce(lambda total, product: np.add(total, product, out=total), products)
+        return None, dweight.reshape(weight.shape), None if bias is None else dy.reshape(-1, filters).sum(0)
+
+    return y, vjp

@@ -1,5 +1,6 @@
 """numpy_ref.fast: the numbers of numpy_ref.resnet, whatever the threads and blocks."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -39,6 +40,17 @@ def test_threads_change_nothing(train, options, narrow):
         assert max(errors(results[count], results[1]).values()) < 1e-12
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         passes(fast, *network_and_images, train, threads=0)
+
+
+@pytest.mark.parametrize("options", NORMALIZATIONS, ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_the_gradient_of_images_the_others_are_the_same_to_the_bit(options, count, narrow):
+    config, params, batch_stats = network("resnet18", **options)
+    run = functools.partial(passes, fast, config, params, batch_stats, images_of((5, 33, 64)), True, threads=count)
+    with_it, without = run(), run(image_gradient=False)
+    assert without.pop("dimages") is None
+    assert with_it.pop("dimages").shape == (5, 33, 64, 2)
+    assert set(errors(without, with_it).values()) == {0}
 
 
 def test_an_error_in_one_thread_ends_all():
