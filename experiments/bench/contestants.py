@@ -63,7 +63,8 @@ def numpy_step(case: Case) -> Step:
     images, labels = batch(case)
 
     def training():
-        (loss, out), (grads, _) = forward_backward(config, params, images, batch_stats, labels, train=True)
+        options = dict(train=True, image_gradient=False)
+        (loss, out), (grads, _) = forward_backward(config, params, images, batch_stats, labels, **options)
         return loss, out.batch_stats, grads
 
     def inference():

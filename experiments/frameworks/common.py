@@ -7,6 +7,7 @@ none of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -80,7 +81,7 @@ def resnet_network(arch: str, params: Any, batch_stats: Any, **options: Any) -> 
     network = ResNet(arch, **options)
     return Network(
         (jax.make_resnet(network), jax.resnet.apply),
-        (numpy.make_resnet(network), numpy.fast.apply),
+        (numpy.make_resnet(network), functools.partial(numpy.fast.apply, image_gradient=False)),
         lambda framework: adapter(framework).make_resnet(network, framework),
         params,
         batch_stats,
