@@ -13,6 +13,8 @@ from pathlib import Path
 
 from jax_resnet.weight_files import FOLDER_FILES, INDEX
 
+__all__ = ["fetch", "is_name"]
+
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^@]+))?")
 

@@ -20,10 +20,12 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
+
+__all__ = ["Dict", "Inert", "RefusedError", "Storage", "Tensor", "read_stream", "read_tar", "read_zip"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of PyTorch's stream
 _STORAGES = {
@@ -94,7 +96,7 @@ class Inert:
 
     tensor: Tensor | None = None  # of a NumPy array
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -150,7 +152,9 @@ class _NumPyArray(Inert):
 class _DType(Inert):
     """NumPy's type, by its code or, of ml_dtypes, by the class that stands for it."""
 
-    def __new__(cls, code: Any, *_: Any) -> _DType:
+    dtype: np.dtype[Any]
+
+    def __new__(cls, code: Any, *_: Any) -> Self:
         self = super().__new__(cls)
         self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(str(code))
         return self
@@ -163,7 +167,7 @@ class _DType(Inert):
 class _Bounded:
     """A file that is never asked for more than it has: for that so much memory would be set aside."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: IO[bytes], size: int):
         self._file, self._size, self.readline = file, size, file.readline
 
     def read(self, count: int) -> bytes:
@@ -173,15 +177,15 @@ class _Bounded:
 
 
 class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a hostile memo index asks for
-    def __init__(self, file: BinaryIO, size: int, persistent: Callable[[Any], Any] | None = None):
+    def __init__(self, file: IO[bytes], size: int, persistent: Callable[[Any], Any] | None = None):
         super().__init__(_Bounded(file, size), encoding="latin1")
         self._budget = 4 * size + 2**20  # bytes: Latin-1 is up to twice as long in the file, and may be unpacked twice
         self._persistent = persistent
 
     def _load_bytearray(self) -> None:
-        self.append(self.read(*struct.unpack("<Q", self.read(8))))
+        self.append(self.read(*struct.unpack("<Q", self.read(8))))  # type: ignore[attr-defined]
 
-    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -237,7 +241,9 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
 class _Kind(Inert):
     """A class of storages."""
 
-    def __new__(cls, name: str) -> _Kind:
+    dtype: np.dtype[Any]
+
+    def __new__(cls, name: str) -> Self:
         self = super().__new__(cls)
         self.dtype = np.dtype(_STORAGES[name])
         return self
@@ -264,7 +270,7 @@ def _typed_tensor(storage: Any, offset: int, size: Any, strides: Any, _: Any, __
     return dataclasses.replace(_tensor(storage, offset, size, strides), dtype=dtype.dtype)
 
 
-def _from_buffer(data: bytes | bytearray, dtype: _DType, shape: tuple[int, ...], order: str = "C") -> Any:
+def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: str = "C") -> Any:
     if dtype.dtype.hasobject or dtype.dtype.kind not in "fiubcV":
         return Inert()
     sizes = [shape[i + 1 :] if order == "C" else shape[:i] for i in range(len(shape))]
@@ -306,7 +312,7 @@ def read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
         return _Unpickler(file, member.file_size, storage).load()
 
 
-def read_stream(file: BinaryIO) -> Any:
+def read_stream(file: IO[bytes]) -> Any:
     """A pickle; if it is PyTorch's magic number then three more follow, and the storages behind them."""
     size = file.seek(0, 2)
     file.seek(0)
@@ -325,7 +331,7 @@ def read_stream(file: BinaryIO) -> Any:
     return contents
 
 
-def _fill(storage: Storage, file: BinaryIO) -> None:
+def _fill(storage: Storage, file: IO[bytes]) -> None:
     (count,) = struct.unpack("<q", file.read(8))
     storage.data = file.read(count * storage.dtype.itemsize)
 
@@ -334,7 +340,7 @@ def read_tar(archive: tarfile.TarFile) -> Any:
     """A tar archive of PyTorch's first year: storages, the tensors in them, and the pickle that refers to those."""
     members = {member.name.removeprefix("./"): member for member in archive.getmembers()}
 
-    def opened(name: str) -> tuple[BinaryIO, int]:
+    def opened(name: str) -> tuple[IO[bytes], int]:
         file = archive.extractfile(members[name])
         if file is None:
             raise pickle.UnpicklingError(f"{name} is no file")

@@ -17,6 +17,8 @@ from jax_resnet import resnet
 from jax_resnet.weight_files import to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
 
+__all__ = ["ARCHITECTURES", "check_arrays", "describe", "recognize"]
+
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _LISTED = 8  # of the differences between a file and a network
 

@@ -23,6 +23,18 @@ import safetensors.numpy
 
 from jax_resnet import unpickling
 
+__all__ = [
+    "AGAIN",
+    "FOLDER_FILES",
+    "INDEX",
+    "Contents",
+    "Unreadable",
+    "first_sentence",
+    "read_contents",
+    "refuse_bombs",
+    "to_torch_layout",
+]
+
 _MAX_BYTES = 2**34  # of all arrays together; those of ResNet-152 and of Adam, in float64, are 1.5e9
 _MAX_LEAVES, _MAX_DEPTH = 10**6, 16  # of nested entries, which can refer to one another
 # What a folder is read by, in this order: Hugging Face's names, a run's.
@@ -176,7 +188,7 @@ def _read_hdf5(file: BinaryIO) -> dict[str, np.ndarray]:
     with h5py.File(file, "r") as root:
         found = {name: item for name, item in _hdf5_arrays(root, h5py) if not name.startswith("optimizer")}
         refuse_bombs(sum(math.prod(item.shape) * item.dtype.itemsize for item in found.values()))
-        names = {name: _keras_name(name, item) for name, item in found.items()}
+        names: dict[str, Any] = {name: _keras_name(name, item) for name, item in found.items()}
         if None in names.values() or len(set(names.values())) < len(names):
             names = {name: name.replace("/", ".") for name in found}
         return {names[name]: np.asarray(item[()]) for name, item in found.items()}
@@ -190,8 +202,8 @@ def _keras_name(name: str, item: Any) -> str | None:
         layer, number = str(item.parent.attrs.get("name", path[-3])), int(variable)
         kinds = _KERAS_VARIABLES.get(max(2, len(item.parent)), ())
         return f"{layer}.{kinds[number] if number < len(kinds) else variable}"
-    kinds = [kind for kinds in _KERAS_VARIABLES.values() for kind in kinds]
-    return f"{path[-2]}.{variable}" if len(path) > 1 and variable in kinds else None
+    known = [kind for kinds in _KERAS_VARIABLES.values() for kind in kinds]
+    return f"{path[-2]}.{variable}" if len(path) > 1 and variable in known else None
 
 
 def _hdf5_arrays(group: Any, h5py: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

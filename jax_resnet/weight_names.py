@@ -18,6 +18,19 @@ import numpy as np
 
 from jax_resnet.weight_files import refuse_bombs
 
+__all__ = [
+    "COUNT",
+    "HUGGING_FACE",
+    "KERAS",
+    "LAYERS",
+    "NAMINGS",
+    "STATISTICS",
+    "TORCHVISION",
+    "Found",
+    "Naming",
+    "find",
+]
+
 COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
 STATISTICS = ("running_mean", "running_var")
 LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -76,8 +89,8 @@ def _huggingface(name: str) -> str:
     kinds = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
     if stem := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
         return f"embedder.embedder.{kinds[stem[1]]}.{stem[2]}"
-    stage, block, layer, field = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)\.(\w+)", name).groups()
-    inner = re.fullmatch(r"(conv|bn)(\d)|downsample\.(\d)", layer)
+    stage, block, layer, field = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)\.(\w+)", name).groups()  # type: ignore[union-attr]
+    inner: Any = re.fullmatch(r"(conv|bn)(\d)|downsample\.(\d)", layer)
     where = f"layer.{int(inner[2]) - 1}.{kinds[inner[1]]}" if inner[1] else f"shortcut.{kinds[inner[3]]}"
     return f"encoder.stages.{int(stage) - 1}.layers.{block}.{where}.{field}"
 
@@ -89,7 +102,7 @@ def _keras(name: str) -> str:
     field = fields.get(field, field) if norm else field.replace("weight", "kernel")
     if layer in ("fc", "conv1", "bn1"):
         return f"{ {'fc': 'predictions', 'conv1': 'conv1_conv', 'bn1': 'conv1_bn'}[layer] }.{field}"
-    stage, block, inner = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", layer).groups()
+    stage, block, inner = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", layer).groups()  # type: ignore[union-attr]
     number = "0" if inner.startswith("downsample") else inner[-1]
     return f"conv{int(stage) + 1}_block{int(block) + 1}_{number}_{'bn' if norm else 'conv'}.{field}"
 

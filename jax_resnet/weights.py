@@ -29,6 +29,21 @@ from jax_resnet.weight_checks import check_arrays, recognize
 from jax_resnet.weight_files import FOLDER_FILES, read_contents, to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
 
+__all__ = [
+    "SUFFIXES",
+    "WeightFile",
+    "check_suffix",
+    "fit",
+    "from_torch",
+    "load",
+    "read_arrays",
+    "read_file",
+    "recognize_file",
+    "save",
+    "to_torch",
+    "write_arrays",
+]
+
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files that are written
 
 
@@ -54,7 +69,7 @@ class WeightFile(NamedTuple):
     left_out: tuple[str, ...]
     metadata: Mapping[str, str]
     settings: Mapping[str, Any]
-    stride_in: str | None
+    stride_in: Literal["conv2", "conv1"] | None
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,7 +78,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     Args:
       state_dict: {key: array}, anything that NumPy takes, or tensors on any device.
     """
-    params, batch_stats = {}, {}
+    params: dict[str, Any] = {}
+    batch_stats: dict[str, Any] = {}
     for name, value in state_dict.items():
         last = name.rpartition(".")[2]
         if last != COUNT:
@@ -113,7 +129,7 @@ def write_arrays(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         if path.suffix == ".npz":
-            np.savez(aside, **arrays)
+            np.savez(aside, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
         elif path.suffix == ".safetensors":
             # Not save_file, whose files only their owner may read.
             aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
@@ -157,8 +173,6 @@ def load(
     """
     if head not in ("strict", "new") or stem not in ("strict", "grey"):
         raise ValueError(f'head is "strict" or "new", stem "strict" or "grey", got {head!r} and {stem!r}')
-    if head == "new" and key is None:
-        raise ValueError('head="new" draws a dense layer: pass key')
     return fit(read_file(path, entry), config, head=head, stem=stem, key=key)
 
 
@@ -185,6 +199,8 @@ def fit(
     if head == "new" or config.num_classes == 0:
         arrays = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
     if head == "new" and config.num_classes:
+        if key is None:
+            raise ValueError('head="new" draws a dense layer: pass key')
         arrays |= to_torch({"fc": resnet.init_dense(config, key)}, {})
     kernel = arrays.get("conv1.weight")
     if stem == "grey" and config.in_channels == 1 and kernel is not None and kernel.shape[1:2] == (3,):
@@ -233,7 +249,7 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
         raise ValueError(f"{path} {error}") from error
     path = contents.path or path
     settings = _settings_beside(path)
-    stride_in = "conv1" if found.naming is weight_names.KERAS or settings.get("downsample_in_bottleneck") else None
+    stride_in: Any = "conv1" if found.naming is weight_names.KERAS or settings.get("downsample_in_bottleneck") else None
     stride_in = contents.metadata.get("stride_in", stride_in)
     naming, metadata = found.naming.title, contents.metadata
     return WeightFile(
