@@ -9,9 +9,6 @@ from pathlib import Path
 import tyro
 
 from experiments.cli import exit_code, parse
-from experiments.report.markdown import write_report
-from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
-from experiments.report.study_results import find_studies, read_study
 
 TITLE = "Is AdaBound better than Adam?"
 ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all studies
@@ -33,6 +30,10 @@ def run(settings: ReportSettings) -> None:
     Raises:
       ValueError, OSError: for bad input, with a message for the person who gave it.
     """
+    from experiments.report.markdown import write_report
+    from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
+    from experiments.report.study_results import find_studies, read_study
+
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
