@@ -287,7 +287,9 @@ def require_type(name: str, value: Any, kind: Any) -> None:
         return
     kinds = typing.get_args(kind) or (kind,)
     if not (type(value) in kinds or (type(value) is int and float in kinds)):
-        raise ValueError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+        raise ValueError(
+            f"{name} must be {' or '.join(k.__name__ for k in kinds if k is not type(None))}, got {value!r}"
+        )
 
 
 def completed(settings: Settings) -> Settings:
