@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import tyro
+from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS
 from jax_resnet.checkpoint import Checkpoints
-from jax_resnet.weights import read_arrays
 
 TRAINING = (
     "--arch=resnet18",
@@ -155,7 +155,7 @@ def differences(one: Path, other: Path) -> list[str]:
     if len(lines) != len(other_lines):
         found.append(f"{METRICS} has {len(lines)} and {len(other_lines)} lines")
     found += [f"{METRICS}, step {a['step']}" for a, b in zip(lines, other_lines, strict=False) if a != b]
-    weights, others = (read_arrays(out / WEIGHTS) for out in (one, other))  # safetensors' metadata have no fixed order
+    weights, others = (load_file(out / WEIGHTS) for out in (one, other))  # safetensors' metadata have no fixed order
     found += [f"{WEIGHTS}, {name}" for name in weights if not np.array_equal(weights[name], others[name])]
     return found
 

@@ -187,12 +187,14 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
         return jax.tree.map(np.asarray, resnet.init(config, key, jnp.float32))
     file = weights.read_file(path, settings.experiment.entry)
     dense, kernel = file.arrays.get("fc.weight"), file.arrays.get("conv1.weight", np.empty(0))
-    fits = dense is not None and dense.ndim == 2 and len(dense) == config.num_classes and "fc.bias" in file.arrays
+    matrix = dense is not None and dense.ndim == 2
+    fits = matrix and len(dense) == config.num_classes and "fc.bias" in file.arrays
+    new = dense is None or (matrix and not fits)  # what is there and no matrix is an error
     grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
-    loaded = weights.fit(file, config, head="strict" if fits else "new", stem="grey" if grey else "strict", key=key)
+    loaded = weights.fit(file, config, head="new" if new else "strict", stem="grey" if grey else "strict", key=key)
     if file.left_out:
         print(f"{path}: left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
-    if not fits:
+    if new:
         has = "no dense layer" if dense is None else f"{len(dense)} classes"
         print(f"{path} has {has}: a new dense layer is drawn for {config.num_classes}")
     if grey:

@@ -32,13 +32,10 @@ def imports(*commands):
     return {command: HEAVY & set(modules) for command, modules in json.loads(done.stdout).items()}
 
 
-def test_help_imports_nothing_heavy():
-    for command, heavy in imports(*(f"{name} --help" for name in PROGRAMS)).items():
+def test_help_and_describe_import_nothing_heavy():
+    commands = [f"{name} --help" for name in PROGRAMS]
+    for command, heavy in imports(*commands, "describe --arch resnet101").items():
         assert not heavy, command
-
-
-def test_describe_imports_nothing_heavy():
-    assert not imports("describe --arch resnet101")["describe --arch resnet101"]
 
 
 def test_training_needs_no_torch():
