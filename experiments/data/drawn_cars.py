@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -49,10 +48,7 @@ def drawn_cars(
     Raises:
       ValueError: a size, a count or a seed out of range.
     """
-    image_size = _checked_size(image_size)
-    train_count = _whole_number("train_count", train_count, at_least=1)
-    test_count = _whole_number("test_count", test_count, at_least=1)
-    seed = _whole_number("seed", seed, at_least=0)
+    _check(train_count=(train_count, 1), test_count=(test_count, 1), seed=(seed, 0))
     return Dataset(
         title="drawn cars",
         class_names=CLASS_NAMES,
@@ -82,7 +78,8 @@ def draw_car(class_name: str, image_size: tuple[int, int], generator: np.random.
     """
     if class_name not in _SHAPES:
         raise ValueError(f"class_name must be one of {', '.join(CLASS_NAMES)}, got {class_name!r}")
-    height, width = _checked_size(image_size)
+    height, width = image_size
+    _check(height=(height, SMALLEST_SIDE), width=(width, SMALLEST_SIDE))
     canvas = Image.new("RGB", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
     scene = _Scene.drawn(generator)
     road = scene.paint(canvas, generator)
@@ -114,21 +111,11 @@ def _vary(generator: np.random.Generator) -> Vary:
     return lambda value, spread: float(generator.uniform(value - spread, value + spread))
 
 
-def _whole_number(name: str, value: int, *, at_least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < at_least:
-        raise ValueError(f"{name} must be a whole number >= {at_least}, got {value!r}")
-    return number
-
-
-def _checked_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    if np.ndim(image_size) != 1 or len(image_size) != 2:
-        raise ValueError(f"image_size must be (height, width), got {image_size!r}")
-    height, width = (_whole_number("each side of image_size", side, at_least=SMALLEST_SIDE) for side in image_size)
-    return height, width
+def _check(**values: tuple[int, int]) -> None:
+    """Raises a ValueError for a value below the least that it may be; values: name -> (value, least)."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # --- Shapes: what makes a class -----------------------------------------------------------------------------------

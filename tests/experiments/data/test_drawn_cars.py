@@ -86,14 +86,11 @@ def test_draw_car_depends_on_its_generator_only(class_name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": (31, 64)}, "image_size must be a whole number >= 32, got 31"),
-        ({"image_size": (64, 64.0)}, "image_size must be a whole number >= 32, got 64.0"),
-        ({"image_size": (64, 64, 3)}, r"image_size must be \(height, width\)"),
-        ({"image_size": 64}, r"image_size must be \(height, width\)"),
-        ({"train_count": 0}, "train_count must be a whole number >= 1, got 0"),
-        ({"test_count": 2.5}, "test_count must be a whole number >= 1, got 2.5"),
-        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
-        ({"seed": None}, "seed must be a whole number >= 0, got None"),
+        ({"image_size": (31, 64)}, "height must be at least 32, got 31"),
+        ({"image_size": (64, 16)}, "width must be at least 32, got 16"),
+        ({"train_count": 0}, "train_count must be at least 1, got 0"),
+        ({"test_count": -2}, "test_count must be at least 1, got -2"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(change, message):
