@@ -34,8 +34,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return Interval(math.nan, math.nan, math.nan, 0)
     if len(values) == 1:
         return Interval(float(values[0]), math.nan, math.nan, 1)
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    mean = float(values.mean())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, mean - half, mean + half, len(values))
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
