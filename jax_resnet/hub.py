@@ -39,7 +39,7 @@ def fetch(name: str | os.PathLike) -> Path:
     if match is None:
         raise ValueError(f"{name} is no name on the hub: expected hf:owner/name, with @revision or /file behind it")
     try:
-        import huggingface_hub
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise ValueError(f'{name}: huggingface_hub is missing ({error}): pip install -e ".[hub]"') from error
@@ -49,9 +49,7 @@ def fetch(name: str | os.PathLike) -> Path:
         """None if there is no such file, or, without a network, none in the cache."""
         nonlocal offline
         try:
-            kept = huggingface_hub.hf_hub_download(
-                match["repo"], file, revision=match["revision"], local_files_only=offline
-            )
+            kept = hf_hub_download(match["repo"], file, revision=match["revision"], local_files_only=offline)
             return Path(kept)
         except LocalEntryNotFoundError:
             offline = True
@@ -70,7 +68,7 @@ def fetch(name: str | os.PathLike) -> Path:
     except (HfHubHTTPError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
     if path is None and offline:
-        raise ValueError(f"{name} is not in the cache, and {huggingface_hub.constants.ENDPOINT} cannot be reached")
+        raise ValueError(f"{name} is not in the cache, and {constants.ENDPOINT} cannot be reached")
     if path is None:
         raise ValueError(f"{name} has none of {', '.join(files)}: name a weight file, hf:owner/name/FILE")
     return path if match["file"] else path.parent

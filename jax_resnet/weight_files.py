@@ -111,11 +111,9 @@ def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
         return _read_zip(file)
     if start.startswith(b"\x89HDF"):
         return _flat(_read_hdf5(file))
-    if start[257:262] == b"ustar" or tarfile.is_tarfile(file):
-        file.seek(0)
+    if start[257:262] == b"ustar":
         return _read_tar(file)
     if start.startswith(b"\x80"):
-        file.seek(0)
         return _flat(unpickling.read_stream(file))
     if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes()[: 2**24]:
         return _read_shards(path)

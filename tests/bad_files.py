@@ -198,6 +198,14 @@ def npz(name: str = "w.npz", change: Callable[[dict], dict] = lambda arrays: arr
     return lambda folder: np.savez(folder / name, **change(network()))
 
 
+def trained_network(**layers: object) -> dict[str, object]:
+    """The same in PyTorch, with other weights in some layers."""
+    import torch
+
+    changes = {f"{name}.weight": value for name, value in layers.items()}
+    return {name: torch.tensor(array) for name, array in network().items()} | changes
+
+
 def without(name: str) -> Callable[[dict], dict]:
     return lambda arrays: {key: value for key, value in arrays.items() if key != name}
 

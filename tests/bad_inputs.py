@@ -53,6 +53,7 @@ from bad_files import (
     stopped_run,
     tensor,
     torchscript,
+    trained_network,
     whole_model,
     with_metadata,
     without,
@@ -456,8 +457,9 @@ PICTURES = [
 ]  # fmt: skip
 
 AGAIN = "copy or download it again"
-NO_ARRAYS = "holds no arrays: expected {name: array}, alone or in an entry of a checkpoint"
-FIT = "w.npz does not fit ResNetConfig(…), 1 times:"
+NO_FOLDER = "is a folder without model.safetensors, weights.safetensors or checkpoints: name a weight file"
+NO_RESNET = "holds no ResNet: there is no layer1.0.conv1.weight, whatever the prefix; the first names are"
+FIT = "w.npz does not fit a resnet18 with 5 classes and 3 channels:"
 NOT_OF_A_RUN = "w.safetensors has metadata that are not those of a run of experiments.cars:"
 FACTS = dict(arch='"resnet18"', class_names='["a", "b", "c", "d", "e"]', image_size="[64, 64]", grey="false",
              mean="[0.5, 0.5, 0.5]", std="[0.2, 0.2, 0.2]")  # fmt: skip
@@ -465,16 +467,16 @@ BY_METADATA = "classify a.png --weights w.safetensors"
 
 
 def unreadable(suffix: str, reason: str) -> str:
-    return f"w{suffix} is not a readable {suffix} file: {reason}"
+    return f"w{suffix} is not a readable weight file: {reason}"
 
 
 WEIGHT_FILES = [
     Case("no such file", CONVERT.format("w.npz"), "no weight file w.npz"),
     Case("another format", CONVERT.format("w.onnx"),
-         "weight files end in .safetensors, .npz, .pth, .pt, .ckpt or .tar, got w.onnx", file("w.onnx", b"")),
-    Case("a folder", CONVERT.format("w.npz"), "w.npz is a folder: name a weight file in it",
+         f"w.onnx is not a readable weight file: its format is not known: {AGAIN}", file("w.onnx", b"\x08\x07\x12")),
+    Case("a folder", CONVERT.format("w.npz"), f"w.npz {NO_FOLDER}",
          lambda folder: (folder / "w.npz").mkdir()),
-    Case("a folder that is no run", "classify a.png --weights run", "no weight file run/weights.safetensors",
+    Case("a folder that is no run", "classify a.png --weights run", f"run {NO_FOLDER}",
          run_folder()),
     Case("a link to itself", CONVERT.format("w.npz"), "no weight file w.npz",
          lambda folder: (folder / "w.npz").symlink_to("w.npz")),
@@ -497,24 +499,25 @@ WEIGHT_FILES = [
          file("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
     Case("zeros", CONVERT.format("w.pth"), unreadable(".pth", f"it begins with zeros alone: {AGAIN}"),
          file("w.pth", bytes(5000))),
-    Case("noise", CONVERT.format("w.npz"), unreadable(".npz", f"it is no zip archive: {AGAIN}"),
+    Case("noise", CONVERT.format("w.npz"), unreadable(".npz", f"its format is not known: {AGAIN}"),
          file("w.npz", np.random.default_rng(0).bytes(5000))),
     Case("noise", CONVERT.format("w.pth"),
-         unreadable(".pth", f"it is no file of PyTorch's, or not the whole of it: {AGAIN}"),
+         unreadable(".pth", f"its format is not known: {AGAIN}"),
          file("w.pth", np.random.default_rng(0).bytes(5000))),
     Case("a single array", CONVERT.format("w.npz"),
          unreadable(".npz", "it is a single array (.npy): expected {name: array}"),
          lambda folder: (np.save(folder / "w.npy", np.ones(3)), (folder / "w.npy").rename(folder / "w.npz"))),
     Case("Python objects", CONVERT.format("w.npz"),
-         unreadable(".npz", "it holds Python objects, which could run code: expected arrays of numbers"),
+         "w.npz is refused: it holds Python objects, which could run code: expected arrays of numbers",
          npz(change=lambda arrays: {"fc.weight": np.array([{}], object)})),
-    Case("an archive of something else", CONVERT.format("w.npz"), f"w.npz {NO_ARRAYS}",
+    Case("an archive of something else", CONVERT.format("w.npz"),
+         "w.npz is an archive of readme.txt: unpack it, and name a weight file of it",
          lambda folder: zipfile.ZipFile(folder / "w.npz", "w").writestr("readme.txt", "hello")),
     Case("a zip bomb", CONVERT.format("w.npz"), "w.npz is refused: it would unpack to 24 GB, which no ResNet needs",
          zip_bomb),
     Case("a tensor of 1 number that says 512 billion", CONVERT.format("w.pth"),
          "w.pth is refused: it would unpack to 2,048 GB, which no ResNet needs",
-         pth(lambda: {"fc.weight": tensor(1).expand(10**9, 512)})),
+         pth(lambda: trained_network(fc=tensor(1).expand(10**9, 512)))),
     Case("a pickle that runs code", CONVERT.format("w.pth"),
          "w.pth is refused: it is a pickle that wants posix.system, and a pickle of more than data can run any code. "
          "Where you trust it, load it in PyTorch and save its state_dict alone: torch.save(model.state_dict(), PATH)",
@@ -526,21 +529,21 @@ WEIGHT_FILES = [
     Case("TorchScript", CONVERT.format("w.pth"),
          unreadable(".pth", "it is TorchScript: load it in PyTorch and save its state_dict, "
                     "torch.save(model.state_dict(), PATH)"), torchscript),
-    Case("a list", CONVERT.format("w.pth"), "w.pth must hold a state_dict, {name: array}, got a list",
+    Case("a list", CONVERT.format("w.pth"), f"w.pth {NO_RESNET} 0",
          pth(lambda: [tensor(3)])),
     Case("numbers for names", CONVERT.format("w.pth"),
-         "w.pth must hold a state_dict, {name: array}, got a dict whose keys are not all text",
+         f"w.pth {NO_RESNET} 0",
          pth(lambda: {0: tensor(3)})),
-    Case("an optimizer's state alone", CONVERT.format("w.pth"), f"w.pth {NO_ARRAYS}",
+    Case("an optimizer's state alone", CONVERT.format("w.pth"), f"w.pth {NO_RESNET} state.0.momentum_buffer",
          pth(lambda: {"state": {0: {"momentum_buffer": tensor(3)}}, "param_groups": []})),
-    Case("a sparse tensor", CONVERT.format("w.pth"), "w.pth has tensors that are no plain arrays: …",
-         pth(lambda: {"fc.weight": tensor(3, 3).to_sparse()})),
+    Case("a sparse tensor", CONVERT.format("w.pth"),
+         "w.pth has tensors that are no plain arrays: fc.weight is a sparse tensor",
+         pth(lambda: trained_network(fc=tensor(3, 3).to_sparse()))),
     Case("several networks", CONVERT.format("w.pth"),
-         "w.pth has arrays in several entries, student, teacher: name one, read_file(path, entry), or take it out with "
-         "`python -m experiments.convert IN OUT --entry NAME`",
-         pth(lambda: {"student": {"a": tensor(3)}, "teacher": {"a": tensor(3)}})),
+         "w.pth has several networks: in student, teacher. Name one: --entry NAME, or entry= in Python",
+         pth(lambda: {"student": trained_network(), "teacher": trained_network()})),
     Case("an entry that there is not", "convert w.npz out.npz --entry model_ema",
-         "w.npz has no entry 'model_ema' with arrays: no entry has some", npz()),
+         "w.npz has no network in 'model_ema', only in the file itself", npz()),
     Case("a header longer than the file", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
          file("w.safetensors", struct.pack("<Q", 2**60) + b"{}")),
     Case("a header that is no JSON", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
@@ -548,19 +551,27 @@ WEIGHT_FILES = [
     Case("an array beyond the file's end", CONVERT.format("w.safetensors"), unreadable(".safetensors", f"…; {AGAIN}"),
          safetensors_header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, b"1234")),
     Case("eight-bit floats", CONVERT.format("w.safetensors"),
-         unreadable(".safetensors", "it holds float8_e4m3fn, which NumPy has not: save it as float32, float16 or "
-                    "bfloat16"),
+         "w.safetensors is refused: it holds F8_E4M3: save it as float32, float16 or bfloat16",
          safetensors_header({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"12")),
-    Case("another kind of network", CONVERT.format("w.npz"),
-         "w.npz: no ResNet: conv1.weight, which must have 4 axes, is missing; the first names are weight",
+    Case("bfloat16 in .npz", CONVERT.format("w.npz"),
+         "w.npz is refused: 1 arrays, such as fc.bias, are raw bytes, 2 a value: NumPy has saved bfloat16 without its "
+         "type. Save it as .safetensors, or as float32",
+         npz(change=lambda arrays: arrays | {"fc.bias": np.zeros(5, "V2")})),
+    Case("another kind of network", CONVERT.format("w.npz"), f"w.npz {NO_RESNET} weight",
          npz(change=lambda arrays: {"weight": np.ones(3)})),
     Case("a network without classes", CONVERT.format("w.npz"),
-         f"{FIT.replace('1', '2')}\n  unexpected: fc.weight (0, 512)\n  unexpected: fc.bias (5,)",
+         "w.npz does not fit a resnet18 with no classes and 3 channels:",
          npz(change=lambda arrays: arrays | {"fc.weight": np.ones((0, 512), np.float16)})),
     Case("another number of blocks", CONVERT.format("w.npz"),
-         "w.npz: basic blocks, (2, 2, 2, 1) in the four stages, are none of resnet18, resnet34, resnet50, resnet101, "
-         "resnet152: pass --arch to see what is missing or unexpected",
+         "w.npz holds a ResNet with (2, 2, 2, 1) basic blocks: not supported, or incomplete",
          npz(change=lambda arrays: {name: a for name, a in arrays.items() if not name.startswith("layer4.1")})),
+    Case("a ResNeXt", CONVERT.format("w.npz"),
+         "w.npz holds a ResNeXt, with 32 groups in its convolutions: not supported",
+         npz(change=lambda a: a | {"layer1.0.conv2.weight": np.zeros((128, 4, 3, 3), np.float16),
+                                   "layer1.0.conv3.weight": np.zeros((256, 128, 1, 1), np.float16)})),
+    Case("a backbone to classify with", "classify a.png --weights w.npz",
+         "w.npz has no dense layer, or one that is not a single layer: it tells no classes apart",
+         npz(change=lambda arrays: {name: a for name, a in arrays.items() if not name.startswith("fc.")})),
     Case("an array missing", CONVERT.format("w.npz"), f"{FIT}\n  missing: bn1.bias (64,)",
          npz(change=without("bn1.bias"))),
     Case("an array too many", CONVERT.format("w.npz"), f"{FIT}\n  unexpected: extra (3,)",
@@ -579,12 +590,13 @@ WEIGHT_FILES = [
          "w.npz is a pipe or device: copy what it gives to a file",
          lambda folder: (cars_by_class(folder), os.mkfifo(folder / "w.npz")), how="process"),
     Case("another network to start from", f"{IN_CARS} --batch-size 2 --init w.npz --arch resnet34",
-         "w.npz does not fit ResNetConfig(…), … times:", lambda folder: (cars_by_class(folder), npz()(folder))),
+         "w.npz holds the weights of a resnet18 with 5 classes and 3 channels, not of a resnet34 with 2 classes and 1 "
+         "channels: pass --arch resnet18", lambda folder: (cars_by_class(folder), npz()(folder))),
     Case("a grey network of unknown pictures", "classify a.png --weights w.npz",
          "w.npz is for pictures of 1 channels and does not say how they are prepared: pass the weights.safetensors of "
          "a run of experiments.cars, whose metadata say it", lambda folder: np.savez(folder / "w.npz", **network(1))),
-    Case("another program's metadata", BY_METADATA, f"{NOT_OF_A_RUN} 'class_names' is missing",
-         with_metadata(arch='"resnet18"')),
+    Case("a part of a run's metadata", BY_METADATA, f"{NOT_OF_A_RUN} 'mean' is missing",
+         with_metadata(**{name: value for name, value in FACTS.items() if name != "mean"})),
     Case("metadata that are no JSON", BY_METADATA, f"{NOT_OF_A_RUN} …", with_metadata(**FACTS | {"arch": "resnet18"})),
     Case("metadata of another network", BY_METADATA,
          f"{NOT_OF_A_RUN} network, number of classes, of means, of deviations and of channels are ('resnet34', 5, 3, "

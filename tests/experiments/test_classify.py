@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from experiments import classify, convert, imagenet
+from experiments import classify, convert, hub_pictures, imagenet
 from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.training.prepare import describe_input
@@ -348,7 +348,9 @@ def files(tmp_path_factory, pictures):
     for name, facts in metadata.items():
         told = {k: json.dumps(v) for k, v in facts.items()}
         weights.save(folder / f"{name}.safetensors", params, batch_stats, metadata=told)
-    weights.save(folder / "text.safetensors", params, batch_stats, metadata={"arch": "resnet18 of mine"})
+    text = {name: "mine" for name in FACTS}
+    weights.save(folder / "text.safetensors", params, batch_stats, metadata=text)
+    weights.save(folder / "timm.safetensors", params, batch_stats, metadata={"arch": "resnet18", "mean": "0.5,0.5,0.5"})
     (folder / "empty").mkdir()
     np.savez(folder / "no_resnet.npz", weight=np.zeros(3))
     (folder / "text.jpg").write_text("no picture")
@@ -360,9 +362,9 @@ NOT_OF_A_RUN = "has metadata that are not those of a run of experiments.cars: "
 MISTAKES = {  # arguments, what the one line on stderr says
     "no picture": (["--weights", "good.npz"], "name one picture or more"),
     "no weights": (["picture", "--weights", "nowhere.npz"], "no weight file nowhere.npz"),
-    "an empty folder": (["picture", "--weights", "empty"], f"no weight file {Path('empty/weights.safetensors')}"),
-    "another suffix": (["picture", "--weights", "text.jpg"], "weight files end in"),
-    "another network": (["picture", "--weights", "no_resnet.npz"], "no_resnet.npz: no ResNet: conv1.weight"),
+    "an empty folder": (["picture", "--weights", "empty"], "empty is a folder without model.safetensors"),
+    "another suffix": (["picture", "--weights", "text.jpg"], "text.jpg is not a readable weight file: it is text"),
+    "another network": (["picture", "--weights", "no_resnet.npz"], "no_resnet.npz holds no ResNet"),
     "grey, nothing known": (["picture", "--weights", "grey.npz"], "grey.npz is for pictures of 1 channels"),
     "another arch's run": (["picture", "--weights", "other.safetensors"], f"other.safetensors {NOT_OF_A_RUN}"),
     "names of others": (["picture", "--weights", "names.safetensors"], f"names.safetensors {NOT_OF_A_RUN}"),
@@ -418,13 +420,79 @@ def test_a_mistake_is_exit_code_2_and_one_line(arguments, message, files, pictur
     assert message in error
 
 
-def test_another_architecture_than_the_files_is_listed(files, pictures, capsys):
-    """The one error of several lines: all names that do not fit."""
+def test_another_architecture_than_the_files_is_said(files, pictures, capsys):
     assert classify.main([str(pictures[0]), "--weights", str(files / "good.npz"), "--arch", "resnet34"]) == 2
-    assert "missing: layer1.2.conv1.weight (64, 64, 3, 3)" in capsys.readouterr().err
+    message = "good.npz holds the weights of a resnet18 with 3 classes and 3 channels, not of a resnet34"
+    assert message in capsys.readouterr().err
 
 
-def test_classes_without_names_are_numbered(files, pictures, capsys):
-    answer = asked(capsys, pictures[0], "--weights", files / "good.npz", "--framework", "torch")
+@pytest.mark.parametrize("name", ["good.npz", "timm.safetensors"])
+def test_classes_without_names_are_numbered(name, files, pictures, capsys):
+    """Also where another program's metadata share two names with a run's."""
+    answer = asked(capsys, pictures[0], "--weights", files / name, "--framework", "torch")
     (rows,) = answer["pictures"].values()
     assert sorted(row["class"] for row in rows) == ["class 0", "class 1", "class 2"]
+
+
+def test_the_settings_beside_a_file_are_used(resnet18, pictures, tmp_path, capsys):
+    """timm's config.json: size, filter, mean, deviation and the names of the classes; as PyTorch does it."""
+    weights.save(tmp_path / "model.safetensors", *weights.from_torch(resnet18[0].state_dict()))
+    names = [f"name {number}" for number in range(1000)]
+    told = {"input_size": [3, 160, 160], "interpolation": "bicubic", "crop_pct": 0.95, "crop_mode": "center",
+            "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": told, "label_names": names}))
+    answer = asked(capsys, pictures[0], "--weights", tmp_path, "--framework", "torch", "--top", "1")
+    assert answer["preparation"] == "shorter side resized to 168 (bicubic), middle 160x160"
+    transforms = torchvision.transforms._presets.ImageClassification(
+        crop_size=160, resize_size=168, mean=told["mean"], std=told["std"],
+        interpolation=torchvision.transforms.InterpolationMode.BICUBIC,
+    )  # fmt: skip
+    with torch.inference_mode():
+        expected = resnet18[0](transforms(pil_loader(pictures[0]))[None]).softmax(-1)[0].max()
+    (rows,) = answer["pictures"].values()
+    assert rows[0]["class"] == names[rows[0]["number"]]
+    assert rows[0]["probability"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+MIDDLE, BOTH = {"shortest_edge": 224}, {"height": 192, "width": 160}
+HUB_SETTINGS = {  # what stands beside the weights; the shorter side or both, the crop and the filter
+    "timm": ({"input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"}, (256,), (224, 224), 2),
+    "timm, squashed": (
+        {"input_size": [3, 224, 160], "crop_pct": 1.0, "interpolation": "lanczos", "crop_mode": "squash"},
+        (224, 160), (224, 160), 1,
+    ),
+    "microsoft/resnet-50": ({"size": MIDDLE, "crop_pct": 0.875, "resample": 3}, (256,), (224, 224), 3),
+    "its older form": ({"size": 224, "crop_pct": 0.875, "resample": 3}, (256,), (224, 224), 3),
+    "large": ({"size": {"shortest_edge": 384}, "resample": 3}, (384, 384), (384, 384), 3),
+    "a crop": ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224}, (256,), (224, 224), 2),
+    "ViT's": ({"size": BOTH, "resample": 2}, (192, 160), (192, 160), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "shorter", "crop", "resample"), HUB_SETTINGS.values(), ids=HUB_SETTINGS)
+def test_settings_of_a_hub(settings, shorter, crop, resample):
+    """What timm 1.0 and transformers 5.24 do with them."""
+    of_timm = "input_size" in settings
+    numbers = ("mean", "std") if of_timm else ("image_mean", "image_std")
+    settings = settings | {name: [0.5, 0.4, 0.3] for name in numbers}
+    told = hub_pictures.preparation({"pretrained_cfg": settings} if of_timm else settings)
+    assert (told.shorter, told.crop, told.resample) == (shorter, crop, resample)
+    assert told.mean == told.std == (0.5, 0.4, 0.3)
+
+
+BAD_HUB_SETTINGS = {
+    "no size": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    "no deviation": {"image_mean": [0.5] * 3, "image_std": [0] * 3, "size": 224},
+    "a huge size": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 10**6},
+    "an unknown filter": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 224, "resample": 9},
+    "text for numbers": {"image_mean": "abc", "image_std": [0.5] * 3, "size": 224},
+    "a crop of nothing": {"input_size": [3, 224, 224], "crop_pct": 0, "interpolation": "bicubic"},
+    "no object": {"pretrained_cfg": {"input_size": 3}},
+}
+
+
+@pytest.mark.parametrize("settings", BAD_HUB_SETTINGS.values(), ids=BAD_HUB_SETTINGS)
+def test_settings_of_a_hub_that_say_nothing(settings, tmp_path):
+    file = weights.WeightFile(tmp_path, {}, "", "torchvision", "fc", (), {}, settings, None)
+    with pytest.raises(ValueError, match="do not say how pictures are prepared"):
+        classify.as_the_hub_says(file, None)

@@ -218,6 +218,21 @@ def test_relatives_are_called_by_their_name(arrays, message):
             weight_checks.recognize(arrays)
 
 
+@pytest.mark.parametrize("name", weight_checks.ARCHITECTURES)
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("num_classes", [196, 0])
+def test_networks_are_recognized(name, batch_norm, num_classes):
+    config = getattr(resnet, name)(num_classes=num_classes, in_channels=1, batch_norm=batch_norm)
+    arrays = {key: zeros(*shape) for key, shape in weight_checks._shapes(config).items()}
+    assert weight_checks.recognize(arrays) == (name, config)
+    assert weight_checks.recognize(arrays, "resnet18") == (
+        "resnet18", resnet.resnet18(num_classes=num_classes, in_channels=1, batch_norm=batch_norm)
+    )  # fmt: skip
+    weight_checks.check_arrays(arrays, config, "here")
+    del arrays["layer3.1.conv1.weight"]
+    assert weight_checks.recognize(arrays) == (name, config)  # what is missing is for check_arrays
+
+
 HINTS = {
     "classes": ({"fc.weight": zeros(7, 512), "fc.bias": zeros(7)}, 'head="new" draws a dense layer'),
     "no dense layer": ({"fc.weight": None, "fc.bias": None}, 'head="new" draws a dense layer'),
