@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from experiments.cli import Arch, exit_code, parse
-from experiments.training.run_weights import run_metadata
+from experiments.training.run_folder import run_metadata
 from jax_resnet import resnet, weights
 from jax_resnet.weight_checks import check_arrays
 from jax_resnet.weight_names import COUNT

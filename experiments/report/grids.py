@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from experiments.frameworks.experiment import BOUNDED
 from experiments.report.analysis import paired_difference
 from experiments.report.answer import percent, points
-from experiments.report.figures import panels
+from experiments.report.curves import panels
 from experiments.report.study_results import Contestant
 
 PANELS_WIDE = 4

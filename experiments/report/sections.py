@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.output.tables import as_text
-from experiments.report import figures
+from experiments.report import curves
 from experiments.report.analysis import paired_difference, reached, verdict
 from experiments.report.answer import answer, answer_row, limits, percent, points
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
@@ -219,21 +219,21 @@ def _differences(results: StudyResults) -> Iterator[Block]:
         "corrected for their number. The second interval takes the test pictures for a sample as well."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
-    yield _picture(results, "differences", figures.plot_differences(results, baseline), caption)
+    yield _picture(results, "differences", curves.plot_differences(results, baseline), caption)
 
 
 def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid]) -> Iterator[Block]:
-    few = len(trained) <= figures.MOST_CURVES
+    few = len(trained) <= curves.MOST_CURVES
     if few:
         caption = (
-            f"Means over seeds, with their 95% intervals from {figures.LEAST_BAND} seeds on. Losses are cut at "
-            f"{figures.MOST_LOSS} times the lowest after one epoch. The share of weights at AdaBound's upper bound is "
+            f"Means over seeds, with their 95% intervals from {curves.LEAST_BAND} seeds on. Losses are cut at "
+            f"{curves.MOST_LOSS} times the lowest after one epoch. The share of weights at AdaBound's upper bound is "
             "the share that SGD trains, in effect."
         )
-        yield _picture(results, "curves", figures.plot_curves(trained), caption)
+        yield _picture(results, "curves", curves.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
-    if few and (figure := figures.plot_step_map(trained)) is not None:
+    if few and (figure := curves.plot_step_map(trained)) is not None:
         caption = (
             "Each layer's median step over AdaBound's upper bound, by epoch (first seed). Red is above the bound, "
             "where AdaBound would cut it, blue below. AdaBound's own is white where it is cut. An optimizer without "
@@ -262,13 +262,13 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
 
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
-    if (figure := figures.plot_tuning(results)) is not None:
+    if (figure := curves.plot_tuning(results)) is not None:
         caption = (
             "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed. AdamW's weight "
             "decay is of the weights themselves, the others' is L2 in the gradient."
         )
         yield _picture(results, "tuning", figure, caption)
-    if (figure := figures.plot_tuning_effort(results)) is not None:
+    if (figure := curves.plot_tuning_effort(results)) is not None:
         caption = "What tuning is worth: the best of k trials, on average over all choices of k of them."
         yield _picture(results, "tuning-effort", figure, caption)
 

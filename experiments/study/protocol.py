@@ -58,8 +58,8 @@ from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from experiments.from_table import from_table
 from experiments.study_files import slug
-from experiments.training.from_table import from_table
 from experiments.training.settings import CarsExperiment, CarsSystem, settings_from
 
 # What the study sets itself for each run: all that says how it is run, and these.

@@ -10,12 +10,16 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from experiments.data.dataset import Split
+
+if TYPE_CHECKING:
+    from jax_resnet.weights import WeightFile
 
 CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
@@ -34,6 +38,8 @@ REPORTED = (
     CHECKPOINTS,
     PROFILE,
 )
+# In the metadata of the file, as JSON; of a run that has not ended, in its config.json.
+RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")
 FILES = (
     *REPORTED[1:],
     ERROR,
@@ -265,3 +271,16 @@ def read_test_results(path: Path) -> dict[str, np.ndarray]:
         return {name: np.array(values, kinds.get(name, str)) for name, values in columns.items()}
     except ValueError as error:
         raise ValueError(f"{path} holds no test results: {error}") from error
+
+
+def run_metadata(file: WeightFile) -> Mapping[str, str]:
+    """The metadata of a weight file; of a checkpoint of a run those that its weight file will have."""
+    facts = file.settings.get("input")
+    if file.metadata or not isinstance(facts, Mapping):
+        return file.metadata
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
+
+
+def is_of_a_run(metadata: Mapping[str, str]) -> bool:
+    """Whether metadata are those of a run of this project: other programs write one of these names, or two."""
+    return 2 * sum(name in metadata for name in RUN_FACTS) > len(RUN_FACTS)

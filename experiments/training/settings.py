@@ -20,7 +20,7 @@ from experiments.frameworks.experiment import (
     require_at_least,
     require_positive,
 )
-from experiments.training.from_table import check_types
+from experiments.from_table import check_types
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
 

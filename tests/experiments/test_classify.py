@@ -15,7 +15,9 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from experiments import classify, convert, hub_pictures, imagenet
+from experiments import convert
+from experiments.classify import __main__ as classify
+from experiments.classify import hub_pictures, imagenet
 from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.training.prepare import describe_input
@@ -286,7 +288,7 @@ def test_it_needs_no_torch(resnet18, pictures, tmp_path):
                     raise ModuleNotFoundError(f"No module named {name!r}")
 
         sys.meta_path.insert(0, Missing())
-        from experiments.classify import main
+        from experiments.classify.__main__ import main
 
         print([main([*sys.argv[1:], "--framework", name]) for name in ("jax", "numpy", "torch")])
         print(main([sys.argv[1], "--weights", "torchvision"]))

@@ -1,4 +1,4 @@
-"""experiments.imagenet: torchvision's preparation of pictures to the bit, its class names, its weight files."""
+"""experiments.classify.imagenet: torchvision's preparation of pictures to the bit, class names, weight files."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from experiments import imagenet
+from experiments.classify import imagenet
 from experiments.data.augment import normalize, to_unit_range
 
 ResNet18 = torchvision.models.ResNet18_Weights

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import jax_resnet.weights
-from experiments import classify, mnist
+from experiments import mnist
+from experiments.classify import __main__ as classify
 from experiments.data.digits import load_mnist
 from experiments.data.stream import Batches
 from experiments.frameworks.experiment import TITLES, CommonOptimizerName

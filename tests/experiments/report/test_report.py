@@ -11,7 +11,7 @@ from fake_cars import FAKE, SMALL
 
 from experiments.report import __main__ as report
 from experiments.report.answer import answer
-from experiments.report.figures import plot_curves, plot_differences
+from experiments.report.curves import plot_curves, plot_differences
 from experiments.report.grids import find_grids, grid_differences, plot_grid_curves
 from experiments.report.markdown import picture, write_report
 from experiments.report.study_results import Contestant, StudyResults, Trial, read_study

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments import imagenet
+from experiments.classify import imagenet
 from experiments.cli import MAX_SIZE
 
 # Pillow's numbers, which Hugging Face writes, by the names that timm writes.

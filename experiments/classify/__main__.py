@@ -8,7 +8,7 @@
 
 Pictures are prepared as in the network's training. For ImageNet that is what torchvision's `weights.transforms()` does,
 to the bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
-taken whole, so cut it to the car first if the run did. An exported network (`experiments.stablehlo`) has its weights
+taken whole, so cut it to the car first if the run did. An exported network (see `stablehlo`) has its weights
 and the normalization inside and needs no weight file.
 """
 
@@ -27,14 +27,13 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import hub_pictures, imagenet, stablehlo
+from experiments.classify import hub_pictures, imagenet, stablehlo
 from experiments.cli import MAX_SIZE, Arch, exit_code, parse
 from experiments.data.augment import normalize, to_unit_range
 from experiments.data.pictures import Decoding, printable, read_file
 from experiments.data.pictures import decode as decode_as_trained
 from experiments.frameworks.common import ResNet, adapter
-from experiments.training.run_folder import WEIGHTS
-from experiments.training.run_weights import RUN_FACTS, is_of_a_run, run_metadata
+from experiments.training.run_folder import RUN_FACTS, WEIGHTS, is_of_a_run, run_metadata
 from jax_resnet import resnet, weights
 from jax_resnet.weight_checks import check_arrays
 
