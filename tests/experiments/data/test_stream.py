@@ -321,7 +321,7 @@ def test_bad_pictures_are_refused_or_skipped_as_with_the_cache(tmp_path):
     (tmp_path / "found" / "train" / "a" / "00003.jpg").write_bytes(b"")
     truncated(tmp_path / "found" / "test" / "b" / "00001.jpg")
     for decode in ("cache", "lazy"):
-        with pytest.raises(DataError, match=r"2 of 29 pictures .* cannot be read: train/a/00003.jpg .*--skip-bad"):
+        with pytest.raises(DataError, match=r"2 of 29 pictures .* cannot be used: train/a/00003.jpg .*--skip-bad"):
             load(tmp_path, decode)
     cached, lazy = (load(tmp_path, decode, skip_bad=True) for decode in ("cache", "lazy"))
     assert lazy.source["skipped"] == cached.source["skipped"] == ["train/a/00003.jpg", "test/b/00001.jpg"]
