@@ -89,7 +89,7 @@ def scale_by_adabound(
         nu = _tree_map(lambda g, v: v if g is None else b2 * v + (1 - b2) * g**2, grads, state.nu)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsbound else None
         count = optax.safe_increment(state.count)
-        correction, lower, upper = correction_and_bounds(count, b1, b2, gamma, final_lr_ratio)
+        correction, lower, upper = _correction_and_bounds(count, b1, b2, gamma, final_lr_ratio)
 
         def rule(g, m, v):
             if g is None:
@@ -277,7 +277,7 @@ def adaboundw(
     )
 
 
-def correction_and_bounds(count, b1, b2, gamma, final_lr_ratio):
+def _correction_and_bounds(count, b1, b2, gamma, final_lr_ratio):
     """The correction of the moments' bias after so many updates, and the bounds: three scalars."""
     t = jnp.asarray(count, jnp.result_type(float))  # float64 under x64
     width = 1 + 1 / (gamma * t)  # (gamma·t + 1) / (gamma·t), whose terms may overflow to inf / inf

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jax_resnet.adabound import AdaBoundState, correction_and_bounds
+from jax_resnet.adabound import AdaBoundState, _correction_and_bounds
 
 __all__ = ["StepSizes", "step_sizes"]
 
@@ -57,7 +57,7 @@ def step_sizes(
       conv1: 0.0075, at the upper bound 0%
       fc: 50.0501, at the upper bound 50%
     """
-    correction, lower, upper = correction_and_bounds(state.count, b1, b2, gamma, final_lr_ratio)
+    correction, lower, upper = _correction_and_bounds(state.count, b1, b2, gamma, final_lr_ratio)
     nu = state.nu if state.nu_max is None else state.nu_max
     steps = jax.tree.map(lambda v: correction.astype(v.dtype) / (jnp.sqrt(v + eps_root) + eps), nu)
     at_lower = jax.tree.map(lambda s: jnp.mean(s <= lower), steps)
