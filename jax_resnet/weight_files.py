@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from jax_resnet import unpickling
+from jax_resnet.checkpoint import Checkpoints, DamagedError
 
 __all__ = [
     "AGAIN",
@@ -235,9 +236,7 @@ def _read_folder(path: Path) -> Contents:
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return read_contents(path / name)._replace(path=path / name)
-    from jax_resnet.checkpoint import Checkpoints, DamagedError  # imports orbax
-
-    if path.name.isdecimal() and (path / "record").is_dir():
+    if path.name.isdecimal() and any(path.glob("record*")):
         folder, steps = path.parent, [int(path.name)]
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -365,8 +365,7 @@ def test_folders(tmp_path):
         assert contents.arrays.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(contents.arrays[name], array * (step if "mean" in name else 1))
-    for file in (tmp_path / "run/checkpoints/12/record").glob("metadata"):
-        file.write_bytes(b"")
+    (tmp_path / "run/checkpoints/12/record.json").write_bytes(b"")
     assert weight_files.read_contents(tmp_path / "run").path.name == "3"
     with pytest.raises(ValueError, match="12 is damaged"):
         weight_files.read_contents(tmp_path / "run/checkpoints/12")
