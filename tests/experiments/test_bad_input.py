@@ -19,10 +19,11 @@ from bad_inputs import BATTERY, COMMAND_LINE, PAGE, PICTURES, WEIGHT_FILES, Case
 from PIL import Image
 
 import experiments.bench.__main__
+import experiments.classify.__main__
 import experiments.parity.__main__
 import experiments.report.__main__
 import experiments.study.__main__
-from experiments import cars, classify, compare, convert, describe, mnist
+from experiments import cars, compare, convert, describe, mnist
 from experiments.training.settings import DATA_VARIABLE
 from jax_resnet import weights
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 MAIN = {
     "cars": cars.main,
     "mnist": mnist.main,
-    "classify": classify.main,
+    "classify": experiments.classify.__main__.main,
     "convert": convert.main,
     "describe": describe.main,
     "compare": compare.main,
