@@ -243,9 +243,9 @@ def test_classify_takes_any_name(folder, capsys):
         more = {"save_all": True, "append_images": [kind, kind]} if file_format == "GIF" else {}
         (folder / name).write_bytes(encoded(kind, file_format, **more))
     command = [*NAMES, "--weights", "w.npz", "--framework", "numpy"]
-    assert classify.main([*command, "--json"]) == 0
+    assert MAIN["classify"]([*command, "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["pictures"]) == list(NAMES)
-    assert classify.main(command[-5:]) == 0
+    assert MAIN["classify"](command[-5:]) == 0
     assert "\ncaf\\udce9\n" in capsys.readouterr().out
 
 
