@@ -17,7 +17,7 @@ from jax_resnet import resnet
 from jax_resnet.weight_files import to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
 
-__all__ = ["ARCHITECTURES", "check_arrays", "describe", "recognize"]
+__all__ = ["ARCHITECTURES", "check_arrays", "describe", "diagnosis", "recognize"]
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _LISTED = 8  # of the differences between a file and a network
@@ -58,7 +58,7 @@ def check_arrays(
             problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
     if not problems:
         return
-    if other := _diagnosis(arrays, config):
+    if other := diagnosis(arrays, config):
         raise ValueError(f"{path} {other}")
     if len(problems) > _LISTED:
         problems[_LISTED:] = [f"and {len(problems) - _LISTED:,} more"]
@@ -116,7 +116,7 @@ def describe(config: resnet.ResNetConfig) -> str:
     return f"a {name} with {config.num_classes or 'no'} classes and {config.in_channels} channels{plain}"
 
 
-def _diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:
+def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:
     """What else the arrays are of, if that is all that is wrong."""
     if "layer1.0.conv1.weight" not in arrays:
         return None

@@ -25,7 +25,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_resnet import hub, resnet, weight_names
-from jax_resnet.weight_checks import check_arrays, recognize
+from jax_resnet.weight_checks import check_arrays, diagnosis, recognize
 from jax_resnet.weight_files import FOLDER_FILES, read_contents, to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
 
@@ -196,6 +196,8 @@ def fit(
         else array
         for name, array in file.arrays.items()
     }
+    if other := diagnosis(arrays, config):  # of the file as it is, before its ends are changed
+        raise ValueError(f"{file.path} {other}")
     if head == "new" or config.num_classes == 0:
         arrays = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
     if head == "new" and config.num_classes:

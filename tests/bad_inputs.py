@@ -207,7 +207,7 @@ COMMAND_LINE = [
         "half a run's metrics",
         "compare run",
         "run/metrics.jsonl is not that of a training run: …",
-        run_folder(metrics=b'{"epoch": 1.0, "st'),
+        run_folder(metrics=b'{"epoch": 1.0, "st\n'),
     ),
     Case(
         "other metrics",
@@ -233,7 +233,7 @@ COMMAND_LINE = [
     Case(
         "a format that there is not",
         "convert w.npz w.onnx",
-        "weight files end in .safetensors, .npz, .pth, .pt, got w.onnx",
+        "weight files end in .safetensors, .npz, .pth or .pt, got w.onnx",
     ),
     Case(
         "a file that is there",
@@ -254,7 +254,7 @@ COMMAND_LINE = [
         "a protocol with a setting that there is not",
         "study p.toml",
         "p.toml: settings: experiments.cars has no setting 'lr'",
-        file("p.toml", b'about = "?"\ncontestants = []\n[settings]\nlr = 1\n[final]\n'),
+        file("p.toml", b'about = "?"\ncontestants = []\n[settings]\nlr = 1\n[final]\nseeds = [1]\nepochs = 1\n'),
     ),
     Case(
         "a report on nothing",
@@ -610,7 +610,7 @@ WEIGHT_FILES = [
 
 # A run of --model cnn on the digits, of which --resume is to go on.
 RESUME = "mnist --model cnn --data digits --epochs 1 --batch-size 4 --framework jax --out run --resume"
-GOES_ON = "--resume goes on with the same ones"
+GOES_ON = "--resume goes on with the same ones; to train with these, begin a run in another --out"
 
 CHECKPOINTS = [
     Case("another seed", f"{RESUME} --seed 1",
@@ -641,7 +641,7 @@ CHECKPOINTS = [
          "run/checkpoints/9 is of another training: … arrays differ, the first is …: … there, … here",
          stopped_run(lambda folder: foreign_checkpoint(folder / "run/checkpoints"))),
     Case("a checkpoint of another program", RESUME,
-         "run/checkpoints/6 is not of a run of this program: its facts are name",
+         "run/checkpoints/6 is not of a run of this program: its facts have no best",
          stopped_run(lambda folder: foreign_facts(folder / "run/checkpoints"))),
     Case("checkpoints that are all damaged", RESUME,
          "none of the 1 checkpoints in run/checkpoints can be read: move them away to begin anew",

@@ -131,9 +131,10 @@ def test_bad_input(case, folder, capsys):
 RUNNER = f"""if True:
     import contextlib, io, json, os, sys
     sys.path.insert(0, {str(ROOT)!r})
-    from experiments import cars, classify, convert, mnist
+    from experiments import cars, convert, mnist
+    from experiments.classify import __main__ as classify
     # Nobody may not be able to read what is imported late, so it is imported before.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         classify.main([sys.argv[2] + "/no.jpg", "--weights", sys.argv[2] + "/w.npz"])
         cars.main(["--data", sys.argv[2] + "/cars"])
     if sys.argv[1] == "nobody" and os.getuid() == 0:
@@ -143,7 +144,7 @@ RUNNER = f"""if True:
     for folder, program, arguments in json.loads(sys.stdin.read()):
         os.chdir(folder)
         printed = io.StringIO()
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             try:
                 code = dict(cars=cars, classify=classify, convert=convert, mnist=mnist)[program].main(arguments)
             except SystemExit as stop:
@@ -262,7 +263,7 @@ def test_cars_takes_any_name(folder, capsys):
     command += ["--framework", "numpy", "--limit", "4", "--opt", "sgd", "--augmentation", "none"]
     assert cars.main([*command, "--data", str(data), "--out", str(out)]) == 0
     assert all("\n" not in name for name in json.loads((out / "config.json").read_text())["input"]["class_names"])
-    facts = weights.read_metadata(out / "weights.safetensors")
+    facts = weights.read_file(out / "weights.safetensors").metadata
     expected = sorted(["two words", 'it\'s "quoted"', r"a\nb", "Škoda 🚗", "$(HOME) *", r"caf\udce9"])
     assert sorted(json.loads(facts["class_names"])) == expected
 
