@@ -13,6 +13,9 @@ optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` its ch
 module. docs/jax.md shows each in a few lines.
 """
 
+import importlib
+from types import ModuleType
+
 from jax_resnet.resnet import Output, ResNetConfig, apply, init, resnet18, resnet34, resnet50, resnet101, resnet152
 
 __all__ = [
@@ -26,3 +29,16 @@ __all__ = [
     "resnet101",
     "resnet152",
 ]
+
+_MODULES = ("adabound", "checkpoint", "layers", "nnx", "resnet", "step_sizes", "train", "weights")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`jax_resnet.weights` and the other modules, imported when they are first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"jax_resnet.{name}")
+    raise AttributeError(f"module 'jax_resnet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -2,16 +2,18 @@
 
 XLA:CPU is slow where other backends are not. Its convolutions and their gradients run on one core or leave the fast
 library outside a range of sizes, it merges what is computed twice and keeps the result, and it fuses a chain of sums
-into every later use. What each form gave when it came, of the time of a step or of the layer (docs/speed.md has
-machines and sizes):
+into every later use. The gain of each form, as new over old time of a training step or of the layer
+(docs/speed-notes.md has machines and sizes):
 
 - a weight's gradient as a matrix product: training 0.77 to 0.88; by rows of the kernel and turned: 0.81 to 0.94
 - XLA's own convolution up to 128 channels in inference: without it ResNet-18 takes 1.08
 - max-pooling's gradient by phases of the stride: 1.6 ms of 7.3 (32 of 32x32x64)
-- `once_known`: a training step of ResNet-101 holds 144 MB of 348 (8 of 96x96)
+- Winograd's form in inference, as slices: 0.98 to 1.00
+- `once_known`: the temporary memory of a training step of ResNet-101 falls from 348 to 148 MB (8 of 96x96)
 
-To leave all of it out set `jax_resnet.cpu.ENABLED = False` before anything is traced, or call `jax.clear_caches()`
-after it. Then a CPU runs what a GPU or TPU runs, and the results differ by rounding alone.
+To leave all of it out, set `jax_resnet.cpu.ENABLED = False` before anything is traced, or call `jax.clear_caches()`
+after it. Then a CPU runs what a GPU or TPU runs, and the results differ by rounding alone. (`recomputed`, which is what
+remat uses everywhere, stays.)
 
 Static shapes and types decide between forms. Where a symbolic dimension (`jax.export`) would decide, the form is the
 one that needs no such decision.

@@ -1,16 +1,17 @@
 """ResNets as flax.nnx modules, which compute what `resnet.apply` computes.
 
+    import jax_resnet as jr
     from flax import nnx
     from jax_resnet.nnx import ResNet
 
-    config = resnet.resnet50()
-    model = ResNet(config, weights.load("resnet50.pth", config))    # or ResNet(config, rngs=nnx.Rngs(0))
+    config = jr.resnet50()
+    model = ResNet(config, jr.weights.load("resnet50.pth", config))    # or ResNet(config, rngs=nnx.Rngs(0))
     model.eval()                                                    # a new model is in training mode, as all of flax's
     logits = model(images)
     activations = model.features(images)                            # {"stem", "layer1.0", ..., "layer4.2", "pool"}
     again = model.layer4[-1](activations["layer4.1"])               # a block is a module
     model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # a head of your own; None returns the pooled vector
-    weights.save("cars.safetensors", *model.arrays())
+    jr.weights.save("cars.safetensors", *model.arrays())
 
 Parameters are nnx.Param and running statistics nnx.BatchStat. Their paths joined by "." are torchvision's names.
 """
@@ -98,6 +99,8 @@ class ResNet(nnx.Module):
         *,
         rngs: nnx.Rngs | None = None,
     ):
+        if isinstance(arrays, nnx.Rngs):
+            raise ValueError("arrays must be (params, batch_stats), got nnx.Rngs: pass rngs=")
         if arrays is None:
             if rngs is None:
                 raise ValueError("pass arrays, (params, batch_stats), or rngs to draw them")

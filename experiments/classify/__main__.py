@@ -6,8 +6,9 @@
     python -m experiments.classify --weights runs/cars --export cars.stablehlo
     python -m experiments.classify car.jpg --weights cars.stablehlo
 
-Pictures are prepared as in the network's training. For ImageNet that is what torchvision's `weights.transforms()` does,
-to the bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
+Pictures are prepared as in the network's training. For ImageNet that is what the settings beside the file say (timm's
+config.json, Hugging Face's preprocessor_config.json), or else what torchvision's `weights.transforms()` does, to the
+bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
 taken whole, so cut it to the car first if the run did. An exported network (see `stablehlo`) has its weights
 and the normalization inside and needs no weight file.
 """
@@ -62,8 +63,8 @@ class Settings:
     entry: str | None = None
     """Which network of a file with several, say model_ema or teacher [default: the one that was trained]."""
     resize: int | None = None
-    """The shorter side of a picture in pixels, before the middle 224x224 are cut out [default: 232 for torchvision's V2
-    weights, which are known by their file's name, such as resnet101-cd907fc2.pth; 256 for all others]."""
+    """The shorter side of a picture in pixels, before the middle 224x224 are cut out [default: what the settings beside
+    the file say; 232 for torchvision's V2 weights, known by their file's name; 256 for all others]."""
     json: bool = False
     """Print JSON in place of tables."""
     export: Path | None = None

@@ -39,7 +39,7 @@ def battery() -> list[unittest.TestCase]:
 CASES = battery()
 
 
-@pytest.mark.skipif(not CASES, reason="needs optax's own tests in its package, and absl")
+@pytest.mark.skipif(not CASES, reason="needs the extra test: optax's own tests, in its package, and absl")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id().rpartition(".")[2])
 def test_optaxs_battery(case):
     result = unittest.TestResult()
