@@ -29,11 +29,10 @@ def test_outputs_are_kept_and_small(path):
 
 @pytest.mark.slow
 @every_notebook
-def test_a_notebook_runs(path, monkeypatch, request):
+def test_a_notebook_runs(path, monkeypatch):
     """Its own assertions hold. Without the real digits mnist draws some."""
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    if path.stem == "mnist":
-        monkeypatch.setenv("MNIST_DIR", str(request.getfixturevalue("mnist_dir")))
+    monkeypatch.setenv("MNIST_DIR", str(ROOT.parent / "shared" / "data" / "mnist"))
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
