@@ -108,13 +108,16 @@ class Unreadable(ValueError):
 
 
 def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
+    # The length of its header comes first, and may begin like a pickle.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size:
+        return _read_safetensors(path)
     if start.startswith(b"PK\3\4"):
         return _read_zip(file)
     if start.startswith(b"\x89HDF"):
         return _flat(_read_hdf5(file))
     if start[257:262] == b"ustar":
         return _read_tar(file)
-    if start.startswith(b"\x80"):
+    if start[:1] == b"\x80" and start[1:2] <= b"\5":
         return _flat(unpickling.read_stream(file))
     if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes()[: 2**24]:
         return _read_shards(path)

@@ -14,9 +14,9 @@ import pytest
 import scipy.signal
 from idx_files import write_mnist
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-import jax_resnet.weights
 from experiments import mnist
 from experiments.classify import __main__ as classify
 from experiments.data.digits import load_mnist
@@ -177,7 +177,8 @@ def test_the_cnns_file_is_pytorchs(framework, runs, data):
         "fc.weight": (10, 32 * 14 * 14),
         "fc.bias": (10,),
     }
-    metadata = {k: json.loads(v) for k, v in jax_resnet.weights.read_metadata(folder / "weights.safetensors").items()}
+    with safe_open(folder / "weights.safetensors", framework="numpy") as file:
+        metadata = {name: json.loads(value) for name, value in file.metadata().items()}
     test = load_mnist(data).test
     images = np.pad((test.images[..., 0] / 255 - metadata["mean"]) / metadata["std"], ((0, 0), (2, 2), (2, 2)))
     right = []

@@ -369,3 +369,14 @@ def test_folders(tmp_path):
     assert weight_files.read_contents(tmp_path / "run").path.name == "3"
     with pytest.raises(ValueError, match="12 is damaged"):
         weight_files.read_contents(tmp_path / "run/checkpoints/12")
+
+
+def test_a_safetensors_file_that_begins_like_a_pickle(tmp_path):
+    """Its first byte is that of the header's length, and 0x80 begins a pickle."""
+    path = tmp_path / "a.safetensors"
+    for padding in range(0, 512, 8):
+        safetensors.numpy.save_file({"conv1.weight": np.ones((2, 3), np.float32)}, path, {"padding": padding * "x"})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert list(weight_files.read_contents(path).arrays) == ["conv1.weight"]
