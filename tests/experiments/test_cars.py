@@ -12,7 +12,8 @@ import pytest
 from logistic_regression import pixel_accuracy
 from PIL import Image
 
-from experiments import cars, classify, compare
+from experiments import cars, compare
+from experiments.classify import __main__ as classify
 from experiments.cli import parse_image_size
 from experiments.data.drawn_cars import drawn_cars
 from experiments.training import prepare
