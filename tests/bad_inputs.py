@@ -591,7 +591,7 @@ WEIGHT_FILES = [
          lambda folder: (cars_by_class(folder), os.mkfifo(folder / "w.npz")), how="process"),
     Case("another network to start from", f"{IN_CARS} --batch-size 2 --init w.npz --arch resnet34",
          "w.npz holds the weights of a resnet18 with 5 classes and 3 channels, not of a resnet34 with 2 classes and 1 "
-         "channels: pass --arch resnet18", lambda folder: (cars_by_class(folder), npz()(folder))),
+         "channel: pass --arch resnet18", lambda folder: (cars_by_class(folder), npz()(folder))),
     Case("a grey network of unknown pictures", "classify a.png --weights w.npz",
          "w.npz is for pictures of 1 channel and does not say how they are prepared: pass the weights.safetensors of "
          "a run of experiments.cars, whose metadata say it", lambda folder: np.savez(folder / "w.npz", **network(1))),

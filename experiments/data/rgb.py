@@ -83,7 +83,7 @@ def white_of(kind: str, highest: float) -> int:
     Fractions may exceed it by a tenth, and 1 by half: filters overshoot at edges.
     """
     if kind == FRACTIONS:
-        highest = max(1, highest / 1.1) if highest > 1.5 else 1
+        highest = highest / 1.1 if highest > 1.5 else 1
     whites = (2**bits - 1 for bits in (1, 2, 4, 8, 10, 12, 14, 16))
     return next((white for white in whites if highest <= white), 2 ** int(highest).bit_length() - 1)
 

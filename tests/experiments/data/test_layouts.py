@@ -267,7 +267,7 @@ TAKEN = {
         changed(make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef")),
         r"2 folders without pictures are no classes: train/old, test/Škoda.*\n2 entries of .* are not pictures",
     ),
-    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 picture in .* not in a class"),
+    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 picture .* not in a class"),
     "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
     "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
     "links for classes": (
@@ -291,7 +291,7 @@ TAKEN = {
     "parquet, train_0": (in_folder(make_parquet, pattern="{split}_{part}.parquet"), ""),
     "parquet, part-0": (in_folder(make_parquet, pattern="data/{split}-part-{part}.parquet"), ""),
     "leftovers beside parquet": (changed(make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet")), ""),
-    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "1 picture .* without .*9.png"),
+    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "without annotation: "),
 }  # fmt: skip
 
 
