@@ -113,7 +113,8 @@ def describe(config: resnet.ResNetConfig) -> str:
     shapes = {(c.block, c.stage_sizes): name for name in ARCHITECTURES if (c := getattr(resnet, name)())}
     name = shapes.get((config.block, config.stage_sizes), f"ResNet of {config.stage_sizes} {config.block} blocks")
     plain = "" if config.batch_norm else ", without BatchNorm"
-    return f"a {name} with {config.num_classes or 'no'} classes and {config.in_channels} channels{plain}"
+    channels = "1 channel" if config.in_channels == 1 else f"{config.in_channels} channels"
+    return f"a {name} with {config.num_classes or 'no'} class{'es' * (config.num_classes != 1)} and {channels}{plain}"
 
 
 def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:

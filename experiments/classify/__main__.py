@@ -161,9 +161,10 @@ def load_classifier(settings: Settings) -> Classifier:
     else:
         preparation = as_the_hub_says(file, settings.resize) or as_imagenet(settings.resize or resize)
         if config.in_channels != len(preparation.mean):
+            channels = "1 channel" if config.in_channels == 1 else f"{config.in_channels} channels"
             raise ValueError(
-                f"{path} is for pictures of {config.in_channels} channels and does not say how they are prepared: pass "
-                f"the {WEIGHTS} of a run of experiments.cars, whose metadata say it"
+                f"{path} is for pictures of {channels} and does not say how they are prepared: pass the {WEIGHTS} of "
+                "a run of experiments.cars, whose metadata say it"
             )
         class_names = hub_pictures.class_names(file.settings, config.num_classes) or imagenet.class_names()
         if config.num_classes != len(class_names):

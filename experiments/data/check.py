@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from experiments.data.dataset import SPLITS, Dataset
-from experiments.data.layouts.names import first_few
+from experiments.data.layouts.names import counted, first_few
 
 CHUNK_BYTES = 2**24
 SEVERITIES = ("error", "warning", "fact")
@@ -83,8 +83,8 @@ def label_findings(dataset: Dataset) -> Iterator[Finding]:
         elif len(outside):
             yield Finding(
                 "error",
-                f"{len(outside):,} {split} pictures have labels other than 0 to {len(names) - 1}: the first is number "
-                f"{outside[0]:,}, with {labels[outside[0]]}",
+                f"{counted(len(outside), f'{split} picture has a label', f'{split} pictures have labels')} other than "
+                f"0 to {len(names) - 1}: the first is number {outside[0]:,}, with {labels[outside[0]]}",
             )
         else:
             counts[split] = np.bincount(labels, minlength=len(names))
@@ -94,15 +94,19 @@ def label_findings(dataset: Dataset) -> Iterator[Finding]:
     for split in SPLITS:
         if absent := np.flatnonzero(counts[split] == 0).tolist():
             listed = first_few(names[label] for label in absent)
-            yield Finding("warning", f"{len(absent):,} classes have no {split} pictures: {listed}")
+            yield Finding(
+                "warning", f"{counted(len(absent), 'class has', 'classes have')} no {split} pictures: {listed}"
+            )
     if empty := np.flatnonzero(counts["train"] + counts["test"] == 0).tolist():
         listed = first_few(names[label] for label in empty)
-        yield Finding("warning", f"{len(empty):,} classes have no pictures at all: {listed}; add some, or remove them")
+        many = counted(len(empty), "class has", "classes have")
+        them = "it" if len(empty) == 1 else "them"
+        yield Finding("warning", f"{many} no pictures at all: {listed}; add some, or remove {them}")
     if untrained := counts["test"][counts["train"] == 0].sum():
         yield Finding(
             "warning",
-            f"{untrained:,} test pictures are of classes without train pictures and will all count as wrong: add train "
-            "pictures, or remove these",
+            f"{counted(untrained, 'test picture is', 'test pictures are')} of classes without train pictures and will "
+            f"{'' if untrained == 1 else 'all '}count as wrong: add train pictures, or remove these",
         )
     if np.count_nonzero(counts["train"]) == 1:
         yield Finding("warning", "all train pictures are of one class: there is nothing to tell apart")
@@ -135,9 +139,9 @@ def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iter
     for split in SPLITS:
         if places := np.flatnonzero(scans[split].plain).tolist():
             listed = first_few((name_of(dataset, split, place) for place in places), shown)
-            yield Finding(
-                "warning", f"{len(places):,} {split} pictures are of one colour throughout: {listed}; replace them"
-            )
+            many = counted(len(places), f"{split} picture is", f"{split} pictures are")
+            them = "it" if len(places) == 1 else "them"
+            yield Finding("warning", f"{many} of one colour throughout: {listed}; replace {them}")
 
 
 def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import io
 import math
+import os
 import struct
 import sys
 import zlib
@@ -75,12 +76,16 @@ def find_files(directory: Path) -> dict[str, tuple[Path, Path]]:
     """The files with the images and the labels of each split, in the folder or in one in it (MNIST/raw/).
 
     Raises:
-      DataError: there is no such folder, files are missing in it, or several folders in it have them.
+      DataError: there is no such folder, files are missing in it, or several folders in it have them and not just one
+        is called MNIST.
     """
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
     for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
         places = [root for root in level if any(find_file(root, name) for name in NAMES)]
+        named = [root for root in places if "mnist" in str(root.relative_to(directory)).lower().split(os.sep)]
+        if len(places) > 1 and len(named) == 1:
+            places = named  # torchvision puts FashionMNIST/ beside it
         if len(places) > 1:
             raise DataError(
                 f"{directory} has {len(places)} sets of idx files: give one of {first_few(map(str, places))}"

@@ -78,10 +78,14 @@ def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, flo
 
 
 def white_of(kind: str, highest: float) -> int:
-    """The value that is white where this is the highest: of fractions 1, else of 8, 10, 12, 14 or 16 bits."""
-    if kind == FRACTIONS and highest <= 1:
-        return 1
-    return next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits), 2 ** int(highest).bit_length() - 1)
+    """The value that is white where this is the highest: that of 1 bit (masks, fractions), 2, 4, 8, 10, 12, 14 or 16.
+
+    Fractions may exceed it by a tenth, and 1 by half: filters overshoot at edges.
+    """
+    if kind == FRACTIONS:
+        highest = highest / 1.1 if highest > 1.5 else 1
+    whites = (2**bits - 1 for bits in (1, 2, 4, 8, 10, 12, 14, 16))
+    return next((white for white in whites if highest <= white), 2 ** int(highest).bit_length() - 1)
 
 
 def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
@@ -101,7 +105,10 @@ def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
         if kind == FRACTIONS:
             eight = np.rint(np.minimum(values, white) * (255 / white))
         else:
-            eight = np.minimum(values, white) >> (white.bit_length() - 8)
+            eight = np.minimum(values, white)
+            eight = eight * (255 // white) if white < 255 else eight >> (white.bit_length() - 8)
+        if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:  # a TIFF whose 0 is white
+            eight = 255 - eight
         return Image.fromarray(eight.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         opaque = image.convert("RGBA")

@@ -22,7 +22,7 @@ from experiments.data import cache
 from experiments.data.dataset import SPLITS, DataError, Dataset, Split, pixel_sums
 from experiments.data.layouts import find_pictures
 from experiments.data.layouts.files import Files, PictureFolder
-from experiments.data.layouts.names import first_few
+from experiments.data.layouts.names import counted, first_few
 from experiments.data.lazy import LazyPictures
 from experiments.data.pictures import Decoding, Failure, Picture, decode_many, printable
 from experiments.data.rgb import COLOURS, white_of
@@ -267,7 +267,9 @@ def class_notes(folder: PictureFolder, splits: dict[str, Split]) -> list[str]:
     for split in SPLITS:
         occurrences = np.bincount(splits[split].labels, minlength=len(folder.class_names))
         if absent := [name for name, times in zip(folder.class_names, occurrences, strict=True) if not times]:
-            notes.append(f"{len(absent):,} classes have no {split} pictures: {first_few(absent)}")
+            notes.append(
+                f"{counted(len(absent), 'class has', 'classes have')} no {split} pictures: {first_few(absent)}"
+            )
     return notes
 
 
@@ -277,17 +279,20 @@ def picture_notes(facts: dict[str, Any]) -> list[str]:
     notes = []
     if failures:
         failures = [Failure(*failure) for failure in failures]
-        notes.append(f"{len(failures):,} pictures that cannot be used are left out: {listed(failures)}")
+        many = counted(len(failures), "picture that cannot be used is", "pictures that cannot be used are")
+        notes.append(f"{many} left out: {listed(failures)}")
     if clipped:
-        notes.append(f"{len(clipped):,} boxes reach a pixel beyond their picture and are clipped: {first_few(clipped)}")
+        many = counted(len(clipped), "box reaches a pixel beyond its", "boxes reach a pixel beyond their")
+        notes.append(f"{many} picture, clipped: {first_few(clipped)}")
     if turned:
-        notes.append(
-            f"{len(turned):,} pictures are to be turned, says their EXIF, and are used as stored: {first_few(turned)}"
-        )
+        many = counted(len(turned), "picture is to be turned, says its", "pictures are to be turned, says their")
+        notes.append(f"{many} EXIF; used as stored: {first_few(turned)}")
     for kind, (count, highest) in facts["deep"].items():
         white = dict(map(tuple, facts["white"]))[kind]
         if (kind, white) != (COLOURS, 65535):
-            notes.append(f"{count:,} pictures hold {kind} of up to {highest:,}: {white:,} is taken for white")
+            note = f"{counted(count, 'picture holds', 'pictures hold')} {kind} of up to {round(highest, 3):,}: "
+            note += f"{white:,} is taken for white"
+            notes.append(note + (", and what exceeds it, too" if highest > white else ""))
     return notes
 
 

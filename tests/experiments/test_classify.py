@@ -367,7 +367,7 @@ MISTAKES = {  # arguments, what the one line on stderr says
     "an empty folder": (["picture", "--weights", "empty"], "empty is a folder without model.safetensors"),
     "another suffix": (["picture", "--weights", "text.jpg"], "text.jpg is not a readable weight file: it is text"),
     "another network": (["picture", "--weights", "no_resnet.npz"], "no_resnet.npz holds no ResNet"),
-    "grey, nothing known": (["picture", "--weights", "grey.npz"], "grey.npz is for pictures of 1 channels"),
+    "grey, nothing known": (["picture", "--weights", "grey.npz"], "grey.npz is for pictures of 1 channel and"),
     "another arch's run": (["picture", "--weights", "other.safetensors"], f"other.safetensors {NOT_OF_A_RUN}"),
     "names of others": (["picture", "--weights", "names.safetensors"], f"names.safetensors {NOT_OF_A_RUN}"),
     "a part of a run's": (["picture", "--weights", "part.safetensors"], f"{NOT_OF_A_RUN}'mean'"),

@@ -283,7 +283,7 @@ def test_bad_files_are_named(tree, tmp_path):
     with pytest.raises(ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, got .*a\.ckpt"):
         weights.save(tmp_path / "a.ckpt", *tree)
     weights.save(tmp_path / "a.npz", *tree)
-    with pytest.raises(ValueError, match=r"a\.npz does not fit a resnet18 with 7 classes and 1 channels:\n  fc"):
+    with pytest.raises(ValueError, match=r"a\.npz does not fit a resnet18 with 7 classes and 1 channel:\n  fc"):
         weights.load(tmp_path / "a.npz", resnet.resnet18(num_classes=7, in_channels=1))
 
 

@@ -94,6 +94,16 @@ def describe_content(data_dir: Path) -> str:
     folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
     if folders:
         return f"it has pictures in {first_few(folders, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
+    by_split = [
+        name
+        for name in folder_names(data_dir)
+        if any(
+            splits_in(inner) and picture_files(data_dir / name / inner, data_dir, [])
+            for inner in folder_names(data_dir / name)
+        )
+    ]
+    if len(by_split) > 1:
+        return f"{first_few(by_split, 3)} hold train and test each: expected the classes in these, train/{by_split[0]}/"
     if of_splits := [name for name in folder_names(data_dir) if splits_in(name)]:
         return f"{first_few(of_splits, 3)} hold no class folders with files that end as pictures do (.jpg, .png, …)"
     return f"it holds {first_few(names, 5)}" if names else "it is empty"

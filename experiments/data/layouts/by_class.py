@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from experiments.data.dataset import SPLITS, DataError
 from experiments.data.layouts import devkit
-from experiments.data.layouts.files import PictureFolder, Stored, folder_of_files, picture_files
-from experiments.data.layouts.names import choose_splits, first_few, folder_names, splits_in, tidy
+from experiments.data.layouts.files import PictureFolder, Stored, folder_of_files, not_pictures, picture_files
+from experiments.data.layouts.names import choose_splits, counted, first_few, folder_names, splits_in, tidy
+from experiments.data.pictures import printable
 
 EXPECTED = "expected train/<Class Name>/ and test/<Class Name>/"
 
@@ -19,13 +21,15 @@ class Classes:
 
     pictures: {name of a class folder: its pictures}, only of those that have some.
     loose: how many pictures lie directly in it.
-    empty, others: folders without pictures, and what else is not a picture, as paths below the root.
+    empty, others, hidden: folders without pictures, what else is not a picture, and folders with pictures that have the
+      name of a leftover; as paths below the root.
     """
 
     pictures: dict[str, list[Stored]]
     loose: int
     empty: list[str]
     others: list[str]
+    hidden: list[str]
 
 
 def by_class(root: Path) -> PictureFolder | None:
@@ -35,7 +39,8 @@ def by_class(root: Path) -> PictureFolder | None:
     a devkit in `root` if it names every picture, and in the same class; otherwise the pictures are used whole.
 
     Raises:
-      DataError: one of the splits is missing or there twice, or pictures do not lie in class folders.
+      DataError: one of the splits is missing or there twice, pictures do not lie in class folders, or both splits have
+        the same file.
     """
     found = {name: read_classes(root, name) for name in folder_names(root) if splits_in(name)}
     chosen, notes = choose_splits([name for name, classes in found.items() if classes.pictures], root)
@@ -49,6 +54,7 @@ def by_class(root: Path) -> PictureFolder | None:
     splits = {split: found[name] for split, (name,) in chosen.items()}
     if (root / chosen["train"][0]).samefile(root / chosen["test"][0]):
         raise DataError(f"{root} has one folder for both splits: {chosen['train'][0]} is {chosen['test'][0]}")
+    refuse_shared_files(root, splits)
     numbers, class_names = number_classes(root, splits)
     notes += leftover_notes(root, splits)
     pictures = {split: classes.pictures for split, classes in splits.items()}
@@ -77,9 +83,14 @@ def read_classes(root: Path, name: str) -> Classes:
     """
     directory = root / name
     inner = folder_names(directory)
-    if len(inner) == 1 and splits_in(inner[0]) == splits_in(name):
+    if len(inner) == 1 and splits_in(inner[0]) == splits_in(name) and not is_class(root, name, inner[0]):
         directory, inner = directory / inner[0], folder_names(directory / inner[0])
-    classes = Classes({}, len(picture_files(directory, root, [])), [], [])
+    hidden = [
+        (directory / leftover).relative_to(root).as_posix()
+        for leftover in folder_names(directory, leftovers=True)
+        if picture_files(directory / leftover, root, [])
+    ]
+    classes = Classes({}, len(picture_files(directory, root, [])), [], [], hidden)
     for of_class in inner:
         if files := picture_files(directory / of_class, root, classes.others):
             classes.pictures[of_class] = files
@@ -94,10 +105,38 @@ def read_classes(root: Path, name: str) -> Classes:
     return classes
 
 
+def is_class(root: Path, split_folder: str, name: str) -> bool:
+    """Whether a folder named like a split is a class ("Training Day"): another split has it, too."""
+    others = (other for other in folder_names(root) if splits_in(other) and splits_in(other) != splits_in(split_folder))
+    return any(
+        tidy(name).casefold() == tidy(inner).casefold() for other in others for inner in folder_names(root / other)
+    )
+
+
+def refuse_shared_files(root: Path, splits: dict[str, Classes]) -> None:
+    """Raises a DataError if by links both splits have the same file."""
+    found: dict[str, tuple[str, str]] = {}  # {where a file really is: its split and name}
+    for split, classes in splits.items():
+        for files in classes.pictures.values():
+            folder = os.path.realpath((root / files[0].name).parent)
+            for stored in files:
+                path = f"{root}/{stored.name}"
+                real = os.path.realpath(path) if os.path.islink(path) else f"{folder}/{stored.base}"
+                of, name = found.setdefault(real, (split, stored.name))
+                if of != split:
+                    raise DataError(
+                        f"{root} has one file in both splits: {printable(name)} is {printable(stored.name)}, so the "
+                        "test would be on train pictures: remove the link"
+                    )
+
+
 def explain_missing(root: Path, split: str, found: dict[str, Classes]) -> str:
     for name, classes in found.items():
         if split in splits_in(name):
-            loose = f" ({classes.loose:,} pictures lie directly in it, without a class)" if classes.loose else ""
+            loose = ""
+            if classes.loose:
+                lie = counted(classes.loose, "picture lies", "pictures lie")
+                loose = f" ({lie} directly in it, without a class)"
             return f"{root / name} has no pictures in class folders{loose}: expected {name}/<Class Name>/00001.jpg, …"
     return f"{root} has no folder {split}/: {EXPECTED}"
 
@@ -126,11 +165,20 @@ def leftover_notes(root: Path, splits: dict[str, Classes]) -> list[str]:
     notes = []
     empty = [name for classes in splits.values() for name in classes.empty]
     if empty:
-        notes.append(f"{len(empty):,} folders without pictures are no classes: {first_few(empty)}")
+        notes.append(
+            f"{counted(len(empty), 'folder without pictures is no class', 'folders without pictures are no classes')}: "
+            f"{first_few(empty)}"
+        )
+    hidden = [name for classes in splits.values() for name in classes.hidden]
+    if hidden:
+        notes.append(
+            f"{counted(len(hidden), 'folder with pictures is', 'folders with pictures are')} left out, hidden or named "
+            f"like what systems leave behind: {first_few(hidden)}; rename what is a class"
+        )
     others = [name for classes in splits.values() for name in sorted(classes.others)]
     if others:
-        notes.append(f"{len(others):,} entries of {root} are not pictures: {first_few(others)}; left out")
+        notes.append(not_pictures(root, others))
     loose = sum(classes.loose for classes in splits.values())
     if loose:
-        notes.append(f"{loose:,} pictures in {root} lie in no class folder; left out")
+        notes.append(f"{counted(loose, 'picture', 'pictures')} in {root} not in a class folder; left out")
     return notes

@@ -9,8 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data.dataset import SPLITS, DataError
-from experiments.data.layouts.files import MISSING, Listing, PictureFolder, Stored, folder_of_files, picture_files
-from experiments.data.layouts.names import choose_splits, first_few, folder_names, splits_in, words
+from experiments.data.layouts.files import (
+    MISSING,
+    Listing,
+    PictureFolder,
+    Stored,
+    folder_of_files,
+    not_pictures,
+    picture_files,
+)
+from experiments.data.layouts.names import choose_splits, counted, first_few, folder_names, splits_in, words
 from experiments.data.pictures import Box
 
 META = "cars_meta.mat"
@@ -58,6 +66,8 @@ def original(root: Path) -> PictureFolder | None:
             )
         class_names = read_class_names(require(root, META))
         directories = {split: innermost(root / chosen[split][0]) for split in SPLITS}
+        if directories["train"].samefile(directories["test"]):
+            raise DataError(f"{root} has one folder for both splits: {chosen['train'][0]} is {chosen['test'][0]}")
         rows = {
             split: read_annotations(require(root, ANNOTATIONS[split][0]), len(class_names), labelled=True)
             for split in SPLITS
@@ -73,11 +83,10 @@ def original(root: Path) -> PictureFolder | None:
         ]
         extra |= {stored.name for stored in files.values()}
     if extra := sorted(extra - {stored.name for listed in listing.values() for stored, _, _ in listed}):
-        notes.append(f"{len(extra):,} pictures in {root} have no annotation: {first_few(extra)}; left out")
+        many = counted(len(extra), "picture", "pictures")
+        notes.append(f"{many} in {root} without annotation: {first_few(extra)}; left out")
     if others:
-        notes.append(
-            f"{len(set(others)):,} entries of {root} are not pictures: {first_few(sorted(set(others)))}; left out"
-        )
+        notes.append(not_pictures(root, set(others)))
     return folder_of_files("original", root, class_names, listing, True, notes)
 
 

@@ -13,8 +13,8 @@ from experiments.data.pictures import printable
 
 WORD = re.compile(r"t10k|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 SPLIT_WORDS = {  # those by which Hugging Face knows splits, and MNIST's
-    "train": {"train", "training", "trainset"},
-    "test": {"test", "testing", "testset", "eval", "evaluation", "t10k"},
+    "train": {"train", "training"},
+    "test": {"test", "testing", "eval", "evaluation", "t10k"},
     "validation": {"val", "valid", "validation", "dev"},
 }
 LEFTOVERS = {  # of archives, desktops, servers and file systems, in small letters
@@ -30,8 +30,9 @@ def words(name: str) -> set[str]:
 
 
 def splits_in(name: str) -> list[str]:
-    """The splits that a name claims by one of its words."""
-    return [split for split, of_split in SPLIT_WORDS.items() if words(name) & of_split]
+    """The splits that a name claims by one of its words, also if "set", "data" or "dataset" is written with it."""
+    claims = {word.removesuffix("set").removesuffix("data") for word in words(name)}
+    return [split for split, of_split in SPLIT_WORDS.items() if claims & of_split]
 
 
 def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -71,15 +72,20 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
-def folder_names(directory: Path) -> list[str]:
-    """Sorted names of the folders in a folder, leftovers aside."""
+def folder_names(directory: Path, leftovers: bool = False) -> list[str]:
+    """Sorted names of the folders in a folder, without leftovers or only these."""
     with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_leftover(entry.name))
+        return sorted(entry.name for entry in entries if entry.is_dir() and is_leftover(entry.name) == leftovers)
 
 
 def tidy(name: str) -> str:
     """A class's name without what nobody sees: outer spaces, and letters that are composed in another way."""
     return unicodedata.normalize("NFC", name).strip()
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """The number with what there is of it: counted(1, "picture lies", "pictures lie")."""
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def first_few(names: Iterable[str], limit: int = 10) -> str:

@@ -15,6 +15,8 @@ from experiments.data.pictures import Picture, printable
 
 PLACES = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
 PART = re.compile(r"-(\d{5})-of-(\d{5})")
+NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)\.parquet")  # train_0.parquet, train-part-0.parquet
+COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # what browsers and desktops call a second one
 
 
 def parquet(root: Path) -> PictureFolder | None:
@@ -96,7 +98,11 @@ def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
     chosen, notes = choose_splits(names, root)
     for split, names in chosen.items():
         parts = [match and match.groups() for match in map(PART.search, names)]
-        if len({name.rpartition("/")[0] for name in names}) > 1 or (None in parts and any(parts)):
+        if any(parts):
+            one_set = None not in parts and len({total for _, total in parts}) == 1
+        else:
+            one_set = is_one_set(names)
+        if len({name.rpartition("/")[0] for name in names}) > 1 or not one_set:
             raise DataError(f"{root} has more than one set of parquet files of {split}, {first_few(names)}: leave one")
         numbers = collections.Counter(int(part[0]) for part in parts if part)
         if twice := [number for number, times in numbers.items() if times > 1]:
@@ -108,6 +114,18 @@ def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
                 "download it"
             )
     return {split: [root / name for name in names] for split, names in chosen.items()}, notes
+
+
+def is_one_set(names: list[str]) -> bool:
+    """Whether files of one split without "-of-" add up: one, numbered ones, or any but copies in the split's folder."""
+    if len(names) < 2:
+        return True
+    if splits_in(names[0].rpartition("/")[0].rpartition("/")[2]):
+        return not any(map(COPY.search, names))
+    numbered = [match and match.groups() for match in map(NUMBERED.fullmatch, names)]
+    if None in numbered or len({stem for stem, _ in numbered}) > 1:
+        return False
+    return len({int(number) for _, number in numbered}) == len(names)
 
 
 def check_file(path: Path) -> tuple[int, int, tuple[str, ...]]:

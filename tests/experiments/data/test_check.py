@@ -76,7 +76,7 @@ def test_plain_pictures(channels):
     dataset = dataset_of(train, [0, 1, 1, 1, 2], test, [0, 1])
     assert texts(dataset, "warning")[1:] == [  # behind the class that is not in test
         "2 train pictures are of one colour throughout: train picture 1 (sedan), train picture 2 (sedan); replace them",
-        "1 test pictures are of one colour throughout: test picture 0 (coupe); replace them",
+        "1 test picture is of one colour throughout: test picture 0 (coupe); replace it",
     ]
 
 
@@ -170,8 +170,8 @@ def test_files_are_named_and_what_the_reader_knows_is_told(decode, tmp_path):
     assert part.names == ("train/A 'x'/1.png", part.names[1])
     assert part.names[1] in ("train/Bé/0.png", "train/Bé/1.png")
     notes = "\n".join(dataset.source["notes"])
-    assert "1 pictures that cannot be used are left out: train/A 'x'/0.png (the file is empty)" in notes
-    assert "1 folders without pictures are no classes: test/C" in notes
+    assert "1 picture that cannot be used is left out: train/A 'x'/0.png (the file is empty)" in notes
+    assert "1 folder without pictures is no class: test/C" in notes
     assert len(set(found)) == len(found)
 
 

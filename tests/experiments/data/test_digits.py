@@ -127,10 +127,12 @@ def test_the_files_are_found_in_folders_in_it(place, tmp_path):
     check_digits(load_mnist(write_mnist(tmp_path, name=PLACES[place])))
 
 
-def test_of_two_sets_none_is_taken(tmp_path):
-    for name in ("MNIST", "FashionMNIST"):
-        write_mnist(tmp_path / name / "raw")
-    with pytest.raises(DataError, match=r"has 2 sets of idx files: give one of .*FashionMNIST/raw, .*MNIST/raw"):
+def test_of_two_sets_the_one_called_mnist_is_taken_or_none(tmp_path):
+    for name, count in (("MNIST", 20), ("FashionMNIST", 30)):
+        write_mnist(tmp_path / name / "raw", train=count)
+    check_digits(load_mnist(tmp_path))
+    (tmp_path / "MNIST").rename(tmp_path / "MNIST_old")
+    with pytest.raises(DataError, match=r"has 2 sets of idx files: give one of .*FashionMNIST/raw, .*MNIST_old/raw"):
         load_mnist(tmp_path)
 
 

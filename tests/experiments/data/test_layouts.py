@@ -134,6 +134,8 @@ def test_words_end_at_signs_digits_and_capitals(name, found):
         ("latest-train.parquet contest-test.parquet", "latest-train.parquet", "contest-test.parquet", ""),
         ("strain retrain trainer contest latest attest devkit value", "", "", ""),
         ("train val", "train", "val", "val is used for the test"),
+        ("traindata testset", "traindata", "testset", ""),
+        ("trainingset valset testdata", "trainingset", "testdata", "valset in .* is left out"),
         ("train validation test", "train", "test", "validation in .* is left out"),
         ("data/train-0.parquet data/eval-0.parquet", "data/train-0.parquet", "data/eval-0.parquet", ""),
     ],
@@ -253,14 +255,19 @@ TAKEN = {
             *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
             a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
             a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
+            removed(*(f"train/{name}/a.png" for name in LEFT)),
         ),
         "",
+    ),
+    "classes named like leftovers": (
+        changed(make_by_class, a_picture("train/.NET/1.png", "test/.NET/2.png", "test/Recycler/3.png")),
+        "3 folders with pictures are left out, .*: train/.NET, test/.NET, test/Recycler; rename",
     ),
     "folders without pictures": (
         changed(make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef")),
         r"2 folders without pictures are no classes: train/old, test/Škoda.*\n2 entries of .* are not pictures",
     ),
-    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 pictures .* no class folder"),
+    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 picture .* not in a class"),
     "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
     "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
     "links for classes": (
@@ -281,8 +288,10 @@ TAKEN = {
     "TFDS without class names": (changed(make_tfds, removed("label.labels.txt")), "they are called by number"),
     "Hugging Face's cache": (hub_cache, ""),
     "latest-train.parquet": (in_folder(make_parquet, pattern="latest-{split}-0000{part}-of-00002.parquet"), ""),
+    "parquet, train_0": (in_folder(make_parquet, pattern="{split}_{part}.parquet"), ""),
+    "parquet, part-0": (in_folder(make_parquet, pattern="data/{split}-part-{part}.parquet"), ""),
     "leftovers beside parquet": (changed(make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet")), ""),
-    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "no annotation: .*9.png"),
+    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "without annotation: "),
 }  # fmt: skip
 
 
@@ -311,6 +320,12 @@ def test_a_name_composed_in_two_ways_is_one_class(tmp_path):
     assert load(tmp_path, tmp_path).class_names == ("Citroën", "Škoda")
 
 
+@pytest.mark.parametrize("name", ["train", "Training Day"])
+def test_a_class_may_be_named_like_a_split(tmp_path, name):
+    a_picture(f"train/{name}/1.png", f"test/{name}/2.png", "test/other/3.png")(tmp_path)
+    assert load(tmp_path, tmp_path).class_names == tuple(sorted((name, "other")))
+
+
 def fewer_records_than_promised(root):
     info = json.loads((root / "dataset_info.json").read_text())
     info["splits"][0]["shardLengths"] = ["5"]
@@ -331,6 +346,18 @@ REFUSED = {
     "by class: one folder for both": (
         changed(make_by_class, removed("test"), linked("test", "train")),
         "one folder for both splits: train is test",
+    ),
+    "by class: a class linked into the test": (
+        changed(make_by_class, removed(f"test/{AUDI}"), linked(f"test/{AUDI}", f"train/{AUDI}")),
+        f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/00001.png",
+    ),
+    "by class: a picture linked into the test": (
+        changed(make_by_class, linked(f"test/{AUDI}/9.png", f"train/{AUDI}/00001.png")),
+        f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/9.png",
+    ),
+    "original: one folder for both": (
+        changed(make_original, removed("cars_test"), linked("cars_test", "cars_train")),
+        "one folder for both splits: cars_train is cars_test",
     ),
     "by class: a class twice": (
         changed(make_by_class, a_picture(f"train/{AUDI.lower()} /7.png")),
@@ -385,6 +412,18 @@ REFUSED = {
         "has number 0 of the parquet files of test twice",
     ),
     "parquet: two sets": (changed(make_parquet, a_file("test.parquet")), "more than one set of parquet files of test"),
+    "parquet: a second download": (
+        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet")),
+        r"more than one set of parquet files of train, train \(1\).parquet, train.parquet: leave one",
+    ),
+    "parquet: a second download in the split's folder": (
+        changed(in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet")),
+        r"more than one set .* of train, train/0.parquet, train/1 \(1\).parquet, train/1.parquet",
+    ),
+    "parquet: a smaller set": (
+        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet")),
+        "more than one set of parquet files of train, train.parquet, train_small.parquet: leave one",
+    ),
     "parquet: a file of both splits": (changed(make_parquet, a_file("train-test.parquet")), "says train and test"),
     "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
     "parquet: other columns": (parquet_with({"picture": 1}), r"no column 'image' but \['picture'\]"),
@@ -397,6 +436,10 @@ REFUSED = {
         "column 'label' must be whole numbers without gaps",
     ),
     "no layout: no classes": (a_picture("train/1.png", "test/2.png"), f"{NO_LAYOUT}it has pictures in test, train, "),
+    "no layout: classes first": (
+        a_picture("Audi/train/1.png", "Audi/test/2.png", "BMW/train/3.png"),
+        f"{NO_LAYOUT}Audi, BMW hold train and test each: expected the classes in these, train/Audi/",
+    ),
     "no layout: an archive": (a_file("archive.zip"), f"{NO_LAYOUT}it holds archive.zip: unpack it"),
     "no layout: Arrow": (a_file("train/data-0.arrow", "state.arrow"), "it holds state.arrow: write it as parquet"),
     "no layout: no suffixes": (a_file("train/Audi/1", "test/Audi/1"), f"{NO_LAYOUT}test, train hold no class folders"),
@@ -453,7 +496,7 @@ def test_a_class_of_one_split_keeps_its_number(tmp_path, kept, lost):
     assert dataset.class_names == (AUDI, RAM, SMART)
     assert 1 in getattr(dataset, kept).labels
     assert set(getattr(dataset, lost).labels) == {0, 2}
-    assert f"1 classes have no {lost} pictures: {RAM}" in dataset.source["notes"]
+    assert f"1 class has no {lost} pictures: {RAM}" in dataset.source["notes"]
 
 
 def numbered_anew(root):

@@ -62,6 +62,10 @@ KINDS = {
     "20 bits in 32": (encoded(Image.new("I", (12, 8), 1_000_000), "TIFF"), (244, 244, 244)),
     "floating point up to 1": (encoded(Image.new("F", (12, 8), 0.5), "TIFF"), (128, 128, 128)),
     "floating point up to 255": (encoded(Image.new("F", (12, 8), 77.2), "TIFF"), (77, 77, 77)),
+    "floating point a trace above 255": (encoded(Image.fromarray(np.float32([[256.5, 254]])), "TIFF"), (255, 255, 255)),
+    "a mask in 16 bits": (encoded(sixteen_bits(1)), (255, 255, 255)),
+    "4 bits in 32": (encoded(Image.new("I", (12, 8), 10), "TIFF"), (170, 170, 170)),
+    "16 bits of which 0 is white": (encoded(sixteen_bits(77 * 256), "TIFF", tiffinfo={262: 0}), (178, 178, 178)),
     "GIF": (encoded(Image.new("RGB", (12, 8), (255, 0, 0)), "GIF"), (255, 0, 0)),
 }
 

@@ -61,7 +61,7 @@ def test_any_suffix_in_any_case_and_nothing_else(tmp_path):
     dataset = load(root, tmp_path)
     assert len(dataset.train) == 8
     (note,) = [note for note in dataset.source["notes"] if "not pictures" in note]
-    assert note.startswith("1 entries of")
+    assert note.startswith("1 entry of")
     assert note.endswith(f"{directory.name}/notes.txt; left out")
 
 
@@ -96,7 +96,7 @@ def test_a_box_a_pixel_outside_is_clipped_and_told(tmp_path, edges):
     )
     np.testing.assert_array_equal(dataset, expected)
     notes = load(tmp_path / "0", tmp_path).source["notes"]  # now from the cache
-    assert "1 boxes reach a pixel beyond their picture and are clipped: cars_train/00002.png" in notes
+    assert "1 box reaches a pixel beyond its picture, clipped: cars_train/00002.png" in notes
 
 
 def test_a_box_far_outside_is_named_and_skipped_only_when_told(tmp_path):
@@ -124,7 +124,7 @@ def test_a_bad_picture_is_named_and_skipped_only_when_told(tmp_path, reason, cap
         assert dataset.train.labels.tolist() == [0, 1, 2]
         assert dataset.source["skipped"] == [name]
         assert dataset.source["train"] == 3
-        assert f"warning: 1 pictures that cannot be used are left out: {name}" in capsys.readouterr().err
+        assert f"warning: 1 picture that cannot be used is left out: {name}" in capsys.readouterr().err
     with pytest.raises(DataError, match="1 of 7 pictures"):
         load(root, tmp_path)
 
@@ -138,6 +138,8 @@ def test_a_bad_picture_is_named_and_skipped_only_when_told(tmp_path, reason, cap
         ((300, 60_000), np.int32, "tif", (300 >> 8, 60_000 >> 8), 65535),
         ((0.25, 1.0), np.float32, "tif", (64, 255), 1),
         ((0.25, 200.0), np.float32, "tif", (0, 200), 255),
+        ((0.25, 1.002), np.float32, "tif", (64, 255), 1),
+        ((0, 1), np.int32, "tif", (0, 255), 1),
     ],
 )
 def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, dtype, suffix, expected, white, decode):
@@ -156,7 +158,8 @@ def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, 
     assert list(dataset.source["white"].values()) == [white]
     (note,) = [note for note in dataset.source["notes"] if "for white" in note]
     assert note.startswith("2 pictures hold ")
-    assert note.endswith(f"of up to {values[1]:,}: {white:,} is taken for white")
+    clipped = ", and what exceeds it, too" if values[1] > white else ""
+    assert note.endswith(f"of up to {values[1]:,}: {white:,} is taken for white{clipped}")
 
 
 def test_pictures_that_are_to_be_turned_are_told(tmp_path):
@@ -165,7 +168,7 @@ def test_pictures_that_are_to_be_turned_are_told(tmp_path):
     Image.new("RGB", (9, 9)).save(root / "test" / folder_name(1) / "9.jpg", exif=exif)
     notes = load(root, tmp_path).source["notes"]
     name = f"test/{folder_name(1)}/9.jpg"
-    assert f"1 pictures are to be turned, says their EXIF, and are used as stored: {name}" in notes
+    assert f"1 picture is to be turned, says its EXIF; used as stored: {name}" in notes
 
 
 def test_all_bad_pictures_are_counted_and_ten_named(tmp_path):
