@@ -60,7 +60,7 @@ def test_any_suffix_in_any_case_and_nothing_else(tmp_path):
         (directory / name).write_text("no picture")
     dataset = load(root, tmp_path)
     assert len(dataset.train) == 8
-    (note,) = [note for note in dataset.source["notes"] if "not pictures" in note]
+    (note,) = [note for note in dataset.source["notes"] if "not a picture" in note]
     assert note.startswith("1 entry of")
     assert note.endswith(f"{directory.name}/notes.txt; left out")
 
