@@ -64,7 +64,7 @@ def convert(
     if file.stride_in:
         metadata["stride_in"] = file.stride_in
     left_out = list(file.left_out)
-    if target.suffix != ".safetensors":
+    if target.suffix.lower() != ".safetensors":
         left_out += [f"metadata {name}" for name in sorted(metadata)]
         metadata = {}
     told = [f"{source}, {megabytes(file.path)}: {describe(arch, config, file.arrays)}", *findings(file)]
@@ -79,7 +79,7 @@ def convert(
 
 def findings(file: weights.WeightFile) -> list[str]:
     """What was found where, and under which names; a line each."""
-    told = []
+    told = [f"  {note}" for note in file.notes]
     if file.prefix:
         told.append(f"  found in {file.prefix.removesuffix('.')!r}")
     if file.naming != "torchvision":

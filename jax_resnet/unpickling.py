@@ -19,7 +19,7 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any, ClassVar, Self
 
 import ml_dtypes
@@ -65,7 +65,10 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view of a storage; `array` makes a copy. A tensor of an unusual kind (sparse, quantized) has no array."""
+    """A view of a storage; `array` makes a copy. A tensor of an unusual kind (sparse, quantized) has no array.
+
+    negative, conjugate: bits of PyTorch's, as x.conj() and its .imag have them: the storage holds the other sign.
+    """
 
     storage: Storage
     dtype: np.dtype
@@ -73,6 +76,8 @@ class Tensor:
     strides: tuple[int, ...]  # in numbers, as in PyTorch
     offset: int
     kind: str = ""
+    negative: bool = False
+    conjugate: bool = False
 
     def array(self) -> np.ndarray:
         """Raises a ValueError for a tensor that reaches out of its storage, or is no plain array."""
@@ -88,7 +93,9 @@ class Tensor:
         if (end + 1) * size > len(self.storage.data):
             raise ValueError("a tensor larger than its storage")
         view = np.ndarray(self.shape, self.dtype, self.storage.data, self.offset * size, strides)
-        return np.array(view, order="C").astype(self.dtype.newbyteorder("="), copy=False)
+        copy = np.array(view, order="C").astype(self.dtype.newbyteorder("="), copy=False)
+        copy = np.negative(copy) if self.negative else copy
+        return np.conjugate(copy) if self.conjugate else copy
 
 
 class Inert:
@@ -259,14 +266,24 @@ def _unusual(kind: str) -> Tensor:
     return Tensor(Storage(np.dtype("u1")), np.dtype("u1"), (), (), 0, kind)
 
 
-def _tensor(storage: Storage, offset: int, size: Iterable[int], strides: Iterable[int], *_: Any) -> Tensor:
-    return Tensor(storage, storage.dtype, tuple(size), tuple(strides), offset)
+def _tensor(
+    storage: Storage, offset: int, size: Any, strides: Any, _: Any = None, __: Any = None, metadata: Any = None
+) -> Tensor:
+    bits = dict(metadata or {})
+    negative, conjugate = (bool(bits.pop(name, False)) for name in ("neg", "conj"))
+    if bits or (conjugate and storage.dtype.kind != "c") or (negative and storage.dtype.kind not in "fc"):
+        return _unusual(f"marked ({', '.join(map(str, metadata))})")
+    return Tensor(storage, storage.dtype, tuple(size), tuple(strides), offset, "", negative, conjugate)
 
 
-def _typed_tensor(storage: Any, offset: int, size: Any, strides: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Tensor:
+def _typed_tensor(
+    storage: Any, offset: int, size: Any, strides: Any, _: Any, __: Any, dtype: Any, metadata: Any = None
+) -> Tensor:
     """Of a type that has no class of storages: the storage is of bytes, the offset in numbers."""
     if not isinstance(dtype, _DType):
         return _unusual("eight-bit or smaller")
+    if metadata:
+        return _unusual(f"marked ({', '.join(map(str, metadata))})")
     return dataclasses.replace(_tensor(storage, offset, size, strides), dtype=dtype.dtype)
 
 

@@ -21,6 +21,7 @@ __all__ = ["ARCHITECTURES", "check_arrays", "describe", "diagnosis", "recognize"
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _LISTED = 8  # of the differences between a file and a network
+_NEW_HEAD = 'training with --init draws a new one, as head="new" does in Python'
 
 
 def check_arrays(
@@ -42,10 +43,10 @@ def check_arrays(
     expected = _shapes(config)
     arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != COUNT}
     missing = {name: shape for name, shape in expected.items() if name not in arrays}
-    problems = [f"missing: {name} {shape}{_hint(name, shape, ())}" for name, shape in missing.items()]
+    problems = [f"missing: {name} {shape}{_missing_hint(name, arrays)}" for name, shape in missing.items()]
     problems += [f"unexpected: {name} {value.shape}" for name, value in arrays.items() if name not in expected]
     problems += [
-        f"{name}: expected {shape}, the file has {arrays[name].shape}{_hint(name, shape, arrays[name].shape)}"
+        f"{name}: expected {shape}, the file has {arrays[name].shape}{_hint(name, shape, arrays[name].shape, arrays)}"
         for name, shape in expected.items()
         if name in arrays and arrays[name].shape != shape
     ]
@@ -65,13 +66,20 @@ def check_arrays(
     raise ValueError(f"{path} does not fit {describe(config)}:\n  " + "\n  ".join(problems))
 
 
-def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...]) -> str:
-    if name.startswith("fc.") and given[1:] == expected[1:]:
-        return ' (another number of classes: head="new" draws a dense layer)'
-    if name.startswith("fc.") and not given:
-        return ' (head="new" draws a dense layer)'
+def _missing_hint(name: str, arrays: Mapping[str, np.ndarray]) -> str:
+    if not name.startswith("fc."):
+        return ""
+    found = "fc.weight" in arrays or "fc.bias" in arrays
+    return f" ({'half a dense layer' if found else 'no dense layer'}: {_NEW_HEAD})"
+
+
+def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> str:
+    if name.startswith("fc.") and given and given[1:] == expected[1:]:
+        if name == "fc.bias" and "fc.weight" in arrays and arrays["fc.weight"].shape[:1] != given:
+            return " (not of the same number of classes as the file's fc.weight)"
+        return f" (another number of classes: {_NEW_HEAD})"
     if name == "conv1.weight" and given == (expected[0], 3, *expected[2:]) and expected[1] == 1:
-        return ' (a stem for colour: stem="grey" sums it)'
+        return ' (a stem for colour: training with --init sums it, as stem="grey" does in Python)'
     return " (transposed?)" if sorted(given) == sorted(expected) else ""
 
 
@@ -127,7 +135,8 @@ def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> 
         return str(error) if _other_network(arrays) else None
     if (found.block, found.stage_sizes) == (config.block, config.stage_sizes):
         return None
-    return f"holds the weights of {describe(found)}, not of {describe(config)}: pass --arch {arch}"
+    what_to_do = f"pass --arch {arch}, or jax_resnet.{arch} in Python"
+    return f"holds the weights of {describe(found)}, not of {describe(config)}: {what_to_do}"
 
 
 def _block_and_stages(arrays: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:

@@ -66,12 +66,14 @@ class Contents(NamedTuple):
     others: the dotted names of all else, such as "epoch".
     metadata: text by name, of a .safetensors file.
     path: of a folder, the file or the checkpoint that was read.
+    notes: which checkpoint of a run was read, if later ones are damaged.
     """
 
     arrays: dict[str, Any]
     others: tuple[str, ...] = ()
     metadata: Mapping[str, str] = {}
     path: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_contents(path: Path) -> Contents:
@@ -244,13 +246,17 @@ def _read_folder(path: Path) -> Contents:
     else:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         steps = Checkpoints(folder).steps()[::-1] if folder.is_dir() else []
+    damaged: list[str] = []
     for step in steps:
         try:
-            return _of_run(Checkpoints(folder).read(step)[0])._replace(path=folder / str(step))
+            contents = _of_run(Checkpoints(folder).read(step)[0])
         except DamagedError as error:
-            damaged = error
-    if steps:
-        raise ValueError(str(damaged))
+            damaged.append(str(error))
+            continue
+        notes = (f"checkpoint {step} was read; passed over: {'; '.join(damaged)}",) if damaged else ()
+        return contents._replace(path=folder / str(step), notes=notes)
+    if damaged:
+        raise ValueError(damaged[-1])
     raise ValueError(
         f"{path} is a folder without {FOLDER_FILES[0]}, {FOLDER_FILES[-1]} or checkpoints: name a weight file"
     )

@@ -68,6 +68,7 @@ class Found(NamedTuple):
     naming: whose names they were.
     left_out: what else there is, arrays or not.
     head: the dense layer's name there; None if there is none, or it is not a single one.
+    notes: sentences for the user, of what was left out and changes what the network expects.
     """
 
     arrays: dict[str, np.ndarray]
@@ -75,6 +76,7 @@ class Found(NamedTuple):
     naming: Naming
     left_out: tuple[str, ...]
     head: str | None
+    notes: tuple[str, ...] = ()
 
 
 def _sequential(name: str) -> str:
@@ -158,7 +160,14 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         outer = {n.removeprefix(parent): o for n, o in originals.items() if n.startswith(parent)}
         outer = {name: original for name, original in outer.items() if original not in set(inner.values())}
     head, dense = _find_head(arrays, inner, outer)
-    beside = {n: o for n, o in inner.items() if n.split(".")[0] not in LAYERS[:-1] and not _unexpected(n, arrays[o])}
+    elsewhere = tuple(prefix for prefix in networks if not chosen.startswith(prefix))
+    normalization = list(_normalizations(arrays, originals, chosen, elsewhere))
+    known = {original for pair in normalization for original in pair}
+    beside = {
+        n: o
+        for n, o in inner.items()
+        if n.split(".")[0] not in LAYERS[:-1] and (o in known or not _unexpected(n, arrays[o]))
+    }
     ours = {n: o for n, o in inner.items() if n not in beside and o not in dense.values()} | dense
     left_out = [name for name in arrays if name not in set(ours.values())]
     refuse_bombs(sum(math.prod(arrays[o].shape) * arrays[o].dtype.itemsize for o in ours.values()))
@@ -169,6 +178,10 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         naming,
         tuple(_summary([*left_out, *others], shown[chosen])),
         head,
+        tuple(
+            f"{mean} and {std} were left out: the network expects pictures that are normalized by them"
+            for mean, std in normalization
+        ),
     )
 
 
@@ -239,6 +252,27 @@ def _find_head(arrays: Mapping[str, Any], *scopes: Mapping[str, str]) -> tuple[s
     return None, {}
 
 
+def _normalizations(
+    arrays: Mapping[str, Any], originals: Mapping[str, str], prefix: str, elsewhere: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """The names of mean and deviation by which a file's model normalizes pictures before its network.
+
+    They stand in a module beside the network, or beside one that it is in, normalize.mean and normalize.std, and have
+    one number a channel.
+    """
+    for name, mean in originals.items():
+        std = originals.get(re.sub(r"mean$", "std", name), mean)
+        pair = [arrays[mean], arrays[std]]
+        if (
+            std != mean
+            and prefix.startswith("".join(f"{part}." for part in name.split(".")[:-2]))
+            and not name.startswith(elsewhere)
+            and all(jnp.issubdtype(array.dtype, jnp.floating) for array in pair)
+            and all(array.shape and math.prod(array.shape) in (1, 3) for array in pair)
+        ):
+            yield mean, std
+
+
 def _unexpected(name: str, array: Any) -> bool:
     """Whether an array beside the layers may be a part of the network; a count or a loss is none."""
     return bool(array.shape) and jnp.issubdtype(array.dtype, jnp.floating) and not _BESIDE.search(name.split(".")[0])
@@ -254,7 +288,8 @@ def _made(name: str, array: Any) -> np.ndarray:
 
 
 def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
-    """Names by their first component that is not in the prefix; the whole name of what is alone there."""
+    """Names by their first component that is not in the prefix; the whole name of what is alone there; a number with
+    what is in it."""
     groups: dict[str, list[str]] = {}
     path = prefix.split(".")
     for name in names:
@@ -262,7 +297,13 @@ def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
         common = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), 0)
         groups.setdefault(".".join(parts[: common + 1]), []).append(name)
     for group, members in groups.items():
-        yield members[0] if len(members) == 1 and members[0].count(".") == group.count(".") + 1 else group
+        inside = [name.removeprefix(f"{group}.") for name in members]
+        if len(members) == 1 and members[0].count(".") == group.count(".") + 1:
+            yield members[0]
+        elif group.split(".")[-1].isdecimal() and inside != [group]:
+            yield f"{group!r} ({', '.join(inside[:3])}{', …' if len(inside) > 3 else ''})"
+        else:
+            yield group
 
 
 def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

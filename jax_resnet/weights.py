@@ -25,7 +25,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_resnet import hub, resnet, weight_names
-from jax_resnet.weight_checks import check_arrays, diagnosis, recognize
+from jax_resnet.weight_checks import ARCHITECTURES, check_arrays, diagnosis, recognize
 from jax_resnet.weight_files import FOLDER_FILES, read_contents, to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
 
@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files that are written
+# Arguments of timm's networks that change nothing in evaluation, or only shapes, which the arrays tell.
+_HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_init_last", "pretrained"}
 
 
 class WeightFile(NamedTuple):
@@ -59,6 +61,7 @@ class WeightFile(NamedTuple):
     metadata: text by name, of a .safetensors file.
     settings: what config.json and preprocessor_config.json beside the file say, of a folder of Hugging Face's or a run.
     stride_in: where a bottleneck has its stride, if the file tells it; else None.
+    notes: sentences for the user: a damaged checkpoint that was passed over, a normalization that was left out.
     """
 
     path: Path
@@ -70,6 +73,7 @@ class WeightFile(NamedTuple):
     metadata: Mapping[str, str]
     settings: Mapping[str, Any]
     stride_in: Literal["conv2", "conv1"] | None
+    notes: tuple[str, ...] = ()
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,16 +125,18 @@ def write_arrays(
     """
     path = Path(path)
     check_suffix(path)
-    if metadata and path.suffix != ".safetensors":
+    suffix = path.suffix.lower()
+    if metadata and suffix != ".safetensors":
         raise ValueError(f"only .safetensors files hold metadata, got {path}")
-    if path.suffix == ".npz" and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
+    if suffix == ".npz" and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
         raise ValueError(f".npz files cannot hold bfloat16, got {path}: take .safetensors or .pth")
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # safetensors ignores strides
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder) / path.name
-        if path.suffix == ".npz":
-            np.savez(aside, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
-        elif path.suffix == ".safetensors":
+        if suffix == ".npz":
+            with aside.open("wb") as file:  # given a name, NumPy would put .npz behind .NPZ
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
+        elif suffix == ".safetensors":
             # Not save_file, whose files only their owner may read.
             aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
         else:
@@ -140,8 +146,8 @@ def write_arrays(
 
 
 def check_suffix(path: Path) -> None:
-    """Raises a ValueError for the name of a file that cannot be written."""
-    if path.suffix not in SUFFIXES:
+    """Raises a ValueError for the name of a file that cannot be written; upper and lower case are the same."""
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"weight files end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}")
 
 
@@ -188,7 +194,7 @@ def fit(
     if file.stride_in not in (None, config.stride_in) and config.block == "bottleneck":
         raise ValueError(
             f"{file.path} is of a ResNet whose blocks have their stride in {file.stride_in}, which changes what it "
-            f"computes: pass a configuration with stride_in={file.stride_in!r}"
+            f"computes: pass a configuration with stride_in={file.stride_in!r} in Python; --init has none"
         )
     arrays = {
         name: array.astype(np.promote_types(array.dtype, np.float32), copy=False)
@@ -241,7 +247,8 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: for what is no file (a pipe is not opened), a file that cannot be read or would unpack to more than 16
-        GiB, a pickle that is more than data (it is refused, since reading it would run code), no ResNet, or several.
+        GiB, a pickle that is more than data (it is refused, since reading it would run code), no ResNet, or several; or
+        if the config.json beside it is of a network that computes something else with such weights.
     """
     path = hub.fetch(path) if hub.is_name(path) else Path(path)
     contents = read_contents(path)
@@ -251,11 +258,15 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
         raise ValueError(f"{path} {error}") from error
     path = contents.path or path
     settings = _settings_beside(path)
-    stride_in: Any = "conv1" if found.naming is weight_names.KERAS or settings.get("downsample_in_bottleneck") else None
+    _check_settings(settings, path)
+    of_backbone = _of_backbone(settings)
+    in_first = found.naming is weight_names.KERAS or of_backbone.get("downsample_in_bottleneck")
+    stride_in: Any = "conv1" if in_first else None
     stride_in = contents.metadata.get("stride_in", stride_in)
     naming, metadata = found.naming.title, contents.metadata
+    notes = contents.notes + found.notes
     return WeightFile(
-        path, found.arrays, found.prefix, naming, found.head, found.left_out, metadata, settings, stride_in
+        path, found.arrays, found.prefix, naming, found.head, found.left_out, metadata, settings, stride_in, notes
     )
 
 
@@ -272,6 +283,43 @@ def _settings_beside(path: Path) -> dict[str, Any]:
             except (OSError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / name} cannot be read: {error}") from error
     return settings
+
+
+def _of_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What Hugging Face's settings say of the ResNet: a detector has the settings of its backbone in its own."""
+    if isinstance(backbone := settings.get("backbone_config"), Mapping):
+        return backbone
+    return settings if "resnet" in str(settings.get("model_type", "resnet")) else {}
+
+
+def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses settings of timm's and Hugging Face's that change what a network computes, and not its arrays."""
+    plain = [getattr(resnet, name)() for name in ARCHITECTURES]
+    of_hugging_face: dict[str, list[Any]] = {
+        "hidden_act": ["relu"],
+        "downsample_in_first_stage": [False],
+        "layer_type": ["basic", "bottleneck"],
+        "embedding_size": [64],
+        "hidden_sizes": [[64, 128, 256, 512], [256, 512, 1024, 2048]],
+        "depths": [list(config.stage_sizes) for config in plain],
+    }
+    backbone = _of_backbone(settings)
+    wrong = [name for name, known in of_hugging_face.items() if name in backbone and backbone[name] not in known]
+    problems = [f"{name} {backbone[name]!r}" for name in wrong]
+    both = {**settings, **backbone}
+    for name in ("architecture", "backbone"):  # behind the point is timm's name of the training
+        if name in both and str(both[name] or "resnet18").split(".")[0] not in ARCHITECTURES:
+            problems.append(f"{name} {both[name]!r}")
+    for name, known in {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}.items():
+        if both.get(name) is not None and both[name] not in known:
+            problems.append(f"{name} {both[name]!r}")
+    arguments = settings.get("model_args") or {}
+    if not isinstance(arguments, Mapping) or set(arguments) - _HARMLESS:
+        problems.append(f"model_args {arguments!r}")
+    if problems:
+        raise ValueError(
+            f"{path} is refused: the config.json beside it says {'; '.join(problems)[:300]}, which is no plain ResNet"
+        )
 
 
 def _to_numpy(value: Any) -> np.ndarray:

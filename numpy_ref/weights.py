@@ -70,13 +70,13 @@ def save(
       ValueError: for another suffix, or metadata in a format that has none.
     """
     path = _checked(path)
-    if metadata and path.suffix == ".npz":
+    if metadata and path.suffix.lower() == ".npz":
         raise ValueError(f"only .safetensors files hold metadata, got {path}")
     arrays = to_torch(params, batch_stats)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            if path.suffix == ".npz":
+            if path.suffix.lower() == ".npz":
                 np.savez(file, **arrays)
             else:
                 file.write(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no weight file {path}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return safetensors.numpy.load_file(path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _checked(path: str | os.PathLike) -> Path:
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"weight files end in {' or '.join(SUFFIXES)}, got {path}")
     return path
 

@@ -99,6 +99,7 @@ class Classifier:
     class_names: by number.
     preparation: of pictures.
     exported: the network of a StableHLO file, uint8 pictures -> logits; then there is no config and no array.
+    notes: what a person should know of the weights and the names.
     """
 
     arch: str
@@ -107,6 +108,7 @@ class Classifier:
     class_names: Sequence[str]
     preparation: Preparation
     exported: Logits | None = None
+    notes: tuple[str, ...] = ()
 
 
 def check_settings(settings: Settings) -> None:
@@ -122,7 +124,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"--resize must be at least {imagenet.CROP}, the crop, got {settings.resize}")
     if settings.version and settings.weights != TORCHVISION:
         raise ValueError(f"--version is of torchvision's weights: it would do nothing for {settings.weights}")
-    if settings.weights.endswith(stablehlo.SUFFIX):
+    if settings.weights.lower().endswith(stablehlo.SUFFIX):
         given = [name for name in ("arch", "resize", "export") if getattr(settings, name) is not None]
         given += ["framework"] if settings.framework != "jax" else []
         if given:
@@ -136,7 +138,7 @@ def load_classifier(settings: Settings) -> Classifier:
       FileNotFoundError: if there is no such file.
       ValueError: for a file that cannot be read or does not fit, a failed download, or settings that do not go with it.
     """
-    if settings.weights.endswith(stablehlo.SUFFIX):
+    if settings.weights.lower().endswith(stablehlo.SUFFIX):
         return load_exported(Path(settings.weights))
     if settings.weights == TORCHVISION:
         arch = settings.arch or "resnet101"
@@ -150,7 +152,7 @@ def load_classifier(settings: Settings) -> Classifier:
     check_arrays(file.arrays, config, path)
     if not config.num_classes:
         raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it tells no classes apart")
-    facts = run_metadata(file)
+    facts, notes = run_metadata(file), file.notes
     if is_of_a_run(facts):
         if settings.resize is not None:
             raise ValueError(f"--resize is for ImageNet's weights: {path} says itself how large its pictures are")
@@ -169,8 +171,10 @@ def load_classifier(settings: Settings) -> Classifier:
         class_names = hub_pictures.class_names(file.settings, config.num_classes) or imagenet.class_names()
         if config.num_classes != len(class_names):
             class_names = [f"class {number}" for number in range(config.num_classes)]
+        elif class_names is imagenet.class_names() and settings.weights != TORCHVISION:
+            notes += ("names assumed: ImageNet's",)
     arrays = {name: array.astype(np.float32) for name, array in file.arrays.items()}
-    return Classifier(arch, config, arrays, class_names, preparation)
+    return Classifier(arch, config, arrays, class_names, preparation, notes=notes)
 
 
 def load_exported(path: Path) -> Classifier:
@@ -183,8 +187,8 @@ def load_exported(path: Path) -> Classifier:
     try:
         made_of = facts["decode"]
         make = as_imagenet if "resize" in made_of else stretched if "grey" in made_of else as_told
-        preparation = make(**made_of)
-        return Classifier(facts["arch"], None, {}, tuple(facts["class_names"]), preparation, network)
+        preparation, notes = make(**made_of), tuple(map(str, facts.get("notes", ())))
+        return Classifier(facts["arch"], None, {}, tuple(facts["class_names"]), preparation, network, notes)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what is beside {path} was not written by --export ({error!r}): export again") from error
 
@@ -206,6 +210,7 @@ def export_network(classifier: Classifier, path: Path) -> None:
         "arch": classifier.arch,
         "class_names": list(classifier.class_names),
         "preparation": preparation.text,
+        "notes": classifier.notes,
         "decode": preparation.facts,
     }
     with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
@@ -314,6 +319,8 @@ def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) 
     for path in paths:
         try:
             images.append(decode(read_file(path)))
+        except IsADirectoryError:
+            failures.append(f"{path} (a folder: name the pictures in it, {path}/*.jpg)")
         except OSError as error:
             failures.append(f"{path} ({error.strerror or error})")
         except Exception as error:  # Pillow meets a broken file with almost any type
@@ -368,6 +375,8 @@ def classify(settings: Settings) -> None:
     if settings.export is not None:
         export_network(classifier, settings.export)
         print(f"wrote {settings.export} and {settings.export}.json: {classifier.arch}, {classifier.preparation.text}")
+        for note in classifier.notes:
+            print(note)
         return
     images = read_pictures(settings.pictures, classifier.preparation.decode)
     probabilities = softmax(compute_logits(settings.framework, classifier, images))
@@ -377,6 +386,7 @@ def classify(settings: Settings) -> None:
         "weights": settings.weights,
         "framework": settings.framework,
         "preparation": classifier.preparation.text,
+        "notes": classifier.notes,
     }
     answers = {
         str(path): [
@@ -389,6 +399,8 @@ def classify(settings: Settings) -> None:
         print(json.dumps(about | {"pictures": answers}, indent=1, ensure_ascii=False))
         return
     print(f"{about['arch']}, {about['weights']}, {about['framework']}; pictures: {about['preparation']}")
+    for note in classifier.notes:
+        print(note)
     for picture, rows in answers.items():
         print(f"\n{printable(picture)}")
         for row in rows:

@@ -39,7 +39,7 @@ def write(
     Raises:
       ValueError: for another suffix.
     """
-    if path.suffix != SUFFIX:
+    if path.suffix.lower() != SUFFIX:
         raise ValueError(f"StableHLO files end in {SUFFIX}, got {path}")
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(map(str, ("n", *shape)))), np.uint8)
     program = jax.export.export(jax.jit(network), platforms=PLATFORMS)(images).serialize()

@@ -192,6 +192,8 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     new = dense is None or (matrix and not fits)  # what is there and no matrix is an error
     grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
     loaded = weights.fit(file, config, head="new" if new else "strict", stem="grey" if grey else "strict", key=key)
+    for note in file.notes:
+        print(f"{path}: {note}")
     if file.left_out:
         print(f"{path}: left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
     if new:

@@ -141,7 +141,8 @@ def test_json_and_table_say_the_same(resnet18, pictures, capsys):
         assert all(row["class"] == imagenet.class_names()[row["number"]] for row in rows)
     assert classify.main([*map(str, pictures), "--weights", str(path), "--framework", "torch"]) == 0
     head, *blocks = capsys.readouterr().out.split("\n\n")
-    assert head == f"resnet18, {path}, torch; pictures: {answer['preparation']}"
+    assert answer["notes"] == ["names assumed: ImageNet's"]
+    assert head == f"resnet18, {path}, torch; pictures: {answer['preparation']}\nnames assumed: ImageNet's"
     for block, (picture, rows) in zip(blocks, answer["pictures"].items(), strict=True):
         lines = [f"  {row['probability']:8.3%}  {row['class']}" for row in rows[:5]]
         assert block.strip().splitlines() == [picture, *lines]
@@ -242,12 +243,13 @@ def test_a_run_classifies_with_its_own_preparation_and_names(framework, run, car
 
 def test_an_exported_run_answers_the_same(run, resnet18, pictures, tmp_path, capsys):
     """Within 1e-5, for another compilation: a run's network and one for ImageNet, each with its own pictures."""
+    told = ("arch", "preparation", "notes")
     for source, name in ((run, "run.stablehlo"), (resnet18[1], "imagenet.stablehlo")):
         assert classify.main(["--weights", str(source), "--export", str(tmp_path / name)]) == 0
         assert capsys.readouterr().out.startswith(f"wrote {tmp_path / name} and ")
         expected = asked(capsys, *pictures, "--weights", source, "--top", "1000")
         answer = asked(capsys, *pictures, "--weights", tmp_path / name, "--top", "1000")
-        assert {k: answer[k] for k in ("arch", "preparation")} == {k: expected[k] for k in ("arch", "preparation")}
+        assert {k: answer[k] for k in told} == {k: expected[k] for k in told}
         for ours, theirs in zip(answer["pictures"].values(), expected["pictures"].values(), strict=True):
             by_class = {row["class"]: row["probability"] for row in theirs}
             assert {row["class"]: pytest.approx(row["probability"], abs=1e-5) for row in ours} == by_class
@@ -389,6 +391,10 @@ MISTAKES = {  # arguments, what the one line on stderr says
         ["picture", "text.jpg", "truncated.png", "gone.png", "empty", "--weights", "good.npz"],
         "4 of 5 pictures cannot be read: text.jpg (not a picture in any format that Pillow reads), truncated.png (",
     ),
+    "a folder of pictures": (
+        ["empty", "--weights", "good.npz"],
+        "1 of 1 pictures cannot be read: empty (a folder: name the pictures in it, empty/*.jpg)",
+    ),
     "bad pictures of a run": (
         ["text.jpg", "gone.png", "picture", "--weights", "run.safetensors"],
         "2 of 3 pictures cannot be read: text.jpg (not a picture in any format that Pillow reads), gone.png (No such",
@@ -453,6 +459,7 @@ def test_the_settings_beside_a_file_are_used(resnet18, pictures, tmp_path, capsy
         expected = resnet18[0](transforms(pil_loader(pictures[0]))[None]).softmax(-1)[0].max()
     (rows,) = answer["pictures"].values()
     assert rows[0]["class"] == names[rows[0]["number"]]
+    assert answer["notes"] == []
     assert rows[0]["probability"] == pytest.approx(expected.item(), rel=1e-4)
 
 

@@ -87,6 +87,15 @@ def test_checkpoints_are_said_to_be_such(state_dict, tmp_path, capsys):
             np.testing.assert_array_equal(array, expected[name])
 
 
+@pytest.mark.parametrize("suffix", [".PTH", ".NPZ", ".SafeTensors"])
+def test_the_case_of_a_suffix_does_not_matter(suffix, path, state_dict):
+    assert run(path, path.with_suffix(suffix)) == 0
+    assert sorted(os.listdir(path.parent)) == sorted([path.name, f"in{suffix}"])
+    assert weights.read_arrays(path.with_suffix(suffix)).keys() == state_dict.keys()
+    if suffix != ".PTH":  # numpy_ref reads no pickles
+        numpy_ref.weights.load(path.with_suffix(suffix), numpy_ref.resnet.resnet18(num_classes=5))
+
+
 def test_batch_counts_are_added_for_torch(state_dict, tmp_path, capsys):
     """And kept from then on."""
     trees = weights.from_torch(state_dict)
@@ -147,6 +156,11 @@ def test_a_checkpoint_of_a_run_becomes_its_weight_file(tmp_path, capsys):
         assert file.metadata == {"arch": '"resnet18"', "grey": "true"}
         np.testing.assert_array_equal(file.arrays["fc.bias"], expected["fc"]["bias"])
     assert "  left out: ema, opt_state" in capsys.readouterr().out
+    (tmp_path / "run/checkpoints/7").mkdir()
+    (tmp_path / "run/checkpoints/7/record.json").write_bytes(b"")
+    assert run(tmp_path / "run", tmp_path / "older.npz") == 0
+    noted = f"  checkpoint 5 was read; passed over: {tmp_path / 'run/checkpoints/7'} is damaged: "
+    assert noted in capsys.readouterr().out
 
 
 def test_a_name_that_stdout_cannot_write(path, monkeypatch):

@@ -129,6 +129,21 @@ def test_views_of_tensors(zipped, tmp_path):
     check_same(read(tmp_path / "b.pth"), {"a": np.array([1.5, -2], ml_dtypes.bfloat16)})
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_signs_that_torch_keeps_beside_the_numbers(zipped, tmp_path):
+    """The negative and the conjugate bit; another mark is refused where the array is needed."""
+    numbers = torch.complex(torch.arange(3.0), torch.arange(3.0) + 1)
+    tensors = {"negative": numbers.conj().imag, "conjugate": numbers.conj(), "both": numbers.conj().imag[1:]}
+    assert [tensor.is_neg() for tensor in tensors.values()] == [True, False, True]
+    for name, tensor in tensors.items():  # each on its own: torch refuses two types of one storage
+        torch.save({name: tensor}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        check_same(read(tmp_path / "a.pth"), {name: tensor.resolve_neg().resolve_conj().numpy().copy()})
+    storage = unpickling.Storage(np.dtype("f4"), bytes(4))
+    for marks in ({"zero": True}, {"conj": True}):
+        with pytest.raises(ValueError, match=rf"a marked \({next(iter(marks))}\) tensor"):
+            unpickling._tensor(storage, 0, (1,), (1,), False, {}, marks).array()
+
+
 def test_arrays_of_numpy_in_other_orders(tmp_path):
     arrays = {
         "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -362,11 +377,15 @@ def test_folders(tmp_path):
     for path, step in {"run": 12, "run/checkpoints": 12, "run/checkpoints/3": 3, "run/checkpoints/12": 12}.items():
         contents = weight_files.read_contents(tmp_path / path)
         assert contents.path == tmp_path / "run" / "checkpoints" / str(step)
+        assert contents.notes == ()
         assert contents.arrays.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(contents.arrays[name], array * (step if "mean" in name else 1))
     (tmp_path / "run/checkpoints/12/record.json").write_bytes(b"")
-    assert weight_files.read_contents(tmp_path / "run").path.name == "3"
+    contents = weight_files.read_contents(tmp_path / "run")
+    assert contents.path.name == "3"
+    (note,) = contents.notes
+    assert note.startswith(f"checkpoint 3 was read; passed over: {tmp_path / 'run/checkpoints/12'} is damaged: ")
     with pytest.raises(ValueError, match="12 is damaged"):
         weight_files.read_contents(tmp_path / "run/checkpoints/12")
 

@@ -103,7 +103,7 @@ SURROUNDED = {
         under("0.", IN_SEQUENTIAL)
         | {"1.2.weight": zeros(1024), "1.4.weight": zeros(512, 1024), "1.6.weight": zeros(512)}
         | {"1.8.weight": zeros(5, 512)},
-        "0.", None, ["1"],
+        "0.", None, ["'1' (2.weight, 4.weight, 6.weight, …)"],
     ),
     "mmpretrain": (under("state_dict.backbone.", BACKBONE) | under("state_dict.head.fc.", HEAD),
                    "state_dict.backbone.", "head.fc", []),
@@ -133,6 +133,33 @@ def test_the_network_is_found(arrays, prefix, head, left_out):
     arch, config = weight_checks.recognize(found.arrays)
     assert arch == "resnet18"
     weight_checks.check_arrays(found.arrays, config, "here")
+
+
+MEAN, STD = zeros(1, 3, 1, 1), zeros(3)
+NORMALIZING = {  # what a file holds; what is left out, and the two names in the note if there is one
+    "beside the layers": (NET | {"normalize.mean": MEAN, "normalize.std": STD}, ["normalize"], "normalize"),
+    "Sequential(normalize, net)": (
+        {"0.mean": MEAN, "0.std": STD} | under("1."), ["'0' (mean, std)"], "0",
+    ),
+    "buffers of the model": (
+        under("net.") | {"pixel_mean": STD, "pixel_std": STD}, ["pixel_mean", "pixel_std"], "pixel",
+    ),
+    "outside of two": (under("net.body.") | {"pre.mean": STD, "pre.std": STD}, ["pre"], "pre"),
+    "of another network": (
+        under("model.") | under("model_ema.") | {"model_ema.pre.mean": STD, "model_ema.pre.std": STD},
+        ["model_ema"], "",
+    ),
+    "of no picture": (under("model.") | {"loss.mean": zeros(9), "loss.std": zeros(9)}, ["loss"], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arrays", "left_out", "noted"), NORMALIZING.values(), ids=NORMALIZING)
+def test_a_normalization_that_is_left_out_is_noted(arrays, left_out, noted):
+    found = weight_names.find(arrays, ())
+    assert (list(found.left_out), found.arrays.keys()) == (left_out, NET.keys())
+    pattern = rf"{noted}[._]mean and {noted}[._]std were left out: the network expects pictures that are normalized by"
+    assert len(found.notes) == bool(noted)
+    assert all(re.match(pattern, note) for note in found.notes)
 
 
 SEVERAL = {  # entries, which is asked for, the prefix that is found, or the error
@@ -188,7 +215,7 @@ def test_a_bomb_beside_the_network_is_left_alone():
 
 RELATIVES = {  # arrays, what the message says they are
     "another depth": (arrays_of("resnet34"), "holds the weights of a resnet34 with 5 classes and 3 channels, not of a "
-                      "resnet18 with 5 classes and 3 channels: pass --arch resnet34"),
+                      "resnet18 with 5 classes and 3 channels: pass --arch resnet34, or jax_resnet.resnet34 in Pyt"),
     "ResNeXt": (arrays_of("resnext50_32x4d"), "holds a ResNeXt, with 32 groups in its convolutions: not supported"),
     "wide": (arrays_of("wide_resnet50_2"), "holds a ResNet of another width, 128 in place of 64 in its first block"),
     "GroupNorm": (arrays_of("resnet18", norm_layer=lambda c: torch.nn.GroupNorm(32, c)), "holds a ResNet without run"),
@@ -234,8 +261,19 @@ def test_networks_are_recognized(name, batch_norm, num_classes):
 
 
 HINTS = {
-    "classes": ({"fc.weight": zeros(7, 512), "fc.bias": zeros(7)}, 'head="new" draws a dense layer'),
-    "no dense layer": ({"fc.weight": None, "fc.bias": None}, 'head="new" draws a dense layer'),
+    "classes": (
+        {"fc.weight": zeros(7, 512), "fc.bias": zeros(7)},
+        r'\(another number of classes: training with --init draws a new one, as head="new" does in Python\)$',
+    ),
+    "no dense layer": (
+        {"fc.weight": None, "fc.bias": None},
+        r"missing: fc.weight \(5, 512\) \(no dense layer: training with --init [^\n]*Python\)$",
+    ),
+    "no bias": ({"fc.bias": None}, r"  missing: fc.bias \(5,\) \(half a dense layer: training with --init [^\n]*$"),
+    "another bias": (
+        {"fc.bias": zeros(7)},
+        r"has \(7,\) \(not of the same number of classes as the file's fc.weight\)$",
+    ),
     "transposed": ({"layer2.0.conv1.weight": zeros(3, 3, 64, 128)}, r"the file has \(3, 3, 64, 128\) \(transposed\?\)"),
     "an array missing": ({"bn1.bias": None}, r"missing: bn1.bias \(64,\)$"),
     "an array too many": ({"extra": zeros(3)}, r"unexpected: extra \(3,\)$"),

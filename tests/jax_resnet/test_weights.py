@@ -249,6 +249,35 @@ def test_a_stride_that_a_file_tells_must_be_the_networks(settings, stride, tmp_p
         weights.load(tmp_path, dataclasses.replace(config, stride_in="conv1"))
 
 
+PLAIN = [
+    {"architecture": "resnet18", "global_pool": "avg", "num_classes": 5},
+    {"architecture": "resnet50.a1_in1k", "model_args": {"num_classes": 5}},
+    {"model_type": "resnet", "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2],
+     "hidden_act": "relu", "embedding_size": 64, "downsample_in_first_stage": False, "num_channels": 1},
+    {"model_type": "detr", "hidden_act": "gelu", "backbone": "resnet50", "dilation": False},
+]  # fmt: skip
+OTHERWISE = [
+    *({"architecture": name} for name in ("resnetblur18", "resnetaa50.d_in1k", "resnet50d", "gcresnet50t")),
+    {"model_args": {"act_layer": "silu"}}, {"model_args": 3}, {"global_pool": "max"}, {"output_stride": 16},
+    {"hidden_act": "gelu"}, {"downsample_in_first_stage": True}, {"layer_type": "wide"}, {"embedding_size": 32},
+    {"hidden_sizes": [64, 64, 64, 64]}, {"depths": [1, 1, 1, 1]}, {"depths": {}},
+    {"model_type": "detr", "backbone_config": {"hidden_act": "silu"}}, {"backbone": "resnet50d"}, {"dilation": True},
+]  # fmt: skip
+
+
+def test_settings_of_another_network_are_refused_in_a_line(tree, tmp_path):
+    """Where the arrays are a plain ResNet's: timm's and Hugging Face's config.json, which names the field."""
+    weights.save(tmp_path / "model.safetensors", *tree)
+    for settings in PLAIN:
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        assert weights.read_file(tmp_path).settings == settings
+    for settings in OTHERWISE:
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        field = "hidden_act" if "backbone_config" in settings else [*settings][-1]
+        with pytest.raises(ValueError, match=rf"^[^\n]*config\.json beside it says {field} [^\n]*no plain ResNet$"):
+            weights.read_file(tmp_path)
+
+
 def test_settings_that_cannot_be_read(tree, tmp_path):
     weights.save(tmp_path / "model.safetensors", *tree)
     for text in ("{", "[1]", "3"):
