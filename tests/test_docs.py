@@ -95,3 +95,9 @@ def test_the_answer_in_the_readme_is_that_of_the_published_runs():
     rows.append(f"| AdaBound minus Adam, by seed | {mean:.1f} points ({low:.1f} to {high:.1f}) | |")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [row for row in rows if row not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_is_left_to_fill_in(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"\b(?:TODO|TBD|FIXME|XXX|[A-Z]+_(?:LINE|SECTION|TIME))\b", text)
