@@ -135,8 +135,7 @@ def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> 
         return str(error) if _other_network(arrays) else None
     if (found.block, found.stage_sizes) == (config.block, config.stage_sizes):
         return None
-    what_to_do = f"pass --arch {arch}, or jax_resnet.{arch} in Python"
-    return f"holds the weights of {describe(found)}, not of {describe(config)}: {what_to_do}"
+    return f"holds the weights of {describe(found)}, not of {describe(config)}: pass --arch {arch}"
 
 
 def _block_and_stages(arrays: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:

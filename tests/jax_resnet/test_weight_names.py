@@ -215,7 +215,7 @@ def test_a_bomb_beside_the_network_is_left_alone():
 
 RELATIVES = {  # arrays, what the message says they are
     "another depth": (arrays_of("resnet34"), "holds the weights of a resnet34 with 5 classes and 3 channels, not of a "
-                      "resnet18 with 5 classes and 3 channels: pass --arch resnet34, or jax_resnet.resnet34 in Pyt"),
+                      "resnet18 with 5 classes and 3 channels: pass --arch resnet34"),
     "ResNeXt": (arrays_of("resnext50_32x4d"), "holds a ResNeXt, with 32 groups in its convolutions: not supported"),
     "wide": (arrays_of("wide_resnet50_2"), "holds a ResNet of another width, 128 in place of 64 in its first block"),
     "GroupNorm": (arrays_of("resnet18", norm_layer=lambda c: torch.nn.GroupNorm(32, c)), "holds a ResNet without run"),
