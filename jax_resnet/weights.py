@@ -310,7 +310,8 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
     for name in ("architecture", "backbone"):  # behind the point is timm's name of the training
         if name in both and str(both[name] or "resnet18").split(".")[0] not in ARCHITECTURES:
             problems.append(f"{name} {both[name]!r}")
-    for name, known in {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}.items():
+    plain_values: dict[str, list[Any]] = {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}
+    for name, known in plain_values.items():
         if both.get(name) is not None and both[name] not in known:
             problems.append(f"{name} {both[name]!r}")
     arguments = settings.get("model_args") or {}

@@ -302,7 +302,7 @@ DATA_FOLDERS = [
     Case("train/ links to itself", IN_CARS, "cars/train cannot be read (Too many levels of symbolic links)",
          by_class_but(lambda root: (remove(root, "train"), link("train")(root / "train")))),
     Case("pictures without classes", IN_CARS,
-         "cars/test has no pictures in class folders (1 pictures lie directly in it, without a class): expected "
+         "cars/test has no pictures in class folders (1 picture lies directly in it, without a class): expected "
          "test/<Class Name>/00001.jpg, …", by_class_but(without_class_folders)),
     Case("class folders without pictures", IN_CARS,
          "cars/test has no pictures in class folders: expected test/<Class Name>/00001.jpg, …",
@@ -592,9 +592,9 @@ WEIGHT_FILES = [
          lambda folder: (cars_by_class(folder), os.mkfifo(folder / "w.npz")), how="process"),
     Case("another network to start from", f"{IN_CARS} --batch-size 2 --init w.npz --arch resnet34",
          "w.npz holds the weights of a resnet18 with 5 classes and 3 channels, not of a resnet34 with 2 classes and 1 "
-         "channels: pass --arch resnet18", lambda folder: (cars_by_class(folder), npz()(folder))),
+         "channel: pass --arch resnet18", lambda folder: (cars_by_class(folder), npz()(folder))),
     Case("a grey network of unknown pictures", "classify a.png --weights w.npz",
-         "w.npz is for pictures of 1 channels and does not say how they are prepared: pass the weights.safetensors of "
+         "w.npz is for pictures of 1 channel and does not say how they are prepared: pass the weights.safetensors of "
          "a run of experiments.cars, whose metadata say it", lambda folder: np.savez(folder / "w.npz", **network(1))),
     Case("a part of a run's metadata", BY_METADATA, f"{NOT_OF_A_RUN} 'mean' is missing",
          with_metadata(**{name: value for name, value in FACTS.items() if name != "mean"})),
