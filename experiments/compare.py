@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from experiments.cli import exit_code, parse
-from experiments.training.run_folder import CONFIG, METRICS, read_metrics, refuse_earlier_run
+from experiments.training.run_folder import CONFIG, METRICS, ends_epoch, read_metrics, refuse_earlier_run
 from experiments.training.settings import RunSettings
 
 Train = Callable[[Any], int | None]
@@ -103,7 +103,7 @@ def loss_distances(rows: Sequence[dict[str, Any]], reference: Sequence[dict[str,
     """
 
     def by_step(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        return {row["step"]: row for row in [row for row in rows if "test_loss" not in row] or rows}
+        return {row["step"]: row for row in [row for row in rows if not ends_epoch(row)] or rows}
 
     ours, theirs = by_step(rows), by_step(reference)
     return [

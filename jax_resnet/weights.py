@@ -4,13 +4,12 @@ A file holds torchvision's names and layout: kernels (out, in, kh, kw), dense we
 names as paths, kernels (kh, kw, in, out), dense weights (in, out). Moving is a transpose per array.
 
 Any file that people have is read: by its content, whatever it is called; the network in it is found, whatever surrounds
-it; names of Hugging Face and Keras become torchvision's. PyTorch is needed to write its files alone.
+it; names of Hugging Face and Keras become torchvision's. Only writing .pth and .pt files needs PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -25,9 +24,10 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_resnet import hub, resnet, weight_names
-from jax_resnet.weight_checks import ARCHITECTURES, check_arrays, diagnosis, recognize
-from jax_resnet.weight_files import FOLDER_FILES, read_contents, to_torch_layout
+from jax_resnet.weight_checks import check_arrays, diagnosis, recognize
+from jax_resnet.weight_files import read_contents, to_torch_layout
 from jax_resnet.weight_names import COUNT, STATISTICS
+from jax_resnet.weight_settings import check_settings, of_backbone, settings_beside
 
 __all__ = [
     "SUFFIXES",
@@ -45,8 +45,6 @@ __all__ = [
 ]
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files that are written
-# Arguments of timm's networks that change nothing in evaluation, or only shapes, which the arrays tell.
-_HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_init_last", "pretrained"}
 
 
 class WeightFile(NamedTuple):
@@ -196,6 +194,8 @@ def fit(
             f"{file.path} is of a ResNet whose blocks have their stride in {file.stride_in}, which changes what it "
             f"computes: pass a configuration with stride_in={file.stride_in!r} in Python; --init has none"
         )
+    if file.naming == "Keras" and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
+        raise ValueError(f"{file.path}: Keras' eps is in its variances already: leave batch_norm_eps at its default")
     arrays = {
         name: array.astype(np.promote_types(array.dtype, np.float32), copy=False)
         if jnp.issubdtype(array.dtype, jnp.floating)
@@ -257,10 +257,9 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     path = contents.path or path
-    settings = _settings_beside(path)
-    _check_settings(settings, path)
-    of_backbone = _of_backbone(settings)
-    in_first = found.naming is weight_names.KERAS or of_backbone.get("downsample_in_bottleneck")
+    settings = settings_beside(path)
+    check_settings(settings, path)
+    in_first = found.naming is weight_names.KERAS or of_backbone(settings).get("downsample_in_bottleneck")
     stride_in: Any = "conv1" if in_first else None
     stride_in = contents.metadata.get("stride_in", stride_in)
     naming, metadata = found.naming.title, contents.metadata
@@ -268,59 +267,6 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
     return WeightFile(
         path, found.arrays, found.prefix, naming, found.head, found.left_out, metadata, settings, stride_in, notes
     )
-
-
-def _settings_beside(path: Path) -> dict[str, Any]:
-    """The JSON of a folder of Hugging Face's, and of the run that a checkpoint is of."""
-    if path.is_file() and path.name not in FOLDER_FILES:
-        return {}
-    folder = path.parent if path.is_file() else path.parent.parent
-    settings: dict[str, Any] = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            try:
-                settings |= json.loads((folder / name).read_bytes()[: 2**24])
-            except (OSError, TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"{folder / name} cannot be read: {error}") from error
-    return settings
-
-
-def _of_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What Hugging Face's settings say of the ResNet: a detector has the settings of its backbone in its own."""
-    if isinstance(backbone := settings.get("backbone_config"), Mapping):
-        return backbone
-    return settings if "resnet" in str(settings.get("model_type", "resnet")) else {}
-
-
-def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Refuses settings of timm's and Hugging Face's that change what a network computes, and not its arrays."""
-    plain = [getattr(resnet, name)() for name in ARCHITECTURES]
-    of_hugging_face: dict[str, list[Any]] = {
-        "hidden_act": ["relu"],
-        "downsample_in_first_stage": [False],
-        "layer_type": ["basic", "bottleneck"],
-        "embedding_size": [64],
-        "hidden_sizes": [[64, 128, 256, 512], [256, 512, 1024, 2048]],
-        "depths": [list(config.stage_sizes) for config in plain],
-    }
-    backbone = _of_backbone(settings)
-    wrong = [name for name, known in of_hugging_face.items() if name in backbone and backbone[name] not in known]
-    problems = [f"{name} {backbone[name]!r}" for name in wrong]
-    both = {**settings, **backbone}
-    for name in ("architecture", "backbone"):  # behind the point is timm's name of the training
-        if name in both and str(both[name] or "resnet18").split(".")[0] not in ARCHITECTURES:
-            problems.append(f"{name} {both[name]!r}")
-    plain_values: dict[str, list[Any]] = {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}
-    for name, known in plain_values.items():
-        if both.get(name) is not None and both[name] not in known:
-            problems.append(f"{name} {both[name]!r}")
-    arguments = settings.get("model_args") or {}
-    if not isinstance(arguments, Mapping) or set(arguments) - _HARMLESS:
-        problems.append(f"model_args {arguments!r}")
-    if problems:
-        raise ValueError(
-            f"{path} is refused: the config.json beside it says {'; '.join(problems)[:300]}, which is no plain ResNet"
-        )
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/bad_inputs.py
 
-writes the table docs/bad-input.md. That the programs do as it says is tested in experiments/test_bad_input.py.
+writes the table docs/bad-input.md. That the programs do as it says is tested in tests/experiments/test_bad_input.py.
 """
 
 from __future__ import annotations

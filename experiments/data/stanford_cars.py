@@ -86,44 +86,11 @@ def load_stanford_cars(
     title = title_of(folder, folder.counts)
     print(f"{title}: {describe(folder, decoding)}", file=sys.stderr)
 
-    def make(create: cache.Create) -> dict[str, Any]:
-        facts = read_pictures(folder, decoding, title, create, lazy)
-        if facts["deep"]:  # what is white follows from all of them, so they are read once more
-            white = tuple((kind, white_of(kind, highest)) for kind, (_, highest) in facts["deep"].items())
-            facts = read_pictures(folder, dataclasses.replace(decoding, white=white), title, create, lazy)
-        refuse_bad_pictures(facts["failures"], folder, skip_bad)
-        return facts
-
-    entry = cache.load_or_make(
-        cache_dir,
-        "stanford-cars-checked" if lazy else "stanford-cars",
-        {
-            "layout": folder.layout,
-            "class_names": folder.class_names,
-            "files": folder.identity,
-            "decoding": [decoding.image_size, decoding.grey, decoding.margin, "Lanczos"],
-            "Pillow": PIL.__version__.split(".")[0],
-        },
-        sum(folder.counts.values()) * (CHECKED_BYTES if lazy else math.prod(decoding.shape)),
-        make,
-        refuse=lambda facts: (
-            "pictures could not be read when it was made"
-            if any(kind == "file" for _, kind, _ in facts["failures"])
-            else None
-        ),
-    )
+    entry = decoded(folder, decoding, title, cache_dir, skip_bad=skip_bad, lazy=lazy)
     failures = [Failure(*failure) for failure in entry.facts["failures"]]
     refuse_bad_pictures(failures, folder, skip_bad)
     decoding = dataclasses.replace(decoding, white=tuple(map(tuple, entry.facts["white"])))
-    splits = {}
-    for split in SPLITS:
-        if lazy:
-            places, sums = (np.array(entry.arrays[f"{split}-{name}"]) for name in ("places", "sums"))
-            images = LazyPictures(folder.pictures(split), places, sums, decoding, folder.directory)
-        else:
-            images = entry.arrays[f"{split}-images"]
-        labels = np.array(entry.arrays[f"{split}-labels"])
-        splits[split] = Split(images, labels, names_of(folder.pictures(split), failures))
+    splits = {split: split_of(folder, split, entry, decoding, failures, lazy=lazy) for split in SPLITS}
     counts = {split: len(splits[split]) for split in SPLITS}
     if empty := [split for split in SPLITS if not counts[split]]:
         raise DataError(f"{folder.directory}: no {empty[0]} pictures are left of {folder.counts[empty[0]]:,}")
@@ -157,6 +124,58 @@ def load_stanford_cars(
             "notes": notes,
         },
     )
+
+
+def decoded(
+    folder: PictureFolder,
+    decoding: Decoding,
+    title: str,
+    cache_dir: str | os.PathLike | None,
+    *,
+    skip_bad: bool,
+    lazy: bool,
+) -> cache.Entry:
+    """What decoding all pictures gives, from the cache if it is there; arguments as for `load_stanford_cars`."""
+
+    def make(create: cache.Create) -> dict[str, Any]:
+        facts = read_pictures(folder, decoding, title, create, lazy)
+        if facts["deep"]:  # what is white follows from all of them, so they are read once more
+            white = tuple((kind, white_of(kind, highest)) for kind, (_, highest) in facts["deep"].items())
+            facts = read_pictures(folder, dataclasses.replace(decoding, white=white), title, create, lazy)
+        refuse_bad_pictures(facts["failures"], folder, skip_bad)
+        return facts
+
+    return cache.load_or_make(
+        cache_dir,
+        "stanford-cars-checked" if lazy else "stanford-cars",
+        {
+            "layout": folder.layout,
+            "class_names": folder.class_names,
+            "files": folder.identity,
+            "decoding": [decoding.image_size, decoding.grey, decoding.margin, "Lanczos"],
+            "Pillow": PIL.__version__.split(".")[0],
+        },
+        sum(folder.counts.values()) * (CHECKED_BYTES if lazy else math.prod(decoding.shape)),
+        make,
+        refuse=lambda facts: (
+            "pictures could not be read when it was made"
+            if any(kind == "file" for _, kind, _ in facts["failures"])
+            else None
+        ),
+    )
+
+
+def split_of(
+    folder: PictureFolder, split: str, entry: cache.Entry, decoding: Decoding, failures: list[Failure], *, lazy: bool
+) -> Split:
+    """A split of what `decoded` gave."""
+    if lazy:
+        places, sums = (np.array(entry.arrays[f"{split}-{name}"]) for name in ("places", "sums"))
+        images = LazyPictures(folder.pictures(split), places, sums, decoding, folder.directory)
+    else:
+        images = entry.arrays[f"{split}-images"]
+    labels = np.array(entry.arrays[f"{split}-labels"])
+    return Split(images, labels, names_of(folder.pictures(split), failures))
 
 
 def absolute(data_dir: str | os.PathLike) -> Path:

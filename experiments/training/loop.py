@@ -18,7 +18,7 @@ from experiments.frameworks.common import State, Training
 from experiments.frameworks.experiment import Experiment
 from experiments.training.meter import Meter, NotFiniteError, Profile, macro_f1
 from experiments.training.processes import Stopped, StopRequest
-from experiments.training.run_folder import RunFolder
+from experiments.training.run_folder import UNTESTED, RunFolder
 from experiments.training.saving import Progress, Saver
 
 Results = dict[str, np.ndarray]
@@ -273,6 +273,8 @@ class Loop:
                 averaged = summarize(self.test(*averages), labels)
                 row |= {f"ema_{name}": value for name, value in averaged.items()}
                 score = row["ema_test_top1"]
+        else:
+            row |= UNTESTED
         row |= self.report.observe(self.state)
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.folder.log(row)
@@ -326,10 +328,10 @@ class Loop:
 def describe_epoch(title: str, row: dict[str, float]) -> str:
     """The row at the end of an epoch, tested or not, as a line."""
     trained = f"train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} macro-F1 {row['train_macro_f1']:.1%}"
-    if "test_loss" not in row:
-        return f"{trained} | {title}, not tested"
-    averaged = f" (averaged weights {row['ema_test_top1']:.1%})" if "ema_test_top1" in row else ""
     speed = f" | {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""
+    if "test_loss" not in row:
+        return f"{trained} | {title}, not tested{speed}"
+    averaged = f" (averaged weights {row['ema_test_top1']:.1%})" if "ema_test_top1" in row else ""
     return (
         f"{trained} | {title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%}{averaged} "
         f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%}{speed}"

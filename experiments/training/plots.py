@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from experiments.output.figures import label as as_label
 from experiments.output.figures import save
+from experiments.training.run_folder import ends_epoch
 
 PANELS = {
     "loss": {"train": "train_loss", "test": "test_loss"},
@@ -28,18 +29,19 @@ def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 
     Args:
       path: the picture to write.
-      rows: of metrics.jsonl; those with "test_loss" end an epoch, the others are in between (thin lines).
+      rows: of metrics.jsonl; those within epochs are drawn as thin lines.
       title: what was trained on what.
     """
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
-    ends = [row for row in rows if "test_loss" in row]
-    between = [row for row in rows if "test_loss" not in row]
+    ends = [row for row in rows if ends_epoch(row)]
+    between = [row for row in rows if not ends_epoch(row)]
     for axis, (name, curves) in zip(axes, PANELS.items(), strict=True):
         for (label, key), colour in zip(curves.items(), COLOURS, strict=False):
             if between and key in between[0]:
                 x, y = [row["epoch"] for row in between], [row[key] for row in between]
                 axis.plot(x, y, lw=0.7, alpha=0.6, color=colour, label=f"{label}, within epochs")
-            x, y = [row["epoch"] for row in ends], [row[key] for row in ends]
+            shown = [row for row in ends if key in row]
+            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
             axis.plot(x, y, "o-", ms=4, color=colour, label=label)
         axis.set(xlabel="epoch", title=name)
         axis.set_ylim(bottom=0)
@@ -78,7 +80,7 @@ def plot_comparison(
         # Curves that lie on one another: the earlier ones are wider, and show below the later.
         for width, (name, rows) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
             # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
-            between = [row for row in rows if "test_loss" not in row] if key == "train_loss" else []
+            between = [row for row in rows if not ends_epoch(row)] if key == "train_loss" else []
             shown = between or [row for row in rows if key in row]
             x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
             size = 3 + 2 * width if distances else 4

@@ -40,6 +40,7 @@ REPORTED = (
 )
 # In the metadata of the file, as JSON; of a run that has not ended, in its config.json.
 RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")
+UNTESTED = {"tested": 0}  # in the row that ends an epoch without a test
 FILES = (
     *REPORTED[1:],
     ERROR,
@@ -197,6 +198,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a run folder's metrics.jsonl, without a last line that is being written or that a kill cut short."""
     lines = (path / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def ends_epoch(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds the means of a whole epoch; the others hold those of some steps within one."""
+    return "test_loss" in row or UNTESTED.keys() <= row.keys()
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 class Progress(NamedTuple):
     """Where a run stands, beside the state; all of it is JSON.
 
-    epoch: epochs that have ended, tested and logged.
+    epoch: epochs that have ended and are logged.
     meter: `Meter.facts` of the epoch under way.
     rows: lines of metrics.jsonl.
     seconds: since the start, without the time between a stop and its restart.

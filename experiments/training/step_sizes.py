@@ -25,7 +25,7 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamm
     """The step sizes of the latest update of any optimizer but SGD.
 
     Args:
-      moments: after at least one update (`experiments.frameworks.optimizers.moments_of`).
+      moments: after at least one update (`experiments.frameworks.jax.moments_of`).
       base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
       final_lr, gamma, b1: AdaBound's settings; for one without bounds they give those it would have had.
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from experiments import cars, compare
 from experiments.compare import describe_distances, loss_distances
-from experiments.training.run_folder import read_metrics
+from experiments.training.run_folder import UNTESTED, read_metrics
 from experiments.training.settings import DATA_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -22,14 +23,15 @@ TINY = "--arch resnet18 --image-size 32 --limit 48 --batch-size 12 --epochs 1 --
 ALONE = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | {"OMP_NUM_THREADS": "1"}
 
 
-def rows(losses, ends=()):
+def rows(losses, ends=(), tested=MappingProxyType({"test_loss": 1.0})):
     """A row for each step, and one at the end of each epoch."""
     found = [{"epoch": step / 4, "step": step, "train_loss": loss} for step, loss in enumerate(losses, 1)]
-    return found + [{"epoch": step / 4, "step": step, "train_loss": 99.0, "test_loss": 1.0} for step in ends]
+    return found + [{"epoch": step / 4, "step": step, "train_loss": 99.0} | tested for step in ends]
 
 
-def test_distances_by_hand():
-    ours, theirs = rows([2.0, 4.0, 5.0, 3.0], ends=[4]), rows([2.0, 4.0004, 4.0], ends=[3])
+@pytest.mark.parametrize("tested", [{"test_loss": 1.0}, UNTESTED])
+def test_distances_by_hand(tested):
+    ours, theirs = rows([2.0, 4.0, 5.0, 3.0], [4], tested), rows([2.0, 4.0004, 4.0], [3], tested)
     distances = loss_distances(ours, theirs)
     assert [row["step"] for row in distances] == [1, 2, 3]
     assert [row["epoch"] for row in distances] == [0.25, 0.5, 0.75]

@@ -1,4 +1,4 @@
-"""torch_ref.train against PyTorch by hand; tests/experiments/test_frameworks.py compares it with JAX and NumPy."""
+"""torch_ref.train against PyTorch by hand; JAX and NumPy are compared in tests/experiments/frameworks."""
 
 import copy
 

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from experiments.data.dataset import Dataset, Split, balanced_subset, channel_statistics, draw_classes, hold_out
+from experiments.data.dataset import (
+    Dataset,
+    Split,
+    balanced_subset,
+    channel_statistics,
+    draw_classes,
+    hold_out,
+    limit_test,
+)
 
 
 def split_of(counts):
@@ -83,6 +91,17 @@ def test_drawn_classes_are_always_the_same():
     for count in (0, 7):
         with pytest.raises(ValueError, match=f"cannot draw {count} of 6 classes"):
             draw_classes(whole, count)
+
+
+def test_a_part_of_the_test_pictures_is_balanced_and_in_the_title():
+    whole = dataset_of([4, 9, 20])
+    part = limit_test(whole, 7)
+    assert sorted(np.bincount(part.test.labels).tolist()) == [2, 2, 3]
+    assert part.title == "pictures, 7 test pictures"
+    assert part.train is whole.train
+    np.testing.assert_array_equal(part.test.images, limit_test(whole, 7).test.images)
+    with pytest.raises(ValueError, match="cannot draw 34 examples of 33"):
+        limit_test(whole, 34)
 
 
 def test_what_is_held_out_is_not_trained_on():

@@ -15,8 +15,9 @@ from experiments.frameworks.experiment import Experiment
 from experiments.machine import jax_device, numpy_device, processor
 from experiments.training.loop import DivergedError, Loop, evaluate
 from experiments.training.meter import macro_f1
+from experiments.training.plots import plot_curves
 from experiments.training.processes import Stopped, StopRequest
-from experiments.training.run_folder import RunFolder, earlier_run, read_metrics
+from experiments.training.run_folder import RunFolder, earlier_run, ends_epoch, read_metrics
 from experiments.training.saving import Progress, Saver
 from experiments.training.settings import System
 
@@ -44,7 +45,9 @@ def right_eval_step(params, batch_stats, images, labels):
     return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
 
 
-def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.asarray, number=signal.SIGINT):
+def run(
+    tmp_path, losses, *, epochs=2, log_every=2, test_every=1, interrupt_at=None, array=np.asarray, number=signal.SIGINT
+):
     """Trains a fake network whose losses are given; returns what ended it, its reports and its rows.
 
     It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
@@ -62,7 +65,7 @@ def run(tmp_path, losses, *, epochs=2, log_every=2, interrupt_at=None, array=np.
 
     dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
     folder, saver = RunFolder(tmp_path / "run"), Saver(tmp_path / "run", System(keep=0), {})
-    experiment = Experiment(epochs=epochs, batch_size=3, log_every=log_every)
+    experiment = Experiment(epochs=epochs, batch_size=3, log_every=log_every, test_every=test_every)
     training = Training("numpy", State(), train_step, right_eval_step, {}, arrays=None, moments=None)
     ended_by = Loop(experiment, dataset, training, folder, saver, reports, Progress()).run()
     folder.close()
@@ -101,6 +104,18 @@ def test_rows_of_a_run(array, tmp_path):
     assert ends[0]["test_loss"] == pytest.approx(float(np.mean(labels * 0.5)))
     assert (ends[0]["test_top1"], ends[0]["test_top5"], ends[0]["test_macro_f1"]) == (1, 1, 1)
     assert all(row["images_per_second"] > 0 and row["seconds"] >= 0 for row in rows)
+
+
+def test_some_epochs_are_not_tested(tmp_path):
+    """Their row holds the epoch's means and says that it ends one; the last epoch is tested in any case."""
+    _, reports, rows, _ = run(tmp_path, range(12, 0, -1), epochs=4, test_every=3)
+    ends = [row for row in rows if ends_epoch(row)]
+    assert [row["epoch"] for row in ends] == [1, 2, 3, 4]
+    assert ["test_top1" in row for row in ends] == [False, False, True, True]
+    assert [row["train_loss"] for row in ends] == [11, 8, 5, 2]
+    assert len(rows) - len(ends) == 4  # a row within each epoch, as without --test-every
+    assert reports[-1] is not None
+    plot_curves(tmp_path / "curves.png", rows, "a run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

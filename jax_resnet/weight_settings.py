@@ -1,0 +1,70 @@
+"""The settings that timm and Hugging Face put beside a weight file, and what of them a plain ResNet must have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_resnet import resnet
+from jax_resnet.weight_checks import ARCHITECTURES
+from jax_resnet.weight_files import FOLDER_FILES
+
+__all__ = ["check_settings", "of_backbone", "settings_beside"]
+
+# Arguments of timm's networks that change nothing in evaluation, or only shapes, which the arrays tell.
+_HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_init_last", "pretrained"}
+
+
+def settings_beside(path: Path) -> dict[str, Any]:
+    """The JSON of a folder of Hugging Face's, and of the run that a checkpoint is of."""
+    if path.is_file() and path.name not in FOLDER_FILES:
+        return {}
+    folder = path.parent if path.is_file() else path.parent.parent
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            try:
+                settings |= json.loads((folder / name).read_bytes()[: 2**24])
+            except (OSError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{folder / name} cannot be read: {error}") from error
+    return settings
+
+
+def of_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What Hugging Face's settings say of the ResNet: a detector has the settings of its backbone in its own."""
+    if isinstance(backbone := settings.get("backbone_config"), Mapping):
+        return backbone
+    return settings if "resnet" in str(settings.get("model_type", "resnet")) else {}
+
+
+def check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses settings of timm's and Hugging Face's that change what a network computes, and not its arrays."""
+    plain = [getattr(resnet, name)() for name in ARCHITECTURES]
+    of_hugging_face: dict[str, list[Any]] = {
+        "hidden_act": ["relu"],
+        "downsample_in_first_stage": [False],
+        "layer_type": ["basic", "bottleneck"],
+        "embedding_size": [64],
+        "hidden_sizes": [[64, 128, 256, 512], [256, 512, 1024, 2048]],
+        "depths": [list(config.stage_sizes) for config in plain],
+    }
+    backbone = of_backbone(settings)
+    wrong = [name for name, known in of_hugging_face.items() if name in backbone and backbone[name] not in known]
+    problems = [f"{name} {backbone[name]!r}" for name in wrong]
+    both = {**settings, **backbone}
+    for name in ("architecture", "backbone"):  # behind the point is timm's name of the training
+        if name in both and str(both[name] or "resnet18").removeprefix("tv_").split(".")[0] not in ARCHITECTURES:
+            problems.append(f"{name} {both[name]!r}")
+    plain_values: dict[str, list[Any]] = {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}
+    for name, known in plain_values.items():
+        if both.get(name) is not None and both[name] not in known:
+            problems.append(f"{name} {both[name]!r}")
+    arguments = settings.get("model_args") or {}
+    if not isinstance(arguments, Mapping) or set(arguments) - _HARMLESS:
+        problems.append(f"model_args {arguments!r}")
+    if problems:
+        raise ValueError(
+            f"{path} is refused: the config.json beside it says {'; '.join(problems)[:300]}, which is no plain ResNet"
+        )
