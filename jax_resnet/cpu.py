@@ -131,11 +131,11 @@ def _direct_pays(x: Array, weight: Array) -> bool:
 
 
 def once_known(late: Array, x: Array) -> Array:
-    """x, but not before `late`, of any shape, is there: what is computed from it is not computed, and kept, sooner.
+    """Returns x, made to depend on `late`: XLA:CPU cannot compute anything from it before `late` is known.
 
-    `lax.optimization_barrier` does not do: XLA:CPU drops it before it merges what is computed twice and before it
-    decides on an order. There this is x + 0, the 0 being the smallest normal number if the first entry of `late` is a
-    nan; elsewhere it is x.
+    So it cannot merge a computation in the backward pass with the same one in the forward pass, and keep its result.
+    `lax.optimization_barrier` is not enough, because XLA:CPU removes it before it merges. On a CPU this is x + 0, where
+    the 0 is the smallest normal number if the first entry of `late` is a nan. Elsewhere it is x itself.
     """
     if below(late.size, 1):
         return x
@@ -273,7 +273,7 @@ def materialize(x: Array) -> Array:
 def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
     """A block that is run again for its gradients, so that only its input is kept.
 
-    jax.checkpoint does that on a GPU or TPU; XLA:CPU merges its second run with the first, and saves nothing.
+    In place of jax.checkpoint, which saves nothing on a CPU: XLA:CPU merges its second run with the first.
     """
     again = jax.custom_vjp(run)
 

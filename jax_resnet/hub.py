@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 
 from jax_resnet.weight_files import FOLDER_FILES, INDEX
+from jax_resnet.weight_settings import SETTINGS_FILES
 
 __all__ = ["fetch", "is_name"]
 
-_SETTINGS = ("config.json", "preprocessor_config.json")
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^@]+))?")
 
 
@@ -63,7 +63,7 @@ def fetch(name: str | os.PathLike) -> Path:
         if path and path.name.endswith(INDEX):
             for part in set(json.loads(path.read_bytes())["weight_map"].values()):
                 download(part)
-        for file in _SETTINGS if path else ():
+        for file in SETTINGS_FILES if path else ():
             download(file)
     except (HfHubHTTPError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error

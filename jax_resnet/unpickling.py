@@ -349,8 +349,11 @@ def read_stream(file: IO[bytes]) -> Any:
 
 
 def _fill(storage: Storage, file: IO[bytes]) -> None:
-    (count,) = struct.unpack("<q", file.read(8))
-    storage.data = file.read(count * storage.dtype.itemsize)
+    (count,) = struct.unpack("<Q", file.read(8))
+    here = file.tell()
+    size = min(count * storage.dtype.itemsize, file.seek(0, 2) - here)  # reading more would set memory aside for it
+    file.seek(here)
+    storage.data = file.read(size)
 
 
 def read_tar(archive: tarfile.TarFile) -> Any:

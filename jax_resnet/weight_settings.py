@@ -11,7 +11,9 @@ from jax_resnet import resnet
 from jax_resnet.weight_checks import ARCHITECTURES
 from jax_resnet.weight_files import FOLDER_FILES
 
-__all__ = ["check_settings", "of_backbone", "settings_beside"]
+__all__ = ["SETTINGS_FILES", "check_settings", "of_backbone", "settings_beside"]
+
+SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 
 # Arguments of timm's networks that change nothing in evaluation, or only shapes, which the arrays tell.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_init_last", "pretrained"}
@@ -23,7 +25,7 @@ def settings_beside(path: Path) -> dict[str, Any]:
         return {}
     folder = path.parent if path.is_file() else path.parent.parent
     settings: dict[str, Any] = {}
-    for name in ("config.json", "preprocessor_config.json"):
+    for name in SETTINGS_FILES:
         if (folder / name).is_file():
             try:
                 settings |= json.loads((folder / name).read_bytes()[: 2**24])

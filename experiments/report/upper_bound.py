@@ -1,4 +1,4 @@
-"""What decides how AdaBound does: its upper bound at the end of a run over the step that Adam takes there.
+"""AdaBound's upper bound at the end of a run, over the step that Adam takes there.
 
 The final upper bound of a run is final_lr · (1 + 1 / (gamma · T)), where T is its number of updates: AdaBound's bound
 in the unit of the learning rate, which the column `step_upper` of the metrics has too. Adam's median step comes from

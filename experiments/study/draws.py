@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from scipy.stats.qmc import Sobol
 
-MOST_SEARCHED = 8  # fields of a contestant's search, where a Sobol sequence draws them
+SOBOL_DIMENSIONS = 8  # at least, so that the draws do not depend on how many fields are searched
 
 
 def draw(
@@ -32,7 +32,7 @@ def sobol_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -
 
     A field's coordinate is its place in the search.
     """
-    point = Sobol(MOST_SEARCHED, rng=seed).random(2 ** (number + 1).bit_length())[number]
+    point = Sobol(max(SOBOL_DIMENSIONS, len(search)), rng=seed).random(2 ** (number + 1).bit_length())[number]
     drawn = {}
     for (field, space), share in zip(search.items(), point, strict=False):
         if isinstance(space, CategoricalDistribution):
