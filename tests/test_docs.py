@@ -22,11 +22,13 @@ def shell_commands():
     """The commands `python -m experiments.…` of all pages, with the values of shell variables in place."""
     found = []
     for page in PAGES:
-        for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        whole = page.read_text(encoding="utf-8")
+        inline = [" ".join(code.split()) for code in re.findall(r"`(python -m [^`]*)`", FENCE.sub("", whole))]
+        for language, text in [*FENCE.findall(whole), *(("", code) for code in inline)]:
             if language:
                 continue
             variables = dict(re.findall(r"^(\w+)=(\S+)$", text, re.M))
-            for line in re.findall(r"python -m experiments\.[^\n#]*", text):
+            for line in re.findall(r"python -m experiments\.\w[^\n#]*", text):
                 line = re.sub(r"\$(\w+)", lambda match, known=variables: known.get(match[1], match[0]), line)
                 found.append(pytest.param(shlex.split(line)[2:], id=f"{page.stem}: {line[10:60]}"))
     return found
