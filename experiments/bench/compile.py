@@ -15,17 +15,16 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from experiments.bench.benchmark import BenchSettings, Table
-from experiments.bench.contestants import CONTESTANTS, TASKS, Case, Task
-from experiments.bench.turns import NOBODY_LEFT, available, started
-from experiments.cli import FailedError
+from experiments.bench.benchmark import NetworkBench, Table, ratios_to_best_torch
+from experiments.bench.contestants import CONTESTANTS, TASKS, Case
+from experiments.bench.turns import started, who_can
 from experiments.output.tables import Cell
 
 CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileBench(BenchSettings):
+class CompileBench(NetworkBench):
     """Time the first training step and the first inference, cold and with a warm cache, against torch.compile's.
 
     Ratios are to torch.compile, which takes a minute or more for a deep network: a round takes minutes.
@@ -35,26 +34,14 @@ class CompileBench(BenchSettings):
     """Who takes part."""
     rounds: int = 3
     """The contestants take turns this often, each from an empty cache."""
-    tasks: tuple[Task, ...] = ("training", "inference")
-    """What is run."""
 
-    def run(self) -> Iterator[Table]:
-        """A table each for training and inference."""
-        names = available(self.contestants)
-        for task in self.tasks:
-            case = self.case._replace(task=task)
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-            for _ in tqdm(range(self.rounds), desc="rounds", leave=False):
-                for name in list(times):
-                    try:
-                        times[name].append(cold_and_warm(name, case, self.threads))
-                    except FailedError as error:
-                        print(f"left out: {error}")
-                        del times[name]
-            if not times:
-                raise ValueError(NOBODY_LEFT)
-            seconds = {name: np.array(of_contestant) for name, of_contestant in times.items()}
-            yield Table(f"{case}, first {TASKS[task]}", rows(seconds), ("cold s", "warm s"), seconds)
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        rounds: list[dict[str, tuple[float, float]]] = []
+        for _ in tqdm(range(self.rounds), desc="rounds", leave=False):
+            rounds.append(who_can(names, lambda name: cold_and_warm(name, case, self.threads)))
+            names = list(rounds[-1])
+        seconds = {name: np.array([of_round[name] for of_round in rounds]) for name in names}
+        yield Table(f"{case}, first {TASKS[case.task]}", rows(seconds), ("cold s", "warm s"), seconds)
 
 
 def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
@@ -76,13 +63,13 @@ def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
 
 def rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
     """By contestant the medians over rounds, and the shortest and longest round."""
-    rows: dict[str, dict[str, Cell]] = {}
-    for name, times in seconds.items():
-        rows[name] = {}
-        for column, start in enumerate(("cold", "warm")):
-            of_start = times[:, column]
-            if "torch.compile" in seconds:
-                rows[name][f"{start} ratio"] = float(np.median(of_start / seconds["torch.compile"][:, column]))
-            rows[name][f"{start} s"] = float(np.median(of_start))
-            rows[name][f"{start} range s"] = (float(of_start.min()), float(of_start.max()))
+    rows: dict[str, dict[str, Cell]] = {name: {} for name in seconds}
+    for column, start in enumerate(("cold", "warm")):
+        of_start = {name: times[:, column] for name, times in seconds.items()}
+        ratios = ratios_to_best_torch(of_start)
+        for name, times in of_start.items():
+            if ratios:
+                rows[name][f"{start} ratio"] = ratios[name]
+            rows[name][f"{start} s"] = float(np.median(times))
+            rows[name][f"{start} range s"] = (float(times.min()), float(times.max()))
     return rows

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
 
-from experiments.bench.benchmark import BenchSettings, Table, times
+from experiments.bench.benchmark import NetworkBench, Table, times
 from experiments.bench.compile import CACHE_VARIABLES
-from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName, Task
-from experiments.bench.turns import NOBODY_LEFT, Result, available, framework, measure
+from experiments.bench.contestants import TASKS, Case, ContestantName
+from experiments.bench.turns import NOBODY_LEFT, framework
 from experiments.output.tables import Cell
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryBench(BenchSettings):
+class MemoryBench(NetworkBench):
     """Measure the peak memory of training steps and of inference, by batch size, and their time.
 
     On a CPU the peak is what a contestant's process has held at most above what it held with its libraries imported:
@@ -33,46 +32,31 @@ class MemoryBench(BenchSettings):
     """Who takes part."""
     rounds: int = 3
     """Steps of each."""
-    tasks: tuple[Task, ...] = ("training", "inference")
-    """What is run."""
 
-    def run(self) -> Iterator[Table]:
-        """A table each for training and inference, a row for each contestant and batch size."""
-        names = available(self.contestants)
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        """A row for each contestant and batch size; one contestant after the other, since together they hold much."""
+        rows: dict[str, dict[str, Cell]] = {}
         with tempfile.TemporaryDirectory() as cache:
-            for task in self.tasks:
-                case = self.case._replace(task=task)
-                rows: dict[str, dict[str, Cell]] = {}
-                for size in self.batch_size:
-                    of_size = {}
-                    for name in names:
-                        if row := self._row(name, case._replace(batch_size=size), cache):
-                            of_size[name] = row
-                    for name, row in of_size.items():
-                        ratio = {"ratio": row["MB"] / of_size["torch"]["MB"]} if "torch" in of_size else {}
+            for size in self.batch_size:
+                of_size = {name: self._row(name, case._replace(batch_size=size), cache) for name in names}
+                for name, row in of_size.items():
+                    if row:
+                        ratio = {"ratio": row["MB"] / of_size["torch"]["MB"]} if of_size.get("torch") else {}
                         rows[f"{name}, batch {size}"] = ratio | row
-                if not rows:
-                    raise ValueError(NOBODY_LEFT)
-                size = f"{case.height}x{case.width}x{case.channels}"
-                yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[task]}", rows, ("MB",))
+        if not rows:
+            raise ValueError(NOBODY_LEFT)
+        size = f"{case.height}x{case.width}x{case.channels}"
+        yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[case.task]}", rows, ("MB",))
 
     def _row(self, name: str, case: Case, cache: str) -> dict[str, Cell]:
         """Empty if the contestant fails, which it has printed."""
-        make_step = functools.partial(CONTESTANTS[name], case)
-
-        def result(rounds: int) -> Result:
-            return measure({name: make_step}, rounds, 1, self.threads, {CACHE_VARIABLES["jax"]: cache})[name]
-
+        options = dict(steps=1, environment={CACHE_VARIABLES["jax"]: cache})
         compiling = {}
         try:
             if framework(name) == "jax":
-                compiling["with compiling MB"] = megabytes(result(1))
-            measured = result(self.rounds)
+                result = self.measure([name], case, rounds=1, **options)[name]
+                compiling["with compiling MB"] = result.above_libraries
+            result = self.measure([name], case, rounds=self.rounds, **options)[name]
         except ValueError:
             return {}
-        return {"MB": megabytes(measured)} | compiling | times(measured.seconds)
-
-
-def megabytes(result: Result) -> float:
-    """Above what the process held with its libraries imported; on a GPU what is allocated there."""
-    return result.peak_memory - result.memory_before
+        return {"MB": result.above_libraries} | compiling | times(result.seconds)

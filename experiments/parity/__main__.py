@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from experiments.cli import Arch, FailedError, exit_code, parse, parse_image_size
 from experiments.machine import describe_machine
+from experiments.output.tables import print_table
 
 Framework = Literal["numpy", "torch_ref", "torchvision"]
 Section = Literal["layers", "network", "trajectories"]
@@ -88,8 +89,7 @@ def run(settings: Settings) -> int | None:
     import jax
 
     from experiments.parity.checks import module_of
-    from experiments.parity.comparison import choose_frameworks, compare_all
-    from experiments.parity.summary import Report, print_report
+    from experiments.parity.comparison import Report, choose_frameworks, compare_all
 
     frameworks, left_out = choose_frameworks(settings)
     report = Report(f"Parity of {', '.join(frameworks)} with JAX", describe_machine(), left_out)
@@ -102,13 +102,16 @@ def run(settings: Settings) -> int | None:
         except KeyboardInterrupt:
             ended_by = signal.SIGINT
             report.left_out.append("all after Ctrl-C")
-    print_report(report)
+    for title, rows in report.tables.items():
+        print(f"\n{title}")
+        print_table({row.name: row.columns for row in rows})
+    print("", *report.conclusions, sep="\n")
     if settings.html is not None:
-        from experiments.parity.html_report import write_page
+        from experiments.parity.page import write_page
 
         write_page(settings.html, report)
         print(f"wrote {settings.html}")
-    if report.is_broken:
+    if "BROKEN" in report.verdicts:
         raise FailedError(report.conclusions[-1])
     return ended_by
 

@@ -69,40 +69,28 @@ Errors = Mapping[str, Mapping[str, float]]  # {field of Results: {array: relativ
 
 def compare_network(
     network: ResNet, state_dict: Arrays, batch: Batch, dtypes: Sequence[str], mode: str, frameworks: Sequence[str]
-) -> Iterator[tuple[list[Row], list[Profile]]]:
+) -> Iterator[tuple[list[Row], Profile]]:
     """Runs a pass of the network, mode "train" or "eval", in JAX and then in each framework, for each dtype.
 
     If float64 comes first, JAX's float32 is compared with it too: most bounds of float32 follow from that error.
 
     Yields:
-      after each pass its rows and its errors along the network; nothing after the first pass of JAX.
+      of each comparison its rows and its errors along the network.
     """
     images, labels = batch
     order = [*activation_names(network), *state_dict]
-    exact = None
-
-    def profile(errors: Errors, framework: str) -> Profile:
-        activations, gradients = (
-            {name: errors[part][name] for name in order if name in errors[part]}
-            for part in ("activations", "parameter_gradients")
-        )
-        return Profile(framework, dtype, mode, activations, gradients)
-
+    exact, bounds = None, {}
     for dtype in dtypes:
+        what = f"{mode}, {dtype}"
         weights = {name: value.astype(dtype) for name, value in state_dict.items()}
         arguments = (network, weights, images.astype(dtype), labels, mode == "train")
         reference = in_jax.run_network(*arguments)
-        what = f"{mode}, {dtype}"
         if dtype == "float64":
             exact, bounds = reference, dict.fromkeys(Results._fields, BOUND_FLOAT64)
-            yield [], []
-        elif exact is None:
-            bounds = {}
-            yield [], []
-        else:
+        elif exact is not None:
             own = errors_by_part(reference, exact)
             bounds = bounds_float32(own)
-            yield rows_by_part(own, what, OWN_ERROR, {}), [profile(own, OWN_ERROR)]
+            yield rows_by_part(own, what, OWN_ERROR, {}), profile_of(own, order, OWN_ERROR, dtype, mode)
         for framework in frameworks:
             library = {} if framework == "numpy" else {"library": framework}
             results = module_of(framework).run_network(*arguments, **library)
@@ -110,7 +98,13 @@ def compare_network(
             rows = rows_by_part(errors, what, framework, bounds)
             if dtype == "float32":
                 rows += rows_of_float32(results, reference, what, framework)
-            yield rows, [profile(errors, framework)]
+            yield rows, profile_of(errors, order, framework, dtype, mode)
+
+
+def profile_of(errors: Errors, order: Sequence[str], framework: str, dtype: str, mode: str) -> Profile:
+    """The errors of activations and of parameters' gradients, in the order of the names."""
+    parts = (errors["activations"], errors["parameter_gradients"])
+    return Profile(framework, dtype, mode, *({n: of_part[n] for n in order if n in of_part} for of_part in parts))
 
 
 def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, float]]:

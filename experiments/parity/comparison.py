@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Sequence
@@ -13,14 +14,54 @@ from tqdm import tqdm
 from experiments.cli import parse_image_size
 from experiments.frameworks.common import ResNet
 from experiments.parity.cases import check_batch, draw_batch, draw_weights, layer_cases
-from experiments.parity.checks import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings
-from experiments.parity.summary import Report
+from experiments.parity.checks import (
+    FLOAT32_NOTE,
+    Growth,
+    Profile,
+    compare_layer,
+    compare_network,
+    compare_trainings,
+)
+from experiments.parity.errors import Row
 
 if TYPE_CHECKING:
     from experiments.parity.__main__ import Settings
 
 PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}
 TRAINING_BATCH = (8, 64, 64)  # images, height, width
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found.
+
+    title: who is compared.
+    machine: on which machine, with which versions.
+    left_out: what was not compared, and why.
+    tables: rows by title.
+    profiles: errors along the network.
+    growths: how trainings diverge.
+    notes: how to read the tables.
+    """
+
+    title: str
+    machine: str
+    left_out: list[str]
+    tables: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
+    profiles: list[Profile] = dataclasses.field(default_factory=list)
+    growths: list[Growth] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def verdicts(self) -> list[str]:
+        return [row.verdict for rows in self.tables.values() for row in rows if row.bound is not None]
+
+    @property
+    def conclusions(self) -> list[str]:
+        """Notes, what was left out, and in the last line how many bounds hold."""
+        broken, count = self.verdicts.count("BROKEN"), len(self.verdicts)
+        conclusion = f"{broken} of {count} bounds are BROKEN" if broken else f"all {count} bounds hold"
+        return [*self.notes, *(f"left out: {what}" for what in self.left_out), conclusion]
 
 
 def network_of(settings: Settings, arch: str) -> ResNet:
@@ -58,7 +99,7 @@ def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -
     dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
     counts = {
         "layers": len(layer_cases(settings.seed)) * len(dtypes),
-        "network": 2 * len(dtypes) * (1 + len(frameworks)),
+        "network": 2 * (len(dtypes) * len(frameworks) + len(dtypes) - 1),
         "trajectories": len(settings.optimizers) * settings.steps if trained else 0,
     }
     with tqdm(total=sum(counts[section] for section in settings.sections), unit="", dynamic_ncols=True) as progress:
@@ -91,7 +132,7 @@ def compare_passes(
         progress.set_description(f"{network}, {mode}")
         for rows, profile in compare_network(network, weights, batch, dtypes, mode, frameworks):
             table += rows
-            report.profiles += profile
+            report.profiles.append(profile)
             progress.update()
     if settings.dtype == "both":
         report.notes.append(FLOAT32_NOTE)

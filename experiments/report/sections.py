@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.output.page import Block, Picture, picture, table
 from experiments.output.tables import as_text
 from experiments.report import curves
 from experiments.report.analysis import paired_difference, reached, verdict
 from experiments.report.answer import answer, answer_row, limits, percent, points
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
-from experiments.report.markdown import Block, Picture, picture, table
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_rows
 from experiments.study_files import slug

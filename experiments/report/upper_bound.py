@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from experiments.output.figures import in_percent, label, panels
 from experiments.report.study_results import StudyResults, Trial
 
 BANDS = ((0.0, 0.05), (0.05, 1.0), (1.0, math.inf))  # of the ratio
@@ -79,20 +78,19 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
         return None
     by_loss = [study.name for study in studies if study.measure == "train_loss" and study.name in points]
     grids = [study.name for study in studies if any(c.labels.keys() & {"final_lr", "gamma"} for c in study.contestants)]
-    panels = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.8), layout="constrained")
-    for axis, (panel, title) in zip(axes, panels.items(), strict=True):
+    shown = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
+    figure, axes = panels(len(shown), len(shown), 5.6, 4.8)
+    for axis, (panel, title) in zip(axes, shown.items(), strict=True):
         for number, (name, of_study) in enumerate(points.items()):
             if panel == "train_loss" and name not in by_loss:
                 continue
             x, y = zip(*sorted((point.ratio, getattr(point, panel)) for point in of_study), strict=True)
             style, size = ("o-", 6) if name in grids else ("o", 4)
-            axis.plot(x, y, style, ms=size, lw=1, color=f"C{number % 10}", label=name)
+            axis.plot(x, y, style, ms=size, lw=1, color=f"C{number % 10}", label=label(name))
         axis.axvline(1, color="black", lw=1, ls="--")
         axis.set(xscale="log", title=title, xlabel="AdaBound's final upper bound over Adam's median step")
-        axis.grid(alpha=0.3)
         if panel != "train_loss":
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            in_percent(axis)
             axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
