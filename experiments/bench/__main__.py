@@ -17,12 +17,9 @@ import sys
 import tyro
 
 from experiments.bench.benchmark import BenchSettings
-from experiments.bench.compile import CompileBench
 from experiments.bench.feed import FeedBench
 from experiments.bench.layers import LayersBench
-from experiments.bench.memory import MemoryBench
-from experiments.bench.scaling import ScalingBench
-from experiments.bench.step import StepBench
+from experiments.bench.networks import CompileBench, MemoryBench, ScalingBench, StepBench
 from experiments.cli import exit_code, expanded
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments.bench.contestants import CONTESTANTS, Case, ContestantName, Precision, Task
-from experiments.bench.turns import Result, available, compete, framework, started
+from experiments.bench.contestants import Case, Precision
+from experiments.bench.turns import framework
 from experiments.cli import Arch, parse_image_size
 from experiments.machine import cores
 from experiments.output.tables import Cell
@@ -94,33 +93,6 @@ class BenchSettings:
     def __str__(self) -> str:
         words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in self.as_json().items()}
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkBench(BenchSettings):
-    """The settings of every benchmark in which whole networks compete."""
-
-    contestants: tuple[ContestantName, ...] = ("jax", "torch")
-    """Who takes part."""
-    tasks: tuple[Task, ...] = ("training", "inference")
-    """What is run."""
-
-    def run(self) -> Iterator[Table]:
-        names = available(self.contestants)
-        for task in self.tasks:
-            yield from self.tables(names, self.case._replace(task=task))
-
-    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
-        """The tables of one task, in which these contestants take part."""
-        raise NotImplementedError
-
-    def measure(
-        self, names: Sequence[str], case: Case, *, rounds: int, steps: int, environment: Mapping[str, str] | None = None
-    ) -> dict[str, Result]:
-        """`compete` in new processes, with these variables in addition."""
-        make_steps = {name: functools.partial(CONTESTANTS[name], case) for name in names}
-        with started(names, self.threads, environment) as contestants:
-            return compete(contestants, make_steps, rounds, steps)
 
 
 def ratios_to_best_torch(seconds: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -172,11 +172,10 @@ def compare_trainings(
     network: ResNet,
     state_dict: Arrays,
     optimizer: str,
-    steps: int,
+    steps: Iterable[int],
     batch_shape: tuple[int, int, int],
     frameworks: Sequence[str],
     seed: int,
-    after_step: Callable[[], object] = lambda: None,
 ) -> tuple[list[Row], Growth]:
     """Trains in all frameworks at once, in float64, each framework twice.
 
@@ -185,11 +184,10 @@ def compare_trainings(
     Args:
       network, state_dict: with the weights to start from.
       optimizer: a name in `cases.OPTIMIZERS`.
-      steps: how many.
+      steps: their numbers, from 1.
       batch_shape: (N, H, W); each step sees another batch.
       frameworks: "numpy", "torch_ref".
       seed: of the batches, and of which weights move up and which down by one unit in the last place.
-      after_step: called after each step.
     """
     rng = np.random.default_rng(seed)
     step_by_step, free = (
@@ -199,7 +197,7 @@ def compare_trainings(
     moved = in_jax.Trainer(network, optimizer, moved_by_one_unit(state_dict, rng))
     growth = Growth(optimizer, {name: [] for name in frameworks}, [])
     of_steps, of_free = ({name: [] for name in frameworks} for _ in range(2))
-    for step in range(1, steps + 1):
+    for step in steps:
         images, labels = draw_batch(network, batch_shape, rng)
         before = reference.state()
         reference.step(images, labels)
@@ -214,7 +212,6 @@ def compare_trainings(
                 error, where = largest(relative_errors(_flat(trainer.weights()), expected))
                 found.append((error, f"step {step}, {where}"))
             growth.distances[name].append(of_free[name][-1][0])
-        after_step()
     rows = []
     for name in frameworks:
         rows.append(Row(f"{optimizer}, each step", name, *_worst(of_steps[name], STEP_BOUND)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from experiments.parity.__main__ import Settings
 
 PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}
+Item = TypeVar("Item")
 TRAINING_BATCH = (8, 64, 64)  # images, height, width
 
 
@@ -94,32 +95,26 @@ def choose_frameworks(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
-    """Fills the report; a bar on stderr shows the progress."""
-    trained = [name for name in frameworks if name != "torchvision"]
+    """Fills the report; bars on stderr show the progress."""
     dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
-    counts = {
-        "layers": len(layer_cases(settings.seed)) * len(dtypes),
-        "network": 2 * (len(dtypes) * len(frameworks) + len(dtypes) - 1),
-        "trajectories": len(settings.optimizers) * settings.steps if trained else 0,
-    }
-    with tqdm(total=sum(counts[section] for section in settings.sections), unit="", dynamic_ncols=True) as progress:
-        if "layers" in settings.sections:
-            # PyTorch takes part with torch.nn.functional, whichever of its networks do.
-            names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
-            rows = report.tables.setdefault("Layers: outputs and all gradients", [])
-            for dtype, case in itertools.product(dtypes, layer_cases(settings.seed)):
-                progress.set_description(f"{case.layer}, {dtype}")
-                rows += compare_layer(case, dtype, names)
-                progress.update()
-        if "network" in settings.sections:
-            compare_passes(settings, frameworks, dtypes, report, progress)
-        if "trajectories" in settings.sections and trained:
-            compare_trajectories(settings, trained, report, progress)
+    if "layers" in settings.sections:
+        # PyTorch takes part with torch.nn.functional, whichever of its networks do.
+        names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
+        rows = report.tables.setdefault("Layers: outputs and all gradients", [])
+        for dtype, case in progress(list(itertools.product(dtypes, layer_cases(settings.seed))), "layers"):
+            rows += compare_layer(case, dtype, names)
+    if "network" in settings.sections:
+        compare_passes(settings, frameworks, dtypes, report)
+    if "trajectories" in settings.sections and (trained := [name for name in frameworks if name != "torchvision"]):
+        compare_trajectories(settings, trained, report)
 
 
-def compare_passes(
-    settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report, progress: tqdm
-) -> None:
+def progress(iterable: Iterable[Item], name: str, total: int | None = None) -> Iterable[Item]:
+    """The same with a bar."""
+    return tqdm(iterable, name, total, unit="", dynamic_ncols=True)
+
+
+def compare_passes(settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report) -> None:
     """A forward and backward pass of the network, in training and in evaluation."""
     network = network_of(settings, settings.arch)
     height, width = parse_image_size(settings.image_size)
@@ -128,17 +123,17 @@ def compare_passes(
     batch = draw_batch(network, (settings.batch_size, height, width), rng)
     title = f"{network}: {settings.batch_size} images of {height}x{width}x{settings.in_channels}"
     table = report.tables.setdefault(title, [])
+    total = len(dtypes) * (len(frameworks) + 1) - 1  # JAX's float32 is compared with its float64
     for mode in ("train", "eval"):
-        progress.set_description(f"{network}, {mode}")
-        for rows, profile in compare_network(network, weights, batch, dtypes, mode, frameworks):
+        compared = compare_network(network, weights, batch, dtypes, mode, frameworks)
+        for rows, profile in progress(compared, f"{network}, {mode}", total):
             table += rows
             report.profiles.append(profile)
-            progress.update()
     if settings.dtype == "both":
         report.notes.append(FLOAT32_NOTE)
 
 
-def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report, progress: tqdm) -> None:
+def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
     """Trains the network with each optimizer."""
     network = network_of(settings, settings.trajectory_arch)
     weights = draw_weights(network, settings.seed)
@@ -146,9 +141,7 @@ def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: 
     title = f"{network} trained: {settings.steps} steps of {count} images of {height}x{width}, float64"
     table = report.tables.setdefault(title, [])
     for optimizer in settings.optimizers:
-        progress.set_description(f"{network}, {optimizer}")
-        rows, growth = compare_trainings(
-            network, weights, optimizer, settings.steps, TRAINING_BATCH, frameworks, settings.seed, progress.update
-        )
+        steps = progress(range(1, settings.steps + 1), f"{network}, {optimizer}")
+        rows, growth = compare_trainings(network, weights, optimizer, steps, TRAINING_BATCH, frameworks, settings.seed)
         table += rows
         report.growths.append(growth)

@@ -161,7 +161,7 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
     row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
     for target in results.targets:
-        times = [reached(trial.rows, target) for trial in contestant.finals]
+        times = [reached(trial.epochs, target) for trial in contestant.finals]
         times += [(math.inf, math.inf)] * len(contestant.failed)
         epochs, seconds = np.median(times, axis=0)
         count = sum(not math.isinf(of_run) for of_run, _ in times)
