@@ -62,10 +62,7 @@ class Result(NamedTuple):
 
 
 class Contestant:
-    """A process that has imported a contestant's libraries and waits.
-
-    memory_before, peak_memory: as in `Result`, so far.
-    """
+    """A process that has imported a contestant's libraries and waits; memory_before and peak_memory as in `Result`."""
 
     def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
         """Starts it, on so many cores (all if None), with these additional variables."""
