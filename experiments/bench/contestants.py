@@ -86,11 +86,7 @@ def numpy_step(case: Case) -> Step:
 
 
 def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
-    """Weights and a batch on so many of JAX's devices, which share the batch; None leaves all on the first one.
-
-    Raises:
-      ValueError: if there are fewer devices.
-    """
+    """Weights and a batch on so many of JAX's devices, which share the batch; None leaves all on the first one."""
     import jax
     import jax.numpy as jnp
 
@@ -107,13 +103,12 @@ def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
 def jax_program(
     case: Case, forward: Callable[..., Any], params: Any, others: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A network as a jitted function, and its arguments. It returns what `numpy_step` does.
+    """A network as a jitted function, which returns what `numpy_step` does, and its arguments.
 
     Args:
       case: its images, labels, task and devices are taken.
       forward: (params, others, images, train) -> (logits, others after this batch).
-      params: what is trained.
-      others: what is not, such as running statistics.
+      params, others: what is trained, and what is not, such as running statistics.
     """
     import jax
     import optax
@@ -179,11 +174,7 @@ def flax_step(case: Case) -> Step:
 
 
 def keras_step(case: Case) -> Step:
-    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls.
-
-    Raises:
-      ValueError: for a network that keras.applications does not have.
-    """
+    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls."""
     os.environ.setdefault("KERAS_BACKEND", "jax")  # in the bench's processes it is set before anything is imported
     import keras
 
@@ -210,10 +201,7 @@ def keras_step(case: Case) -> Step:
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
     """torchvision's network, on a GPU if there is one, bfloat16 by autocast; results as for `numpy_step`.
 
-    Args:
-      case: what to build.
-      channels_last: the layout of kernels and images in memory; their shapes are OIHW and NCHW either way.
-      compiled: by torch.compile in place of eager.
+    channels_last is the layout of kernels and images in memory; their shapes are OIHW and NCHW either way.
     """
     import torch
 

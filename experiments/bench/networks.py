@@ -115,11 +115,7 @@ class CompileBench(NetworkBench):
 
 
 def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
-    """Seconds of the first step in a process that finds nothing compiled, and in a second one with the same cache.
-
-    Raises:
-      FailedError: if the step fails.
-    """
+    """Seconds of the first step in a process that finds nothing compiled, and in a second one with the same cache."""
     seconds = []
     with tempfile.TemporaryDirectory() as cache:
         # Small programs are kept as well, as by `experiments.machine`.

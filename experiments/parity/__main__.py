@@ -58,11 +58,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses settings that make no sense.
-
-    Raises:
-      ValueError: says what to change.
-    """
+    """Raises a ValueError for settings that make no sense."""
     if settings.in_channels < 1 or settings.steps < 1 or settings.seed < 0:
         raise ValueError("--in-channels and --steps must be at least 1, --seed at least 0")
     if not (settings.sections and settings.frameworks and settings.optimizers):
@@ -79,12 +75,7 @@ def check(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> int | None:
-    """Compares and prints; returns the signal that ended it, if one did.
-
-    Raises:
-      ValueError: for settings that make no sense.
-      FailedError: if a bound is broken.
-    """
+    """Compares and prints; returns the signal that ended it, if one did. Raises a FailedError for a broken bound."""
     check(settings)
     import jax
 

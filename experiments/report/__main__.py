@@ -25,11 +25,7 @@ class ReportSettings:
 
 
 def run(settings: ReportSettings) -> None:
-    """Writes the report.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
-    """
+    """Writes the report."""
     from experiments.output.page import write_html, write_markdown
     from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
     from experiments.report.study_results import find_studies, read_study

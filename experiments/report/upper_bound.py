@@ -1,11 +1,7 @@
 """AdaBound's upper bound at the end of a run, over the step that Adam takes there.
 
-The final upper bound of a run is final_lr · (1 + 1 / (gamma · T)), where T is its number of updates: AdaBound's bound
-in the unit of the learning rate, which the column `step_upper` of the metrics has too. Adam's median step comes from
-the Adam run of the same study that shares the most settings with the AdaBound run. It is the median over layers of the
-columns `step/LAYER` after the last epoch; each of these is the median over a layer's weights of learning_rate /
-sqrt(v), at the peak learning rate. Where the ratio is far below 1, AdaBound clips nearly all steps and is SGD with
-momentum at that rate. Where it is far above 1, AdaBound clips nothing and is Adam.
+`experiments.report.sections.upper_bound_section` says in the report how both are measured. Where the ratio is far below
+1, AdaBound clips nearly all steps and is SGD with momentum at that rate; where it is far above 1, AdaBound is Adam.
 """
 
 from __future__ import annotations
