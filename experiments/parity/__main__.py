@@ -98,7 +98,7 @@ def run(settings: Settings) -> int | None:
         print_table({row.name: row.columns for row in rows})
     print("", *report.conclusions, sep="\n")
     if settings.html is not None:
-        from experiments.parity.page import write_page
+        from experiments.parity.html_report import write_page
 
         write_page(settings.html, report)
         print(f"wrote {settings.html}")

@@ -24,7 +24,7 @@ from experiments.parity import cases, in_jax
 from experiments.parity import checks as compare
 from experiments.parity.comparison import Report
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_error, relative_errors
-from experiments.parity.page import write_page
+from experiments.parity.html_report import write_page
 from numpy_ref.fast.threads import alone
 
 TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
