@@ -306,32 +306,16 @@ def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch
 
 
 def test_turns_rotate():
-    """So that nobody always follows the same contestant."""
+    """So that nobody always follows the same contestant; each has built its step before."""
     took = []
-
-    class Fake:
-        memory_before = peak_memory = 0
-
-        def __init__(self, name):
-            self.name = name
-
-        def build(self, make_step):
-            return 0.0
-
-        def measure(self, steps):
-            took.append(self.name)
-            return [float(ord(self.name))]
-
-    results = turns.compete([Fake("a"), Fake("b"), Fake("c")], dict.fromkeys("abc"), rounds=3, steps=1)
-    assert "".join(took) == "bcacababc"
-    assert {name: result.seconds.tolist() for name, result in results.items()} == {n: 3 * [[ord(n)]] for n in "abc"}
+    make_steps = {name: lambda name=name: lambda: took.append(name) for name in "abc"}
+    results = turns.compete(list(map(Here, "abc")), make_steps, rounds=3, steps=1)
+    assert "".join(took) == "abc" + "bcacababc"
+    assert {name: result.seconds.shape for name, result in results.items()} == dict.fromkeys("abc", (3, 1))
 
 
 def test_a_contestant_that_dies_is_named():
-    with (
-        turns.started(["numpy"], 1) as (contestant,),
-        pytest.raises(FailedError, match="without a word"),
-    ):
+    with turns.started(["numpy"], 1) as (contestant,), pytest.raises(FailedError, match="without a word"):
         contestant.build(functools.partial(os._exit, 1))
 
 
