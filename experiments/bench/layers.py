@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -25,14 +26,12 @@ Pass = Literal["forward", "dx", "dweight"]
 class Layer(NamedTuple):
     """A layer.
 
-    count: how often the network has it.
     shape: of its input, (N, H, W, C).
     out_channels: 0 if the layer is no product.
     kernel: its side; half of it is the padding.
     """
 
     kind: Literal["conv", "dense", "norm+relu", "max_pool"]
-    count: int
     shape: tuple[int, int, int, int]
     out_channels: int = 0
     kernel: int = 1
@@ -57,46 +56,45 @@ class Layer(NamedTuple):
         """Multiplications and additions of each pass, padding included; 0 if the layer is no product."""
         return 2 * self.kernel**2 * self.shape[3] * int(np.prod(self.output_shape)) if self.out_channels else 0
 
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return ("forward", "dx", "dweight") if self.operations else ("forward", "dx")
+
     def bytes_moved(self, name: Pass, itemsize: int) -> int:
         x, y = int(np.prod(self.shape)), int(np.prod(self.output_shape))
         return itemsize * (x + y if name == "forward" else 2 * x + y)
 
 
-PEAK = Layer("dense", 1, (2048, 1, 1, 2048), 2048)  # the product of two square matrices
-SMALL = Layer("conv", 1, (8, 3, 5, 4), 2, kernel=3)
+PEAK = Layer("dense", (2048, 1, 1, 2048), 2048)  # the product of two square matrices
+SMALL = Layer("conv", (8, 3, 5, 4), 2, kernel=3)
 
 
-def distinct_layers(case: Case) -> list[Layer]:
-    """The layers of a network from stem to head, equal ones counted."""
+def distinct_layers(case: Case) -> dict[Layer, int]:
+    """The layers of a network from stem to head, and how often it has each."""
     from experiments.frameworks.jax import make_resnet, resnet
 
     config = make_resnet(case.network)
-    found: dict[Layer, int] = {}
+    found: Counter[Layer] = Counter()
 
     def add(layer: Layer) -> tuple[int, int]:
-        found[layer] = found.get(layer, 0) + 1
+        found[layer] += 1
         return layer.output_shape[1:3]
 
     def add_conv(conv: resnet.Conv, size: tuple[int, int]) -> tuple[int, int]:
         shape = (case.batch_size, *size, conv.in_channels)
-        size = add(Layer("conv", 1, shape, conv.out_channels, conv.size, conv.stride))
-        add(Layer("norm+relu", 1, (case.batch_size, *size, conv.out_channels)))
+        size = add(Layer("conv", shape, conv.out_channels, conv.size, conv.stride))
+        add(Layer("norm+relu", (case.batch_size, *size, conv.out_channels)))
         return size
 
     size = add_conv(resnet.stem(config), (case.height, case.width))
-    size = add(Layer("max_pool", 1, (case.batch_size, *size, 64), kernel=3, stride=2))
+    size = add(Layer("max_pool", (case.batch_size, *size, 64), kernel=3, stride=2))
     for block in resnet.blocks(config):
         if block.projection:
             add_conv(block.projection, size)
         for conv in block.convs:
             size = add_conv(conv, size)
-    add(Layer("dense", 1, (case.batch_size, 1, 1, resnet.feature_channels(config)), case.num_classes))
-    return [layer._replace(count=count) for layer, count in found.items()]
-
-
-def passes(layer: Layer) -> tuple[Pass, ...]:
-    """What is measured of a layer of a network."""
-    return ("forward", "dx", "dweight") if layer.operations else ("forward", "dx")
+    add(Layer("dense", (case.batch_size, 1, 1, resnet.feature_channels(config)), case.num_classes))
+    return found
 
 
 def operands(layer: Layer) -> dict[str, np.ndarray]:
@@ -220,9 +218,9 @@ class LayersBench(BenchSettings):
             yield (peak := self._product_table(title, PEAK, contestants, self.iterations))
             speed = max(row["GFLOP/s"] for row in peak.rows.values())
             totals: dict[str, dict[str, float]] = {name: {} for name in names}
-            for layer in distinct_layers(self.case):
-                measured = {name: self._seconds(layer, name, contestants, self.iterations) for name in passes(layer)}
-                yield self._layer_table(layer, measured, speed, totals)
+            for layer, count in distinct_layers(self.case).items():
+                measured = {name: self._seconds(layer, name, contestants, self.iterations) for name in layer.passes}
+                yield self._layer_table(layer, count, measured, speed, totals)
         for total in totals.values():
             total["sum ms"] = sum(total.values())
         yield Table(f"{self.case}: all layers together, each as often as the network has it", totals, ("sum ms",))
@@ -248,6 +246,7 @@ class LayersBench(BenchSettings):
     def _layer_table(
         self,
         layer: Layer,
+        count: int,
         measured: dict[Pass, dict[str, np.ndarray]],
         peak: float,
         totals: dict[str, dict[str, float]],
@@ -265,6 +264,6 @@ class LayersBench(BenchSettings):
                 if layer.operations:
                     row[f"{name} share"] = work / seconds / 1e9 / peak
                 kind = f"{'products' if layer.operations else 'other'} {name} ms"
-                totals[contestant][kind] = totals[contestant].get(kind, 0) + 1e3 * layer.count * seconds
+                totals[contestant][kind] = totals[contestant].get(kind, 0) + 1e3 * count * seconds
         all_seconds = {f"{contestant}, {name}": t for name, of in measured.items() for contestant, t in of.items()}
-        return Table(f"{layer}, x{layer.count}", rows, [f"{name} {unit}" for name in measured], all_seconds)
+        return Table(f"{layer}, x{count}", rows, [f"{name} {unit}" for name in measured], all_seconds)

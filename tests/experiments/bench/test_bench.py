@@ -251,7 +251,7 @@ def test_remat_takes_less_memory(monkeypatch):
     assert remat < 0.8 * without
 
 
-TWO_LAYERS = [layers.Layer("conv", 1, (2, 6, 7, 3), 5), layers.Layer("norm+relu", 1, (2, 6, 7, 3))]
+TWO_LAYERS = {layers.Layer("conv", (2, 6, 7, 3), 5): 1, layers.Layer("norm+relu", (2, 6, 7, 3)): 1}
 
 
 @pytest.mark.usefixtures("here")
