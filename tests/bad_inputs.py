@@ -195,7 +195,7 @@ COMMAND_LINE = [
         "1 images of 64x64 leave 4 values per channel to the last stage: its BatchNorms magnify rounding beyond all "
         "bounds with fewer than 32; take --batch-size 8",
     ),
-    Case("a folder for a page", "parity --html .", "--html . is a folder: name the page to write"),
+    Case("a folder for a page", "parity --html .", "--html . is a folder: name the file to write"),
     Case("a page in no folder", "parity --html no/page.html", "--html no/page.html: there is no folder no"),
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must name something"),
     Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),

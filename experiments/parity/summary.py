@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from experiments.output.tables import print_table
 from experiments.parity.checks import Growth, Profile
@@ -45,6 +46,11 @@ class Report:
         broken = verdicts.count("BROKEN")
         conclusion = f"{broken} of {len(verdicts)} bounds are BROKEN" if broken else f"all {len(verdicts)} bounds hold"
         return [*self.notes, *(f"left out: {what}" for what in self.left_out), conclusion]
+
+    def as_json(self) -> dict[str, Any]:
+        """The tables, row by row, and on which machine they came out."""
+        tables = {title: [row._asdict() for row in rows] for title, rows in self.tables.items()}
+        return {"title": self.title, "machine": self.machine, "tables": tables, "conclusions": self.conclusions}
 
 
 def print_report(report: Report) -> None:
