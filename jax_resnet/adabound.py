@@ -68,8 +68,8 @@ def scale_by_adabound(
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsbound else None
         count = optax.safe_increment(state.count)
         t = jnp.asarray(count, jnp.result_type(float))  # float64 under x64
-        correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
         width = 1 + 1 / (gamma * t)  # (gamma·t + 1) / (gamma·t), whose terms may overflow to inf / inf
+        correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
         lower, upper = final_lr_ratio / width, final_lr_ratio * width
 
         def rule(g, m, v):
