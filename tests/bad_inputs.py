@@ -233,7 +233,7 @@ COMMAND_LINE = [
     Case(
         "a format that there is not",
         "convert w.npz w.onnx",
-        "weight files end in .safetensors, .npz, .pth or .pt, got w.onnx",
+        "weight files end in .safetensors, .npz, .pth or .pt, those of Keras in .h5, got w.onnx",
     ),
     Case(
         "a file that is there",

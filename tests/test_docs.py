@@ -64,9 +64,15 @@ def folder(tmp_path_factory):
     """A folder with the weight files that pages load."""
     torch = pytest.importorskip("torch")
     models = pytest.importorskip("torchvision.models")
+    safetensors = pytest.importorskip("safetensors.torch")
     folder = tmp_path_factory.mktemp("docs")
     for make in (models.resnet18, models.resnet50):
         torch.save(make().state_dict(), folder / f"{make.__name__}.pth")
+    repository = folder / "hub" / "models--timm--resnet50.a1_in1k"  # as huggingface_hub keeps what it has downloaded
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    safetensors.save_file(models.resnet50().state_dict(), repository / "snapshots" / ("0" * 40) / "model.safetensors")
     return folder
 
 
@@ -75,6 +81,10 @@ def test_python_runs(page, folder, monkeypatch):
     """All fences of a page one after the other, as a reader would type them."""
     fences = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
     monkeypatch.chdir(folder)
+    if any('"hf:' in fence for fence in fences):
+        constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     names = {"images": np.zeros((1, 64, 64, 3), np.float32), "labels": np.zeros(1, np.int32)}
     for fence in fences:
         exec(compile(fence, str(page), "exec"), names)
