@@ -3,9 +3,10 @@
     python -m experiments.convert checkpoint.pth weights.safetensors
     python -m experiments.convert runs/cars/checkpoints/500 best.safetensors
     python -m experiments.convert hf:timm/resnet50.a1_in1k resnet50.npz
+    python -m experiments.convert resnet50.pth model.safetensors --names huggingface
 
-What is written holds torchvision's names and layout, so that torchvision and timm load it as it is; the numbers are the
-same, bit for bit, and of the same type.
+What is written holds torchvision's names and layout, so that torchvision and timm load it as it is, or those of Hugging
+Face or Keras; the numbers are the same, bit for bit, and of the same type.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import tyro
 from experiments.cli import Arch, exit_code, parse
 from experiments.training.run_folder import run_metadata
 from jax_resnet import resnet, weights
+from jax_resnet.naming import COUNT
 from jax_resnet.weight_checks import check_arrays
-from jax_resnet.weight_names import COUNT
 
 
 def convert(
@@ -32,6 +33,7 @@ def convert(
     target: tyro.conf.Positional[Path],
     arch: Arch | None = None,
     entry: str | None = None,
+    names: weights.Names | None = None,
     overwrite: bool = False,
 ) -> None:
     """Move the weights of a ResNet from one file to another.
@@ -39,16 +41,18 @@ def convert(
     Args:
       source: what to read: a weight file of any kind, or a training checkpoint with one in it; a folder of Hugging
         Face's or of a run, or a checkpoint of that run; or hf:OWNER/NAME on Hugging Face's hub.
-      target: the file to write: .safetensors, .npz, .pth or .pt.
+      target: the file to write: .safetensors, .npz, .pth or .pt; .h5 for Keras.
       arch: the network, where it is not to be recognized.
       entry: which network to take where there are several, say model_ema or teacher; without it the trained one.
+      names: whose names the new file has: torchvision's (timm's too), Hugging Face's (ResNetForImageClassification of
+        transformers) or Keras' (keras.applications); without it what the suffix says.
       overwrite: replace a file that is there.
 
     Raises:
       FileNotFoundError: if there is no such file, or no folder for the new one.
       ValueError: for files that cannot be read or written, or weights that do not fit the network.
     """
-    weights.check_suffix(target)
+    names = weights.check_suffix(target, names)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name the file to write")
     if target.exists() and not overwrite:
@@ -63,18 +67,22 @@ def convert(
     metadata = dict(run_metadata(file))
     if file.stride_in:
         metadata["stride_in"] = file.stride_in
-    left_out = list(file.left_out)
+    arrays, left_out = file.arrays, list(file.left_out)
+    if names == "keras":
+        arrays = {name: array for name, array in arrays.items() if name.rpartition(".")[2] != COUNT}
+        left_out += ["batch counts"] * (len(arrays) < len(file.arrays))
     if target.suffix.lower() != ".safetensors":
         left_out += [f"metadata {name}" for name in sorted(metadata)]
         metadata = {}
     told = [f"{source}, {megabytes(file.path)}: {describe(arch, config, file.arrays)}", *findings(file)]
     if left_out:
         told.append(f"  left out: {', '.join(left_out[:20])}{' …' if len(left_out) > 20 else ''}")
-    added = write_checked(target, file.arrays, metadata)  # may replace what it was read from
+    added = write_checked(target, arrays, metadata, names, config)  # may replace what it was read from
     if added:
         told.append(f"  {len(added)} batch counts added, as torch has them, all 0")
     print("\n".join(told))
-    print(f"{target}, {megabytes(target)}: read back, the same bit for bit")
+    but = ", the variances up to rounding: Keras' eps is another" if names == "keras" else ""
+    print(f"{target}, {megabytes(target)}: read back, the same bit for bit{but}")
 
 
 def findings(file: weights.WeightFile) -> list[str]:
@@ -109,7 +117,13 @@ def megabytes(path: Path) -> str:
     return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
 
 
-def write_checked(target: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[str]:
+def write_checked(
+    target: Path,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    names: weights.Names,
+    config: resnet.ResNetConfig,
+) -> list[str]:
     """Writes a weight file aside, reads it back, compares it bit for bit, and only then puts it in its place.
 
     Returns:
@@ -120,11 +134,14 @@ def write_checked(target: Path, arrays: Mapping[str, np.ndarray], metadata: Mapp
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name
-        weights.write_arrays(aside, arrays, metadata=metadata)
+        weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
         back = weights.read_arrays(aside)
         added = [name for name in back if name not in arrays]
         wrong = [name for name in added if name.rpartition(".")[2] != COUNT]
-        wrong += [name for name, array in arrays.items() if name not in back or not same_bits(array, back[name])]
+        for name, array in arrays.items():
+            same = same_up_to_eps if names == "keras" and name.endswith("running_var") else same_bits
+            if name not in back or not same(array, back[name]):
+                wrong.append(name)
         if wrong:
             raise ValueError(f"{target} was not written: read back, {len(wrong)} arrays differ: {', '.join(wrong)}")
         os.replace(aside, target)
@@ -133,6 +150,13 @@ def write_checked(target: Path, arrays: Mapping[str, np.ndarray], metadata: Mapp
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def same_up_to_eps(a: np.ndarray, b: np.ndarray) -> bool:
+    """For variances: the difference of two eps was added and taken away again, which rounds the last digit."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return bool((abs(a - b) <= np.spacing(abs(a) + a.dtype.type(1e-7))).all())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,8 @@ module. docs/jax.md shows each in a few lines.
 import importlib
 from types import ModuleType
 
-from jax_resnet.resnet import Output, ResNetConfig, apply, init, resnet18, resnet34, resnet50, resnet101, resnet152
+from jax_resnet.architecture import ResNetConfig, resnet18, resnet34, resnet50, resnet101, resnet152
+from jax_resnet.resnet import Output, apply, init
 
 __all__ = [
     "Output",

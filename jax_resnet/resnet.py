@@ -13,11 +13,10 @@ joined by "." are torchvision's keys: `params["layer1"]["0"]["conv1"]["weight"]`
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,21 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from jax_resnet import cpu, layers
+from jax_resnet.architecture import (
+    MIN_SIZE,
+    STAGE_WIDTHS,
+    Block,
+    Conv,
+    ResNetConfig,
+    blocks,
+    feature_channels,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    stem,
+)
 from jax_resnet.symbolic import below
 
 __all__ = [
@@ -47,112 +61,6 @@ __all__ = [
     "stem",
 ]
 
-MIN_SIZE = 32
-STAGE_WIDTHS = (64, 128, 256, 512)
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetConfig:
-    """The architecture: a static argument of jit.
-
-    Attributes:
-      block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with four times the width at its end).
-      stage_sizes: the number of blocks in each of the four stages; a list becomes a tuple.
-      num_classes: the number of logits. 0 leaves the dense layer out; logits are then the pooled vector (as in timm).
-      in_channels: the channels of the images, 3 for RGB, 1 for grey.
-      stride_in: which convolution of a bottleneck has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
-        its first 1x1 (v1, the paper). A basic block has it in its first 3x3 either way.
-      batch_norm: False leaves every BatchNorm out and gives the convolutions a bias, for the ablation.
-      zero_gamma: whether `init` sets the weight of each block's last BatchNorm to 0, so that every block starts as its
-        shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-      batch_norm_eps: what each BatchNorm adds to the variance.
-      batch_norm_momentum: the share of a batch's statistics in the new running ones (PyTorch's momentum; flax and Keras
-        call 1 - it momentum).
-    """
-
-    block: Literal["basic", "bottleneck"]
-    stage_sizes: tuple[int, int, int, int]
-    num_classes: int = 1000
-    in_channels: int = 3
-    stride_in: Literal["conv2", "conv1"] = "conv2"
-    batch_norm: bool = True
-    zero_gamma: bool = False
-    batch_norm_eps: float = 1e-5
-    batch_norm_momentum: float = 0.1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stage_sizes", tuple(self.stage_sizes))
-        if self.block not in ("basic", "bottleneck"):
-            raise ValueError(f'block must be "basic" or "bottleneck", got {self.block!r}')
-        if self.stride_in not in ("conv1", "conv2"):
-            raise ValueError(f'stride_in must be "conv2" (v1.5) or "conv1" (v1), got {self.stride_in!r}')
-        if len(self.stage_sizes) != 4 or min(self.stage_sizes) < 1:
-            raise ValueError(f"stage_sizes must be four numbers >= 1, got {self.stage_sizes}")
-        if self.num_classes < 0 or self.in_channels < 1:
-            raise ValueError(
-                f"num_classes must be >= 0 and in_channels >= 1, got {self.num_classes} and {self.in_channels}"
-            )
-        if not 0 < self.batch_norm_eps or not 0 <= self.batch_norm_momentum <= 1:
-            raise ValueError(
-                "batch_norm_eps must be > 0 and batch_norm_momentum within 0 and 1, "
-                f"got {self.batch_norm_eps} and {self.batch_norm_momentum}"
-            )
-
-
-def resnet18(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
-    """ResNet-18: 2, 2, 2 and 2 basic blocks, 11.7 million parameters with 1,000 classes.
-
-    Args:
-      num_classes: the number of logits; 0 leaves the dense layer out.
-      in_channels: the channels of the images.
-      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
-    """
-    return ResNetConfig("basic", (2, 2, 2, 2), num_classes, in_channels, **settings)
-
-
-def resnet34(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
-    """ResNet-34: 3, 4, 6 and 3 basic blocks, 21.8 million parameters with 1,000 classes.
-
-    Args:
-      num_classes: the number of logits; 0 leaves the dense layer out.
-      in_channels: the channels of the images.
-      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
-    """
-    return ResNetConfig("basic", (3, 4, 6, 3), num_classes, in_channels, **settings)
-
-
-def resnet50(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
-    """ResNet-50: 3, 4, 6 and 3 bottleneck blocks, 25.6 million parameters with 1,000 classes.
-
-    Args:
-      num_classes: the number of logits; 0 leaves the dense layer out.
-      in_channels: the channels of the images.
-      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
-    """
-    return ResNetConfig("bottleneck", (3, 4, 6, 3), num_classes, in_channels, **settings)
-
-
-def resnet101(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
-    """ResNet-101: 3, 4, 23 and 3 bottleneck blocks, 44.5 million parameters with 1,000 classes.
-
-    Args:
-      num_classes: the number of logits; 0 leaves the dense layer out.
-      in_channels: the channels of the images.
-      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
-    """
-    return ResNetConfig("bottleneck", (3, 4, 23, 3), num_classes, in_channels, **settings)
-
-
-def resnet152(num_classes: int = 1000, in_channels: int = 3, **settings: Any) -> ResNetConfig:
-    """ResNet-152: 3, 8, 36 and 3 bottleneck blocks, 60.2 million parameters with 1,000 classes.
-
-    Args:
-      num_classes: the number of logits; 0 leaves the dense layer out.
-      in_channels: the channels of the images.
-      settings: the other fields of `ResNetConfig`: stride_in, batch_norm, zero_gamma, ...
-    """
-    return ResNetConfig("bottleneck", (3, 8, 36, 3), num_classes, in_channels, **settings)
-
 
 class Output(NamedTuple):
     """What `apply` returns.
@@ -166,60 +74,6 @@ class Output(NamedTuple):
     logits: Array
     batch_stats: dict[str, Any]
     activations: dict[str, Array]
-
-
-class Conv(NamedTuple):
-    """A convolution with the BatchNorm behind it: their names, the kernel's size, channels in and out, stride."""
-
-    name: str
-    norm: str
-    size: int
-    in_channels: int
-    out_channels: int
-    stride: int
-
-
-class Block(NamedTuple):
-    """A residual block: its name ("layer3.10"), its convolutions, and the one in its shortcut or None."""
-
-    name: str
-    convs: tuple[Conv, ...]
-    projection: Conv | None
-
-
-def stem(config: ResNetConfig) -> Conv:
-    """The first convolution, 7x7 with stride 2."""
-    return Conv("conv1", "bn1", 7, config.in_channels, STAGE_WIDTHS[0], 2)
-
-
-def blocks(config: ResNetConfig) -> Iterator[Block]:
-    """The residual blocks from the stem to the head.
-
-    Walk these, never the dict of parameters: jit sorts its keys as strings, and "10" comes before "2".
-    """
-    channels = STAGE_WIDTHS[0]
-    for stage, (width, count) in enumerate(zip(STAGE_WIDTHS, config.stage_sizes, strict=True), start=1):
-        for number in range(count):
-            name = f"layer{stage}.{number}"
-            stride = 2 if stage > 1 and number == 0 else 1
-            if config.block == "basic":
-                out = width
-                shapes = [(3, channels, out, stride), (3, out, out, 1)]
-            else:
-                out = 4 * width
-                first, second = (stride, 1) if config.stride_in == "conv1" else (1, stride)
-                shapes = [(1, channels, width, first), (3, width, width, second), (1, width, out, 1)]
-            convs = tuple(Conv(f"{name}.conv{i}", f"{name}.bn{i}", *shape) for i, shape in enumerate(shapes, start=1))
-            projection = None
-            if stride > 1 or channels != out:
-                projection = Conv(f"{name}.downsample.0", f"{name}.downsample.1", 1, channels, out, stride)
-            yield Block(name, convs, projection)
-            channels = out
-
-
-def feature_channels(config: ResNetConfig) -> int:
-    """The length of the pooled vector, the input of a dense layer: 512 or 2048."""
-    return STAGE_WIDTHS[-1] * (4 if config.block == "bottleneck" else 1)
 
 
 def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jax_resnet.adabound import AdaBoundState, _correction_and_bounds
+from jax_resnet.adabound import AdaBoundState
+from jax_resnet.precision import one_minus_power
 
 __all__ = ["StepSizes", "step_sizes"]
 
@@ -57,7 +58,10 @@ def step_sizes(
       conv1: 0.0075, at the upper bound 0%
       fc: 50.0501, at the upper bound 50%
     """
-    correction, lower, upper = _correction_and_bounds(state.count, b1, b2, gamma, final_lr_ratio)
+    t = jnp.asarray(state.count, jnp.result_type(float))
+    correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
+    width = 1 + 1 / (gamma * t)
+    lower, upper = jnp.asarray(final_lr_ratio / width), jnp.asarray(final_lr_ratio * width)
     nu = state.nu if state.nu_max is None else state.nu_max
     steps = jax.tree.map(lambda v: correction.astype(v.dtype) / (jnp.sqrt(v + eps_root) + eps), nu)
     at_lower = jax.tree.map(lambda s: jnp.mean(s <= lower), steps)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_resnet import layers, resnet
+from jax_resnet.devices import data_mesh, replicate, shard_batch, shardings
 
 __all__ = [
     "TrainState",
@@ -54,6 +54,10 @@ class TrainState(flax.struct.PyTreeNode):
     loss_scale: Any = None
 
 
+# (state, preprocessed images, labels) -> loss, logits, running statistics, gradients of the trained part, loss scale
+Gradients = Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]
+
+
 def create_train_state(
     params: Any,
     batch_stats: Any,
@@ -80,27 +84,6 @@ def create_train_state(
     nothing = jnp.zeros((), jnp.int32)
     loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # its numbers are Python's
     return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages, loss_scale)
-
-
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh for data parallelism, by default over all devices of all processes: one axis, "batch"."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("batch",))
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays on every device of a mesh; each process hands over the same NumPy or local arrays."""
-    sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
-
-
-def shard_batch(arrays: Any, mesh: Mesh) -> Any:
-    """Spreads a batch over the devices of a mesh by its first axis.
-
-    Each process hands over its own rows, in the order of the processes; together they are the batch, whose size must
-    be a multiple of the number of devices.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec("batch"))
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), arrays)
 
 
 def _trained_part(params: Any, freeze_backbone: bool) -> Any:
@@ -149,27 +132,17 @@ def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
 
 def _make_gradients(
     config: Any, loss: Loss, label_smoothing: float, apply: Apply, freeze_backbone: bool, options: dict[str, Any]
-) -> Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]:
-    """(state, preprocessed images, labels) -> loss, logits, new running statistics, gradients of the trained part, new
-    loss scale."""
+) -> Gradients:
     _refuse_unknown(apply, options)
     if label_smoothing and loss is not layers.softmax_cross_entropy:
         raise ValueError("label_smoothing is for the default loss: smooth the labels in your own")
 
+    options = dict(options, loss=loss, label_smoothing=label_smoothing, train=not freeze_backbone, apply=apply)
+
     def gradients(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
         def loss_fn(trained):
-            return loss_and_logits(
-                config,
-                {**state.params, **trained},
-                state.batch_stats,
-                images,
-                labels,
-                loss=loss,
-                label_smoothing=label_smoothing,
-                train=not freeze_backbone,
-                apply=apply,
-                **options,
-            )
+            params = {**state.params, **trained}
+            return loss_and_logits(config, params, state.batch_stats, images, labels, **options)
 
         trained, loss_scale = _trained_part(state.params, freeze_backbone), state.loss_scale
         if loss_scale is None:
@@ -180,6 +153,44 @@ def _make_gradients(
         return value, logits, batch_stats, grads, loss_scale
 
     return gradients
+
+
+def _in_parts(gradients: Gradients, parts: int, freeze_backbone: bool) -> Gradients:
+    """The same of a batch in equal parts, one after the other; the gradient is the mean of theirs."""
+
+    def split(array: Array) -> Array:
+        # Part k has the rows k, k + parts, …: so each device of a mesh keeps its share of every part.
+        return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+
+    def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
+        if len(labels) % parts:
+            raise ValueError(f"a batch of {len(labels)} cannot be computed in {parts} equal parts")
+
+        def add(sums, part):
+            batch_stats, grads, loss_scale = sums
+            now = state.replace(batch_stats=batch_stats, loss_scale=loss_scale)
+            value, logits, batch_stats, part_grads, loss_scale = gradients(now, *part)
+            return (batch_stats, jax.tree.map(jnp.add, grads, part_grads), loss_scale), (value, logits)
+
+        zeros = jax.tree.map(jnp.zeros_like, _trained_part(state.params, freeze_backbone))
+        (batch_stats, grads, loss_scale), (losses, logits) = jax.lax.scan(
+            add, (state.batch_stats, zeros, state.loss_scale), (split(images), split(labels))
+        )
+        grads = jax.tree.map(lambda g: g / parts, grads)
+        return losses.mean(), logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads, loss_scale
+
+    return accumulated
+
+
+def _unless_nonfinite(
+    state: TrainState, changed: TrainState, loss_scale: Any, finite: Array, failed: Array, skip_nonfinite: int
+) -> TrainState:
+    """`changed`, if it is finite and not more than skip_nonfinite steps failed before, else `state`; with counts."""
+    running = state.nonfinite <= skip_nonfinite
+    nonfinite = state.nonfinite + (running & failed)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
+    scale = jax.tree.map(lambda new, old: jnp.where(running, new, old), loss_scale, state.loss_scale)
+    return kept.replace(step=state.step + (nonfinite <= skip_nonfinite), nonfinite=nonfinite, loss_scale=scale)
 
 
 def make_train_step(
@@ -232,31 +243,11 @@ def make_train_step(
         devices do not divide.
     """
     gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
-
-    def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
-        if len(labels) % accumulate:
-            raise ValueError(f"a batch of {len(labels)} cannot be computed in {accumulate} equal parts")
-
-        def parts(array: Array) -> Array:
-            # Part k has the rows k, k + accumulate, …: so each device of a mesh keeps its share of every part.
-            return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
-
-        def add(sums, part):
-            batch_stats, grads, loss_scale = sums
-            now = state.replace(batch_stats=batch_stats, loss_scale=loss_scale)
-            value, logits, batch_stats, part_grads, loss_scale = gradients(now, *part)
-            return (batch_stats, jax.tree.map(jnp.add, grads, part_grads), loss_scale), (value, logits)
-
-        zeros = jax.tree.map(jnp.zeros_like, _trained_part(state.params, freeze_backbone))
-        (batch_stats, grads, loss_scale), (losses, logits) = jax.lax.scan(
-            add, (state.batch_stats, zeros, state.loss_scale), (parts(images), parts(labels))
-        )
-        grads = jax.tree.map(lambda g: g / accumulate, grads)
-        return losses.mean(), logits.swapaxes(0, 1).reshape(len(labels), -1), batch_stats, grads, loss_scale
+    if accumulate > 1:
+        gradients = _in_parts(gradients, accumulate, freeze_backbone)
 
     def step(state: TrainState, images: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
-        compute = gradients if accumulate == 1 else accumulated
-        value, logits, batch_stats, grads, loss_scale = compute(state, preprocess(images, state.step), labels)
+        value, logits, batch_stats, grads, loss_scale = gradients(state, preprocess(images, state.step), labels)
         trained = _trained_part(state.params, freeze_backbone)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = {**state.params, **optax.apply_updates(trained, updates)}
@@ -267,12 +258,8 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         failed = ~finite if loss_scale is None else ~jnp.isfinite(value)  # gradients may overflow by their scale alone
-        running = state.nonfinite <= skip_nonfinite
-        nonfinite = state.nonfinite + (running & failed)
         changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages, state.loss_scale)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
-        scale = jax.tree.map(lambda new, old: jnp.where(running, new, old), loss_scale, state.loss_scale)
-        counted = state.step + (nonfinite <= skip_nonfinite)
+        new_state = _unless_nonfinite(state, changed, loss_scale, finite, failed, skip_nonfinite)
         prediction = logits.argmax(-1).astype(jnp.int32)
         answers = labels if labels.ndim == 1 else labels.argmax(-1)
         metrics = {
@@ -282,18 +269,9 @@ def make_train_step(
             "grad_norm": grad_norm,
             "finite": finite,
         }
-        return kept.replace(step=counted, nonfinite=nonfinite, loss_scale=scale), metrics
+        return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, **_shardings(mesh, ("state", "batch", "batch")))
-
-
-def _shardings(mesh: Mesh | None, arguments: Sequence[str]) -> dict[str, Any]:
-    """For jit: a batch is spread over a mesh, all else is on every device; so is what comes out."""
-    if mesh is None:
-        return {}
-    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
-    places = tuple(spread if name == "batch" else everywhere for name in arguments)
-    return {"in_shardings": places, "out_shardings": everywhere}
+    return jax.jit(step, donate_argnums=0, **shardings(mesh, ("state", "batch", "batch")))
 
 
 def make_nonfinite_search(
@@ -316,29 +294,22 @@ def make_nonfinite_search(
       layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in execution order; the state is not consumed.
     """
     gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
+    options["return_activations"] = True
     names: list[str] = []
 
     def flags(state: TrainState, images: Array, labels: Array) -> Array:
         images = preprocess(images, state.step)
         value, logits, _, grads, _ = gradients(state, images, labels)
-        activations = apply(
-            config,
-            state.params,
-            state.batch_stats,
-            images,
-            train=not freeze_backbone,
-            return_activations=True,
-            **options,
-        ).activations
+        out = apply(config, state.params, state.batch_stats, images, train=not freeze_backbone, **options)
         found = {"the pictures": images}
-        for kind, tree in (("weight", state.params), ("statistic", state.batch_stats), ("activation", activations)):
+        for kind, tree in (("weight", state.params), ("statistic", state.batch_stats), ("activation", out.activations)):
             found |= {f"the {kind} {name}": array for name, array in flatten_dict(dict(tree), sep=".").items()}
         found |= {"the logits": logits, "the loss": value}
         found |= {f"the gradient {name}": array for name, array in flatten_dict(dict(grads), sep=".").items()}
         names[:] = found  # set while tracing: jit would return a dict with its keys sorted
         return jnp.stack([~jnp.isfinite(array).all() for array in found.values()])
 
-    jitted = jax.jit(flags, **_shardings(mesh, ("state", "batch", "batch")))
+    jitted = jax.jit(flags, **shardings(mesh, ("state", "batch", "batch")))
 
     def search(state: TrainState, images: Array, labels: Array) -> list[str]:
         found = jax.device_get(jitted(state, images, labels))
@@ -374,4 +345,4 @@ def make_eval_step(
             "top5": (best == labels[:, None]).any(-1),
         }
 
-    return jax.jit(step, **_shardings(mesh, ("params", "batch_stats", "batch", "batch")))
+    return jax.jit(step, **shardings(mesh, ("params", "batch_stats", "batch", "batch")))

@@ -14,8 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jax_resnet import resnet
+from jax_resnet.naming import COUNT, STATISTICS
 from jax_resnet.weight_files import to_torch_layout
-from jax_resnet.weight_names import COUNT, STATISTICS
 
 __all__ = ["ARCHITECTURES", "check_arrays", "describe", "diagnosis", "recognize"]
 

@@ -34,6 +34,7 @@ __all__ = [
     "read_contents",
     "refuse_bombs",
     "to_torch_layout",
+    "to_tree_layout",
 ]
 
 _MAX_BYTES = 2**34  # of all arrays together; those of ResNet-152 and of Adam, in float64, are 1.5e9
@@ -274,6 +275,11 @@ def _of_run(arrays: Mapping[str, np.ndarray]) -> Contents:
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
     """Kernels (kh, kw, in, out) -> (out, in, kh, kw), dense weights (in, out) -> (out, in)."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
+
+
+def to_tree_layout(array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_layout`."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
 
 
 def _flat(tree: Any) -> Contents:

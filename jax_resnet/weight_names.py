@@ -7,33 +7,19 @@ is left out: an optimizer, a loss, a teacher.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jax_resnet.naming import KERAS, LAYERS, NAMINGS, Naming, from_keras, torchvision_names
 from jax_resnet.weight_files import refuse_bombs
 
-__all__ = [
-    "COUNT",
-    "HUGGING_FACE",
-    "KERAS",
-    "LAYERS",
-    "NAMINGS",
-    "STATISTICS",
-    "TORCHVISION",
-    "Found",
-    "Naming",
-    "find",
-]
+__all__ = ["Found", "find"]
 
-COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
-STATISTICS = ("running_mean", "running_var")
-LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
 _WRAPPERS = {  # components that a wrapped module has in its names: DataParallel, torch.compile, FSDP, Opacus
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_module",
 }  # fmt: skip
@@ -45,19 +31,7 @@ _BESIDE = re.compile(
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"(?!.*(proj|predictor|embed))(.*(fc|head|classif|linear|logit|output|predictions|dense).*|\d+)$")
-_KERAS_EPS = 1.001e-5  # of its BatchNorm; ours is 1e-5
 _BLOCK = "layer1.0.conv1.weight"
-
-
-class Naming(NamedTuple):
-    """How a library names the layers.
-
-    title: whose names they are.
-    theirs: torchvision's name -> theirs, below the prefix.
-    """
-
-    title: str
-    theirs: Callable[[str], str]
 
 
 class Found(NamedTuple):
@@ -77,52 +51,6 @@ class Found(NamedTuple):
     left_out: tuple[str, ...]
     head: str | None
     notes: tuple[str, ...] = ()
-
-
-def _sequential(name: str) -> str:
-    """nn.Sequential(*resnet.children()): by number, ReLU, pooling and flattening counted."""
-    first, _, rest = name.partition(".")
-    return f"{dict(zip(LAYERS, (0, 1, 4, 5, 6, 7, 9), strict=True))[first]}.{rest}"
-
-
-def _huggingface(name: str) -> str:
-    if name.startswith("fc."):
-        return f"classifier.1.{name.removeprefix('fc.')}"
-    kinds = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-    if stem := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
-        return f"embedder.embedder.{kinds[stem[1]]}.{stem[2]}"
-    stage, block, layer, field = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)\.(\w+)", name).groups()  # type: ignore[union-attr]
-    inner: Any = re.fullmatch(r"(conv|bn)(\d)|downsample\.(\d)", layer)
-    where = f"layer.{int(inner[2]) - 1}.{kinds[inner[1]]}" if inner[1] else f"shortcut.{kinds[inner[3]]}"
-    return f"encoder.stages.{int(stage) - 1}.layers.{block}.{where}.{field}"
-
-
-def _keras(name: str) -> str:
-    layer, _, field = name.rpartition(".")
-    norm = layer.endswith(("downsample.1",)) or "bn" in layer
-    fields = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-    field = fields.get(field, field) if norm else field.replace("weight", "kernel")
-    if layer in ("fc", "conv1", "bn1"):
-        return f"{ {'fc': 'predictions', 'conv1': 'conv1_conv', 'bn1': 'conv1_bn'}[layer] }.{field}"
-    stage, block, inner = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", layer).groups()  # type: ignore[union-attr]
-    number = "0" if inner.startswith("downsample") else inner[-1]
-    return f"conv{int(stage) + 1}_block{int(block) + 1}_{number}_{'bn' if norm else 'conv'}.{field}"
-
-
-TORCHVISION = Naming("torchvision", lambda name: name)
-HUGGING_FACE = Naming("Hugging Face", _huggingface)
-KERAS = Naming("Keras", _keras)
-NAMINGS = (TORCHVISION, Naming("nn.Sequential", _sequential), HUGGING_FACE, KERAS)
-
-
-@functools.cache
-def _torchvision_names(naming: Naming) -> dict[str, str]:
-    """{their name: torchvision's} of the largest network."""
-    fields = ("weight", "bias", "running_mean", "running_var", COUNT)
-    inner = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1")
-    blocks = [f"layer{stage}.{block}.{layer}" for stage in range(1, 5) for block in range(36) for layer in inner]
-    names = [f"{layer}.{field}" for layer in ("conv1", "bn1", "fc", *blocks) for field in fields]
-    return {naming.theirs(name): name for name in names}
 
 
 def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = None) -> Found:
@@ -146,7 +74,7 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         some = ", ".join([*arrays][:4]) or "none"
         raise ValueError(f"holds no ResNet: there is no {_BLOCK}, whatever the prefix; the first names are {some}")
     naming = networks[chosen]
-    names = _torchvision_names(naming)
+    names = torchvision_names(naming)
     deeper = tuple(prefix for prefix in networks if prefix != chosen and prefix.startswith(chosen))
     inner = {}
     for name, original in originals.items():
@@ -173,7 +101,7 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
     refuse_bombs(sum(math.prod(arrays[o].shape) * arrays[o].dtype.itemsize for o in ours.values()))
     taken = {name: _made(original, arrays[original]) for name, original in ours.items()}
     return Found(
-        _from_keras(taken) if naming is KERAS else taken,
+        from_keras(taken) if naming is KERAS else taken,
         shown[chosen],
         naming,
         tuple(_summary([*left_out, *others], shown[chosen])),
@@ -304,24 +232,3 @@ def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
             yield f"{group!r} ({', '.join(inside[:3])}{', …' if len(inside) > 3 else ''})"
         else:
             yield group
-
-
-def _from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keras' layout, biases of convolutions and eps -> torchvision's, which computes the same in evaluation.
-
-    A bias is taken from the mean of the BatchNorm behind it; the difference of eps is added to the variance.
-    """
-    axes = {4: (3, 2, 0, 1), 2: (1, 0)}
-    new = {}
-    for name, array in arrays.items():
-        layer, _, field = name.rpartition(".")
-        if field == "running_mean":
-            conv = re.sub(r"downsample\.1$", "downsample.0", layer).replace("bn", "conv")
-            bias = arrays.get(f"{conv}.bias")
-            array = array if bias is None else (array.astype(np.float64) - bias).astype(array.dtype)
-        elif field == "running_var":
-            array = (array.astype(np.float64) + (_KERAS_EPS - 1e-5)).astype(array.dtype)
-        elif field == "bias" and ("conv" in layer or layer.endswith("downsample.0")):
-            continue
-        new[name] = np.ascontiguousarray(array.transpose(axes.get(array.ndim, range(array.ndim))))
-    return new

@@ -4,33 +4,33 @@ A file holds torchvision's names and layout: kernels (out, in, kh, kw), dense we
 names as paths, kernels (kh, kw, in, out), dense weights (in, out). Moving is a transpose per array.
 
 Any file that people have is read: by its content, whatever it is called; the network in it is found, whatever surrounds
-it; names of Hugging Face and Keras become torchvision's. Only writing .pth and .pt files needs PyTorch.
+it; names of Hugging Face and Keras become torchvision's, and are written on request. Only writing .pth and .pt files
+needs PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_resnet import hub, resnet, weight_names
+from jax_resnet.naming import COUNT, KERAS, STATISTICS
 from jax_resnet.weight_checks import check_arrays, diagnosis, recognize
-from jax_resnet.weight_files import read_contents, to_torch_layout
-from jax_resnet.weight_names import COUNT, STATISTICS
+from jax_resnet.weight_files import read_contents, to_torch_layout, to_tree_layout
 from jax_resnet.weight_settings import check_settings, of_backbone, settings_beside
+from jax_resnet.weight_writing import SUFFIXES, Names, check_suffix, write_arrays
 
 __all__ = [
     "SUFFIXES",
+    "Names",
     "WeightFile",
     "check_suffix",
     "fit",
@@ -43,8 +43,6 @@ __all__ = [
     "to_torch",
     "write_arrays",
 ]
-
-SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files that are written
 
 
 class WeightFile(NamedTuple):
@@ -85,7 +83,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     for name, value in state_dict.items():
         last = name.rpartition(".")[2]
         if last != COUNT:
-            (batch_stats if last in STATISTICS else params)[name] = _to_tree_layout(_to_numpy(value))
+            (batch_stats if last in STATISTICS else params)[name] = to_tree_layout(_to_numpy(value))
     return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
 
 
@@ -95,58 +93,30 @@ def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[
     return {name: np.ascontiguousarray(to_torch_layout(np.asarray(value))) for name, value in flat.items()}
 
 
-def _to_tree_layout(value: np.ndarray) -> np.ndarray:
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T if value.ndim == 2 else value
-
-
-def save(path: str | os.PathLike, params: Any, batch_stats: Any, *, metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    params: Any,
+    batch_stats: Any,
+    *,
+    names: Names | None = None,
+    config: resnet.ResNetConfig | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a weight file, aside first and then renamed, so that no half file is ever seen.
 
     Args:
-      path: its suffix is the format: .safetensors, .npz, .pth or .pt.
+      path: its suffix is the format: .safetensors, .npz, .pth or .pt; .h5 for Keras.
       params, batch_stats: nested dicts.
+      names: "torchvision" (timm's too), "huggingface" (ResNetForImageClassification of transformers) or "keras"
+        (ResNet50, ResNet101 and ResNet152 of keras.applications); None for what the suffix says.
+      config: the network, which Keras' names need: see `weight_writing.write_arrays`.
       metadata: text by name, for .safetensors only.
 
     Raises:
-      ValueError: for another suffix, what the format cannot hold (metadata, bfloat16 in .npz), or a suffix of PyTorch's
-        where it is missing.
+      ValueError: for another suffix, what the format or the other library cannot hold (metadata, bfloat16 in .npz, a
+        stride in "conv2" in Keras), or a suffix of PyTorch's or Keras' where torch or h5py is missing.
     """
-    write_arrays(path, to_torch(params, batch_stats), metadata=metadata)
-
-
-def write_arrays(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """As `save`, for arrays {torchvision's key: array in torchvision's layout}.
-
-    A .pth or .pt file gets a batch count of 0 for each BatchNorm that has none: a state_dict of torch has them.
-    """
-    path = Path(path)
-    check_suffix(path)
-    suffix = path.suffix.lower()
-    if metadata and suffix != ".safetensors":
-        raise ValueError(f"only .safetensors files hold metadata, got {path}")
-    if suffix == ".npz" and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
-        raise ValueError(f".npz files cannot hold bfloat16, got {path}: take .safetensors or .pth")
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # safetensors ignores strides
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        aside = Path(folder) / path.name
-        if suffix == ".npz":
-            with aside.open("wb") as file:  # given a name, NumPy would put .npz behind .NPZ
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
-        elif suffix == ".safetensors":
-            # Not save_file, whose files only their owner may read.
-            aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
-        else:
-            torch = _import_torch(path)
-            torch.save({name: _to_tensor(torch, array) for name, array in _with_counts(arrays).items()}, aside)
-        os.replace(aside, path)
-
-
-def check_suffix(path: Path) -> None:
-    """Raises a ValueError for the name of a file that cannot be written; upper and lower case are the same."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"weight files end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {path}")
+    write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
 
 
 def load(
@@ -259,7 +229,7 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
     path = contents.path or path
     settings = settings_beside(path)
     check_settings(settings, path)
-    in_first = found.naming is weight_names.KERAS or of_backbone(settings).get("downsample_in_bottleneck")
+    in_first = found.naming is KERAS or of_backbone(settings).get("downsample_in_bottleneck")
     stride_in: Any = "conv1" if in_first else None
     stride_in = contents.metadata.get("stride_in", stride_in)
     naming, metadata = found.naming.title, contents.metadata
@@ -276,25 +246,3 @@ def _to_numpy(value: Any) -> np.ndarray:
     if str(tensor.dtype) == "torch.bfloat16":  # torch hands no bfloat16 to NumPy; by way of float32 it is exact
         return tensor.float().numpy().astype(jnp.bfloat16)
     return tensor.numpy()
-
-
-def _to_tensor(torch: ModuleType, array: np.ndarray) -> Any:
-    if array.dtype == jnp.bfloat16:
-        return torch.tensor(array.astype(np.float32)).bfloat16()
-    return torch.tensor(array)
-
-
-def _with_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    norms = [name.rpartition(".")[0] for name in arrays if name.endswith(f".{STATISTICS[0]}")]
-    return {f"{norm}.{COUNT}": np.zeros((), np.int64) for norm in norms} | dict(arrays)
-
-
-def _import_torch(path: Path) -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: to write {path.suffix} files PyTorch is needed, which is missing ({error}): "
-            'pip install -e ".[torch]", or take .safetensors or .npz'
-        ) from error
-    return torch

@@ -195,7 +195,7 @@ COMMAND_LINE = [
         "1 images of 64x64 leave 4 values per channel to the last stage: its BatchNorms magnify rounding beyond all "
         "bounds with fewer than 32; take --batch-size 8",
     ),
-    Case("a folder for a page", "parity --html .", "--html . is a folder: name the page to write"),
+    Case("a folder for a page", "parity --html .", "--html . is a folder: name the file to write"),
     Case("a page in no folder", "parity --html no/page.html", "--html no/page.html: there is no folder no"),
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must name something"),
     Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),
@@ -232,7 +232,7 @@ COMMAND_LINE = [
     Case(
         "a format that there is not",
         "convert w.npz w.onnx",
-        "weight files end in .safetensors, .npz, .pth or .pt, got w.onnx",
+        "weight files end in .safetensors, .npz, .pth or .pt, those of Keras in .h5, got w.onnx",
     ),
     Case(
         "a file that is there",

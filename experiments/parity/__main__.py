@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ class Settings:
     """Of each training, on batches of 8 images of 64x64."""
     html: Path | None = None
     """Write the tables and plots as a page here."""
+    json: Path | None = None
+    """Write the tables here."""
 
 
 def check(settings: Settings) -> None:
@@ -68,10 +71,11 @@ def check(settings: Settings) -> None:
             "torchvision has no part in trajectories: add torch_ref to --frameworks, or name other --sections"
         )
     parse_image_size(settings.image_size)
-    if settings.html is not None and settings.html.is_dir():
-        raise ValueError(f"--html {settings.html} is a folder: name the page to write")
-    if settings.html is not None and not settings.html.parent.is_dir():
-        raise ValueError(f"--html {settings.html}: there is no folder {settings.html.parent}")
+    for flag, path in (("--html", settings.html), ("--json", settings.json)):
+        if path is not None and path.is_dir():
+            raise ValueError(f"{flag} {path} is a folder: name the file to write")
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{flag} {path}: there is no folder {path.parent}")
 
 
 def run(settings: Settings) -> int | None:
@@ -102,6 +106,9 @@ def run(settings: Settings) -> int | None:
 
         write_page(settings.html, report)
         print(f"wrote {settings.html}")
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {settings.json}")
     if "BROKEN" in report.verdicts:
         raise FailedError(report.conclusions[-1])
     return ended_by

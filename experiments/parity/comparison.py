@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -63,6 +63,11 @@ class Report:
         broken, count = self.verdicts.count("BROKEN"), len(self.verdicts)
         conclusion = f"{broken} of {count} bounds are BROKEN" if broken else f"all {count} bounds hold"
         return [*self.notes, *(f"left out: {what}" for what in self.left_out), conclusion]
+
+    def as_json(self) -> dict[str, Any]:
+        """The tables, row by row, and on which machine they came out."""
+        tables = {title: [row._asdict() for row in rows] for title, rows in self.tables.items()}
+        return {"title": self.title, "machine": self.machine, "tables": tables, "conclusions": self.conclusions}
 
 
 def network_of(settings: Settings, arch: str) -> ResNet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,16 +17,27 @@ ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all 
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """Write report.md, with its pictures beside it, and index.html, with them inside, from published files alone."""
+    """Write report.md, with its pictures beside it, and index.html, with them inside, from published files alone.
+
+    With --readme the tables of the README and of docs/ are written instead.
+    """
 
     results: tyro.conf.Positional[Path]
     """The folder of one study, or of several."""
     out: Path = Path("report")
     """The folder to write; files of the same names are replaced."""
+    readme: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
+    """Write anew the tables that stand in these Markdown files between <!-- table … --> and <!-- end of table -->."""
 
 
 def run(settings: ReportSettings) -> None:
-    """Writes the report."""
+    """Writes the report, or the tables of Markdown files."""
+    if settings.readme:
+        from experiments.report.pages import write_pages
+
+        changed = write_pages(settings.readme, settings.results)
+        print("\n".join(f"wrote the tables of {page}" for page in changed) or "all tables are as the results are")
+        return
     from experiments.output.page import write_html, write_markdown
     from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
     from experiments.report.study_results import find_studies, read_study

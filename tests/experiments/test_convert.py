@@ -11,13 +11,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import torch
 import torchvision
 
 import numpy_ref.resnet
 import numpy_ref.weights
 from experiments import convert
-from jax_resnet import resnet, weight_names, weights
+from jax_resnet import naming, resnet, weights
 from jax_resnet.checkpoint import Checkpoints
 
 
@@ -119,7 +120,7 @@ def test_metadata_is_kept_where_the_format_has_it(state_dict, tmp_path, capsys):
 
 def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_path, capsys):
     """Hugging Face's names, a dense layer of another name, none at all; what is written is torchvision's."""
-    theirs = {weight_names.HUGGING_FACE.theirs(name): value for name, value in state_dict.items()}
+    theirs = {naming.HUGGING_FACE.theirs(name): value for name, value in state_dict.items()}
     theirs = {name if name.startswith("cl") else f"resnet.{name}": value for name, value in theirs.items()}
     torch.save(theirs, tmp_path / "in.bin")
     assert run(tmp_path / "in.bin", tmp_path / "out.pth") == 0
@@ -135,6 +136,39 @@ def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_pa
     assert "resnet18, no classes, 3 channels" in printed
     assert "the file holds the backbone alone" in printed
     assert weights.read_arrays(tmp_path / "out.npz").keys() == without("fc", state_dict).keys()
+
+
+def test_hugging_faces_names_are_written(path, tmp_path, capsys):
+    """And read back to the same file, bit for bit."""
+    assert run(path, tmp_path / "model.safetensors", "--names", "huggingface") == 0
+    with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # or transformers refuses it
+        assert {"resnet.embedder.embedder.convolution.weight", "classifier.1.bias"} <= set(file.keys())
+    assert "model.safetensors" in capsys.readouterr().out.splitlines()[-1]
+    assert run(tmp_path / "model.safetensors", tmp_path / "back.pth") == 0
+    before, after = (torch.load(file, weights_only=True) for file in (path, tmp_path / "back.pth"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_keras_names_are_written(tmp_path, capsys):
+    """Of a network with its strides where Keras has them; another one is refused."""
+    config = resnet.resnet50(num_classes=3, stride_in="conv1")
+    tree = resnet.init(config, jax.random.key(0))
+    weights.save(tmp_path / "in.safetensors", *tree, metadata={"stride_in": "conv1"})
+    assert run(tmp_path / "in.safetensors", tmp_path / "out.h5") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("the same bit for bit, the variances up to rounding: Keras' eps is another")
+    assert run(tmp_path / "out.h5", tmp_path / "back.safetensors") == 0
+    assert weights.read_file(tmp_path / "back.safetensors").metadata == {"stride_in": "conv1"}
+    arrays = weights.read_arrays(tmp_path / "back.safetensors")
+    for name, array in weights.to_torch(*tree).items():
+        np.testing.assert_allclose(arrays.pop(name), array, rtol=2e-7 if name.endswith("running_var") else 0)
+    assert not arrays
+    weights.save(tmp_path / "in.npz", *tree)
+    assert run(tmp_path / "in.npz", tmp_path / "b.h5") == 2
+    assert "Keras would compute something else" in capsys.readouterr().err
+    assert not (tmp_path / "b.h5").exists()
 
 
 def test_a_checkpoint_of_a_run_becomes_its_weight_file(tmp_path, capsys):
@@ -207,7 +241,9 @@ BROKEN = {  # what becomes of the state_dict, the arguments behind the file, and
     "told otherwise": (lambda d: d, "out.npz --arch resnet34", "in.pth holds the weights of a resnet18 with 5 classes"),
     "no such entry": (lambda d: d, "out.npz --entry model_ema", "has no network in 'model_ema', only in the file"),
     "several networks": (lambda d: {"a": d, "b": d}, "out.npz", "has several networks: in a, b. Name one: --entry"),
-    "no such suffix": (lambda d: d, "out.onnx", "weight files end in .safetensors, .npz, .pth or .pt, got "),
+    "no such suffix": (lambda d: d, "out.onnx", "weight files end in .safetensors, .npz, .pth or .pt, those of Keras"),
+    "Keras' names elsewhere": (lambda d: d, "out.npz --names keras", "files with Keras' names end in .h5, and no"),
+    "no network of Keras'": (lambda d: d, "out.h5", "Keras has ResNet50, ResNet101 and ResNet152, whose blocks are"),
     "no such folder": (lambda d: d, "folder/out.npz", "there is no folder "),
     "bfloat16 to npz": (narrow, "out.npz", ".npz files cannot hold bfloat16"),
 }  # fmt: skip

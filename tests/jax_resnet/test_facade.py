@@ -1,5 +1,6 @@
 """What `import jax_resnet as jr` gives, and what is public in its modules."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -24,6 +25,22 @@ def test_networks_are_functions(name):
     assert make() == make(num_classes=1000)
     with pytest.raises(TypeError, match="num_clases"):
         make(num_clases=10)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_networks_spell_out_their_keywords(name):
+    """All fields of the configuration but what the name says, with the same defaults, and each reaches its field."""
+    make = getattr(jr, name)
+    fields = {field.name: field.default for field in dataclasses.fields(jr.ResNetConfig)[2:]}
+    parameters = inspect.signature(make).parameters
+    assert {key: parameter.default for key, parameter in parameters.items()} == fields
+    assert inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}
+    other = {
+        "num_classes": 7, "in_channels": 1, "stride_in": "conv1", "batch_norm": False, "zero_gamma": True,
+        "batch_norm_eps": 1e-3, "batch_norm_momentum": 0.01,
+    }  # fmt: skip
+    config = make(**other)
+    assert {key: getattr(config, key) for key in fields} == other
 
 
 def test_a_network_in_three_lines():

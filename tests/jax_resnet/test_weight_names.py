@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 
-from jax_resnet import resnet, weight_checks, weight_names
+from jax_resnet import naming, resnet, weight_checks, weight_names
 from jax_resnet.unpickling import Storage, Tensor
 
 
@@ -317,25 +317,25 @@ THEIRS = {  # torchvision's name, Hugging Face's, Keras'
 @pytest.mark.parametrize(("ours", "theirs"), THEIRS.items(), ids=THEIRS)
 def test_names_of_other_libraries(ours, theirs):
     """As transformers 5.24 and keras 3.15 write them."""
-    assert tuple(naming.theirs(ours) for naming in (weight_names.HUGGING_FACE, weight_names.KERAS)) == theirs
+    assert (naming.HUGGING_FACE.theirs(ours), naming.KERAS.theirs(ours)) == theirs
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("naming", weight_names.NAMINGS, ids=lambda naming: naming.title)
-def test_every_name_is_read_back(naming, name):
+@pytest.mark.parametrize("library", naming.NAMINGS, ids=lambda library: library.title)
+def test_every_name_is_read_back(library, name):
     arrays = arrays_of(name)
-    if naming is weight_names.KERAS:  # in its layout
+    if library is naming.KERAS:  # in its layout
         axes = {4: (2, 3, 1, 0), 2: (1, 0)}
         arrays = {n: a.transpose(axes.get(a.ndim, range(a.ndim))) for n, a in arrays.items() if "tracked" not in n}
-    found = weight_names.find({f"a.{naming.theirs(key)}": array for key, array in arrays.items()}, ())
-    assert (found.naming, found.prefix) == (naming, "a.")
+    found = weight_names.find({f"a.{library.theirs(key)}": array for key, array in arrays.items()}, ())
+    assert (found.naming, found.prefix) == (library, "a.")
     assert {key: a.shape for key, a in found.arrays.items()} == {key: arrays_of(name)[key].shape for key in arrays}
 
 
 def test_keras_biases_and_eps_are_folded_into_the_statistics():
     """BatchNorm of x + bias with Keras' eps is that of x with ours, in float64 to the last digits."""
     rng = np.random.default_rng(0)
-    arrays = {weight_names.KERAS.theirs(n): zeros(*a.shape[::-1]) for n, a in arrays_of("resnet50").items() if a.ndim}
+    arrays = {naming.KERAS.theirs(n): zeros(*a.shape[::-1]) for n, a in arrays_of("resnet50").items() if a.ndim}
     names = ("conv1_conv.bias", "conv1_bn.gamma", "conv1_bn.beta", "conv1_bn.moving_mean", "conv1_bn.moving_variance")
     bias, gamma, beta, mean, variance = values = rng.uniform(0.001, 1, (5, 64))
     found = weight_names.find(arrays | dict(zip(names, values, strict=True)), ()).arrays

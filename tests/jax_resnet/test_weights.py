@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -14,8 +16,9 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import torchvision
+from flax.traverse_util import flatten_dict
 
-from jax_resnet import resnet, weights
+from jax_resnet import naming, resnet, weights
 
 CONFIG = resnet.resnet18(num_classes=5, in_channels=1)
 COLOUR = resnet.resnet18(num_classes=5)
@@ -164,6 +167,133 @@ def test_arrays_in_another_order_of_memory(suffix, model, tmp_path):
         np.testing.assert_array_equal(read[name], array)
 
 
+# Other libraries' names.
+
+
+def published_keys(depths, per_block):
+    """The names in microsoft/resnet-18 and resnet-50 on the hub, of transformers' ResNetForImageClassification."""
+    fields = {"convolution": ("weight",), "normalization": ("weight", "bias", *naming.STATISTICS, naming.COUNT)}
+    layers = ["resnet.embedder.embedder"]
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            where = f"resnet.encoder.stages.{stage}.layers.{block}"
+            shortcut = block == 0 and (stage > 0 or per_block == 3)
+            layers += [f"{where}.layer.{i}" for i in range(per_block)] + [f"{where}.shortcut"] * shortcut
+    inner = {f"{layer}.{part}.{field}" for layer in layers for part, names in fields.items() for field in names}
+    return inner | {"classifier.1.weight", "classifier.1.bias"}
+
+
+@every_suffix
+@pytest.mark.parametrize(
+    ("name", "depths", "per_block"), [("resnet18", (2, 2, 2, 2), 2), ("resnet50", (3, 4, 6, 3), 3)]
+)
+def test_hugging_faces_names(suffix, name, depths, per_block, tmp_path):
+    config = getattr(resnet, name)(num_classes=2)
+    shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda spec: rng.uniform(size=spec.shape).astype(np.float16), shapes)
+    path = tmp_path / f"a{suffix}"
+    weights.save(path, *tree, names="huggingface")
+    written = state_dict_of(path)
+    assert written.keys() == published_keys(depths, per_block)
+    if suffix == ".safetensors":  # transformers refuses a file without it
+        assert weights.read_file(path).metadata == {"format": "pt"}
+    same(weights.from_torch(weights.read_arrays(path)), tree)
+    same(weights.load(path, config), jax.tree.map(lambda a: a.astype(np.float32), tree))
+
+
+BOTTLENECKS = resnet.ResNetConfig("bottleneck", (2, 1, 1, 1), num_classes=5, stride_in="conv1")
+
+
+def randomized(config):
+    """Parameters and statistics; no statistic and nothing of a BatchNorm is its first value."""
+    rng = np.random.default_rng(0)
+    drawn = jax.tree.map(np.asarray, resnet.init(config, jax.random.key(0)))
+    return jax.tree.map(lambda a: a + rng.uniform(0, 0.1, a.shape).astype(a.dtype) if a.ndim == 1 else a, drawn)
+
+
+def test_keras_names(tmp_path):
+    """There and back, bit for bit; variances, into which eps is folded, up to a rounding, and one of 0 stays one."""
+    params, batch_stats = randomized(BOTTLENECKS)
+    batch_stats["bn1"]["running_var"][:3] = [0, 1e-9, 1e-12]
+    weights.save(tmp_path / "a.h5", params, batch_stats, config=BOTTLENECKS)
+    loaded, loaded_stats = weights.load(tmp_path / "a.h5", BOTTLENECKS)
+    same(loaded, params)
+    for name, array in flatten_dict(batch_stats, sep=".").items():
+        is_mean = name.endswith("running_mean")
+        np.testing.assert_allclose(
+            flatten_dict(loaded_stats, sep=".")[name], array, rtol=0 if is_mean else 2e-7, atol=0 if is_mean else 1e-15
+        )
+    assert os.listdir(tmp_path) == ["a.h5"]
+
+
+def test_keras_eps_is_folded_into_the_variances(tmp_path):
+    """A network with an eps of its own is another one in the file, of which Keras makes the same numbers. 1e-5: float32
+    in 20 layers."""
+    config = dataclasses.replace(BOTTLENECKS, batch_norm_eps=1e-3)
+    tree = randomized(config)
+    weights.save(tmp_path / "a.h5", *tree, config=config)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    run = jax.jit(resnet.apply, static_argnums=0, static_argnames="train")
+    expected = run(config, *tree, images, train=False).logits
+    ours = run(BOTTLENECKS, *weights.load(tmp_path / "a.h5", BOTTLENECKS), images, train=False).logits
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+REFUSED = {  # what Keras or the format has not
+    "no network": (None, "a.h5", None, "pass config, from which follows whether Keras has such a network"),
+    "its stride": (dataclasses.replace(BOTTLENECKS, stride_in="conv2"), "a.h5", None, "Keras would compute something"),
+    "basic blocks": (resnet.resnet18(), "a.h5", None, "Keras has ResNet50, ResNet101 and ResNet152, whose"),
+    "a suffix": (BOTTLENECKS, "a.npz", "keras", r"files with Keras' names end in \.h5, and no others do, got .*a\.npz"),
+    "another library's": (BOTTLENECKS, "a.h5", "huggingface", r"files with Keras' names end in \.h5"),
+    "its newer format": (BOTTLENECKS, "a.weights.h5", None, r"leave \.weights out of the name"),
+    "unknown names": (BOTTLENECKS, "a.npz", "flax", 'names are "torchvision", "huggingface" or "keras", got \'flax\''),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "name", "names", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_other_libraries_have_not_is_refused(config, name, names, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        weights.save(tmp_path / name, *resnet.init(BOTTLENECKS, jax.random.key(0)), names=names, config=config)
+    assert not os.listdir(tmp_path)
+
+
+def test_networks_without_batch_norm_have_torchvisions_names_alone(tmp_path):
+    config = dataclasses.replace(BOTTLENECKS, batch_norm=False)
+    for name, names in (("a.h5", "keras"), ("a.npz", "huggingface")):
+        with pytest.raises(ValueError, match="only torchvision's names have a network without BatchNorm"):
+            weights.save(tmp_path / name, *resnet.init(config, jax.random.key(0)), names=names, config=config)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra test: keras")
+def test_keras_itself_loads_them(tmp_path):
+    """keras.applications.ResNet50 gives our logits: by order and by name. 1e-4 of the largest: float32 in 50 layers."""
+    config = resnet.resnet50(num_classes=7, stride_in="conv1")
+    tree = randomized(config)
+    weights.save(tmp_path / "a.h5", *tree, config=config)
+    images = np.asarray(jax.random.normal(jax.random.key(1), (2, 64, 64, 3)))
+    run = jax.jit(resnet.apply, static_argnums=0, static_argnames="train")
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "expected.npy", run(config, *tree, images, train=False).logits)
+    subprocess.run(
+        [sys.executable, "-c", WITH_KERAS], cwd=tmp_path, check=True, env=os.environ | {"KERAS_BACKEND": "jax"}
+    )
+    for name in ("by_order.npy", "by_name.npy"):
+        expected, theirs = np.load(tmp_path / "expected.npy"), np.load(tmp_path / name)
+        np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        assert 0.1 < np.ptp(expected) < 1e6
+
+
+WITH_KERAS = """
+import keras, numpy
+model = keras.applications.ResNet50(weights=None, classes=7, input_shape=(64, 64, 3), classifier_activation=None)
+for name, by_name in (("by_order", False), ("by_name", True)):
+    model.set_weights([0 * array for array in model.get_weights()])
+    model.load_weights("a.h5", by_name=by_name)
+    numpy.save(name, model(numpy.load("images.npy"), training=False))
+"""  # a process of its own: Keras' backend is chosen when it is imported
+
+
 # The styles that people have.
 
 
@@ -309,7 +439,9 @@ def test_new_head_and_grey_stem(tmp_path):
 def test_bad_files_are_named(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.npz"):
         weights.load(tmp_path / "none.npz", CONFIG)
-    with pytest.raises(ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, got .*a\.ckpt"):
+    with pytest.raises(
+        ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, those of Keras in \.h5, got .*a\.ckpt"
+    ):
         weights.save(tmp_path / "a.ckpt", *tree)
     weights.save(tmp_path / "a.npz", *tree)
     with pytest.raises(ValueError, match=r"a\.npz does not fit a resnet18 with 7 classes and 1 channel:\n  fc"):
