@@ -77,23 +77,23 @@ def verdicts(printed):
 @needs_torch
 def test_every_row_is_there_and_holds(tmp_path, capsys):
     page = tmp_path / "parity.html"
-    assert parity.main([*FAST, "--steps", "2", "--html", str(page)]) == 0
+    assert parity.main([*FAST, "--steps", "2", "--optimizers", "sgd", "adabound", "--html", str(page)]) == 0
     output = capsys.readouterr()
     frameworks = ["numpy", "torch_ref", "torchvision"]
     expected = {f"{case.title}, float64, {name}" for case in cases.layer_cases(0) for name in ("numpy", "torch")}
     for mode in ("train", "eval"):
         expected |= {f"{part}, {mode}, float64, {name}" for part in PARTS for name in frameworks}
-    rows = [f"{name}, {row}" for name in cases.OPTIMIZERS for row in ("each step", "free, over one ulp's")]
+    rows = [f"{name}, {row}" for name in ("sgd", "adabound") for row in ("each step", "free, over one ulp's")]
     expected |= {f"{row}, {name}" for row in rows for name in ("numpy", "torch_ref")}
     assert verdicts(output.out) == dict.fromkeys(expected, "ok")
     assert output.out.splitlines()[-2] == f"all {len(expected)} bounds hold"
-    for piece in ("layers", "resnet50, train", "resnet18, adam"):
+    for piece in ("layers", "resnet50, train", "resnet18, sgd"):
         assert f"{piece}: 100%" in output.err  # the bars, at their ends
     text = page.read_text()
     assert len(re.findall(r'<img alt="(Error per layer|Trainings from)', text)) == 2
     assert text.count("data:image/png;base64,") == 2
     assert text.count("<td>ok</td>") == len(expected)
-    assert not re.search(r'(src|href)="(?!data:)', text)  # it needs no other file
+    assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
 
 
 def test_float32_layers(capsys):
