@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from jax_resnet import hub, resnet, weights
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="needs the extra hub")
+constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")
 
 CONFIG = resnet.resnet18(num_classes=3)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,9 +73,9 @@ def server(files, tmp_path, monkeypatch):
             "ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "hub"), "HUGGINGFACE_CO_URL_TEMPLATE": template,
             "HF_HUB_DISABLE_XET": True, "HF_HUB_ETAG_TIMEOUT": 2,
         }.items():  # fmt: skip
-            monkeypatch.setattr(huggingface_hub.constants, constant, value)
+            monkeypatch.setattr(constants, constant, value)
         no_waiting = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
-        monkeypatch.setattr(huggingface_hub.utils._http, "time", no_waiting)  # between attempts
+        monkeypatch.setattr("huggingface_hub.utils._http.time", no_waiting)  # between attempts
         yield served
         served.shutdown()
 
