@@ -71,8 +71,8 @@ def without_forms(monkeypatch, function):
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_conv2d_is_its_formula(case, x64, monkeypatch):
-    """In inference and in training, in the forms for a CPU and without them; their gradients are the same. 1e-13 and
-    1e-12 leave room for the order of summation only."""
+    """Cross-correlation with zeros on all sides alike: in inference and in training, in the forms for a CPU and without
+    them; their gradients are the same. 1e-13 and 1e-12 leave room for the order of summation only."""
     rng = np.random.default_rng(0)
     conv, (x, weight, bias) = convolution(case, rng)
     *_, kh, kw, s, p = case
@@ -271,22 +271,6 @@ def test_conv2d_in_bfloat16_is_summed_in_float32_and_rounded_once(case, x64):
         np.testing.assert_allclose(half.astype(jnp.float64), exact, rtol=2.0**-8, atol=1e-6 * largest)
 
 
-def test_conv2d_by_hand():
-    """A 2x2 picture under a 3x3 kernel of 1 to 9: cross-correlation, not flipped, zeros outside."""
-    x = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
-    kernel = jnp.arange(1.0, 10.0).reshape(3, 3, 1, 1)
-    y = layers.conv2d(x, kernel, padding=1)[0, :, :, 0]
-    # top left: 1·5 + 2·6 + 3·8 + 4·9
-    np.testing.assert_array_equal(y, [[77, 67], [47, 37]])
-
-
-def test_stride_2_pads_symmetrically():
-    """On 4x4 with stride 2 torch's padding of 1 centres the kernel on rows 0 and 2, "SAME" would on 1 and 3."""
-    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    centre = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
-    np.testing.assert_array_equal(layers.conv2d(x, centre, stride=2, padding=1)[0, :, :, 0], [[0, 2], [8, 10]])
-
-
 def norm_arguments(rng, channels):
     return random(rng, channels) + 1.5, random(rng, channels), random(rng, channels), jnp.abs(random(rng, channels)) + 1
 
@@ -322,15 +306,6 @@ def test_batch_norm_by_formula(x64):
     np.testing.assert_allclose(y, (x - running_mean) / np.sqrt(running_var + 1e-5) * weight + bias, rtol=1e-12)
     np.testing.assert_array_equal(same_mean, running_mean)
     np.testing.assert_array_equal(same_var, running_var)
-
-
-def test_batch_norm_by_hand():
-    """The values 1, 2, 3, 6: mean 3, biased variance 3.5, unbiased 14/3."""
-    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(4, 1)
-    one, zero = jnp.ones(1), jnp.zeros(1)
-    y, mean, var = layers.batch_norm(x, one, zero, zero, one, train=True, momentum=1.0, eps=0.0)
-    np.testing.assert_allclose(y[:, 0], np.array([-2, -1, 0, 3]) / np.sqrt(3.5), rtol=1e-6)
-    np.testing.assert_allclose([mean[0], var[0]], [3, 14 / 3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("first", ["typical", "outlier"])

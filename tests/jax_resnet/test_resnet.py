@@ -55,16 +55,6 @@ def test_parameter_counts(arch):
     assert len(batch_stats) == 2 * len(norms)
 
 
-def test_names_and_shapes_of_a_bottleneck():
-    params, batch_stats = shapes(resnet.resnet50(num_classes=10, in_channels=1))
-    assert params["conv1.weight"].shape == (7, 7, 1, 64)
-    assert params["layer2.0.conv2.weight"].shape == (3, 3, 128, 128)
-    assert params["layer2.0.downsample.0.weight"].shape == (1, 1, 256, 512)
-    assert params["fc.weight"].shape == (2048, 10)
-    assert batch_stats["layer2.0.downsample.1.running_var"].shape == (512,)
-    assert "layer2.1.downsample.0.weight" not in params
-
-
 def plain_forward(config, params, batch_stats, images):
     """The same network in evaluation from its table, block by block, written without the walk of resnet.py."""
     w = flatten_dict(params, sep=".") | flatten_dict(batch_stats, sep=".")
