@@ -1,5 +1,6 @@
-"""numpy_ref.resnet and numpy_ref.fast against jax_resnet.resnet; the parts of the network against central differences.
+"""numpy_ref.resnet: its parts against central differences, its first weights against JAX's, what is refused.
 
+`test_fast` compares it with numpy_ref.fast, tests/experiments/parity that with jax_resnet.
 Parameters and statistics are random and errors relative, see `random_networks`.
 """
 
@@ -11,50 +12,14 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from random_networks import CHANNELS, CLASSES, errors, images_of, labels_of, network, passes
+from random_networks import CHANNELS, errors, images_of, network, passes
 
-from jax_resnet import layers as jax_layers
 from jax_resnet import resnet as jax_resnet
 from numpy_ref import fast, layers, resnet
 from numpy_ref.check import check_vjp
 
 both = pytest.mark.parametrize("module", [resnet, fast], ids=["plain", "fast"])
 in_training_and_evaluation = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-
-
-def jax_passes(name, options, params, batch_stats, images, train):
-    config = getattr(jax_resnet, name)(num_classes=CLASSES, in_channels=CHANNELS, **options)
-    labels = labels_of(len(images))
-
-    def loss_fn(params, images):
-        out = jax_resnet.apply(config, params, batch_stats, images, train=train, return_activations=True)
-        return jax_layers.softmax_cross_entropy(out.logits, labels).mean(), out
-
-    step = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))
-    (loss, out), (dparams, dimages) = step(params, images)
-    return dict(out._asdict(), loss=loss, dparams=dparams, dimages=dimages)
-
-
-NETWORKS = [  # name, options, (N, H, W), train; with BatchNorm 32 values per channel in the last stage
-    ("resnet18", {}, (8, 33, 45), True),
-    ("resnet18", {}, (8, 64, 64), False),
-    ("resnet50", {}, (8, 33, 45), True),
-    ("resnet50", {}, (8, 33, 45), False),
-    ("resnet50", dict(stride_in="conv1"), (8, 45, 33), True),
-    ("resnet18", dict(batch_norm=False), (2, 32, 45), True),
-    ("resnet50", dict(batch_norm=False, stride_in="conv1"), (2, 33, 32), True),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "shape", "train"), NETWORKS, ids=str)
-def test_network_is_jax_network(name, options, shape, train, x64):
-    """Loss, logits, activations by name, running statistics, every gradient: 1e-10, the target of the design."""
-    config, params, batch_stats = network(name, **options)
-    images = images_of(shape)
-    theirs = jax_passes(name, options, params, batch_stats, images, train)
-    for module in (resnet, fast):
-        found = errors(passes(module, config, params, batch_stats, images, train), theirs)
-        assert max(found.values()) < 1e-10, (module.__name__, max(found, key=found.get))
 
 
 PARTS = [  # network, options, stage, number, stride; the stem has no stage

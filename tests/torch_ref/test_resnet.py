@@ -176,36 +176,6 @@ def test_without_batch_norm_convolutions_start_as_torchs():
     assert [key for key in expected if not torch.equal(state[key], expected[key])] == []
 
 
-@pytest.mark.parametrize("options", [{}, {"stride_in": "conv1"}, {"batch_norm": False}], ids=str)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_names_and_shapes_are_jax_resnets(name, options):
-    """Grey, in all three forms: the parameters of jax_resnet, kernels transposed, and its activations' shapes."""
-    jax = pytest.importorskip("jax")
-    from flax.traverse_util import flatten_dict
-
-    from jax_resnet import resnet as jax_resnet
-
-    options = {"num_classes": 7, "in_channels": 1, **options}
-    config = getattr(jax_resnet, name)(**options)
-    images = jax.ShapeDtypeStruct((2, 65, 40, 1), "float32")
-
-    def start_and_run(key, images):
-        params, batch_stats = jax_resnet.init(config, key)
-        out = jax_resnet.apply(config, params, batch_stats, images, train=False, return_activations=True)
-        return params, batch_stats, out.activations
-
-    *trees, activations = jax.eval_shape(start_and_run, jax.random.key(0), images)
-    expected = {key: value.shape for tree in trees for key, value in flatten_dict(tree, sep=".").items()}
-    order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-    expected = {key: tuple(shape[axis] for axis in order[len(shape)]) for key, shape in expected.items()}
-    model = ours(name, **options).eval()
-    actual = {key: tuple(v.shape) for key, v in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    assert actual == expected
-    _, found = model(torch.zeros(2, 1, 65, 40), return_activations=True)
-    nhwc = {key: tuple(value.movedim(1, -1).shape) for key, value in found.items()}
-    assert nhwc == {key: value.shape for key, value in activations.items()}
-
-
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_zero_gamma_makes_blocks_their_shortcuts(name):
     """The last BatchNorm of each block starts as 0, as torchvision's zero_init_residual has it."""
