@@ -27,8 +27,8 @@ class Pictures(Protocol):
     def take(self, indices: np.ndarray) -> Pictures:
         """These pictures of the N, still to be decoded."""
 
-    def channel_sums(self) -> tuple[list[int], list[int]]:
-        """Of every channel the sum of all N·H·W pixels and the sum of their squares."""
+    def channel_sums(self) -> np.ndarray:
+        """(2, C) Python's whole numbers: of every channel the sum of all N·H·W pixels and the sum of their squares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +96,7 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
     if not 1 <= count <= len(split):
         raise ValueError(f"cannot draw {count:,} examples of {len(split):,}: ask for 1 to {len(split):,}")
     generator = np.random.default_rng(seed)
-    labels = np.asarray(split.labels)
-    classes, available = np.unique(labels, return_counts=True)
+    available = np.bincount(split.labels)
     shares = np.zeros_like(available)
     while missing := count - shares.sum():
         open_classes = np.flatnonzero(shares < available)
@@ -106,11 +105,14 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
             shares[open_classes] = np.minimum(shares[open_classes] + each, available[open_classes])
         else:
             shares[generator.choice(open_classes, missing, replace=False)] += 1
-    chosen = [
-        generator.choice(np.flatnonzero(labels == label), share, replace=False)
-        for label, share in zip(classes, shares, strict=True)
-    ]
-    return split.take(np.sort(np.concatenate(chosen)))
+    return split.take(_draw(split.labels, shares, generator))
+
+
+def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The sorted numbers of shares[label] examples of each class that occurs, drawn at random."""
+    classes = np.unique(labels)
+    chosen = [generator.choice(np.flatnonzero(labels == label), shares[label], replace=False) for label in classes]
+    return np.sort(np.concatenate(chosen))
 
 
 def draw_classes(dataset: Dataset, count: int) -> Dataset:
@@ -149,22 +151,18 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
     Raises:
       ValueError: a class has too few pictures to be in both parts.
     """
-    generator = np.random.default_rng(0)
-    labels = np.asarray(dataset.train.labels)
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        of_class = np.flatnonzero(labels == label)
-        count = max(1, round(share * len(of_class)))
-        if count >= len(of_class):
-            raise ValueError(
-                f"cannot hold out {share:.0%} of {dataset.class_names[label]}: it has {len(of_class)} training pictures"
-            )
-        held[generator.choice(of_class, count, replace=False)] = True
+    counts = np.bincount(dataset.train.labels)
+    shares = np.array([max(1, round(share * count)) for count in counts])
+    if len(small := np.flatnonzero((counts > 0) & (shares >= counts))):
+        raise ValueError(
+            f"cannot hold out {share:.0%} of {dataset.class_names[small[0]]}: it has {counts[small[0]]} training pictures"
+        )
+    held = _draw(dataset.train.labels, shares, np.random.default_rng(0))
     return dataclasses.replace(
         dataset,
-        title=f"{dataset.title}, {held.sum():,} of the training pictures held out",
-        train=dataset.train.take(np.flatnonzero(~held)),
-        test=dataset.train.take(np.flatnonzero(held)),
+        title=f"{dataset.title}, {len(held):,} of the training pictures held out",
+        train=dataset.train.take(np.setdiff1d(np.arange(len(dataset.train)), held)),
+        test=dataset.train.take(held),
     )
 
 
@@ -198,20 +196,15 @@ def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.nd
         raise ValueError(f"images must be (N, H, W, C) uint8 with N >= 1, got {images.shape} {images.dtype}")
     sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
     pixels = math.prod(images.shape[:3])
-    mean = [first / pixels / 255 for first in sums]
-    deviation = [
-        math.sqrt((pixels * second - first * first) / (pixels * pixels)) / 255
-        for first, second in zip(sums, squares, strict=True)
-    ]
-    return np.array(mean), np.array(deviation)
+    deviation = [math.sqrt((pixels * b - a * a) / (pixels * pixels)) / 255 for a, b in zip(sums, squares, strict=True)]
+    return np.array([a / pixels / 255 for a in sums]), np.array(deviation)
 
 
-def array_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
-    """Of every channel of (N, H, W, C) uint8 the sum and the sum of squares, read a few megabytes at a time."""
+def array_sums(images: np.ndarray) -> np.ndarray:
+    """As `Pictures.channel_sums`, of (N, H, W, C) uint8 read a few megabytes at a time."""
     chunk = max(1, 2**22 // math.prod(images.shape[1:]))
     parts = [pixel_sums(images[start : start + chunk]) for start in range(0, len(images), chunk)]
-    first, second = np.sum(parts, 0, dtype=object).tolist()  # Python's whole numbers, which have no end
-    return first, second
+    return np.sum(parts, 0, dtype=object)  # Python's whole numbers, which have no end
 
 
 def pixel_sums(images: np.ndarray) -> np.ndarray:

@@ -91,3 +91,9 @@ def counted(number: int, one: str, many: str) -> str:
 def first_few(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")
+
+
+def listing(names: Iterable[str], one: str, many: str, limit: int = 10) -> str:
+    """Counts and names: listing(["a", "b"], "class has no pictures", "classes have no pictures")."""
+    names = list(names)
+    return f"{counted(len(names), one, many)}: {first_few(names, limit)}"
