@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from experiments.data.layouts.names import counted, first_few, is_leftover
+from experiments.data.layouts.names import is_leftover, listing
 from experiments.data.pictures import Box, Picture, printable
 
 Version = tuple[int, int, int]  # size, time of modification, time of the last change of any kind, which nobody can set
@@ -126,10 +126,10 @@ def picture_files(directory: Path, root: Path, others: list[str]) -> list[Stored
     return sorted(files)
 
 
-def not_pictures(root: Path, others: Collection[str]) -> str:
+def not_pictures(root: Path, others: Iterable[str]) -> str:
     """A note on what else lies among the pictures."""
-    are = "is not a picture" if len(others) == 1 else "are not pictures"
-    return f"{counted(len(others), 'entry', 'entries')} of {root} {are}: {first_few(sorted(others))}; left out"
+    words = f"entry of {root} is not a picture", f"entries of {root} are not pictures"
+    return f"{listing(sorted(others), *words)}; left out"
 
 
 def is_folder(entry: os.DirEntry) -> bool:
