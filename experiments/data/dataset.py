@@ -154,9 +154,8 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
     counts = np.bincount(dataset.train.labels)
     shares = np.array([max(1, round(share * count)) for count in counts])
     if len(small := np.flatnonzero((counts > 0) & (shares >= counts))):
-        raise ValueError(
-            f"cannot hold out {share:.0%} of {dataset.class_names[small[0]]}: it has {counts[small[0]]} training pictures"
-        )
+        name, count = dataset.class_names[small[0]], counts[small[0]]
+        raise ValueError(f"cannot hold out {share:.0%} of {name}: it has {count} training pictures")
     held = _draw(dataset.train.labels, shares, np.random.default_rng(0))
     return dataclasses.replace(
         dataset,

@@ -215,14 +215,14 @@ class Reader:
         return Split(images, np.array(entry.arrays[f"{split}-labels"]), names)
 
     def refuse_bad_pictures(self, failures: list[Failure]) -> None:
-        """Raises a DataError for pictures that cannot be used, unless skip_bad, and if half do not contain their box."""
+        """Raises a DataError for pictures that cannot be used, unless skip_bad; and if half of all miss their box."""
         total, directory = sum(self.folder.counts.values()), self.folder.directory
         outside = [failure for failure in failures if failure.kind == "box"]
         if 2 * len(outside) >= total:
             raise DataError(
-                f"{len(outside):,} of {total:,} pictures in {directory} do not contain their box: {listed(outside, 3)}. "
-                "Boxes refer to the original photographs: have these been cut out or resized already? Then sort them "
-                "by class and take the devkit's .mat files out of the folder"
+                f"{len(outside):,} of {total:,} pictures in {directory} do not contain their box: "
+                f"{listed(outside, 3)}. Boxes refer to the original photographs: have these been cut out or resized "
+                "already? Then sort them by class and take the devkit's .mat files out of the folder"
             )
         if failures and not self.skip_bad:
             raise DataError(

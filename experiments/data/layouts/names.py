@@ -67,9 +67,7 @@ def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str
     return {"train": found["train"], "test": found["test"] or validation}, notes
 
 
-def folder_of_each(
-    root: Path, chosen: dict[str, list[str]], explain_missing: Callable[[str], str]
-) -> dict[str, str]:
+def folder_of_each(root: Path, chosen: dict[str, list[str]], explain_missing: Callable[[str], str]) -> dict[str, str]:
     """Of the names that `choose_splits` found the one of each split.
 
     Raises:
