@@ -72,12 +72,7 @@ def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
 
 
 def find_files(directory: Path) -> dict[str, Path]:
-    """Where the four files are, in the folder or in one in it (MNIST/raw/).
-
-    Raises:
-      DataError: there is no such folder, files are missing in it, or several folders in it have them and not just one
-        is called MNIST.
-    """
+    """Where the four files are, in the folder or in one in it (MNIST/raw/)."""
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
     for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
@@ -104,11 +99,7 @@ def find_file(directory: Path, name: str) -> Path | None:
 
 
 def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
-    """Reads the four files, {name: path}.
-
-    Raises:
-      DataError: one of the files is damaged or another one, or they do not belong together.
-    """
+    """Reads the four files, {name: path}."""
     splits = {}
     for split, (images_name, labels_name) in FILES.items():
         images_path, labels_path = files[images_name], files[labels_name]
@@ -142,9 +133,6 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
     Returns:
       a read-only uint8 array.
-
-    Raises:
-      DataError: another magic number, or another length than the sizes make.
     """
     try:
         data = read_file(path)
@@ -178,9 +166,6 @@ def from_tfds(tfds_dir: Path | None = None) -> Dataset:
     """What TFDS prepared, or else the files that its mnist is made of, downloaded by TFDS and checked by its checksums.
 
     None of it needs TensorFlow, as TFDS's own preparation of mnist does.
-
-    Raises:
-      DataError: tensorflow_datasets missing, no way to download, or prepared files that are damaged.
     """
     try:
         import tensorflow_datasets
@@ -195,11 +180,7 @@ def from_tfds(tfds_dir: Path | None = None) -> Dataset:
 
 
 def decode_split(folder: PictureFolder, split: str) -> Split:
-    """Decodes the pictures of a prepared split.
-
-    Raises:
-      DataError: one cannot be decoded.
-    """
+    """Decodes the pictures of a prepared split."""
     images = np.empty((folder.counts[split], *IMAGE_SIZE, 1), np.uint8)
     labels = np.empty(folder.counts[split], np.int32)
     decoded = decode_many(folder.pictures(split), Decoding(IMAGE_SIZE, grey=True, margin=None))
@@ -212,11 +193,7 @@ def decode_split(folder: PictureFolder, split: str) -> Split:
 
 
 def download(builder: Any, downloads: Path) -> dict[str, Path]:
-    """Has TFDS download what its mnist is made of, unless it has done so before: {name: path}.
-
-    Raises:
-      DataError: it cannot be downloaded.
-    """
+    """Has TFDS download what its mnist is made of, unless it has done so before: {name: path}."""
     import requests  # which TFDS brings along
     import tensorflow_datasets
 

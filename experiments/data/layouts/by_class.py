@@ -46,10 +46,6 @@ def by_class(root: Path) -> PictureFolder | None:
 
     Classes are numbered by their sorted names; one that only train or only test has keeps its number. Boxes come from
     a devkit in `root` if it names every picture, and in the same class; otherwise the pictures are used whole.
-
-    Raises:
-      DataError: one of the splits is missing or there twice, pictures do not lie in class folders, or both splits have
-        the same file.
     """
     found = {name: read_classes(root, name) for name in folder_names(root) if splits_in(name)}
     chosen, notes = choose_splits([name for name, classes in found.items() if classes.pictures], root)
@@ -76,11 +72,7 @@ def by_class(root: Path) -> PictureFolder | None:
 
 
 def read_classes(root: Path, name: str) -> Classes:
-    """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/).
-
-    Raises:
-      DataError: the pictures of a class lie a folder deeper.
-    """
+    """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/)."""
     directory = root / name
     inner = folder_names(directory)
     if len(inner) == 1 and splits_in(inner[0]) == splits_in(name) and not is_class(root, name, inner[0]):
@@ -144,9 +136,6 @@ def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, di
 
     Names that differ in outer spaces, in capitals or in how their letters are composed are one class: macOS and
     Windows write them so.
-
-    Raises:
-      DataError: a split has two folders of one class.
     """
     folders = {split: {} for split in splits}  # {what all spellings share: name}
     for split, classes in splits.items():

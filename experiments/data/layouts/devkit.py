@@ -48,11 +48,7 @@ class Annotation(NamedTuple):
 
 
 def original(root: Path) -> PictureFolder | None:
-    """Reads the pictures that the devkit names, or returns None where no folder is for them.
-
-    Raises:
-      DataError: a part is missing or cannot be read.
-    """
+    """Reads the pictures that the devkit names, or returns None where no folder is for them."""
     others: list[str] = []
     if (directory := root / "car_ims").is_dir():
         path = require(root, JOINT, "car_ims/")
@@ -154,11 +150,7 @@ def require(root: Path, name: str, pictures: str = "cars_train/ or cars_test/") 
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names of cars_meta.mat or cars_annos.mat, in the order of their numbers.
-
-    Raises:
-      DataError: the file cannot be read or holds something else.
-    """
+    """The class names of cars_meta.mat or cars_annos.mat, in the order of their numbers."""
     names = read_mat(path, "class_names").ravel().tolist()
     if not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} has class_names that are not names: is this the devkit's file?")
@@ -166,12 +158,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> dict[str, Annotation]:
-    """Box, label and, where the file has it, split of every file name in an annotation file, in its order.
-
-    Raises:
-      DataError: the file cannot be read, holds something else, has a class that is not 1 to num_classes, or no classes
-        although it is to be labelled.
-    """
+    """Box, label and, where the file has it, split of every file name in an annotation file, in its order."""
     rows = read_mat(path, "annotations")
     fields = rows.dtype.names or ()
     name_field = "relative_im_path" if "relative_im_path" in fields else "fname"
@@ -201,11 +188,7 @@ def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> di
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray:
-    """One variable of a MATLAB file as a one-dimensional array.
-
-    Raises:
-      DataError: the file cannot be read or has no such variable.
-    """
+    """One variable of a MATLAB file as a one-dimensional array."""
     from scipy.io import loadmat  # a fifth of a second that the other layouts need not wait for
 
     try:

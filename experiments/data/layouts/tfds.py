@@ -25,9 +25,6 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
       root: the folder.
       name: of the data set that must be in it.
       boxes: whether its pictures have boxes.
-
-    Raises:
-      DataError: another data set than that, tensorflow_datasets missing, or files missing or damaged.
     """
     if not (root / "dataset_info.json").is_file():
         return None
@@ -68,11 +65,7 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
 
 
 def open_builder(root: Path) -> Any:
-    """TFDS's description of the folder.
-
-    Raises:
-      DataError: tensorflow_datasets or array_record missing, or not a folder of TFDS.
-    """
+    """TFDS's description of the folder."""
     try:
         import tensorflow_datasets
     except ImportError as error:
