@@ -77,21 +77,13 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
-    """Draws `count` examples of a split, as equally many of each class as the split allows.
+    """Draws `count` examples of a split, as equally many of each class as the split allows; they stay in its order.
 
     A class with fewer examples than its share gives all of them and the others share the rest. Which examples of a
-    class, and which classes give one more when the shares do not come out even, is random.
-
-    Args:
-      split: N examples; classes that have none are left out of the sharing.
-      count: from 1 to N.
-      seed: the same seed draws the same examples.
-
-    Returns:
-      A split in memory, or of pictures still to be decoded if the original is one, in the order of the original.
+    class, and which classes give one more when the shares do not come out even, is random, and follows from the seed.
 
     Raises:
-      ValueError: count is not from 1 to N.
+      ValueError: count is not from 1 to the number of examples.
     """
     if not 1 <= count <= len(split):
         raise ValueError(f"cannot draw {count:,} examples of {len(split):,}: ask for 1 to {len(split):,}")
@@ -115,12 +107,11 @@ def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator
     return np.sort(np.concatenate(chosen))
 
 
-def draw_classes(dataset: Dataset, count: int) -> Dataset:
-    """A data set of some of the classes, drawn at random but always the same ones, in their order.
+# Parts of a data set: drawn at random, but always the same ones. The title says so.
 
-    Raises:
-      ValueError: count is not from 1 to the number of classes.
-    """
+
+def draw_classes(dataset: Dataset, count: int) -> Dataset:
+    """Some of the classes, in their order. Raises a ValueError where there are not so many."""
     there = len(dataset.class_names)
     if not 1 <= count <= there:
         raise ValueError(f"cannot draw {count:,} of {there:,} classes")
@@ -132,21 +123,16 @@ def draw_classes(dataset: Dataset, count: int) -> Dataset:
         taken = split.take(np.flatnonzero(number[split.labels] >= 0))
         return dataclasses.replace(taken, labels=number[taken.labels])
 
-    return dataclasses.replace(
-        dataset,
-        title=f"{count} classes of {dataset.title}",
-        class_names=tuple(dataset.class_names[label] for label in chosen),
-        train=part(dataset.train),
-        test=part(dataset.test),
-    )
+    names, title = tuple(dataset.class_names[label] for label in chosen), f"{count} classes of {dataset.title}"
+    return Dataset(title, names, part(dataset.train), part(dataset.test), dataset.source)
 
 
 def hold_out(dataset: Dataset, share: float) -> Dataset:
-    """A data set whose test pictures are a part of its training pictures, the others being left to train on.
+    """A part of the training pictures to test on, the others to train on; its own test pictures are not in the result.
 
     Args:
-      dataset: its own test pictures are not in the result.
-      share: of each class's pictures, rounded, but at least one; drawn at random but always the same ones.
+      dataset: the pictures.
+      share: of each class's pictures, rounded, but at least one.
 
     Raises:
       ValueError: a class has too few pictures to be in both parts.
@@ -157,36 +143,25 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         name, count = dataset.class_names[small[0]], counts[small[0]]
         raise ValueError(f"cannot hold out {share:.0%} of {name}: it has {count} training pictures")
     held = _draw(dataset.train.labels, shares, np.random.default_rng(0))
-    return dataclasses.replace(
-        dataset,
-        title=f"{dataset.title}, {len(held):,} of the training pictures held out",
-        train=dataset.train.take(np.setdiff1d(np.arange(len(dataset.train)), held)),
-        test=dataset.train.take(held),
-    )
+    left, title = np.setdiff1d(np.arange(len(dataset.train)), held), f"{len(held):,} of the training pictures held out"
+    train, test = dataset.train.take(left), dataset.train.take(held)
+    return dataclasses.replace(dataset, title=f"{dataset.title}, {title}", train=train, test=test)
 
 
 def limit_test(dataset: Dataset, count: int) -> Dataset:
-    """A data set with `count` of the test pictures, balanced by class, always the same ones; its title says so.
-
-    Raises:
-      ValueError: count is not from 1 to the number of test pictures.
-    """
-    return dataclasses.replace(
-        dataset, title=f"{dataset.title}, {count:,} test pictures", test=balanced_subset(dataset.test, count, seed=0)
-    )
+    """`count` of the test pictures, balanced by class. Raises a ValueError where there are not so many."""
+    test = balanced_subset(dataset.test, count, seed=0)
+    return dataclasses.replace(dataset, title=f"{dataset.title}, {count:,} test pictures", test=test)
 
 
 def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every channel, pixels scaled to [0, 1].
+    """Mean and standard deviation, (C,) float64, over all N·H·W pixels, scaled to [0, 1].
 
     Computes with whole numbers up to the last division, so that neither the number of pictures nor the size of a chunk
     costs a digit.
 
     Args:
       images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time, lazy pictures not at all.
-
-    Returns:
-      mean (C,) and standard deviation (C,) over all N·H·W pixels, float64.
 
     Raises:
       ValueError: images are not (N, H, W, C) uint8 or there are none.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,7 @@ MAX_FILE_BYTES = 2**30
 class Box(NamedTuple):
     """Corners of a box as the devkit writes them: pixels counted from 1, both corners inside the box.
 
-    With relative=True x is divided by the width of the picture and y by its height, which is how TFDS keeps the same
-    numbers.
+    With relative=True x is divided by the width of the picture and y by its height, as TFDS keeps the same numbers.
     """
 
     x1: float
@@ -92,7 +92,7 @@ class Failure(NamedTuple):
 
 
 class BoxOutside(Exception):
-    """A box that does not lie inside its picture."""
+    """A box that is empty, or reaches out of its picture by more than a pixel."""
 
 
 def printable(name: str) -> str:
@@ -107,28 +107,23 @@ def printable(name: str) -> str:
 
 
 def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, Decoded | Failure]]:
-    """Decodes pictures in as many threads as there are processors (Pillow releases the interpreter's lock).
+    """Yields each picture with what became of it, in the order given; few are in memory at a time.
 
-    Yields each picture with what became of it, in the order given. At most a few pictures per thread are in memory at a
-    time.
+    Decodes in as many threads as there are processors (Pillow releases the interpreter's lock).
     """
-    threads = cores()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    waiting: collections.deque = collections.deque()
+    waiting: collections.deque[tuple[Picture, Future]] = collections.deque()
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")
+    pictures = iter(pictures)
     try:
-        for picture in pictures:
-            if len(waiting) >= 8 * threads:
-                yield _finished(waiting)
-            waiting.append((picture, pool.submit(try_to_decode, picture, decoding)))
-        while waiting:
-            yield _finished(waiting)
+        while True:
+            for picture in itertools.islice(pictures, 8 * cores() - len(waiting)):
+                waiting.append((picture, pool.submit(try_to_decode, picture, decoding)))
+            if not waiting:
+                return
+            picture, decoded = waiting.popleft()
+            yield picture, decoded.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _finished(waiting: collections.deque) -> tuple[Picture, Decoded | Failure]:
-    picture, future = waiting.popleft()
-    return picture, future.result()
 
 
 def decode_or_explain(picture: Picture, decoding: Decoding) -> np.ndarray | Failure:
@@ -156,12 +151,7 @@ def reason_of(error: Exception) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is a pipe, which would be waited for, a device, which may have no end, or too large.
-    """
+    """The bytes of a file; refuses a pipe, which would be waited for, a device, which may have no end, and too many."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("a pipe or device, not a file")
@@ -171,11 +161,9 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
-    """Decodes one picture: to RGB or grey, cut to its box, resized by Lanczos's filter.
+    """Decodes a file in any format that Pillow reads: to RGB or grey, cut to its box, resized by Lanczos's filter.
 
-    Args:
-      data: the file, in any format that Pillow reads; of several frames the first.
-      box: ignored where decoding.margin is None.
+    Of several frames the first is taken. The box is ignored where decoding.margin is None.
 
     Raises:
       BoxOutside: the box does not lie inside the picture.
@@ -204,9 +192,6 @@ def edges_of(box: Box, margin: int, width: int, height: int) -> tuple[tuple[int,
 
     Returns:
       (left, top, right, bottom) in pixels from 0, right and bottom exclusive; whether the box reached a pixel beyond.
-
-    Raises:
-      BoxOutside: the box reaches out of the picture by more than a pixel, or is empty.
     """
     x1, y1, x2, y2 = box[:4]
     if box.relative:

@@ -88,8 +88,6 @@ class Batches(Iterator[Batch]):
         if batch_size < 1 or batch_size % count:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {count}")
         ahead = max(2, cores()) if prefetch is None else prefetch
-        if ahead < 0:
-            raise ValueError(f"prefetch must not be negative, got {ahead}")
         rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
 
         def batch(number: int) -> Batch:
@@ -101,20 +99,12 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(batches.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
-        """
-        Raises:
-          DataError: a picture can no longer be read.
-          ValueError: closed.
-        """
-        if self._iterator is None:
-            raise ValueError("these batches are closed")
+        """Raises a DataError for a picture that can no longer be read."""
         return next(self._iterator)
 
     def close(self) -> None:
         """Threads end after the batch that they are at."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        self._iterator.close()
 
     def __enter__(self) -> Batches:
         return self
@@ -143,18 +133,10 @@ class EvaluationBatches(Batches):
 def put_ahead(
     batches: Iterable[Batch], put: Callable[[np.ndarray, np.ndarray], OnDevice], ahead: int = 2
 ) -> Iterator[OnDevice]:
-    """Puts batches onto the device before they are needed.
+    """Yields what `put` makes of images and labels, such as arrays on the devices; `ahead` of them wait there.
 
     JAX copies while the program goes on, so a batch that is put while the step before it is computed costs no time. No
     thread is needed for that: grain's device_put takes two, and knows no arrays that are spread over processes.
-
-    Args:
-      batches: images and labels.
-      put: (images, labels) -> what the step takes, such as arrays on the devices.
-      ahead: how many batches wait on the device.
-
-    Yields:
-      what `put` returned, in order.
     """
     waiting: collections.deque[OnDevice] = collections.deque()
     for images, labels in batches:
