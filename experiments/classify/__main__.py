@@ -111,12 +111,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def load_classifier(settings: Settings) -> Classifier:
-    """Reads the weights, and finds out about their pictures and classes.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be read or does not fit, a failed download, or settings that do not go with it.
-    """
+    """Reads the weights, and finds out about their pictures and classes."""
     if settings.weights.lower().endswith(stablehlo.SUFFIX):
         return load_exported(Path(settings.weights))
     if settings.weights == TORCHVISION:
@@ -167,11 +162,7 @@ def told_beside(file: weights.WeightFile) -> Middle | None:
 
 
 def load_exported(path: Path) -> Classifier:
-    """Reads a StableHLO file.
-
-    Raises:
-      OSError, ValueError: if it or what is beside it cannot be read or is something else.
-    """
+    """Reads a StableHLO file, and what is beside it."""
     network, facts = stablehlo.read(path)
     try:
         kind = Stretched if "grey" in facts["decode"] else Middle
@@ -182,11 +173,7 @@ def load_exported(path: Path) -> Classifier:
 
 
 def export_network(classifier: Classifier, path: Path) -> None:
-    """Writes a network with its weights and the normalization of pictures as StableHLO.
-
-    Raises:
-      OSError, ValueError: for a path that cannot be written or has another suffix.
-    """
+    """Writes a network with its weights and the normalization of pictures as StableHLO."""
     preparation = classifier.preparation
     params, batch_stats = weights.from_torch(classifier.arrays)
 
@@ -206,11 +193,7 @@ def export_network(classifier: Classifier, path: Path) -> None:
 
 
 def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    """Decodes the files to (N, H, W, C) uint8.
-
-    Raises:
-      ValueError: that names all that cannot be read.
-    """
+    """Decodes the files to (N, H, W, C) uint8; a ValueError names all that cannot be read."""
     images, failures = [], []
     for path in paths:
         try:
@@ -235,11 +218,7 @@ def normalizing_network(framework: str, classifier: Classifier) -> Logits:
 
 
 def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32.
-
-    Raises:
-      ValueError: if the framework is missing, or a result is not finite.
-    """
+    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32."""
     network = classifier.exported or normalizing_network(framework, classifier)
     size = min(len(images), BATCH_SIZE)
     batches = []

@@ -40,9 +40,6 @@ def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple
 
     Returns:
       the file, and the shorter side to which pictures are resized for it.
-
-    Raises:
-      ValueError: where torchvision is missing or has no such version, or the file cannot be downloaded.
     """
     try:
         import torch

@@ -98,7 +98,7 @@ Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about t
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Arrays with the facts that their maker returned.
+    """Read-only arrays, memory maps if they are in the cache, with the facts that their maker returned.
 
     directory: where they are kept, None if only in memory.
     notes: what a person should know about how they were come by.
@@ -128,9 +128,6 @@ def load_or_make(
       make: called with create(array name, item shape, dtype). What it raises is passed on and nothing is kept. Where
         the cache fails it is called a second time, for an entry in memory.
       refuse: an entry's facts -> why it is to be made again although undamaged, or None.
-
-    Returns:
-      The entry; its arrays are read-only, and memory maps if they are in the cache.
     """
     notes, reason = [], None
     try:
@@ -161,12 +158,7 @@ def hash_of(key: dict[str, Any]) -> str:
 
 
 def open_entry(directory: Path) -> Entry:
-    """Opens a complete entry.
-
-    Raises:
-      FileNotFoundError: there is none.
-      Damaged: a file is missing, or has not the size, header or checksum that it was written with.
-    """
+    """Opens a complete entry; FileNotFoundError where there is none, Damaged where it is not what was written."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -185,11 +177,7 @@ def open_entry(directory: Path) -> Entry:
 
 
 def write_entry(directory: Path, size: int, make: Make) -> Entry:
-    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster.
-
-    Raises:
-      Unwritable: the file system refused.
-    """
+    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster."""
     partial = directory.with_name(f"partial-{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with refused_as_unwritable(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)

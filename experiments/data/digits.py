@@ -122,17 +122,10 @@ def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says.
+    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says; the array is read-only.
 
     The format: a magic number (two bytes 0, the type's code, the number of dimensions), the size of each dimension
     (big-endian, 4 bytes), then the values in C order.
-
-    Args:
-      path: the file.
-      dimensions: how many the array must have: 3 for images, 1 for labels.
-
-    Returns:
-      a read-only uint8 array.
     """
     try:
         data = read_file(path)

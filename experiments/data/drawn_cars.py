@@ -18,7 +18,6 @@ from experiments.data.car_shapes import CLASS_NAMES, SHAPES, Points, Shape, roun
 from experiments.data.dataset import Dataset, Split
 
 Colour = tuple[int, int, int]
-SMALLEST_SIDE = 32
 _SUPERSAMPLING = 4
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _TRAIN, _TEST = 0, 1  # the splits' random streams
@@ -30,19 +29,11 @@ def drawn_cars(
     """Draws the data set. Picture i of a split depends on the seed, the split, i and the size, not on the counts.
 
     Args:
-      image_size: (height, width) in pixels, each >= 32.
-      train_count: number of pictures to train on; every class gets its share, to within one.
-      test_count: likewise, to test on; from a random stream of their own.
+      image_size: (height, width) in pixels, each at least 32.
+      train_count, test_count: how many pictures; every class gets its share, to within one.
       grey: one channel (BT.601 luma of the same pictures) rather than RGB.
-      seed: >= 0.
-
-    Returns:
-      A Dataset with the title "drawn cars".
-
-    Raises:
-      ValueError: a size, a count or a seed out of range.
+      seed: a whole number that is not negative.
     """
-    _check(train_count=(train_count, 1), test_count=(test_count, 1), seed=(seed, 0))
     train = _draw_split(image_size, train_count, grey, seed, _TRAIN)
     test = _draw_split(image_size, test_count, grey, seed, _TEST)
     source = {"drawn": True, "image_size": list(image_size), "train_count": train_count, "test_count": test_count}
@@ -50,18 +41,8 @@ def drawn_cars(
 
 
 def draw_car(class_name: str, image_size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Draws one car in a scene of its own.
-
-    Args:
-      class_name: one of CLASS_NAMES.
-      image_size: (height, width) in pixels, each >= 32.
-      generator: where all the randomness comes from.
-
-    Returns:
-      (height, width, 3) uint8, RGB.
-    """
+    """Draws one car in a scene of its own: (height, width, 3) uint8, RGB; all the randomness is the generator's."""
     height, width = image_size
-    _check(height=(height, SMALLEST_SIDE), width=(width, SMALLEST_SIDE))
     canvas = Image.new("RGB", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
     scene = _Scene.drawn(generator)
     road = scene.paint(canvas, generator)
@@ -88,13 +69,6 @@ def _draw_split(image_size: tuple[int, int], count: int, grey: bool, seed: int, 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def _check(**values: tuple[int, int]) -> None:
-    """Raises a ValueError for a value below the least that it may be; values: name -> (value, least)."""
-    for name, (value, least) in values.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # Scene and paint: the same for every class.

@@ -30,15 +30,9 @@ from experiments.data.rgb import COLOURS, white_of
 
 FULL = {"train": 8144, "test": 8041}
 FULL_CLASSES = 196
-REMARKS = {  # of decoded pictures -> what is said of one and of many that have it
-    "clipped": (
-        "box reaches a pixel beyond its picture, clipped",
-        "boxes reach a pixel beyond their picture, clipped",
-    ),
-    "turned": (
-        "picture is to be turned, says its EXIF; used as stored",
-        "pictures are to be turned, says their EXIF; used as stored",
-    ),
+REMARKS = {  # on decoded pictures, of one and of many
+    "clipped": ("box reaches a pixel beyond its picture, clipped", "boxes reach a pixel beyond their picture, clipped"),
+    "turned": tuple(f"{be} to be turned, says the EXIF; used as stored" for be in ("picture is", "pictures are")),
 }
 CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # of a picture, at most: place, label, sums
 
@@ -55,20 +49,17 @@ def load_stanford_cars(
 ) -> Dataset:
     """Reads Stanford Cars, or pictures in one of its layouts. What was found and every warning goes to stderr.
 
-    The first call decodes everything into the cache, which later calls map. With decode="lazy" it only checks that
-    everything can be decoded, and keeps labels, bad pictures and sums for the channels' statistics.
-
     Args:
       data_dir: a folder in one of the LAYOUTS, or one that has it in a folder with a usual name.
       image_size: (height, width) of the result in pixels; the aspect ratio is not kept.
       grey: one channel in place of three.
       skip_bad: leave out pictures that cannot be used, instead of raising.
       cache_dir: where decoded pictures are kept; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
-      margin: pixels by which a box is widened on every side, clipped at the picture's border, before the picture is
-        cut to it. The 16 are those of the crops that are in circulation. None takes the pictures whole. Without
-        effect where there are no boxes.
-      decode: "cache", or "lazy" for pictures that are decoded each time they are asked for: for a set that the disk
-        cannot hold decoded. The pixels are the same.
+      margin: pixels by which a box is widened on every side before the picture is cut to it; 16 are those of the crops
+        that are in circulation. None takes the pictures whole.
+      decode: "cache" decodes everything at the first call, into the cache, which later calls map. "lazy" is for a set
+        that the disk cannot hold decoded: it checks that everything can be decoded, and keeps labels, which pictures
+        are bad, and sums for the channels' statistics. The pixels are the same.
 
     Returns:
       The data set, its images read-only: memory maps, arrays where the cache cannot be written, or LazyPictures. It is
@@ -164,13 +155,9 @@ class Reader:
         return facts
 
     def read(self, create: cache.Create, decoding: Decoding) -> dict[str, Any]:
-        """Decodes both splits into the arrays <split>-images and <split>-labels.
+        """Decodes both splits into the arrays <split>-images, or <split>-places and -sums if lazy, and <split>-labels.
 
-        If lazy, it keeps in place of a picture where it is in the folder and its sums (`pixel_sums`), as <split>-places
-        and <split>-sums.
-
-        Returns:
-          what is to be said of the folder and its pictures, as JSON values.
+        places: where in the folder a picture is; sums: its `pixel_sums`. Returns what is to be said, as JSON values.
         """
         facts: dict[str, Any] = {"title": self.title, "directory": str(self.folder.directory)}
         facts |= {"decoding": str(decoding), "white": decoding.white}
