@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
-import io
 import json
 import os
 import shutil
 import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 import scipy.io
+from idx_files import idx_bytes, write_mnist
+from picture_folders import encoded, noise, png_file, save_annotations
 from PIL import Image
 
 from experiments.data.digits import FILES as MNIST_FILES
@@ -32,8 +32,7 @@ Make = Callable[[Path], object]
 
 def png(path: Path, size: tuple[int, int] = (40, 40)) -> None:
     """Noise, the same for the same path below its class folder."""
-    rng = np.random.default_rng(list(os.fsencode(path.name)))
-    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path, "PNG")
+    path.write_bytes(encoded(noise(*size, 3, seed=list(os.fsencode(path.name)))))
 
 
 def cars_by_class(folder: Path) -> Path:
@@ -67,24 +66,12 @@ def link(target: str) -> Callable[[Path], object]:
     return lambda path: path.symlink_to(target)
 
 
-def encoded(image: Image.Image, file_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+NOISE = Image.fromarray(noise(64, 64, 3))
 
 
 def png_bomb() -> bytes:
     """20,000x20,000 pixels in some kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = struct.pack(">II", 20_000, 20_000) + b"\1\0\0\0\0"
-    rows = zlib.compress(bytes(20_000 // 8 + 1) * 200)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png_file(20_000, b"\1\0\0\0\0", bytes(20_000 // 8 + 1) * 200)
 
 
 def jpeg_bomb() -> bytes:
@@ -113,9 +100,8 @@ def devkit(meta: dict | bytes | None = None, annotations: dict | bytes | None = 
                 png(root / f"cars_{split}" / f"{number}.png")
                 row = dict(bbox_x1=5, bbox_y1=5, bbox_x2=30, bbox_y2=30, fname=f"{number}.png") | {"class": number + 1}
                 rows.append(row | (changes if split == "train" else {}))
-            fields = [name for name, value in rows[0].items() if value is not None]
-            table = np.array([tuple(row[name] for name in fields) for row in rows], [(name, object) for name in fields])
-            write_mat(root / "devkit" / file, {"annotations": table.reshape(1, -1)})
+            (root / "devkit").mkdir(exist_ok=True)
+            save_annotations(root / "devkit" / file, [{k: v for k, v in row.items() if v is not None} for row in rows])
         write_mat(root / "devkit" / "cars_meta.mat", {"class_names": np.array([["Audi", "BMW"]], object)})
         for name, value in (("cars_meta.mat", meta), ("cars_train_annos.mat", annotations)):
             if value is not None:
@@ -125,7 +111,6 @@ def devkit(meta: dict | bytes | None = None, annotations: dict | bytes | None = 
 
 
 def write_mat(path: Path, value: dict | bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
     if isinstance(value, bytes):
         path.write_bytes(value)
     else:
@@ -164,22 +149,20 @@ def locked(*names: str) -> Callable[[Path], object]:
     return change
 
 
-def idx(*shape: int, magic: int | None = None, value: int = 0) -> bytes:
+def idx(*shape: int, value: int = 0) -> bytes:
     """An idx file of bytes that are all the same."""
-    header = struct.pack(f">I{len(shape)}I", 0x0800 | len(shape) if magic is None else magic, *shape)
-    return header + bytes([value]) * int(np.prod(shape))
+    return idx_bytes(np.full(shape, value))
 
 
 def digits(**changes: bytes | None) -> Callable[[Path], object]:
     """digits/ with MNIST's four files, 20 digits to train and 5 to test on; None leaves one out."""
 
     def made(folder: Path) -> None:
-        (folder / "digits").mkdir()
-        for split, count in (("train", 20), ("test", 5)):
-            for kind, name, shape in zip(("images", "labels"), MNIST_FILES[split], ((28, 28), ()), strict=True):
-                data = changes.get(f"{split}_{kind}", idx(count, *shape))
-                if data is not None:
-                    (folder / "digits" / name).write_bytes(data)
+        write_mnist(folder / "digits", test=5)
+        for kind, data in changes.items():
+            split, _, content = kind.partition("_")
+            path = folder / "digits" / MNIST_FILES[split][content == "labels"]
+            path.unlink() if data is None else path.write_bytes(data)
 
     return made
 
@@ -296,14 +279,11 @@ def for_classify(*names_and_data: tuple[str, bytes]) -> Callable[[Path], object]
     return made
 
 
-def noisy_digits(folder: Path, seed: int, train: int = 20, test: int = 5) -> None:
+def noisy_digits(folder: Path, seed: int) -> None:
     """digits/ with MNIST's four files, none of its pictures like another."""
-    rng = np.random.default_rng(seed)
-    (folder / "digits").mkdir(exist_ok=True)
-    for split, count in (("train", train), ("test", test)):
-        images, labels = (folder / "digits" / name for name in MNIST_FILES[split])
-        images.write_bytes(idx(count, 28, 28)[:16] + rng.bytes(count * 28 * 28))
-        labels.write_bytes(idx(count)[:8] + bytes(i % 10 for i in range(count)))
+    write_mnist(folder / "digits", test=5)
+    for split, count in (("train", 20), ("test", 5)):
+        (folder / "digits" / MNIST_FILES[split][0]).write_bytes(idx_bytes(noise(count, 28, 28, seed=[seed, count])))
 
 
 def other_digits(folder: Path) -> None:
