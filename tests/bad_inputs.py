@@ -29,7 +29,6 @@ from bad_files import (
     cut_file,
     devkit,
     digits,
-    encoded,
     file,
     file_for_folder,
     for_classify,
@@ -61,6 +60,7 @@ from bad_files import (
     without_pictures,
     zip_bomb,
 )
+from picture_folders import encoded
 from PIL import Image
 
 from experiments.data.pictures import printable

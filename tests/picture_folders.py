@@ -76,10 +76,10 @@ def annotations_of(split, **changes):
     return [fields | {"class": label + 1, "fname": name} for name, label, _ in photographs(split)]
 
 
-def save_annotations(path, annotations):
+def save_annotations(path, annotations, **more):
     dtype = [(field, object) for field in annotations[0]]
     table = np.array([tuple(annotation.values()) for annotation in annotations], dtype)
-    scipy.io.savemat(path, {"annotations": table.reshape(1, -1)})
+    scipy.io.savemat(path, {"annotations": table.reshape(1, -1)} | more)
 
 
 def make_devkit(directory, test_directory=None, **changes):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_files import NOISE, bad_picture, content, encoded, npz, png
+from bad_files import NOISE, bad_picture, content, npz, png
 from bad_inputs import BATTERY, COMMAND_LINE, PAGE, PICTURES, WEIGHT_FILES, Case, page
+from picture_folders import encoded
 from PIL import Image
 
 import experiments.bench.__main__

@@ -1,7 +1,6 @@
 """The command `python -m experiments.classify`: one answer in three frameworks, by anybody's weights or a run's."""
 
 import dataclasses
-import io
 import json
 import re
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from picture_folders import encoded
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
@@ -192,11 +192,10 @@ def test_what_was_white_in_the_run_is_white_here(run, cars_dataset):
     )
     facts = {name: json.dumps(value) for name, value in description.items()}
     config = resnet.resnet18(num_classes=len(cars_dataset.class_names), in_channels=1)
-    file = io.BytesIO()
-    Image.fromarray(np.full((9, 9), 1000, np.uint16)).save(file, "PNG")
+    dark = encoded(np.full((9, 9), 1000, np.uint16))
     for told, expected in ((facts, 1000 >> 4), ({**facts, "white": "{}"}, 1000 >> 2)):
         _, preparation = classify.as_trained(told, "resnet18", config)
-        np.testing.assert_array_equal(preparation.decode(file.getvalue()), expected)
+        np.testing.assert_array_equal(preparation.decode(dark), expected)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 from picture_folders import (
     CLASSES,
     HUGGINGFACE,
     LABELS,
     annotations_of,
     crop,
+    encoded,
     folder_name,
     load,
     make_by_class,
@@ -24,11 +24,12 @@ from picture_folders import (
     make_original,
     make_parquet,
     make_tfds,
+    noise,
     photographs,
+    save_annotations,
     whole,
     write_parquet,
 )
-from PIL import Image
 
 from experiments.data import stanford_cars
 from experiments.data.dataset import DataError
@@ -47,9 +48,7 @@ def make_joint(root, **changes):
             fields = {"relative_im_path": name, "test": int(split == "test")} | row
             del fields["fname"]
             rows.append(fields | (changes if not rows else {}))
-    table = np.array([tuple(row.values()) for row in rows], [(field, object) for field in rows[0]])
-    names = np.array(CLASSES, object).reshape(1, -1)
-    scipy.io.savemat(root / "cars_annos.mat", {"annotations": table.reshape(1, -1), "class_names": names})
+    save_annotations(root / "cars_annos.mat", rows, class_names=np.array(CLASSES, object).reshape(1, -1))
 
 
 def in_folder(make, *path, **options):
@@ -164,25 +163,20 @@ def changed(make, *changes):
     return lambda root: (make(root), *(change(root) for change in changes))
 
 
+def a_file(*names, content=b"\0\5\26\7"):
+    """Puts a file under these names; the content may be made of the name."""
+
+    def change(root):
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content(name) if callable(content) else content)
+
+    return change
+
+
 def a_picture(*names):
     """Puts noise of a picture's own under these names."""
-
-    def change(root):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng(list(name.encode())).integers(0, 256, (9, 9, 3), np.uint8)
-            Image.fromarray(noise).save(root / name, "PNG")
-
-    return change
-
-
-def a_file(*names, content=b"\0\5\26\7"):
-    def change(root):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-
-    return change
+    return a_file(*names, content=lambda name: encoded(noise(9, 9, 3, seed=list(name.encode()))))
 
 
 def moved(old, new):
@@ -243,7 +237,6 @@ def with_validation_for_test(root):
 # What people bring -> (what makes it, what is noted about it); all of it is the four train and three test pictures.
 TAKEN = {
     "Train and Test": (renamed(make_by_class, train="Train", test="Test"), ""),
-    "TRAINING and TESTING": (renamed(make_by_class, train="TRAINING", test="TESTING"), ""),
     "cars_train and cars_test by class": (renamed(make_by_class, train="cars_train", test="cars_test"), ""),
     "valid for test": (renamed(make_by_class, test="valid"), "valid is used for the test"),
     "train, test and val": (changed(make_by_class, a_picture(f"val/{AUDI}/1.png")), "val in .* is left out"),
@@ -342,7 +335,6 @@ def parquet_with(*rows):
 
 # What is wrong -> (what makes it, what the message says); more in bad_inputs.py.
 REFUSED = {
-    "by class: no train": (changed(make_by_class, removed("train")), "has no folder train/"),
     "by class: one folder for both": (
         changed(make_by_class, removed("test"), linked("test", "train")),
         "one folder for both splits: train is test",
@@ -372,17 +364,12 @@ REFUSED = {
         "has 2 sets of pictures: give one of .*cars_large, .*cars_small",
     ),
     "original: no cars_test": (changed(make_original, removed("cars_test")), "no folder for cars_test/: expected both"),
-    "original: no train annotations": (
-        changed(make_original, removed("devkit/cars_train_annos.mat")),
-        "no cars_train_annos.mat",
-    ),
     "original: no test labels": (
         changed(make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat")),
         r"no cars_test_annos_withlabels.mat.*\(cars_test_annos.mat is there, but has no classes\)",
     ),
     "car_ims: no annotations": (changed(make_joint, removed("cars_annos.mat")), "has car_ims/ but no cars_annos.mat"),
     "car_ims: a picture twice": (in_folder(make_joint, relative_im_path="car_ims/000002.png"), "names a picture twice"),
-    "car_ims: a picture elsewhere": (in_folder(make_joint, relative_im_path="../1.png"), "does not name a file"),
     "TFDS: another data set": (in_folder(make_tfds, name="flowers"), "'flowers'.*expected 'cars196'"),
     "TFDS: an old one": (changed(make_tfds, removed("features.json")), "no features.json: an old TFDS prepared it"),
     "TFDS: no features of their own": (
@@ -391,9 +378,7 @@ REFUSED = {
     ),
     "TFDS: a missing file": (changed(make_tfds, removed(TFDS_TRAIN)), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
     "TFDS: a truncated file": (changed(make_tfds, cut(TFDS_TRAIN, -30)), "is damaged after 3 train pictures"),
-    "TFDS: a file without its last byte": (changed(make_tfds, cut(TFDS_TRAIN, -1)), "is damaged after 3 train"),
     "TFDS: a file that ends in a header": (changed(make_tfds, cut(TFDS_TRAIN, 5)), "is damaged after 0 train pictures"),
-    "TFDS: another file": (changed(make_tfds, a_file(TFDS_TRAIN, content=b"x" * 100)), "damaged after 0 train"),
     "TFDS: an array_record that is none": (
         changed(
             in_folder(make_tfds, file_format="array_record"),
@@ -424,7 +409,6 @@ REFUSED = {
         changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet")),
         "more than one set of parquet files of train, train.parquet, train_small.parquet: leave one",
     ),
-    "parquet: a file of both splits": (changed(make_parquet, a_file("train-test.parquet")), "says train and test"),
     "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
     "parquet: other columns": (parquet_with({"picture": 1}), r"no column 'image' but \['picture'\]"),
     "parquet: a label out of range": (
@@ -435,13 +419,11 @@ REFUSED = {
         parquet_with({"image": {"bytes": b""}, "label": 0}, {"image": {"bytes": b""}, "label": None}),
         "column 'label' must be whole numbers without gaps",
     ),
-    "no layout: no classes": (a_picture("train/1.png", "test/2.png"), f"{NO_LAYOUT}it has pictures in test, train, "),
     "no layout: classes first": (
         a_picture("Audi/train/1.png", "Audi/test/2.png", "BMW/train/3.png"),
         f"{NO_LAYOUT}Audi, BMW hold train and test each: expected the classes in these, train/Audi/",
     ),
     "no layout: an archive": (a_file("archive.zip"), f"{NO_LAYOUT}it holds archive.zip: unpack it"),
-    "no layout: Arrow": (a_file("train/data-0.arrow", "state.arrow"), "it holds state.arrow: write it as parquet"),
     "no layout: no suffixes": (a_file("train/Audi/1", "test/Audi/1"), f"{NO_LAYOUT}test, train hold no class folders"),
 }  # fmt: skip
 
