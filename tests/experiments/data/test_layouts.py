@@ -1,7 +1,6 @@
 """Tiny folders of every layout, as people bring them and spoilt. More refusals are in bad_inputs.py."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -10,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folder_changes import a_file, a_picture, changed, cut, linked, moved, removed
 from picture_folders import (
     CLASSES,
     HUGGINGFACE,
     LABELS,
     annotations_of,
     crop,
-    encoded,
     folder_name,
     load,
     make_by_class,
@@ -24,7 +23,6 @@ from picture_folders import (
     make_original,
     make_parquet,
     make_tfds,
-    noise,
     photographs,
     save_annotations,
     whole,
@@ -159,46 +157,6 @@ def renamed(make, **names):
     return made
 
 
-def changed(make, *changes):
-    return lambda root: (make(root), *(change(root) for change in changes))
-
-
-def a_file(*names, content=b"\0\5\26\7"):
-    """Puts a file under these names; the content may be made of the name."""
-
-    def change(root):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content(name) if callable(content) else content)
-
-    return change
-
-
-def a_picture(*names):
-    """Puts noise of a picture's own under these names."""
-    return a_file(*names, content=lambda name: encoded(noise(9, 9, 3, seed=list(name.encode()))))
-
-
-def moved(old, new):
-    return lambda root: ((root / new).parent.mkdir(parents=True, exist_ok=True), (root / old).rename(root / new))
-
-
-def linked(name, target):
-    def change(root):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.symlink(root / target, root / name)
-
-    return change
-
-
-def removed(*names):
-    def change(root):
-        for name in names:
-            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
-
-    return change
-
-
 def hub_cache(root):
     """Two snapshots, whose files are links without a suffix into blobs/."""
     repository = root / "hub" / "datasets--x--stanford_cars"
@@ -207,7 +165,7 @@ def hub_cache(root):
         for number, path in enumerate(sorted((repository / "blobs").glob("*.parquet"))):
             blob = repository / "blobs" / f"{snapshot}{number}"
             blob.write_bytes(path.read_bytes())
-            linked(f"snapshots/{snapshot}/data/{path.name}", f"blobs/{blob.name}")(repository)
+            linked(f"snapshots/{snapshot}/data/{path.name}", f"../../../blobs/{blob.name}")(repository)
     removed(*(f"blobs/{path.name}" for path in (repository / "blobs").glob("*.parquet")))(repository)
     a_file("refs/main", content=b"1new\n")(repository)
 
@@ -264,7 +222,7 @@ TAKEN = {
     "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
     "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
     "links for classes": (
-        changed(make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "store/a")),
+        changed(make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "../store/a")),
         "",
     ),
     "by class in folders of any name": (in_folder(make_by_class, "some", "where [v1] 100%", "Škoda"), ""),
@@ -325,10 +283,6 @@ def fewer_records_than_promised(root):
     (root / "dataset_info.json").write_text(json.dumps(info))
 
 
-def cut(name, size):
-    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:size])
-
-
 def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
@@ -340,11 +294,11 @@ REFUSED = {
         "one folder for both splits: train is test",
     ),
     "by class: a class linked into the test": (
-        changed(make_by_class, removed(f"test/{AUDI}"), linked(f"test/{AUDI}", f"train/{AUDI}")),
+        changed(make_by_class, removed(f"test/{AUDI}"), linked(f"test/{AUDI}", f"../train/{AUDI}")),
         f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/00001.png",
     ),
     "by class: a picture linked into the test": (
-        changed(make_by_class, linked(f"test/{AUDI}/9.png", f"train/{AUDI}/00001.png")),
+        changed(make_by_class, linked(f"test/{AUDI}/9.png", f"../../train/{AUDI}/00001.png")),
         f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/9.png",
     ),
     "original: one folder for both": (
