@@ -40,16 +40,24 @@ def test_real_files(mnist_dir, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-NAMINGS = {
+def dotted(name):
+    return name.replace("-idx", ".idx")
+
+
+PLACES = {  # how the four files are called, and where mirrors, torchvision, Kaggle and unpacked archives have them
     "as they are": lambda name: name,
     "compressed": lambda name: f"{name}.gz",
-    "with a dot": lambda name: name.replace("-idx", ".idx"),
-    "with a dot, compressed": lambda name: name.replace("-idx", ".idx") + ".gz",
+    "with a dot": dotted,
+    "with a dot, compressed": lambda name: f"{dotted(name)}.gz",
     "mixed": lambda name: name if "images" in name else f"{name}.gz",
+    "torchvision": lambda name: f"MNIST/raw/{name}",
+    "Kaggle": lambda name: f"{name}/{name}",
+    "Kaggle, with a dot": lambda name: f"archive/{dotted(name)}/{dotted(name)}",
+    "the only folder": lambda name: f"some/where/{name}.gz",
 }
 
 
-@pytest.mark.parametrize("name", NAMINGS.values(), ids=NAMINGS)
+@pytest.mark.parametrize("name", PLACES.values(), ids=PLACES)
 def test_idx_files(name, tmp_path, capsys):
     dataset = load_mnist(write_mnist(tmp_path, name=name))
     check_digits(dataset)
@@ -101,19 +109,6 @@ def test_broken_files_are_named(spoil, message, tmp_path):
     with pytest.raises(DataError, match=message) as raised:
         load_mnist(tmp_path)
     assert "\n" not in str(raised.value)
-
-
-PLACES = {  # where torchvision, Kaggle and unpacked archives have the four files
-    "torchvision": lambda name: f"MNIST/raw/{name}",
-    "Kaggle": lambda name: f"{name}/{name}",
-    "Kaggle, with a dot": lambda name: f"archive/{name.replace('-idx', '.idx')}/{name.replace('-idx', '.idx')}",
-    "the only folder": lambda name: f"some/where/{name}.gz",
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_the_files_are_found_in_folders_in_it(place, tmp_path):
-    check_digits(load_mnist(write_mnist(tmp_path, name=PLACES[place])))
 
 
 def test_of_two_sets_the_one_called_mnist_is_taken_or_none(tmp_path):

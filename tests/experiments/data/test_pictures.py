@@ -20,7 +20,7 @@ from experiments.data.pictures import (
 )
 from experiments.data.rgb import COLOURS
 
-WHOLE = Decoding((4, 6), grey=False, margin=None)
+WHOLE, GREY = (Decoding((4, 6), grey=grey, margin=None) for grey in (False, True))
 RED = (200, 40, 30)
 
 
@@ -60,23 +60,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_gives_its_colours(kind):
-    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too."""
-    data, expected = KINDS[kind]
-    pixels = decode(data, None, WHOLE).pixels
-    assert pixels.shape == (4, 6, 3)
-    assert pixels.dtype == np.uint8
-    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(expected, (4, 6, 3)), atol=2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_grey_is_the_luminance_of_the_colours(kind):
-    """ITU-R 601's weights; two levels as above."""
-    data, expected = KINDS[kind]
-    pixels = decode(data, None, Decoding((4, 6), grey=True, margin=None)).pixels
-    assert pixels.shape == (4, 6, 1)
-    np.testing.assert_allclose(pixels.astype(int), np.dot(expected, (0.299, 0.587, 0.114)), atol=2)
+@pytest.mark.parametrize(("data", "expected"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_picture_gives_its_colours_and_their_luminance(data, expected):
+    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too. Grey has ITU-R 601's weights."""
+    for decoding, colour in ((WHOLE, expected), (GREY, [np.dot(expected, (0.299, 0.587, 0.114))])):
+        pixels = decode(data, None, decoding).pixels
+        assert pixels.shape == decoding.shape
+        assert pixels.dtype == np.uint8
+        np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(colour, decoding.shape), atol=2)
 
 
 def test_a_note_of_the_cameras_orientation_is_left_alone():
