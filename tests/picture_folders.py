@@ -91,6 +91,12 @@ def make_devkit(directory, test_directory=None, **changes):
     )
 
 
+def make_with_devkit(root, cut=whole):
+    """By class, with the devkit beside train/ and test/."""
+    make_devkit(make_by_class(root, cut) / "devkit")
+    return root
+
+
 def make_original(root, devkit="devkit", test_annotations=None, nested=False):
     for split in LABELS:
         directory = root / f"cars_{split}" / (f"cars_{split}" if nested else ".")

@@ -22,6 +22,7 @@ from picture_folders import (
     make_devkit,
     make_original,
     make_parquet,
+    make_with_devkit,
     photographs,
     save_annotations,
     write_parquet,
@@ -71,8 +72,7 @@ def test_any_suffix_in_any_case_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_boxes_outside_most_pictures_are_an_error(tmp_path, skip_bad):
     """Crops beside the devkit of the photographs: cutting them again would give anything but the car."""
-    root = make_by_class(tmp_path / "found")
-    make_devkit(root / "devkit")
+    root = make_with_devkit(tmp_path / "found", cut=crop)
     message = "7 of 7 pictures .* do not contain their box.*box x 5 to 24, y 3 to 22 in a picture of 20x20.*devkit"
     with pytest.raises(DataError, match=message):
         load(root, tmp_path, skip_bad=skip_bad)

@@ -10,12 +10,11 @@ from picture_folders import (
     FEATURES,
     encoded,
     make_by_class,
-    make_devkit,
     make_original,
     make_parquet,
     make_tfds,
+    make_with_devkit,
     noise,
-    whole,
 )
 from PIL import Image
 from tfds_folder import write_tfds
@@ -252,14 +251,9 @@ def test_threads_end_when_closed(loaded):
 # Lazily decoded pictures
 
 
-def by_class_with_devkit(root):
-    make_by_class(root, cut=whole)
-    make_devkit(root / "devkit")
-
-
 LAYOUTS = {
     "by class": make_by_class,
-    "by class with a devkit": by_class_with_devkit,
+    "by class with a devkit": make_with_devkit,
     "original": make_original,
     "original, nested": lambda root: make_original(root, nested=True),
     "TFDS, array_record": lambda root: make_tfds(root, "array_record"),
