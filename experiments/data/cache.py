@@ -78,22 +78,19 @@ class Column:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """The columns of an entry by name, in a folder or in memory."""
-
-    folder: Path | None
-    by_name: dict[str, Column] = dataclasses.field(default_factory=dict)
-
-    def create(self, name: str, item_shape: tuple[int, ...], dtype: str) -> Column:
-        """Begins a column, in place of an earlier one of that name."""
-        path = None if self.folder is None else self.folder / f"{name}.npy"
-        self.by_name[name] = Column(path, item_shape, dtype)
-        return self.by_name[name]
-
-
 Create = Callable[[str, tuple[int, ...], str], Column]  # name, shape of an item, dtype -> where its items go
 Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about them as JSON values
+
+
+def columns_in(folder: Path | None) -> tuple[dict[str, Column], Create]:
+    """Columns by name, none yet, and what begins one, in place of an earlier one of that name."""
+    columns: dict[str, Column] = {}
+
+    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Column:
+        columns[name] = Column(folder and folder / f"{name}.npy", item_shape, dtype)
+        return columns[name]
+
+    return columns, create
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +143,9 @@ def load_or_make(
         entry = write_entry(directory, size, make)
     except Unwritable as error:
         notes.append(f"no cache, so the pictures are decoded anew at the next start: {error}")
-        columns = Columns(None)
-        facts = make(columns.create)
-        arrays = {name: column.in_memory() for name, column in columns.by_name.items()}
-        entry = Entry(arrays, json.loads(json.dumps(facts)), None)
+        columns, create = columns_in(None)
+        facts = json.loads(json.dumps(make(create)))
+        entry = Entry({name: column.in_memory() for name, column in columns.items()}, facts, None)
     return dataclasses.replace(entry, notes=tuple(notes))
 
 
@@ -185,11 +181,11 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
         if (free := shutil.disk_usage(directory.parent).free) < size:
             raise Unwritable(f"{directory.parent} has {free / 1e6:,.0f} MB free, needed are {size / 1e6:,.0f} MB")
         partial.mkdir()
-    columns = Columns(partial)
+    columns, create = columns_in(partial)
     try:
-        facts = make(columns.create)
+        facts = make(create)
         with refused_as_unwritable(directory):
-            arrays = {name: column.on_disk() for name, column in columns.by_name.items()}
+            arrays = {name: column.on_disk() for name, column in columns.items()}
             with (partial / "entry.json").open("wb") as file:
                 file.write(json.dumps({"facts": facts, "arrays": arrays}, indent=1).encode())
                 file.flush()
@@ -205,7 +201,7 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
     except Damaged as error:
         raise Unwritable(f"{directory} cannot be read back ({error})") from error
     finally:
-        for column in columns.by_name.values():
+        for column in columns.values():
             with contextlib.suppress(OSError):
                 column.file.close()
         shutil.rmtree(partial, ignore_errors=True)

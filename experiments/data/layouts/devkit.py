@@ -11,8 +11,8 @@ import numpy as np
 from experiments.data.dataset import SPLITS, DataError
 from experiments.data.layouts.files import (
     MISSING,
-    Listing,
     PictureFolder,
+    Row,
     Stored,
     folder_of_files,
     not_pictures,
@@ -68,7 +68,7 @@ def original(root: Path) -> PictureFolder | None:
         directories = {split: innermost(root / name) for split, name in folders.items()}
         paths = {split: require(root, ANNOTATIONS[split][0]) for split in SPLITS}
         rows = {split: read_annotations(path, len(class_names), labelled=True) for split, path in paths.items()}
-    found: Listing = {}
+    found: dict[str, list[Row]] = {}
     extra: set[str] = set()
     for split, directory in directories.items():
         place = directory.relative_to(root).as_posix()
