@@ -162,12 +162,7 @@ def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.nd
 
     Args:
       images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time, lazy pictures not at all.
-
-    Raises:
-      ValueError: images are not (N, H, W, C) uint8 or there are none.
     """
-    if len(images.shape) != 4 or images.dtype != np.uint8 or not math.prod(images.shape):
-        raise ValueError(f"images must be (N, H, W, C) uint8 with N >= 1, got {images.shape} {images.dtype}")
     sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
     pixels = math.prod(images.shape[:3])
     deviation = [math.sqrt((pixels * b - a * a) / (pixels * pixels)) / 255 for a, b in zip(sums, squares, strict=True)]

@@ -51,7 +51,7 @@ def load_stanford_cars(
 
     Args:
       data_dir: a folder in one of the LAYOUTS, or one that has it in a folder with a usual name.
-      image_size: (height, width) of the result in pixels; the aspect ratio is not kept.
+      image_size: (height, width) of the result in pixels, each at least 1; the aspect ratio is not kept.
       grey: one channel in place of three.
       skip_bad: leave out pictures that cannot be used, instead of raising.
       cache_dir: where decoded pictures are kept; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
@@ -69,13 +69,8 @@ def load_stanford_cars(
     Raises:
       DataError: no layout found, a part of it missing, pictures that cannot be read or do not contain their box (unless
         skip_bad, and then too if half do not); decode="lazy" of a layout whose pictures cannot be read one by one.
-      ValueError: image_size or margin is out of range.
     """
-    if len(image_size) != 2 or min(image_size) < 1:
-        raise ValueError(f"image_size must be (height, width) of at least 1 pixel, got {image_size}")
-    if margin is not None and margin < 0:
-        raise ValueError(f"margin must be at least 0 pixels, or None for whole pictures, got {margin}")
-    folder = find_pictures(absolute(data_dir))
+    folder = find_pictures(Path(os.path.expanduser(data_dir)).absolute())
     decoding = Decoding(tuple(image_size), grey, margin if folder.boxes else None)
     reader = Reader(folder, decoding, skip_bad, lazy=decode == "lazy")
     boxes = "no boxes"
@@ -216,13 +211,6 @@ class Reader:
                 f"{len(failures):,} of {total:,} pictures in {directory} cannot be used: {listed(failures)}. Replace "
                 "them, or leave them out with --skip-bad"
             )
-
-
-def absolute(data_dir: str | os.PathLike) -> Path:
-    try:
-        return Path(data_dir).expanduser().absolute()
-    except RuntimeError as error:  # ~name, or ~ without $HOME
-        raise DataError(f"{data_dir} does not exist: there is no home folder of that name") from error
 
 
 def unread(facts: dict[str, Any]) -> str | None:

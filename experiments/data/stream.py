@@ -56,8 +56,6 @@ class Batches(Iterator[Batch]):
         Raises:
           ValueError: one of the numbers is out of range.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs}")
         if batch_size > len(split):
             raise ValueError(f"batch_size {batch_size} exceeds the {len(split)} pictures")
 
@@ -66,8 +64,6 @@ class Batches(Iterator[Batch]):
             return order_of(len(split), seed, epoch)[place * batch_size : (place + 1) * batch_size]
 
         steps = epochs * (len(split) // max(1, batch_size))
-        if not 0 <= start_step <= steps:
-            raise ValueError(f"start_step must be 0 to {steps}, the steps of the training, got {start_step}")
         self._start(split, batch_size, chosen, range(start_step, steps), part, prefetch)
 
     def _start(

@@ -315,12 +315,6 @@ def test_only_the_whole_set_has_its_name(tmp_path, classes, found, decoded, titl
     assert stanford_cars.title_of(folder, dict(zip(LABELS, decoded, strict=True))) == title
 
 
-@pytest.mark.parametrize("options", [{"image_size": (0, 9)}, {"image_size": (9,)}, {"margin": -1}])
-def test_settings_out_of_range_are_refused(tmp_path, options):
-    with pytest.raises(ValueError, match=r"image_size must be|margin must be"):
-        load(tmp_path, tmp_path, **options)
-
-
 @pytest.mark.slow
 def test_the_whole_set_is_decoded_once(stanford_cars_dir, tmp_path, monkeypatch):
     first = load(stanford_cars_dir, tmp_path, image_size=(32, 32), grey=True)
