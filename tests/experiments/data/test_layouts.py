@@ -179,35 +179,30 @@ def with_validation_for_test(root):
     moved(TFDS_TRAIN.replace("train", "test"), TFDS_TRAIN.replace("train", "validation"))(root)
 
 
-# What people bring -> (what makes it, what is noted about it); all of it is the four train and three test pictures.
+# What people bring -> what makes it, what is done to it, what is noted about it; all of it is the four train and three test pictures.
 TAKEN = {
     "Train and Test": (renamed(make_by_class, train="Train", test="Test"), ""),
     "cars_train and cars_test by class": (renamed(make_by_class, train="cars_train", test="cars_test"), ""),
     "valid for test": (renamed(make_by_class, test="valid"), "valid is used for the test"),
-    "train, test and val": (changed(make_by_class, a_picture(f"val/{AUDI}/1.png")), "val in .* is left out"),
+    "train, test and val": (make_by_class, a_picture(f"val/{AUDI}/1.png"), "val in .* is left out"),
     "train in train": (renamed(make_by_class, train="train/train", test="test/Test"), ""),
-    "contest and latest beside them": (changed(make_by_class, a_picture("contest/a/1.png", "latest/b/2.png")), ""),
+    "contest and latest beside them": (make_by_class, a_picture("contest/a/1.png", "latest/b/2.png"), ""),
     "leftovers": (
-        changed(
-            make_by_class,
-            *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
-            a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
-            a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
-            removed(*(f"train/{name}/a.png" for name in LEFT)),
-        ),
+        make_by_class,
+        *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
+        a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
+        a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
+        removed(*(f"train/{name}/a.png" for name in LEFT)),
         "",
     ),
     "folders without pictures": (
-        changed(make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef")),
+        make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef"),
         r"2 folders without pictures are no classes: train/old, test/Škoda.*\n2 entries of .* are not pictures",
     ),
-    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 picture .* not in a class"),
-    "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
-    "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
-    "links for classes": (
-        changed(make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "../store/a")),
-        "",
-    ),
+    "a picture beside the classes": (make_by_class, a_picture("train/1.png"), "1 picture .* not in a class"),
+    "spaces around a class's name": (make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} "), ""),
+    "another case": (make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}"), ""),
+    "links for classes": (make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "../store/a"), ""),
     "by class in folders of any name": (in_folder(make_by_class, "some", "where [v1] 100%", "Škoda"), ""),
     "by class, unpacked twice": (in_folder(make_by_class, "archive (1)", "stanford-car-dataset-by-classes-folder"), ""),
     "beside other data sets": (
@@ -219,20 +214,20 @@ TAKEN = {
         "",
     ),
     "TFDS with a validation split": (with_validation_for_test, "for the test"),
-    "TFDS without class names": (changed(make_tfds, removed("label.labels.txt")), "they are called by number"),
+    "TFDS without class names": (make_tfds, removed("label.labels.txt"), "they are called by number"),
     "Hugging Face's cache": (hub_cache, ""),
     "latest-train.parquet": (in_folder(make_parquet, pattern="latest-{split}-0000{part}-of-00002.parquet"), ""),
     "parquet, train_0": (in_folder(make_parquet, pattern="{split}_{part}.parquet"), ""),
     "parquet, part-0": (in_folder(make_parquet, pattern="data/{split}-part-{part}.parquet"), ""),
-    "leftovers beside parquet": (changed(make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet")), ""),
-    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "without annotation: "),
+    "leftovers beside parquet": (make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet"), ""),
+    "a picture without annotation": (make_original, a_picture("cars_train/9.png"), "without annotation: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TAKEN)
 def test_what_people_bring_is_taken_for_what_it_is(tmp_path, case):
-    make, note = TAKEN[case]
-    make(tmp_path / "found")
+    *changes, note = TAKEN[case]
+    changed(*changes)(tmp_path / "found")
     dataset = load(tmp_path / "found", tmp_path)
     assert np.bincount(dataset.train.labels).tolist() == [2, 1, 1]
     assert np.bincount(dataset.test.labels).tolist() == [1, 1, 1]
@@ -264,18 +259,18 @@ def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
 
-# What is wrong -> (what makes it, what the message says); more in bad_inputs.py.
+# What is wrong -> what makes it, what is done to it, what the message says; more in bad_inputs.py.
 REFUSED = {
     "by class: one folder for both": (
-        changed(make_by_class, removed("test"), linked("test", "train")),
+        make_by_class, removed("test"), linked("test", "train"),
         "one folder for both splits: train is test",
     ),
     "original: one folder for both": (
-        changed(make_original, removed("cars_test"), linked("cars_test", "cars_train")),
+        make_original, removed("cars_test"), linked("cars_test", "cars_train"),
         "one folder for both splits: cars_train is cars_test",
     ),
     "by class: a class twice": (
-        changed(make_by_class, a_picture(f"train/{AUDI.lower()} /7.png")),
+        make_by_class, a_picture(f"train/{AUDI.lower()} /7.png"),
         "in train, one class in two spellings: join them",
     ),
     "by class: a devkit that is none": (
@@ -286,50 +281,48 @@ REFUSED = {
         lambda root: [make_by_class(root / name) for name in ("cars_small", "cars_large")],
         "has 2 sets of pictures: give one of .*cars_large, .*cars_small",
     ),
-    "original: no cars_test": (changed(make_original, removed("cars_test")), "no folder for cars_test/: expected both"),
+    "original: no cars_test": (make_original, removed("cars_test"), "no folder for cars_test/: expected both"),
     "original: no test labels": (
-        changed(make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat")),
+        make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat"),
         r"no cars_test_annos_withlabels.mat.*\(cars_test_annos.mat is there, but has no classes\)",
     ),
-    "car_ims: no annotations": (changed(make_joint, removed("cars_annos.mat")), "has car_ims/ but no cars_annos.mat"),
+    "car_ims: no annotations": (make_joint, removed("cars_annos.mat"), "has car_ims/ but no cars_annos.mat"),
     "car_ims: a picture twice": (in_folder(make_joint, relative_im_path="car_ims/000002.png"), "names a picture twice"),
     "TFDS: another data set": (in_folder(make_tfds, name="flowers"), "'flowers'.*expected 'cars196'"),
-    "TFDS: an old one": (changed(make_tfds, removed("features.json")), "no features.json: an old TFDS prepared it"),
+    "TFDS: an old one": (make_tfds, removed("features.json"), "no features.json: an old TFDS prepared it"),
     "TFDS: no features of their own": (
-        changed(make_tfds, a_file("features.json", content=b"{")),
+        make_tfds, a_file("features.json", content=b"{"),
         "cannot be read as a TFDS data set",
     ),
-    "TFDS: a missing file": (changed(make_tfds, removed(TFDS_TRAIN)), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
-    "TFDS: a truncated file": (changed(make_tfds, cut(TFDS_TRAIN, -30)), "is damaged after 3 train pictures"),
-    "TFDS: a file that ends in a header": (changed(make_tfds, cut(TFDS_TRAIN, 5)), "is damaged after 0 train pictures"),
+    "TFDS: a missing file": (make_tfds, removed(TFDS_TRAIN), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
+    "TFDS: a truncated file": (make_tfds, cut(TFDS_TRAIN, -30), "is damaged after 3 train pictures"),
+    "TFDS: a file that ends in a header": (make_tfds, cut(TFDS_TRAIN, 5), "is damaged after 0 train pictures"),
     "TFDS: an array_record that is none": (
-        changed(
-            in_folder(make_tfds, file_format="array_record"),
-            a_file(TFDS_TRAIN.replace("tfrecord", "array_record"), content=b"x" * 100),
-        ),
+        in_folder(make_tfds, file_format="array_record"),
+        a_file(TFDS_TRAIN.replace("tfrecord", "array_record"), content=b"x" * 100),
         "is damaged after 0 train pictures",
     ),
     "TFDS: fewer records than promised": (
-        changed(make_tfds, fewer_records_than_promised),
+        make_tfds, fewer_records_than_promised,
         "holds 4 train pictures, its dataset_info.json says 5",
     ),
-    "parquet: no test": (changed(make_parquet, removed(*PARTS["test"])), "none of the split 'test'"),
-    "parquet: a missing file": (changed(make_parquet, removed(PARTS["test"][0])), "1 of 2 .* of test: number 0 is"),
+    "parquet: no test": (make_parquet, removed(*PARTS["test"]), "none of the split 'test'"),
+    "parquet: a missing file": (make_parquet, removed(PARTS["test"][0]), "1 of 2 .* of test: number 0 is"),
     "parquet: a file twice": (
-        changed(make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet"))),
+        make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet")),
         "has number 0 of the parquet files of test twice",
     ),
-    "parquet: two sets": (changed(make_parquet, a_file("test.parquet")), "more than one set of parquet files of test"),
+    "parquet: two sets": (make_parquet, a_file("test.parquet"), "more than one set of parquet files of test"),
     "parquet: a second download": (
-        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet")),
+        in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet"),
         r"more than one set of parquet files of train, train \(1\).parquet, train.parquet: leave one",
     ),
     "parquet: a second download in the split's folder": (
-        changed(in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet")),
+        in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet"),
         r"more than one set .* of train, train/0.parquet, train/1 \(1\).parquet, train/1.parquet",
     ),
     "parquet: a smaller set": (
-        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet")),
+        in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet"),
         "more than one set of parquet files of train, train.parquet, train_small.parquet: leave one",
     ),
     "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
@@ -353,8 +346,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_explained_in_a_few_lines(tmp_path, case):
-    make, message = REFUSED[case]
-    make(tmp_path / "found")
+    *changes, message = REFUSED[case]
+    changed(*changes)(tmp_path / "found")
     with pytest.raises(DataError, match=message) as raised:
         load(tmp_path / "found", tmp_path)
     assert str(raised.value).count("\n") < 10
