@@ -131,19 +131,6 @@ def test_splits_are_words(names, train, test, note):
     assert bool(note) == bool(notes)
 
 
-def renamed(make, **names):
-    """The folder with its splits under other names; a name with / moves it."""
-
-    def made(root):
-        make(root)
-        for split, name in names.items():
-            (root / split).rename(root / "moved")
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / "moved").rename(root / name)
-
-    return made
-
-
 def hub_cache(root):
     """Two snapshots, whose files are links without a suffix into blobs/."""
     repository = root / "hub" / "datasets--x--stanford_cars"
@@ -158,41 +145,36 @@ def hub_cache(root):
 
 
 AUDI, RAM, SMART = map(folder_name, range(3))
-LEFT = (
-    ".ipynb_checkpoints",
-    "__MACOSX",
-    "@eaDir",
-    ".Trash-0",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-)
+LEFT = ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-0", "$RECYCLE.BIN", "System Volume Information", "lost+found"
 PARTS = {split: [f"{split}-0000{part}-of-00002.parquet" for part in (0, 1)] for split in LABELS}
-TFDS_TRAIN = "cars196-train.tfrecord-00000-of-00001"
+TFDS_TRAIN, TFDS_TEST = (f"cars196-{split}.tfrecord-00000-of-00001" for split in LABELS)
 NO_LAYOUT = "in no layout that this program knows: "
 
 
-def with_validation_for_test(root):
-    info = json.loads((make_tfds(root) / "dataset_info.json").read_text())
-    info["splits"][1]["name"] = "validation"
-    (root / "dataset_info.json").write_text(json.dumps(info))
-    moved(TFDS_TRAIN.replace("train", "test"), TFDS_TRAIN.replace("train", "validation"))(root)
+def split_of_tfds(number, **facts):
+    """Other facts of a split in dataset_info.json."""
+
+    def change(root):
+        info = json.loads((root / "dataset_info.json").read_text())
+        info["splits"][number] |= facts
+        (root / "dataset_info.json").write_text(json.dumps(info))
+
+    return change
 
 
-# What people bring -> what makes it, what is done to it, what is noted about it; all of it is the four train and three test pictures.
+# What people bring: what makes it, what is done to it, what is noted about it. All of it is the same seven pictures.
 TAKEN = {
-    "Train and Test": (renamed(make_by_class, train="Train", test="Test"), ""),
-    "cars_train and cars_test by class": (renamed(make_by_class, train="cars_train", test="cars_test"), ""),
-    "valid for test": (renamed(make_by_class, test="valid"), "valid is used for the test"),
+    "Train and Test": (make_by_class, moved("train", "Train"), moved("test", "Test"), ""),
+    "cars_train and cars_test by class": (make_by_class, moved("train", "cars_train"), moved("test", "cars_test"), ""),
+    "valid for test": (make_by_class, moved("test", "valid"), "valid is used for the test"),
     "train, test and val": (make_by_class, a_picture(f"val/{AUDI}/1.png"), "val in .* is left out"),
-    "train in train": (renamed(make_by_class, train="train/train", test="test/Test"), ""),
+    "train in train": (make_by_class, moved("train", "x/train"), moved("test", "test2/Test"), moved("x", "train"), ""),
     "contest and latest beside them": (make_by_class, a_picture("contest/a/1.png", "latest/b/2.png"), ""),
     "leftovers": (
         make_by_class,
         *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
         a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
         a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
-        removed(*(f"train/{name}/a.png" for name in LEFT)),
         "",
     ),
     "folders without pictures": (
@@ -213,7 +195,10 @@ TAKEN = {
         lambda root: [make_tfds(root / "cars196" / version) for version in ("2.1.0", "2.10.0", "2.9.0")],
         "",
     ),
-    "TFDS with a validation split": (with_validation_for_test, "for the test"),
+    "TFDS with a validation split": (
+        make_tfds, split_of_tfds(1, name="validation"), moved(TFDS_TEST, TFDS_TEST.replace("test", "validation")),
+        "for the test",
+    ),
     "TFDS without class names": (make_tfds, removed("label.labels.txt"), "they are called by number"),
     "Hugging Face's cache": (hub_cache, ""),
     "latest-train.parquet": (in_folder(make_parquet, pattern="latest-{split}-0000{part}-of-00002.parquet"), ""),
@@ -249,17 +234,11 @@ def test_a_name_composed_in_two_ways_is_one_class(tmp_path):
     assert load(tmp_path, tmp_path).class_names == ("Citroën", "Škoda")
 
 
-def fewer_records_than_promised(root):
-    info = json.loads((root / "dataset_info.json").read_text())
-    info["splits"][0]["shardLengths"] = ["5"]
-    (root / "dataset_info.json").write_text(json.dumps(info))
-
-
 def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
 
-# What is wrong -> what makes it, what is done to it, what the message says; more in bad_inputs.py.
+# What is wrong: what makes it, what is done to it, what the message says; more in bad_inputs.py.
 REFUSED = {
     "by class: one folder for both": (
         make_by_class, removed("test"), linked("test", "train"),
@@ -303,7 +282,7 @@ REFUSED = {
         "is damaged after 0 train pictures",
     ),
     "TFDS: fewer records than promised": (
-        make_tfds, fewer_records_than_promised,
+        make_tfds, split_of_tfds(0, shardLengths=["5"]),
         "holds 4 train pictures, its dataset_info.json says 5",
     ),
     "parquet: no test": (make_parquet, removed(*PARTS["test"]), "none of the split 'test'"),
