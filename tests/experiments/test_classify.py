@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from picture_folders import encoded
+from picture_folders import encoded, noise
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
@@ -144,26 +144,38 @@ def test_more_pictures_than_a_batch(resnet18, pictures, monkeypatch):
     np.testing.assert_allclose(logits_of(pictures, resnet18[1], "numpy"), alone, rtol=0, atol=1e-5)
 
 
-PREPARATIONS = {  # a file's name, what is asked for, the shorter side
-    "any file": ("weights.npz", [], 256),
-    "torchvision's V1": ("resnet50-0676ba61.npz", [], 256),
-    "torchvision's V2": ("resnet50-11ad3fa6.npz", [], 232),
-    "as asked for": ("resnet50-11ad3fa6.npz", ["--resize", "256"], 256),
+TIMM = {"input_size": [3, 160, 160], "interpolation": "bicubic", "crop_pct": 0.95, "crop_mode": "center"}
+TIMM |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+BICUBIC = torchvision.transforms.InterpolationMode.BICUBIC
+OF_TIMM = {"crop_size": 160, "resize_size": 168, "mean": TIMM["mean"], "std": TIMM["std"], "interpolation": BICUBIC}
+PREPARATIONS = {  # a file's name, what is asked for, torchvision's preparation
+    "any file": ("weights.npz", [], {"resize_size": 256}),
+    "torchvision's V1": ("resnet50-0676ba61.npz", [], {"resize_size": 256}),
+    "torchvision's V2": ("resnet50-11ad3fa6.npz", [], {"resize_size": 232}),
+    "as asked for": ("resnet50-11ad3fa6.npz", ["--resize", "256"], {"resize_size": 256}),
+    "timm's settings": ("model.safetensors", [], OF_TIMM),
 }
 
 
-@pytest.mark.parametrize(("name", "arguments", "resize"), PREPARATIONS.values(), ids=PREPARATIONS)
-def test_pictures_are_prepared_as_the_weights_want(name, arguments, resize, resnet18, pictures, tmp_path, capsys):
-    """The size by the file's name or as asked for. The picture is noise, so that other sizes give other answers."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
-    noise.save(tmp_path / "noise.png")
+@pytest.mark.parametrize(("name", "arguments", "options"), PREPARATIONS.values(), ids=PREPARATIONS)
+def test_pictures_are_prepared_as_the_weights_want(name, arguments, options, resnet18, tmp_path, capsys):
+    """By the file's name, the settings beside it, or as asked for; of noise other sizes would give other answers."""
+    picture = Image.fromarray(noise(300, 400, 3))
+    picture.save(tmp_path / "noise.png")
     weights.save(tmp_path / name, *weights.from_torch(resnet18[0].state_dict()))
+    names = imagenet.class_names()
+    if options is OF_TIMM:
+        names = [f"name {number}" for number in range(1000)]
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": TIMM, "label_names": names}))
     answer = asked(capsys, tmp_path / "noise.png", "--weights", tmp_path / name, "--framework", "torch", *arguments)
-    assert answer["preparation"] == f"shorter side resized to {resize}, middle 224x224"
-    transforms = torchvision.transforms._presets.ImageClassification(crop_size=224, resize_size=resize)
+    crop, how = options.get("crop_size", 224), " (bicubic)" if options is OF_TIMM else ""
+    assert answer["preparation"] == f"shorter side resized to {options['resize_size']}{how}, middle {crop}x{crop}"
+    assert answer["notes"] == ([] if options is OF_TIMM else ["names assumed: ImageNet's"])
+    transforms = torchvision.transforms._presets.ImageClassification(**{"crop_size": 224} | options)
     with torch.inference_mode():
-        expected = resnet18[0](transforms(noise)[None]).softmax(-1)[0].max().item()
+        expected = resnet18[0](transforms(picture)[None]).softmax(-1)[0].max().item()
     (rows,) = answer["pictures"].values()
+    assert rows[0]["class"] == names[rows[0]["number"]]
     assert rows[0]["probability"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -362,27 +374,6 @@ def test_classes_without_names_are_numbered(name, files, pictures, capsys):
     answer = asked(capsys, pictures[0], "--weights", files / name, "--framework", "torch")
     (rows,) = answer["pictures"].values()
     assert sorted(row["class"] for row in rows) == ["class 0", "class 1", "class 2"]
-
-
-def test_the_settings_beside_a_file_are_used(resnet18, pictures, tmp_path, capsys):
-    """timm's config.json: size, filter, mean, deviation and the names of the classes; as PyTorch does it."""
-    weights.save(tmp_path / "model.safetensors", *weights.from_torch(resnet18[0].state_dict()))
-    names = [f"name {number}" for number in range(1000)]
-    told = {"input_size": [3, 160, 160], "interpolation": "bicubic", "crop_pct": 0.95, "crop_mode": "center",
-            "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": told, "label_names": names}))
-    answer = asked(capsys, pictures[0], "--weights", tmp_path, "--framework", "torch", "--top", "1")
-    assert answer["preparation"] == "shorter side resized to 168 (bicubic), middle 160x160"
-    transforms = torchvision.transforms._presets.ImageClassification(
-        crop_size=160, resize_size=168, mean=told["mean"], std=told["std"],
-        interpolation=torchvision.transforms.InterpolationMode.BICUBIC,
-    )  # fmt: skip
-    with torch.inference_mode():
-        expected = resnet18[0](transforms(pil_loader(pictures[0]))[None]).softmax(-1)[0].max()
-    (rows,) = answer["pictures"].values()
-    assert rows[0]["class"] == names[rows[0]["number"]]
-    assert answer["notes"] == []
-    assert rows[0]["probability"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 MIDDLE, BOTH = {"shortest_edge": 224}, {"height": 192, "width": 160}
