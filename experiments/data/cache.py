@@ -98,7 +98,7 @@ class Entry:
     """Read-only arrays, memory maps if they are in the cache, with the facts that their maker returned.
 
     directory: where they are kept, None if only in memory.
-    notes: what a person should know about how they were come by.
+    notes: what a person should know about how they were made.
     """
 
     arrays: dict[str, np.ndarray]
@@ -124,7 +124,7 @@ def load_or_make(
       size: bytes that the arrays will take, to see beforehand whether they fit.
       make: called with create(array name, item shape, dtype). What it raises is passed on and nothing is kept. Where
         the cache fails it is called a second time, for an entry in memory.
-      refuse: an entry's facts -> why it is to be made again although undamaged, or None.
+      refuse: an entry's facts -> why to make it again although it is undamaged, or None.
     """
     notes, reason = [], None
     try:

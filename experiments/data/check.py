@@ -67,7 +67,7 @@ def format_findings(findings: Iterable[Finding]) -> str:
 
 
 def label_findings(dataset: Dataset) -> Iterator[Finding]:
-    """Counts by split and class, labels that there are not, and classes without pictures."""
+    """Counts by split and class, labels out of range, and classes without pictures."""
     names = dataset.class_names
     counts = {}
     for split in SPLITS:

@@ -107,11 +107,11 @@ def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator
     return np.sort(np.concatenate(chosen))
 
 
-# Parts of a data set: drawn at random, but always the same ones. The title says so.
+# Parts of a data set: drawn at random, but always the same ones. The title names them.
 
 
 def draw_classes(dataset: Dataset, count: int) -> Dataset:
-    """Some of the classes, in their order. Raises a ValueError where there are not so many."""
+    """Some of the classes, in their order; a ValueError if there are fewer."""
     there = len(dataset.class_names)
     if not 1 <= count <= there:
         raise ValueError(f"cannot draw {count:,} of {there:,} classes")
@@ -149,7 +149,7 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
 
 
 def limit_test(dataset: Dataset, count: int) -> Dataset:
-    """`count` of the test pictures, balanced by class. Raises a ValueError where there are not so many."""
+    """`count` of the test pictures, balanced by class; a ValueError if there are fewer."""
     test = balanced_subset(dataset.test, count, seed=0)
     return dataclasses.replace(dataset, title=f"{dataset.title}, {count:,} test pictures", test=test)
 

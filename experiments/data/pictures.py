@@ -72,7 +72,7 @@ class Decoded(NamedTuple):
     """A picture's (H, W, C) uint8 array, and what a person may want to know of it.
 
     clipped: its box reached a pixel beyond it.
-    turned: it has a note (EXIF) that it is to be turned, which is left alone: boxes refer to the pixels as stored.
+    turned: the camera noted (EXIF) that it lies on a side; it is not turned, since boxes refer to the pixels as stored.
     kind, highest: of pixels with more than 8 bits, and their highest value; None of others.
     """
 

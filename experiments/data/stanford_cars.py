@@ -152,7 +152,7 @@ class Reader:
     def read(self, create: cache.Create, decoding: Decoding) -> dict[str, Any]:
         """Decodes both splits into the arrays <split>-images, or <split>-places and -sums if lazy, and <split>-labels.
 
-        places: where in the folder a picture is; sums: its `pixel_sums`. Returns what is to be said, as JSON values.
+        places: where in the folder a picture is; sums: its `pixel_sums`. Returns facts for messages, as JSON values.
         """
         facts: dict[str, Any] = {"title": self.title, "directory": str(self.folder.directory)}
         facts |= {"decoding": str(decoding), "white": decoding.white}
