@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from picture_folders import encoded, noise
@@ -22,48 +22,45 @@ def inside(name: str, *changes: Change) -> Change:
     return lambda root: [change(root / name) for change in changes]
 
 
-def to_each(*names: str):
-    """Decorates what is done to a path: done to those of these names, whose folders are made."""
+def each(names: Iterable[str], do: Change) -> Change:
+    """Does this to the paths of these names; the folders that they are in are made."""
 
-    def decorate(do: Change) -> Change:
-        def change(root: Path) -> None:
-            for name in names:
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                do(root / name)
+    def change(root: Path) -> None:
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            do(root / name)
 
-        return change
-
-    return decorate
+    return change
 
 
 def a_file(*names: str, content: bytes = b"\0\5\26\7") -> Change:
-    return to_each(*names)(lambda path: path.write_bytes(content))
+    return each(names, lambda path: path.write_bytes(content))
 
 
-def a_picture(*names: str, size: tuple[int, int] = (40, 40)) -> Change:
-    """Noise, the same for the same name of a file in the same folder."""
-    return to_each(*names)(lambda path: path.write_bytes(encoded(noise(*size, 3, seed=list(os.fsencode(path.name))))))
+def a_picture(*names: str) -> Change:
+    """Noise, the same for the same file name."""
+    return each(names, lambda path: path.write_bytes(encoded(noise(40, 40, 3, seed=list(os.fsencode(path.name))))))
 
 
 def a_pipe(*names: str) -> Change:
-    return to_each(*names)(os.mkfifo)
+    return each(names, os.mkfifo)
 
 
 def a_folder(*names: str, mode: int = 0o777) -> Change:
-    return to_each(*names)(lambda path: path.mkdir(mode))
+    return each(names, lambda path: path.mkdir(mode))
 
 
 def linked(name: str, target: str) -> Change:
     """A link; the target is relative to the folder that it is in, or absolute."""
-    return to_each(name)(lambda path: path.symlink_to(target))
+    return each([name], lambda path: path.symlink_to(target))
 
 
 def moved(old: str, new: str) -> Change:
-    return lambda root: to_each(new)((root / old).rename)(root)
+    return lambda root: each([new], (root / old).rename)(root)
 
 
 def removed(*names: str) -> Change:
-    return to_each(*names)(lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink())
+    return each(names, lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink())
 
 
 def cut(name: str, size: int | None = None) -> Change:
@@ -73,9 +70,9 @@ def cut(name: str, size: int | None = None) -> Change:
         whole = path.stat().st_size
         os.truncate(path, whole // 2 if size is None else size if size >= 0 else whole + size)
 
-    return to_each(name)(shorten)
+    return each([name], shorten)
 
 
 def locked(*names: str) -> Change:
     """Nobody may read these."""
-    return to_each(*names)(lambda path: path.chmod(0))
+    return each(names, lambda path: path.chmod(0))
