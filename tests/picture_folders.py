@@ -132,6 +132,22 @@ def make_tfds(root, file_format="tfrecord", name="cars196"):
     return write_tfds(root, name, "2.1.0", FEATURES, CLASSES, examples, file_format)
 
 
+README = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names:
+{names}
+  splits:
+  - name: train
+---
+"""
+
+
 def write_parquet(path, rows, metadata=None):
     pyarrow_parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
     from pyarrow import Table
@@ -142,7 +158,7 @@ def write_parquet(path, rows, metadata=None):
 HUGGINGFACE = {"huggingface": json.dumps({"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}})}
 
 
-def make_parquet(root, named=True, pattern="{split}-0000{part}-of-00002.parquet"):
+def make_parquet(root, names="metadata", pattern="{split}-0000{part}-of-00002.parquet"):
     """Two files a split, as Hugging Face cuts them."""
     for split in LABELS:
         rows = [
@@ -152,7 +168,10 @@ def make_parquet(root, named=True, pattern="{split}-0000{part}-of-00002.parquet"
         for part, half in enumerate((rows[:2], rows[2:])):
             path = root / pattern.format(split=split, part=part)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_parquet(path, half, HUGGINGFACE if named else None)
+            write_parquet(path, half, HUGGINGFACE if names == "metadata" else None)
+    if names == "readme":
+        lines = "\n".join(f"          '{label}': {name}" for label, name in enumerate(CLASSES))
+        (root / "README.md").write_text(README.format(names=lines))
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from experiments.data.dataset import DataError
@@ -17,8 +18,10 @@ from experiments.data.layouts.names import (
     splits_in,
     tidy,
 )
+from experiments.data.pictures import printable
 
 EXPECTED = "expected train/<Class Name>/ and test/<Class Name>/"
+HIDDEN = "folder with pictures is", "folders with pictures are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Classes:
 
     pictures: {name of a class folder: its pictures}, only of those that have some.
     loose: how many pictures lie directly in it.
-    empty, others: folders without pictures, and what else is not a picture; as paths below the root.
+    empty, others, hidden: folders without pictures, what else is not a picture, and folders with pictures that have the
+      name of a leftover; as paths below the root.
     """
 
     pictures: dict[str, list[Stored]]
     loose: int
     empty: list[str]
     others: list[str]
+    hidden: list[str]
 
 
 def by_class(root: Path) -> PictureFolder | None:
@@ -48,6 +53,7 @@ def by_class(root: Path) -> PictureFolder | None:
         return None
     folders = folder_of_each(root, chosen, lambda split: explain_missing(root, split, found))
     splits = {split: found[name] for split, name in folders.items()}
+    refuse_shared_files(root, splits)
     numbers, class_names = number_classes(root, splits)
     notes += leftover_notes(root, splits)
     boxes, why_not = devkit.boxes_of(root, {split: classes.pictures for split, classes in splits.items()})
@@ -69,11 +75,13 @@ def read_classes(root: Path, name: str) -> Classes:
     """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/)."""
     directory = root / name
     inner = folder_names(directory)
-    if len(inner) == 1 and splits_in(inner[0]) == splits_in(name):
+    if len(inner) == 1 and splits_in(inner[0]) == splits_in(name) and not is_class(root, name, inner[0]):
         directory /= inner[0]
         inner = folder_names(directory)
     place = directory.relative_to(root).as_posix()
-    classes = Classes({}, len(picture_files(directory, root, [])), [], [])
+    leftovers = folder_names(directory, leftovers=True)
+    hidden = [f"{place}/{leftover}" for leftover in leftovers if picture_files(directory / leftover, root, [])]
+    classes = Classes({}, len(picture_files(directory, root, [])), [], [], hidden)
     for of_class in inner:
         if files := picture_files(directory / of_class, root, classes.others):
             classes.pictures[of_class] = files
@@ -86,6 +94,31 @@ def read_classes(root: Path, name: str) -> Classes:
                 )
         classes.empty.append(f"{place}/{of_class}")
     return classes
+
+
+def is_class(root: Path, split_folder: str, name: str) -> bool:
+    """Whether a folder named like a split is a class ("Training Day"): another split has it, too."""
+    others = (other for other in folder_names(root) if splits_in(other) and splits_in(other) != splits_in(split_folder))
+    return any(
+        tidy(name).casefold() == tidy(inner).casefold() for other in others for inner in folder_names(root / other)
+    )
+
+
+def refuse_shared_files(root: Path, splits: dict[str, Classes]) -> None:
+    """Raises a DataError if by links both splits have the same file."""
+    found: dict[str, tuple[str, str]] = {}  # {where a file really is: its split and name}
+    for split, classes in splits.items():
+        for files in classes.pictures.values():
+            folder = os.path.realpath((root / files[0].name).parent)
+            for stored in files:
+                path = f"{root}/{stored.name}"
+                real = os.path.realpath(path) if os.path.islink(path) else f"{folder}/{stored.base}"
+                of, name = found.setdefault(real, (split, stored.name))
+                if of != split:
+                    raise DataError(
+                        f"{root} has one file in both splits: {printable(name)} is {printable(stored.name)}, so the "
+                        "test would be on train pictures: remove the link"
+                    )
 
 
 def explain_missing(root: Path, split: str, found: dict[str, Classes]) -> str:
@@ -116,11 +149,16 @@ def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, di
 
 
 def leftover_notes(root: Path, splits: dict[str, Classes]) -> list[str]:
-    empty = [name for classes in splits.values() for name in classes.empty]
-    others = [name for classes in splits.values() for name in classes.others]
+    empty, hidden, others = (
+        [name for classes in splits.values() for name in getattr(classes, kind)]
+        for kind in ("empty", "hidden", "others")
+    )
     notes = []
     if empty:
         notes.append(listing(empty, "folder without pictures is no class", "folders without pictures are no classes"))
+    if hidden:
+        words = (f"{many} left out, hidden or named like what systems leave behind" for many in HIDDEN)
+        notes.append(f"{listing(hidden, *words)}; rename what is a class")
     if others:
         notes.append(not_pictures(root, others))
     if loose := sum(classes.loose for classes in splits.values()):

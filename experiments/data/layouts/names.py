@@ -89,10 +89,10 @@ def is_leftover(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
-def folder_names(directory: Path) -> list[str]:
-    """Sorted names of the folders in a folder, without leftovers."""
+def folder_names(directory: Path, leftovers: bool = False) -> list[str]:
+    """Sorted names of the folders in a folder, without leftovers or only these."""
     with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not is_leftover(entry.name))
+        return sorted(entry.name for entry in entries if entry.is_dir() and is_leftover(entry.name) == leftovers)
 
 
 def tidy(name: str) -> str:

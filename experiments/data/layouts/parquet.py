@@ -21,7 +21,7 @@ COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # what bro
 def parquet(root: Path) -> PictureFolder | None:
     """Reads the files, or returns None where no file's name, with its folder's, claims a split.
 
-    Class names are those of the files' metadata, else the numbers themselves.
+    Class names are those of the files' metadata, else of the README.md beside them, else the numbers themselves.
     """
     files, notes = find_files(root)
     if not any(files.values()):
@@ -41,9 +41,10 @@ def parquet(root: Path) -> PictureFolder | None:
             if class_names and named and named != class_names:
                 raise DataError(f"{path} names other classes than the files before it: are these of one data set?")
             class_names = named or class_names
+    class_names = class_names or names_in_readme(root)
     if not class_names:
         class_names = tuple(str(label) for label in range(highest + 1))
-        notes.append(f"the parquet files in {root} do not name the classes: they are called by number")
+        notes.append(f"neither the parquet files nor a README.md in {root} name the classes: they are called by number")
 
     def pictures(split: str) -> Iterator[Picture]:
         for path in files[split]:
@@ -143,3 +144,18 @@ def names_in_metadata(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
         return tuple(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, TypeError, ValueError):
         return ()
+
+
+def names_in_readme(root: Path) -> tuple[str, ...]:
+    """Class names from the dataset_info of a Hugging Face README.md in the folder or the one above data/, or ().
+
+    Reads lines like `'0': AM General Hummer SUV 2000` below `class_label:` and `names:`.
+    """
+    for path in filter(Path.is_file, (root / "README.md", root.parent / "README.md")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if listed := re.search(r"class_label:\s*\n\s*names:\s*\n((?:\s+['\"]?\d+['\"]?:.*\n)+)", text):
+            lines = re.findall(r"^\s+['\"]?(\d+)['\"]?:\s*(.*?)\s*$", listed[1], re.MULTILINE)
+            names = sorted((int(number), name.strip("'\"")) for number, name in lines)
+            if [number for number, _ in names] == list(range(len(names))):
+                return tuple(name for _, name in names)
+    return ()

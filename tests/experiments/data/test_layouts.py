@@ -67,6 +67,7 @@ LAYOUTS = {  # the layout's name and what is special; what makes the folder
     "Hugging Face parquet": make_parquet,
     "Hugging Face parquet, in data": in_folder(make_parquet, "data"),
     "Hugging Face parquet, a folder per split": in_folder(make_parquet, pattern="{split}/0000{part}.parquet"),
+    "Hugging Face parquet, names in the README": in_folder(make_parquet, names="readme"),
 }
 
 
@@ -175,7 +176,13 @@ TAKEN = {
         *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
         a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
         a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
+        removed(*(f"train/{name}/a.png" for name in LEFT)),
         "",
+    ),
+    "classes named like leftovers": (
+        make_by_class,
+        a_picture("train/.NET/1.png", "test/.NET/2.png", "test/Recycler/3.png"),
+        "3 folders with pictures are left out, .*: train/.NET, test/.NET, test/Recycler; rename",
     ),
     "folders without pictures": (
         make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef"),
@@ -234,6 +241,12 @@ def test_a_name_composed_in_two_ways_is_one_class(tmp_path):
     assert load(tmp_path, tmp_path).class_names == ("Citroën", "Škoda")
 
 
+@pytest.mark.parametrize("name", ["train", "Training Day"])
+def test_a_class_may_be_named_like_a_split(tmp_path, name):
+    a_picture(f"train/{name}/1.png", f"test/{name}/2.png", "test/other/3.png")(tmp_path)
+    assert load(tmp_path, tmp_path).class_names == tuple(sorted((name, "other")))
+
+
 def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
@@ -243,6 +256,17 @@ REFUSED = {
     "by class: one folder for both": (
         make_by_class, removed("test"), linked("test", "train"),
         "one folder for both splits: train is test",
+    ),
+    "by class: a class linked into the test": (
+        make_by_class,
+        removed(f"test/{AUDI}"),
+        linked(f"test/{AUDI}", f"../train/{AUDI}"),
+        f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/00001.png",
+    ),
+    "by class: a picture linked into the test": (
+        make_by_class,
+        linked(f"test/{AUDI}/9.png", f"../../train/{AUDI}/00001.png"),
+        f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/9.png",
     ),
     "original: one folder for both": (
         make_original, removed("cars_test"), linked("cars_test", "cars_train"),
@@ -360,7 +384,7 @@ def test_tfrecords_are_read_without_tensorflow(tmp_path, monkeypatch):
 
 
 def test_parquet_without_class_names_calls_them_by_number(tmp_path):
-    dataset = load(make_parquet(tmp_path / "found", named=False), tmp_path)
+    dataset = load(make_parquet(tmp_path / "found", names=None), tmp_path)
     assert dataset.class_names == ("0", "1", "2")
     assert any("called by number" in note for note in dataset.source["notes"])
 
