@@ -151,7 +151,6 @@ COMMAND_LINE = [
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must name something"),
     Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),
     Case("no rounds", "bench step --rounds 0", "--rounds must be at least 1, got 0"),
-    Case("a batch for no network", "bench step --batch-size 4", "--batch-size and --image-size go with --arch"),
     Case("no runs", "compare", "name one folder of a run, or more"),
     Case("a run that there is not", "compare run", "run holds no run: there is no metrics.jsonl or no config.json"),
     Case("half a run's metrics", "compare run", "run/metrics.jsonl is not that of a training run: …",
