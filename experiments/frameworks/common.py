@@ -1,4 +1,4 @@
-"""What the frameworks have in common: their names, a network, a recipe for its training, and a training that can begin.
+"""What the frameworks have in common: a network, a recipe for its training, and a training that can begin.
 
 The work is done by one adapter each: `experiments.frameworks.jax`, `.numpy` and `.torch`. Importing this module imports
 none of them.
@@ -11,11 +11,11 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.frameworks.experiment import Experiment, FrameworkName, OptimizerName
+from experiments.frameworks.experiment import Experiment, FrameworkName
 from experiments.frameworks.optimizers import refuse_uncommon
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Arrays = Mapping[str, Array]
+State = Any  # a framework's TrainState, which has step, params and batch_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,7 @@ class ResNet:
     @property
     def options(self) -> dict[str, Any]:
         """All settings but the architecture, by name."""
-        options = dataclasses.asdict(self)
-        del options["arch"]
-        return options
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "arch"}
 
     def __str__(self) -> str:
         version = "" if self.arch in ("resnet18", "resnet34") or self.stride_in == "conv2" else ", v1"
@@ -114,14 +113,6 @@ class Recipe:
     devices: int = 1
 
 
-class State(Protocol):
-    """What the frameworks' TrainState have in common: the count of steps, and two collections of arrays."""
-
-    step: Any
-    params: Any
-    batch_stats: Any
-
-
 class Training(NamedTuple):
     """A training that can begin.
 
@@ -159,29 +150,26 @@ def adapter(framework: FrameworkName) -> ModuleType:
     Raises:
       ValueError: if the framework is not installed.
     """
+    try:
+        importlib.import_module(framework)
+    except ImportError as error:
+        raise ValueError(
+            f'--framework {framework} needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
+        ) from error
     module = "torch" if framework == "torchvision" else framework
-    if module == "torch":
-        try:
-            importlib.import_module(framework)
-        except ImportError as error:
-            raise ValueError(
-                f'--framework {framework} needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
-            ) from error
     return importlib.import_module(f"experiments.frameworks.{module}")
 
 
-def check_available(framework: FrameworkName, opt: OptimizerName, dampening: float) -> None:
-    """Raises a ValueError if the framework is missing, or has no such optimizer."""
-    refuse_uncommon(framework, opt, dampening)
-    adapter(framework)
-
-
-def make_training(network: Network, recipe: Recipe) -> Training:
-    """Prepares a training in the experiment's framework.
+def adapter_for(experiment: Experiment) -> ModuleType:
+    """The adapter that an experiment's training needs.
 
     Raises:
       ValueError: if the framework is missing, or has no such optimizer.
     """
-    experiment = recipe.experiment
-    check_available(experiment.framework, experiment.opt, experiment.dampening)
-    return adapter(experiment.framework).make_training(network, recipe)
+    refuse_uncommon(experiment.framework, experiment.opt, experiment.dampening)
+    return adapter(experiment.framework)
+
+
+def make_training(network: Network, recipe: Recipe) -> Training:
+    """Prepares a training in the experiment's framework; raises what `adapter_for` raises."""
+    return adapter_for(recipe.experiment).make_training(network, recipe)

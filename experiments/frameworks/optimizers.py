@@ -31,14 +31,15 @@ def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int
     if warmup_steps >= steps:
         raise ValueError(f"the warm-up of {warmup_steps} steps must be shorter than the training of {steps} steps")
     rest = steps - warmup_steps
-    if name == "constant":
-        after = optax.constant_schedule(peak)
-    elif name == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
-    elif name == "step":
-        after = optax.piecewise_constant_schedule(peak, {max(1, rest // 2): 0.1, max(2, rest * 3 // 4): 0.1})
-    else:
-        after = optax.cosine_onecycle_schedule(steps, peak)
+    match name:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest)
+        case "step":
+            after = optax.piecewise_constant_schedule(peak, {max(1, rest // 2): 0.1, max(2, rest * 3 // 4): 0.1})
+        case "onecycle":
+            after = optax.cosine_onecycle_schedule(steps, peak)
     if not warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
@@ -57,11 +58,8 @@ def refuse_uncommon(framework: str, opt: OptimizerName, dampening: float) -> Non
     The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
     torch after.
     """
-    if framework == "jax":
-        return
-    if opt not in get_args(CommonOptimizerName):
-        raise ValueError(
-            f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(get_args(CommonOptimizerName))}"
-        )
-    if dampening and framework != "numpy":
+    common = get_args(CommonOptimizerName)
+    if framework != "jax" and opt not in common:
+        raise ValueError(f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(common)}")
+    if dampening and framework not in ("jax", "numpy"):
         raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")

@@ -13,10 +13,6 @@ from experiments.machine import cores
 from experiments.training.run_folder import lock
 
 
-class NoCoreError(ValueError):
-    """Other workers have the cores."""
-
-
 @contextlib.contextmanager
 def own_cores(number: int | None) -> Iterator[list[TextIO]]:
     """Binds this process, and what it starts, to `number` cores that no other worker on this machine has.
@@ -28,7 +24,7 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
       the locks of the cores; a child that has them too keeps the cores when this process is killed.
 
     Raises:
-      NoCoreError: fewer are free.
+      ValueError: fewer are free.
     """
     if number is None or not hasattr(os, "sched_setaffinity"):  # a system that cannot bind, such as macOS
         yield []
@@ -42,7 +38,7 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
                     taken[core] = held.enter_context(lock(_lock_file(core)))
         if len(taken) < number:
             free = "none is" if not taken else f"only {len(taken)} are"
-            raise NoCoreError(
+            raise ValueError(
                 f"the protocol gives each worker {number} of this machine's {len(allowed)} cores, and {free} free: "
                 "others of experiments.study have the rest"
             )

@@ -7,20 +7,17 @@ while it trains; the operating system releases the lock when a worker dies, and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.study.draws import draw
 from experiments.study.protocol import Contestant, Protocol
 from experiments.study_files import PROTOCOL, Stage, State
-from experiments.training.run_folder import CHECKPOINTS, CONFIG, ERROR, lock, read_epochs
+from experiments.training.run_folder import CHECKPOINTS, CONFIG, ERROR, lock, read_epochs, replace
 from experiments.training.settings import settings_from
 
 COLUMNS = ("top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds")  # of trials.csv; fractions
@@ -71,10 +68,9 @@ class Run:
     def outcome(self) -> dict[str, float]:
         """What a run that is done reached, by COLUMNS: after the last epoch, and in the best one."""
         last, best = self.rows[-1], max(self.rows, key=lambda row: row["test_top1"])
-        loss = math.nan if last["test_loss"] is None else last["test_loss"]  # JSON has no NaN
-        measured = [last[name] for name in ("test_top1", "test_top5", "test_macro_f1")]
-        values = (*measured, loss, best["test_top1"], best["epoch"], last["seconds"])
-        return dict(zip(COLUMNS, values, strict=True))
+        measured = [last[f"test_{name}"] for name in ("top1", "top5", "macro_f1", "loss")]
+        measured[-1] = math.nan if measured[-1] is None else measured[-1]  # JSON has no NaN
+        return dict(zip(COLUMNS, (*measured, best["test_top1"], best["epoch"], last["seconds"]), strict=True))
 
 
 class Ledger:
@@ -88,16 +84,10 @@ class Ledger:
     def __init__(self, protocol: Protocol, folder: Path):
         self.protocol, self.folder = protocol, folder
 
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Within it no other worker chooses a run or writes the study's files."""
+    def exclusive(self) -> TextIO:
+        """A lock: until it is closed no other worker chooses a run or writes the study's files."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as file:
-            with contextlib.suppress(ImportError):  # not on Windows
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return lock(self.folder / ".lock", wait=True)
 
     def runs(self) -> list[Run]:
         """All runs of the protocol in the order in which they are begun.
@@ -110,10 +100,9 @@ class Ledger:
         for contestant in self.protocol.contestants:
             tuner, place = contestant.tuned_as or (None, 1)
             best = self._best(tuning[tuner], place) if tuner else None
+            drawn = best.drawn if best else {}
             for number, seed in enumerate(contestant.seeds):
-                drawn = best.drawn if best else {}
-                run = Run(contestant, "final", number, drawn, seed, self.protocol.epochs, None)
-                runs.append(self.with_state(run))
+                runs.append(self.with_state(Run(contestant, "final", number, drawn, seed, self.protocol.epochs, None)))
 
         def place_of(run: Run) -> tuple[bool, int, bool, int]:
             is_final = run.stage == "final"
@@ -125,9 +114,8 @@ class Ledger:
         tuning, runs = self.protocol.tuning, []
         for number in range(contestant.trials):
             drawn = draw(contestant.search, tuning.seed, number, tuning.sampler)
-            run = Run(contestant, "tuning", number, drawn, tuning.seed, tuning.epochs, tuning.holdout)
-            runs.append(self.with_state(run))
-        return runs
+            runs.append(Run(contestant, "tuning", number, drawn, tuning.seed, tuning.epochs, tuning.holdout))
+        return list(map(self.with_state, runs))
 
     def with_state(self, run: Run) -> Run:
         """The run with its state and rows as they are now."""
@@ -226,10 +214,3 @@ class Ledger:
             if held:
                 held.close()
         return held is None
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file that other workers may be reading or writing: they meet the old one or the new one."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

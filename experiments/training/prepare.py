@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import parse_image_size
+from experiments.data import dataset as data
 from experiments.data.augment import augment, normalize, to_unit_range
-from experiments.data.dataset import (
-    DataError,
-    Dataset,
-    balanced_subset,
-    channel_statistics,
-    draw_classes,
-    hold_out,
-    limit_test,
-)
+from experiments.data.dataset import DataError, Dataset
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.layouts import LAYOUTS
 from experiments.data.stanford_cars import load_stanford_cars
@@ -36,45 +29,43 @@ DRAWINGS = dict(train_count=1500, test_count=600)
 
 
 def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
-    """What --limit and --test-limit leave of a data set.
-
-    Raises:
-      ValueError: a limit exceeds the data.
-    """
+    """What --limit and --test-limit leave of a data set."""
     if experiment.limit is not None:
-        part = balanced_subset(dataset.train, experiment.limit, experiment.seed)
+        part = data.balanced_subset(dataset.train, experiment.limit, experiment.seed)
         dataset = dataclasses.replace(dataset, train=part)
-    return dataset if experiment.test_limit is None else limit_test(dataset, experiment.test_limit)
+    return dataset if experiment.test_limit is None else data.limit_test(dataset, experiment.test_limit)
 
 
 def prepare_training(
     settings: RunSettings,
+    arch: str,
     dataset: Dataset,
     network: Network,
     *,
     key: jax.Array | None = None,
     place: str = "none",
     normalized: bool = True,
+    pad: int = 0,
     freeze_backbone: bool = False,
 ) -> tuple[Training, dict[str, Any]]:
     """Optimizer, the two steps and the preparation of pictures.
 
     Args:
-      settings: of the program.
-      dataset: what to train on.
+      arch: what the network is called.
       network: with the weights to begin with.
       key, place: of the augmentation, see `augment`; none with "none".
       normalized: whether each channel's mean is subtracted, and divided by its deviation.
+      pad: so many pixels of background have been put around each picture.
       freeze_backbone: see `Recipe`.
 
     Returns:
-      the training, and what is done to pictures, as plain JSON values.
+      the training, and `describe_input`.
 
     Raises:
       ValueError: the framework or its optimizer is missing, or there are not as many devices.
     """
     experiment, channels = settings.experiment, dataset.train.images.shape[-1]
-    mean, std = channel_statistics(dataset.train.images) if normalized else (np.zeros(channels), np.ones(channels))
+    mean, std = data.channel_statistics(dataset.train.images) if normalized else (np.zeros(channels), np.ones(channels))
 
     def preprocess_test(images):
         return normalize(to_unit_range(images, experiment.weights_dtype), mean, std)
@@ -100,15 +91,14 @@ def prepare_training(
         settings.system.skip_nonfinite,
         choose_devices(settings.system.devices, experiment.batch_size) if in_jax else 1,
     )
-    return make_training(network, recipe), {"mean": mean.tolist(), "std": std.tolist()}
+    preparation = {"mean": mean.tolist(), "std": std.tolist(), "pad": pad}
+    return make_training(network, recipe), describe_input(arch, dataset, preparation)
 
 
 def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> dict[str, Any]:
     """What a weight file must tell about its network and its input, as plain JSON values.
 
     Args:
-      arch: the network.
-      dataset: what it is trained on.
       preparation: "mean" and "std" of its channels; "pad" where that many pixels of background are put around it.
 
     Returns:
@@ -117,24 +107,18 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
       bits: the value that is white in all of them, by kind.
     """
     *_, height, width, channels = dataset.train.images.shape
-    return {
-        "arch": arch,
-        "class_names": dataset.class_names,
-        "data": dataset.title,
-        "image_size": (height, width),
-        "grey": channels == 1,
-        "margin": dataset.source.get("margin"),
-        "pad": 0,
-        **({"white": white} if (white := dataset.source.get("white")) else {}),
-    } | preparation
+    described = {"arch": arch, "class_names": dataset.class_names, "data": dataset.title}
+    described |= {"image_size": (height, width), "grey": channels == 1}
+    described |= {"margin": dataset.source.get("margin"), "pad": 0}
+    white = dataset.source.get("white")
+    return described | ({"white": white} if white else {}) | preparation
 
 
 def load_cars(settings: Settings) -> Dataset:
     """Stanford Cars, or drawn cars for the demo; --classes, --holdout, --limit and --test-limit take parts of them.
 
     Raises:
-      DataError: the folder holds nothing usable.
-      ValueError: a part exceeds the data.
+      ValueError: the folder holds nothing usable, or a part exceeds the data.
     """
     experiment, system = settings.experiment, settings.system
     size = parse_image_size(experiment.image_size)
@@ -147,25 +131,22 @@ def load_cars(settings: Settings) -> Dataset:
     else:
         dataset = load_stanford_cars(system.data, size, experiment.grey, skip_bad=system.skip_bad, decode=system.decode)
     if experiment.classes is not None:
-        dataset = draw_classes(dataset, experiment.classes)
+        dataset = data.draw_classes(dataset, experiment.classes)
     if experiment.holdout is not None:
-        dataset = hold_out(dataset, experiment.holdout)
+        dataset = data.hold_out(dataset, experiment.holdout)
     return take_parts(experiment, dataset)
 
 
 def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
-    """Network, optimizer and the two steps for a run, in the framework that the settings name.
-
-    Returns:
-      the training, and what a weight file must tell about its network and its input.
-    """
+    """Network, optimizer and the two steps for a run; see `prepare_training`."""
     experiment, channels = settings.experiment, dataset.train.images.shape[-1]
     shape = dict(num_classes=len(dataset.class_names), in_channels=channels, batch_norm=experiment.batch_norm)
     config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
     weights_key, augment_key = jax.random.split(jax.random.key(experiment.seed))
     params, batch_stats = initial_weights(settings, config, weights_key)
-    training, preparation = prepare_training(
+    return prepare_training(
         settings,
+        experiment.arch,
         dataset,
         resnet_network(experiment.arch, params, batch_stats, **shape),
         key=augment_key,
@@ -173,7 +154,6 @@ def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[s
         normalized=experiment.normalize,
         freeze_backbone=experiment.freeze == "backbone",
     )
-    return training, describe_input(experiment.arch, dataset, preparation)
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
@@ -192,13 +172,14 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     new = dense is None or (matrix and not fits)  # what is there and no matrix is an error
     grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
     loaded = weights.fit(file, config, head="new" if new else "strict", stem="grey" if grey else "strict", key=key)
-    for note in file.notes:
-        print(f"{path}: {note}")
+    notes = [f": {note}" for note in file.notes]
     if file.left_out:
-        print(f"{path}: left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
+        notes.append(f": left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
     if new:
         has = "no dense layer" if dense is None else f"{len(dense)} classes"
-        print(f"{path} has {has}: a new dense layer is drawn for {config.num_classes}")
+        notes.append(f" has {has}: a new dense layer is drawn for {config.num_classes}")
     if grey:
-        print(f"{path} has a stem for three channels: summed into one for grey pictures")
+        notes.append(" has a stem for three channels: summed into one for grey pictures")
+    for note in notes:
+        print(f"{path}{note}")
     return jax.tree.map(lambda a: np.asarray(a, np.float32), loaded)
