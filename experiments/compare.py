@@ -33,9 +33,6 @@ def compare(
       runs: folders that experiments.cars or experiments.mnist left.
       out: the picture to write.
       against: the name of one of the folders: draw and tell how far the training losses of the others are from its own.
-
-    Raises:
-      ValueError: if a folder holds no run, or there is none.
     """
     from experiments.training.plots import plot_comparison
 
@@ -61,11 +58,7 @@ def compare(
 
 
 def read_run(run: Path) -> tuple[Rows, str]:
-    """The rows of a run's metrics, and what was trained on what.
-
-    Raises:
-      ValueError: the folder holds no run, or one of its files is not that of a run.
-    """
+    """The rows of a run's metrics, and what was trained on what; raises a ValueError for a folder of another kind."""
     if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
         raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
     file = run / METRICS
@@ -95,9 +88,7 @@ def describe_outcome(rows: Rows) -> str:
 def loss_distances(rows: Rows, reference: Rows) -> Rows:
     """How far training losses are apart, relative to the reference's, at the steps that both have logged.
 
-    Returns:
-      rows with "epoch", "step" and "distance"; ends of epochs, whose losses are means, are left out where there are
-      rows in between.
+    Rows at the ends of epochs, whose losses are means, are left out where there are rows in between.
     """
 
     def by_step(rows: Rows) -> dict[int, dict[str, Any]]:
@@ -123,15 +114,10 @@ def describe_distances(distances: Rows) -> str:
 
 
 def start(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int | None:
-    """Trains as the settings say; with --compare in several frameworks.
+    """Trains as the settings say; with --compare in several of the program's frameworks.
 
     Args:
       train: a function of a program's module: settings -> the signal that ended the training, if one did.
-      settings: of the program.
-      frameworks: those that it has.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
     """
     system = settings.system
     if system.compare is not None:
@@ -150,7 +136,6 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
       the signal that ended a run, and then what there is was compared; None if all were trained to their end.
 
     Raises:
-      ValueError: for unknown names, a framework or an optimizer that is missing, an earlier run in a folder.
       SystemExit: with the exit code of one that failed, which has said why.
     """
     from experiments.frameworks.common import adapter_for

@@ -80,12 +80,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 
 def load_data(settings: Settings) -> Dataset:
-    """MNIST, or a part of its training pictures; padded for a ResNet.
-
-    Raises:
-      DataError: if there is nothing usable.
-      ValueError: for a limit beyond the data.
-    """
+    """MNIST, or a part of it; padded for a ResNet."""
     import numpy as np
 
     from experiments.data.digits import load_mnist
@@ -94,9 +89,8 @@ def load_data(settings: Settings) -> Dataset:
     dataset = take_parts(settings.experiment, load_mnist(settings.system.data))
     pad = settings.experiment.pad
     around = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    splits = {name: getattr(dataset, name) for name in ("train", "test")}
-    padded = {name: dataclasses.replace(s, images=np.pad(s.images, around)) for name, s in splits.items()}
-    return dataclasses.replace(dataset, **padded)
+    splits = [dataclasses.replace(s, images=np.pad(s.images, around)) for s in (dataset.train, dataset.test)]
+    return dataclasses.replace(dataset, train=splits[0], test=splits[1])
 
 
 def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
@@ -117,7 +111,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
         shape = dict(num_classes=len(dataset.class_names), in_channels=1)
         weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, model)(**shape), rng)
         network = resnet_network(model, *weights, **shape)
-    return prepare_training(settings, model, dataset, network, pad=settings.experiment.pad)
+    return prepare_training(settings, model, dataset, network)
 
 
 def train(settings: Settings) -> int | None:

@@ -93,14 +93,12 @@ class Recipe:
     """How a network is trained, in whichever framework.
 
     experiment: with its learning_rate; float64 needs jax.enable_x64.
-    schedule: the learning rate by step.
-    steps: of the whole training.
+    schedule, steps: the learning rate by step, and the steps of the whole training.
     preprocess_train: (uint8 images (N, H, W, C), step) -> floats of this precision; traced into JAX's step, called by
       the others.
     preprocess_test: the same without a step.
     freeze_backbone: train the dense layer alone; the rest runs as in evaluation.
-    skip_nonfinite: see `jax_resnet.train.make_train_step`; JAX only.
-    devices: how many of JAX's devices share the batch; 1 leaves everything on the first.
+    skip_nonfinite, devices: JAX's, see `jax_resnet.train.make_train_step` and `data_mesh`.
     """
 
     experiment: Experiment
@@ -145,11 +143,7 @@ class Training(NamedTuple):
 
 
 def adapter(framework: FrameworkName) -> ModuleType:
-    """The module that computes in a framework, imported when it is needed.
-
-    Raises:
-      ValueError: if the framework is not installed.
-    """
+    """The module that computes in a framework; raises a ValueError if the framework is not installed."""
     try:
         importlib.import_module(framework)
     except ImportError as error:
@@ -161,11 +155,7 @@ def adapter(framework: FrameworkName) -> ModuleType:
 
 
 def adapter_for(experiment: Experiment) -> ModuleType:
-    """The adapter that an experiment's training needs.
-
-    Raises:
-      ValueError: if the framework is missing, or has no such optimizer.
-    """
+    """The adapter for an experiment; raises a ValueError if the framework is missing, or has no such optimizer."""
     refuse_uncommon(experiment.framework, experiment.opt, experiment.dampening)
     return adapter(experiment.framework)
 

@@ -28,6 +28,9 @@ def jax_only(default: Any) -> Any:
 class Experiment:
     """Settings that decide what comes out. A run can only be resumed with the same ones."""
 
+    # What only some programs have settings for; without types these are no fields. pad: pixels around a picture.
+    augmentation, normalize, freeze, pad = "none", True, "none", 0
+
     opt: OptimizerName = "adabound"
     """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
     framework: FrameworkName = "jax"

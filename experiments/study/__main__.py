@@ -23,6 +23,8 @@ else:
     from experiments.study.progress import print_progress
     from experiments.study.protocol import read_protocol
     from experiments.study.worker import work, write_trials
+    from experiments.study_files import PROTOCOL
+    from experiments.training.run_folder import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ def run(settings: StudySettings) -> int | None:
     if settings.dry_run:
         print("nothing was trained: --dry-run")
         return None
-    ledger.publish_protocol()
+    with ledger.exclusive():  # the protocol's file lies beside what came of it
+        replace(out / PROTOCOL, protocol.text)
     with own_cores(protocol.cores) as locks:
         ended_by = work(ledger, settings.data, locks, most=settings.runs)
     write_trials(ledger, settings.data)

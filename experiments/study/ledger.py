@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from experiments.study.draws import draw
 from experiments.study.protocol import Contestant, Protocol
 from experiments.study_files import PROTOCOL, Stage, State
-from experiments.training.run_folder import CHECKPOINTS, CONFIG, ERROR, lock, read_epochs, replace
+from experiments.training.run_folder import CHECKPOINTS, CONFIG, ERROR, lock, read_epochs
 from experiments.training.settings import settings_from
 
 COLUMNS = ("top1", "top5", "macro_f1", "loss", "best_top1", "best_epoch", "seconds")  # of trials.csv; fractions
@@ -73,16 +73,12 @@ class Run:
         return dict(zip(COLUMNS, (*measured, best["test_top1"], best["epoch"], last["seconds"]), strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
 class Ledger:
-    """The runs of a protocol and their states.
+    """The runs of a protocol and their states; all workers must see the study's folder, which need not exist."""
 
-    Args:
-      protocol: what is to be run.
-      folder: of the study; all workers must see it. It need not exist.
-    """
-
-    def __init__(self, protocol: Protocol, folder: Path):
-        self.protocol, self.folder = protocol, folder
+    protocol: Protocol
+    folder: Path
 
     def exclusive(self) -> TextIO:
         """A lock: until it is closed no other worker chooses a run or writes the study's files."""
@@ -161,11 +157,6 @@ class Ledger:
             if earlier != self.protocol.tuning.choose_by:
                 raise ValueError(self._other_protocol(f"tuning.choose_by was {earlier!r}"))
 
-    def publish_protocol(self) -> None:
-        """Leaves the protocol's file beside what came of it."""
-        with self.exclusive():
-            replace(self.folder / PROTOCOL, self.protocol.text)
-
     def _check_run(self, run: Run, config: dict[str, Any]) -> None:
         """Raises a ValueError unless a run was trained as the protocol says."""
         if run.stage == "final" and run.contestant.tuned_as and not run.drawn:
@@ -173,18 +164,17 @@ class Ledger:
                 f"{self.folder}: {run.contestant.name} has begun its final runs, and the protocol has tuning trials "
                 "that have not ended: settings are not chosen again once test results may be known"
             )
-        trained = config["settings"]
+        trained, cores = config["settings"].copy(), config.get("device", {}).get("cores")
         if trained.get("model") == "torchvision":  # until there was --framework torchvision
-            trained = trained | {"framework": "torchvision"}
+            trained["framework"] = "torchvision"
         wanted = dataclasses.asdict(settings_from(run.settings).experiment)
         if wanted["gamma_times_steps"]:
             del wanted["gamma"]  # follows from it and the number of updates
+        if None not in (cores, self.protocol.cores):
+            trained["cores"], wanted["cores"] = cores, self.protocol.cores
         for name, value in wanted.items():
             if trained.get(name, value) != value:
                 raise ValueError(self._other_protocol(f"{run.folder} has {name} {trained[name]!r}, this one {value!r}"))
-        cores = config.get("device", {}).get("cores")
-        if None not in (cores, self.protocol.cores) and cores != self.protocol.cores:
-            raise ValueError(self._other_protocol(f"{run.folder} has cores {cores}, this one {self.protocol.cores}"))
 
     def _other_protocol(self, difference: str) -> str:
         return f"{self.folder} was begun with another protocol: {difference}. Choose another --out, or undo the change"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from experiments.machine import cores
 from experiments.output.tables import Cell, print_table
-from experiments.study.cores import room_for_workers
 from experiments.study.ledger import Ledger, Run
 
 # The settings that the time of an epoch depends on.
@@ -35,7 +35,8 @@ def print_progress(ledger: Ledger, *, plan: bool = False) -> None:
         table[contestant.name] = row
     print(f"\n{ledger.protocol.name}: {sum(run.ended for run in runs)} of {len(runs)} runs have ended")
     print_table(table)
-    workers = room_for_workers(ledger.protocol.cores) if plan else max(1, len(busy))
+    of_each = ledger.protocol.cores or cores()
+    workers = max(1, cores() // of_each if plan else len(busy))
     if all(run.ended for run in runs):
         print("nothing is left to run")
     elif left := seconds_left(runs):

@@ -30,7 +30,6 @@ def work(ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, mos
     """Trains all that is left of a study, with others or alone.
 
     Args:
-      ledger: of the study.
       data: the folder of pictures.
       locks: what else a training shall keep from other workers if this one is killed.
       most: runs to train before it ends; None for all.

@@ -133,7 +133,11 @@ class Loop:
         labels = train.labels[epoch_order(len(train), experiment.seed, epoch - 1)[: shape[0] * shape[1]]].reshape(shape)
         self.meter = Meter(epoch, labels, self.started, self.left_to_skip, self.progress.meter)
         while self.step < epoch * self.steps_per_epoch:
-            self.check_stop()
+            try:
+                self.stop.check(self.step)
+            except Stopped:
+                self.finish_step()
+                raise
             images, batch_labels = next(batches)
             if self.profile is not None:
                 self.profile.before_step()
@@ -151,13 +155,6 @@ class Loop:
     def finish_step(self) -> None:
         if self.meter.finish():
             self.show_step()
-
-    def check_stop(self) -> None:
-        try:
-            self.stop.check(self.step)
-        except Stopped:
-            self.finish_step()
-            raise
 
     def show_step(self) -> None:
         self.bar.update(self.experiment.batch_size)
@@ -180,7 +177,12 @@ class Loop:
                     results.append(jax.device_get(ended))
             results.append(jax.device_get(running))
         of_all = {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
-        return of_all, summarize(of_all, split.labels)
+        return of_all, {
+            "test_loss": float(of_all["loss"].mean(dtype=np.float64)),
+            "test_top1": float((of_all["prediction"] == split.labels).mean()),
+            "test_top5": float(of_all["top5"].mean()),
+            "test_macro_f1": macro_f1(split.labels, of_all["prediction"]),
+        }
 
     def end_epoch(self) -> None:
         experiment, epoch = self.experiment, self.progress.epoch + 1
@@ -235,16 +237,6 @@ class Loop:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         text += f". Not finite are {', '.join(found[:4])}{more}" if found else ". Computed once more it is finite"
         return DivergedError(f"{text}; {where}: {advice}")
-
-
-def summarize(results: Results, labels: np.ndarray) -> dict[str, float]:
-    """The test metrics of a run's metrics.jsonl; all but the loss are fractions from 0 to 1."""
-    return {
-        "test_loss": float(results["loss"].mean(dtype=np.float64)),
-        "test_top1": float((results["prediction"] == labels).mean()),
-        "test_top5": float(results["top5"].mean()),
-        "test_macro_f1": macro_f1(labels, results["prediction"]),
-    }
 
 
 def describe_epoch(title: str, row: dict[str, float]) -> str:

@@ -24,14 +24,12 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
     Raises:
       DataError: the data is not to be trained on.
     """
-    dry_run = settings.system.dry_run
-    of_data = check_data(dataset, thoroughly=dry_run)
-    of_system = []
-    if training.in_jax:
-        rows = settings.experiment.batch_size // jax.process_count()
-        of_system = memory_findings(training, np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8))
-        of_system.append(disk_finding(out, training, settings.system.keep))
-    said = dataset.source.get("notes", [])  # by the reader of the data
+    dry_run, said = settings.system.dry_run, dataset.source.get("notes", [])  # by the reader of the data
+    # Every pixel is looked at: not where each picture would have to be decoded for that.
+    of_data = check_dataset(dataset) if dry_run or isinstance(dataset.train.images, np.ndarray) else []
+    if errors := [finding.text for finding in of_data if finding.severity == "error"]:
+        raise DataError("\n".join(errors))
+    of_system = system_findings(settings, dataset, training, out) if training.in_jax else []
     warnings = [f for f in of_data + of_system if f.severity != "fact" and f.text not in said]
     facts = [f for f in (of_data if dry_run else []) + of_system if f.severity == "fact"]
     for findings, file in ((warnings, sys.stderr), (facts, sys.stdout)):
@@ -41,48 +39,30 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
         print("nothing was trained: --dry-run")
 
 
-def check_data(dataset: Dataset, thoroughly: bool) -> list[Finding]:
-    """What is to be known of a data set; its errors end the run.
-
-    Args:
-      dataset: every pixel of it is looked at.
-      thoroughly: also where each picture would have to be decoded for that.
-
-    Raises:
-      DataError: it is not to be trained on.
-    """
-    if not thoroughly and not isinstance(dataset.train.images, np.ndarray):
-        return []
-    findings = check_dataset(dataset)
-    if errors := [finding.text for finding in findings if finding.severity == "error"]:
-        raise DataError("\n".join(errors))
-    return findings
-
-
-def memory_findings(training: Training, images: np.ndarray) -> list[Finding]:
-    """The memory that a step takes on one device, and whether it is there.
+def system_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> list[Finding]:
+    """The memory that a step takes on one device and the size of the checkpoints, and whether there is room for them.
 
     Compiles the training step, which the run needs in any case, and asks XLA.
-
-    Args:
-      images: a batch of this process.
     """
-    state, labels = training.state, np.zeros(len(images), np.int32)
-    analysis = training.train_step.lower(state, *training.put(images, labels)).compile().memory_analysis()
+    state, rows, keep = training.state, settings.experiment.batch_size // jax.process_count(), settings.system.keep
+    batch = (np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8), np.zeros(rows, np.int32))
+    analysis = training.train_step.lower(state, *training.put(*batch)).compile().memory_analysis()
     parameters = _bytes(state.params) + _bytes(state.batch_stats)
     # With the optimizer are averages, with the activations all else that lives within a step.
-    parts = {
-        "parameters": parameters,
-        "optimizer": _bytes(state) - parameters,
-        "activations": getattr(analysis, "temp_size_in_bytes", 0),
-    }
+    parts = {"parameters": parameters, "optimizer": _bytes(state) - parameters}
+    parts["activations"] = getattr(analysis, "temp_size_in_bytes", 0)
     needed, there = sum(parts.values()), _device_memory()
     told = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items())
     found = [Finding("fact", f"memory of a device: {_megabytes(needed)} ({told})")]
     if there is not None and needed > there:
         advice = "try a smaller --batch-size, --accumulate, --remat or --precision bfloat16"
         found.append(Finding("warning", f"the device has {_megabytes(there)}: this will likely fail; {advice}"))
-    return found
+    if not keep:
+        return [*found, Finding("fact", "no checkpoints: --keep 0")]
+    one = _bytes(state)
+    most, free = one * (keep + 2), shutil.disk_usage(nearest(out)).free  # one is written before another is removed
+    text = f"checkpoints of {_megabytes(one)}, up to {_megabytes(most)} at once; {_megabytes(free)} are free"
+    return [*found, Finding("warning" if free < most else "fact", text)]
 
 
 def _device_memory() -> int | None:
@@ -95,16 +75,6 @@ def _device_memory() -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def disk_finding(folder: Path, training: Training, keep: int) -> Finding:
-    """The size of the checkpoints, and whether they fit; one is written before another is removed."""
-    if not keep:
-        return Finding("fact", "no checkpoints: --keep 0")
-    one = _bytes(training.state)
-    most, free = one * (keep + 2), shutil.disk_usage(nearest(folder)).free
-    text = f"checkpoints of {_megabytes(one)}, up to {_megabytes(most)} at once; {_megabytes(free)} are free"
-    return Finding("warning" if free < most else "fact", text)
 
 
 def _bytes(tree: Any) -> int:

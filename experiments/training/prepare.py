@@ -37,26 +37,13 @@ def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
 
 
 def prepare_training(
-    settings: RunSettings,
-    arch: str,
-    dataset: Dataset,
-    network: Network,
-    *,
-    key: jax.Array | None = None,
-    place: str = "none",
-    normalized: bool = True,
-    pad: int = 0,
-    freeze_backbone: bool = False,
+    settings: RunSettings, arch: str, dataset: Dataset, network: Network, augment_key: jax.Array | None = None
 ) -> tuple[Training, dict[str, Any]]:
     """Optimizer, the two steps and the preparation of pictures.
 
     Args:
       arch: what the network is called.
       network: with the weights to begin with.
-      key, place: of the augmentation, see `augment`; none with "none".
-      normalized: whether each channel's mean is subtracted, and divided by its deviation.
-      pad: so many pixels of background have been put around each picture.
-      freeze_backbone: see `Recipe`.
 
     Returns:
       the training, and `describe_input`.
@@ -64,15 +51,17 @@ def prepare_training(
     Raises:
       ValueError: the framework or its optimizer is missing, or there are not as many devices.
     """
-    experiment, channels = settings.experiment, dataset.train.images.shape[-1]
-    mean, std = data.channel_statistics(dataset.train.images) if normalized else (np.zeros(channels), np.ones(channels))
+    experiment, place = settings.experiment, settings.experiment.augmentation
+    mean, std = data.channel_statistics(dataset.train.images)
+    if not experiment.normalize:
+        mean, std = np.zeros_like(mean), np.ones_like(std)
 
     def preprocess_test(images):
         return normalize(to_unit_range(images, experiment.weights_dtype), mean, std)
 
     @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
     def augmented(images, step):
-        changed = augment(place, jax.random.fold_in(key, step), to_unit_range(images, experiment.weights_dtype))
+        changed = augment(place, jax.random.fold_in(augment_key, step), to_unit_range(images, experiment.weights_dtype))
         return normalize(changed, mean, std)  # by the step: a resumed run sees the same pictures
 
     def preprocess_train(images, step):
@@ -87,11 +76,11 @@ def prepare_training(
         steps,
         preprocess_train,
         preprocess_test,
-        freeze_backbone,
+        experiment.freeze == "backbone",
         settings.system.skip_nonfinite,
         choose_devices(settings.system.devices, experiment.batch_size) if in_jax else 1,
     )
-    preparation = {"mean": mean.tolist(), "std": std.tolist(), "pad": pad}
+    preparation = {"mean": mean.tolist(), "std": std.tolist(), "pad": experiment.pad}
     return make_training(network, recipe), describe_input(arch, dataset, preparation)
 
 
@@ -144,16 +133,8 @@ def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[s
     config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
     weights_key, augment_key = jax.random.split(jax.random.key(experiment.seed))
     params, batch_stats = initial_weights(settings, config, weights_key)
-    return prepare_training(
-        settings,
-        experiment.arch,
-        dataset,
-        resnet_network(experiment.arch, params, batch_stats, **shape),
-        key=augment_key,
-        place=experiment.augmentation,
-        normalized=experiment.normalize,
-        freeze_backbone=experiment.freeze == "backbone",
-    )
+    network = resnet_network(experiment.arch, params, batch_stats, **shape)
+    return prepare_training(settings, experiment.arch, dataset, network, augment_key)
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:

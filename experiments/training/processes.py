@@ -25,9 +25,8 @@ def join_processes(coordinator: str, process_id: int | None, num_processes: int 
     """Joins the other processes of a training; before anything asks JAX for a device.
 
     Args:
-      coordinator: "host:port" of process 0, reachable from all; "auto" for what jax.distributed.initialize() finds by
-        itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
-      process_id: from 0; num_processes: of how many. Both are given with an address, neither with "auto".
+      coordinator: "host:port" of process 0, with process_id, from 0, and num_processes; or "auto" for what
+        jax.distributed.initialize() finds by itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
 
     Raises:
       ValueError: the settings do not fit together, or the others were not found.
@@ -54,11 +53,7 @@ def join_processes(coordinator: str, process_id: int | None, num_processes: int 
 
 
 def wait_for_address(host: str, port: int) -> None:
-    """Returns when somebody listens there: jax.distributed would end the process without a chance to say why.
-
-    Raises:
-      ValueError: nobody does, for long.
-    """
+    """Returns when somebody listens there, else raises a ValueError: jax.distributed would end the process."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
@@ -74,7 +69,7 @@ def wait_for_address(host: str, port: int) -> None:
 def start_processes(system: System) -> Iterator[None]:
     """Turns JAX's cache on and joins the other processes of --coordinator, if any; only what the first prints is seen.
 
-    To be entered before anything asks JAX for a device. Raises what `join_processes` raises.
+    To be entered before anything asks JAX for a device.
     """
     use_compilation_cache()
     if system.coordinator is None:
@@ -170,11 +165,7 @@ class StopRequest(contextlib.ExitStack):
         self.restore()
 
     def check(self, step: int | None = None) -> None:
-        """Raises Stopped if it was asked for.
-
-        Args:
-          step: the steps done; with several processes needed, and the same in all of them.
-        """
+        """Raises Stopped if it was asked for; several processes need the steps done, the same in all of them."""
         if not self.together:
             stopped = self.requested is not None
         else:
@@ -189,10 +180,7 @@ class StopRequest(contextlib.ExitStack):
 def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
     """Lets a child process end by itself, with a report, when this process is told to stop, and waits for it.
 
-    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on.
-
-    Args:
-      terminate: sends SIGTERM to the child.
+    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on by `terminate`.
 
     Yields:
       the signals that have come.

@@ -63,7 +63,15 @@ class Report:
         if not is_first():
             return
         try:
-            self._write_weights(state)
+            # The description is JSON in the metadata of the weight file, and of that of the averages.
+            metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in self.description.items()}
+            both = {
+                files.WEIGHTS: (state.params, state.batch_stats),
+                files.AVERAGED_WEIGHTS: self.training.averages(state),
+            }
+            for name, trees in both.items():
+                if trees is not None:
+                    write_arrays(self.path / name, self.training.arrays(*trees), metadata=metadata)
             plot_curves(self.path / files.CURVES, files.read_metrics(self.path), self.title)
             if results is not None:
                 self._write_results(results)
@@ -73,17 +81,6 @@ class Report:
                 plot_layer_steps(self.path / files.STEP_SIZES, steps, self.title)
         except OSError as error:
             raise OSError(f"the report in {self.path} could not be written: {error.strerror or error}") from error
-
-    def _write_weights(self, state: State) -> None:
-        """The weight file, and that of the averages; the description is JSON in their metadata."""
-        metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in self.description.items()}
-        trees = {
-            files.WEIGHTS: (state.params, state.batch_stats),
-            files.AVERAGED_WEIGHTS: self.training.averages(state),
-        }
-        for name, tree in trees.items():
-            if tree is not None:
-                write_arrays(self.path / name, self.training.arrays(*tree), metadata=metadata)
 
     def _write_results(self, results: Results) -> None:
         test, names = self.dataset.test, self.dataset.class_names
@@ -163,22 +160,13 @@ def _train(
     finally:
         folder.close()
         saver.close()
-    seconds = time.perf_counter() - started
+    tested, seconds = files.read_epochs(out), time.perf_counter() - started
+    reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     print(
-        f"{title}: {describe_outcome(out, experiment, len(dataset.test))}, {seconds // 60:.0f} min "
-        f"{seconds % 60:.0f} s; in {out} are {', '.join(n for n in files.REPORTED if (out / n).exists())}"
+        f"{title}: {reached} after {tested[-1]['epoch'] if tested else 0:g} of {experiment.epochs} epochs, "
+        f"{seconds // 60:.0f} min {seconds % 60:.0f} s; in {out} are "
+        f"{', '.join(name for name in files.REPORTED if (out / name).exists())}"
     )
     if ended_by is not None and saver.checkpoints is not None:
         print(f"stopped by {signal.Signals(ended_by).name}: the same command with --out {out} --resume goes on")
     return ended_by
-
-
-def describe_outcome(out: Path, experiment: Experiment, pictures: int) -> str:
-    """What was reached, and when."""
-    if not (tested := files.read_epochs(out)):
-        return f"no test yet after 0 of {experiment.epochs} epochs"
-    last = tested[-1]
-    return (
-        f"{last['test_top1']:.1%} top-1 of {pictures:,} test pictures after {last['epoch']:g} of "
-        f"{experiment.epochs} epochs"
-    )

@@ -49,11 +49,7 @@ def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
 
 
 def earlier_run(path: Path) -> list[Path]:
-    """The files of a run that are in a folder, [] if there are none.
-
-    Raises:
-      ValueError: if the path is no folder, or one that cannot be made or written.
-    """
+    """The files of a run that are in a folder; raises a ValueError if it cannot be made or written."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"--out {path} cannot be written: it is a link to nowhere")
     there = nearest(path)
@@ -161,10 +157,8 @@ def replace(path: Path, text: str) -> None:
 def lock(path: Path, wait: bool = False) -> TextIO:
     """Takes a file, which stands for a run, for this process alone, until it is closed or the process ends.
 
-    A child that inherits the open file has it as well, and keeps it when this process ends.
-
-    Raises:
-      ValueError: another process has it, and this one is not to wait.
+    A child that inherits the open file has it as well, and keeps it when this process ends. If another process has it
+    and this one is not to wait, a ValueError is raised.
     """
     file = open(path, "a")
     with contextlib.suppress(ImportError):  # not on Windows
@@ -233,11 +227,7 @@ def write_test_results(path: Path, results: dict[str, np.ndarray], split: Split)
 
 
 def read_test_results(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file of `write_test_results`, "picture" of text and the others of numbers.
-
-    Raises:
-      ValueError: it is no such file.
-    """
+    """The columns of a file of `write_test_results`; raises a ValueError if it is no such file."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):

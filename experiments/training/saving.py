@@ -28,18 +28,14 @@ DATA_FACTS = {"class_names": "classes", "mean": "mean", "std": "deviation", "ima
 class Progress(NamedTuple):
     """Where a run stands, beside the state; all of it is JSON.
 
-    epoch: epochs that have ended and are logged.
-    meter: `Meter.facts` of the epoch under way.
-    rows: lines of metrics.jsonl.
-    seconds: since the start, without the time between a stop and its restart.
-    best: the best score so far, None before the first.
+    seconds are those since the start, without the time between a stop and its restart.
     """
 
-    epoch: int = 0
-    meter: dict[str, Any] | None = None
-    rows: int = 0
+    epoch: int = 0  # the last that has ended and is logged
+    meter: dict[str, Any] | None = None  # `Meter.facts` of the epoch under way
+    rows: int = 0  # of metrics.jsonl
     seconds: float = 0.0
-    best: float | None = None
+    best: float | None = None  # score so far
 
 
 class Saver:
@@ -116,11 +112,7 @@ def has_checkpoint(system: System) -> bool:
 def restore_run(settings: RunSettings, training: Training, out: Path, config: dict[str, Any]) -> Restored | None:
     """The last good checkpoint of the run to go on with, after saying which; None to begin.
 
-    Args:
-      config: what this run would write as config.json.
-
-    Raises:
-      ValueError: the run to go on with is another one, or all processes would not train the same.
+    Raises a ValueError if that is another run than the one with this config.json, or not the same in all processes.
     """
     restored = None
     if settings.system.resume:
@@ -138,8 +130,7 @@ def restore_run(settings: RunSettings, training: Training, out: Path, config: di
 def last_good(out: Path, template: Any) -> Restored | None:
     """The last checkpoint of a run that is undamaged, None if there is none; the others are named on stderr.
 
-    Raises:
-      ValueError: it is of another training, or all are damaged.
+    Raises a ValueError if it is of another training, or all are damaged.
     """
     path = out / CHECKPOINTS
     if path.exists() and not path.is_dir():
@@ -181,13 +172,7 @@ def refuse_other_processes(config: dict[str, Any], restored: Restored | None) ->
 
 
 def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -> None:
-    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions.
-
-    Args:
-      out: the folder, which has a config.json.
-      config: what this run would write there.
-      settings: of this run.
-    """
+    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions."""
     try:
         earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
         there, data = earlier["settings"], earlier["input"]
