@@ -28,8 +28,9 @@ def jax_only(default: Any) -> Any:
 class Experiment:
     """Settings that decide what comes out. A run can only be resumed with the same ones."""
 
-    # What only some programs have settings for; without types these are no fields. pad: pixels around a picture.
-    augmentation, normalize, freeze, pad = "none", True, "none", 0
+    # What only some programs have settings for; without types these are no fields. pad: pixels around a picture;
+    # bounds: the arguments of `experiments.training.step_sizes`, for a run that reports them.
+    augmentation, normalize, freeze, pad, bounds = "none", True, "none", 0, None
 
     opt: OptimizerName = "adabound"
     """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
@@ -86,11 +87,6 @@ class Experiment:
     def weights_dtype(self) -> str:
         """The type of the weights, and of the pictures that go into the network."""
         return "float32" if self.precision == "bfloat16" else self.precision
-
-    @property
-    def bounds(self) -> dict[str, float] | None:
-        """The arguments of `experiments.training.step_sizes`, which a run reports; None if it does not."""
-        return None
 
     def check(self) -> None:
         """Raises a ValueError for values that are out of range or contradict one another."""

@@ -118,21 +118,15 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What a study runs; see the module.
+    """What a study runs; see the module."""
 
-    name: the file's, without .toml.
-    text: the file.
-    epochs: of the final runs.
-    cores: of each worker, None for all; they decide about rounding.
-    """
-
-    name: str
-    text: str
+    name: str  # of the file, without .toml
+    text: str  # of the file
     about: str
     contestants: tuple[Contestant, ...]
     tuning: Tuning | None
-    epochs: int
-    cores: int | None = None
+    epochs: int  # of the final runs
+    cores: int | None = None  # of each worker, None for all; they decide about rounding
 
 
 # The tables of the file, as they stand there.

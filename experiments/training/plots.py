@@ -25,13 +25,7 @@ SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
 def plot_curves(path: Path, rows: Rows, title: str) -> None:
-    """Draws loss, accuracy and macro-F1 of training and test pictures by epoch.
-
-    Args:
-      path: the picture to write.
-      rows: of metrics.jsonl; those within epochs are drawn as thin lines.
-      title: what was trained on what.
-    """
+    """Draws loss, accuracy and macro-F1 of training and test pictures by epoch; rows within epochs as thin lines."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
     ends, between = _ends_and_between(rows)
     for axis, (name, curves) in zip(axes, PANELS.items(), strict=True):
@@ -77,9 +71,7 @@ def plot_comparison(
     """Lays the curves of several runs over one another: training loss by step, test loss and test top-1 by epoch.
 
     Args:
-      path: the picture to write.
       runs: the rows of metrics.jsonl by the name of the run.
-      title: what they have in common.
       against: a run that the others are measured from.
       distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from that run's.
     """
@@ -119,10 +111,8 @@ def plot_predictions(
     """Draws pictures with their true and predicted names, the wrong ones framed and named in red.
 
     Args:
-      path: the picture to write.
       images: (N, H, W, C) uint8, C = 1 or 3.
       true_names, predicted_names, confidences: N of each; confidences from 0 to 1.
-      title: of the whole.
     """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)

@@ -81,7 +81,8 @@ class RunFolder:
             self._lock = on_error.enter_context(lock(path / ".lock"))
             outdated = earlier_run(path) if rows is None else [*path.glob(UNFINISHED), *path.glob(ERROR)]
             for file in outdated:
-                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+                remove = shutil.rmtree if file.is_dir() and not file.is_symlink() else os.unlink
+                remove(file)
             kept = [] if rows is None else self._cut(rows)
             on_error.pop_all()
         self._metrics = open(path / METRICS, "a", encoding="utf-8")
@@ -109,8 +110,8 @@ class RunFolder:
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json: `config` and what this machine adds (versions, git commit)."""
         if self.writes:
-            machine = {"machine": f"{platform.system()} {platform.machine()}"}
-            config = config | {"versions": package_versions(), "git_commit": _git_commit()} | machine
+            machine = f"{platform.system()} {platform.machine()}"
+            config = config | {"versions": package_versions(), "git_commit": _git_commit(), "machine": machine}
             replace(self.path / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def write_error(self, error: Exception) -> None:
