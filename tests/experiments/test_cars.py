@@ -34,6 +34,11 @@ def no_data_by_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def few_drawings(monkeypatch):
+    monkeypatch.setattr(prepare, "DRAWINGS", dict(train_count=300, test_count=60))
+
+
 def cars_folder(root, per_class=6, size=48):
     """Stanford Cars in miniature, by class: three classes of noise around a grey of their own."""
     rng = np.random.default_rng(0)
@@ -116,7 +121,7 @@ def test_classify_answers_as_the_runs_own_test(framework, demo, tmp_path, capsys
     check_classify(demo[0][0], test.images[:8], framework, tmp_path, capsys)
 
 
-def test_stanford_cars_by_class_and_fine_tuning(tmp_path, capsys):
+def test_stanford_cars_by_class_and_fine_tuning(few_drawings, tmp_path, capsys):
     """A folder of cars, colour, not square, with a picture that cannot be read; then from its weights with --init, grey
     and with another head. In NumPy, which compiles nothing."""
     data = cars_folder(tmp_path / "cars")
@@ -143,7 +148,7 @@ def test_stanford_cars_by_class_and_fine_tuning(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "summed into one for grey" in printed.out
     assert printed.err.count("expected 8,144 train and 8,041 test") <= 2  # once for each run
-    assert train(third, *init, "--epochs", "1", "--framework", "numpy") == 0
+    assert train(third, *init, "--epochs", "1", "--test-limit", "12", "--framework", "numpy") == 0
     assert "has 3 classes: a new dense layer is drawn for 6" in capsys.readouterr().out
     assert compare.main([str(first), str(second), "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").is_file()
@@ -187,15 +192,15 @@ def test_settings_of_a_protocol_are_checked(values, message):
         settings_from(values)
 
 
-def test_parts_of_the_data_and_of_the_network(tmp_path):
+def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
     """Three classes, some of their training pictures in place of the test pictures, not normalized, no BatchNorm."""
-    parts = ["--classes", "3", "--holdout", "0.1", "--no-normalize", "--no-batch-norm", "--no-zero-gamma"]
-    assert train(tmp_path / "run", *parts, "--framework", "numpy") == 0
+    parts = ["--classes", "3", "--holdout", "0.2", "--no-normalize", "--no-batch-norm", "--no-zero-gamma"]
+    assert train(tmp_path / "run", *parts, "--test-limit", "24", "--epochs", "1", "--framework", "numpy") == 0
     config = config_of(tmp_path / "run")
     assert len(config["input"]["class_names"]) == 3
     assert config["data"]["title"].startswith("3 classes of drawn cars, ")
     assert (config["input"]["mean"], config["input"]["std"]) == ([0], [1])
-    assert len(read_test_results(tmp_path / "run" / "predictions.csv")["label"]) == 60
+    assert len(read_test_results(tmp_path / "run" / "predictions.csv")["label"]) == 24
     arrays = weights.read_arrays(tmp_path / "run" / "weights.safetensors")
     assert not any("bn" in name for name in arrays)
     assert "conv1.bias" in arrays
@@ -221,7 +226,7 @@ def test_parts_of_the_data_and_of_the_network(tmp_path):
         ("--holdout 0.999", "cannot hold out 100% of"),
     ],
 )
-def test_settings_that_cannot_be(arguments, message):
+def test_settings_that_cannot_be(arguments, message, few_drawings):
     """Those that docs/bad-input.md does not have."""
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare.load_cars(parse_settings([*TINY, *arguments.split()]))
