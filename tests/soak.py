@@ -7,7 +7,6 @@ The exit code is 1 if a parameter, a running statistic, a moment of the optimize
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import shutil
 import subprocess
@@ -28,18 +27,6 @@ TRAINING = "--arch=resnet18 --image-size=32 --limit=192 --batch-size=16 --epochs
 TRAINING += " --opt=amsbound --ema=0.9"
 KINDS = ("checkpoint", "step", "checkpoint", "time", "step")  # in turn
 SLOWEST_START = 300.0  # seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one."""
-
-    kills: int = 20
-    """How often."""
-    seed: int = 0
-    """Of the moments."""
-    out: Path | None = None
-    """Keep both runs and their logs here [default: a temporary folder]."""
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -134,19 +121,20 @@ def timeless_rows(out: Path) -> list[dict[str, Any]]:
     return [{n: v for n, v in row.items() if n not in ("seconds", "images_per_second")} for row in read_metrics(out)]
 
 
-def soak(settings: Settings, out: Path) -> bool:
+def soak(out: Path, kills: int, seed: int) -> bool:
     """Runs both trainings in a folder and prints what was met; returns whether they are equal in every bit."""
     started = time.monotonic()
     quiet, killed = out / "quiet", out / "killed"
+    out.mkdir(parents=True, exist_ok=True)
     for folder in (quiet, killed):
         shutil.rmtree(folder, ignore_errors=True)
     print("a training that is left alone, then one that is killed", flush=True)
     with open(out / "quiet.log", "w", encoding="utf-8") as log:
         subprocess.run(command(quiet), stdout=log, stderr=log, check=True)
-    unfinished = run_killed(killed, settings.kills, random.Random(settings.seed))
+    unfinished = run_killed(killed, kills, random.Random(seed))
     log = (out / "killed.log").read_text(encoding="utf-8")
     print(
-        f"{settings.kills} times SIGKILL, {unfinished} while a checkpoint was being written "
+        f"{kills} times SIGKILL, {unfinished} while a checkpoint was being written "
         f"({log.count('is half-written')} named in the log), {log.count('going on at step')} times gone on from a "
         f"checkpoint, {log.count('starting at step 0')} times begun; {time.monotonic() - started:.0f} s"
     )
@@ -161,17 +149,25 @@ def soak(settings: Settings, out: Path) -> bool:
     return not different
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    settings = tyro.cli(Settings, args=arguments, prog="python tests/soak.py")
+def run(kills: int = 20, seed: int = 0, out: Path | None = None) -> int:
+    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one.
+
+    Args:
+      kills: how often.
+      seed: of the moments.
+      out: keep both runs and their logs here; without it in a temporary folder.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        out = settings.out or Path(temporary)
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            return 0 if soak(settings, out) else 1
+            return 0 if soak(out or Path(temporary), kills, seed) else 1
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return tyro.cli(run, args=arguments, prog="python tests/soak.py")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
-from experiments.frameworks.experiment import Experiment, FrameworkName
-from experiments.frameworks.optimizers import refuse_uncommon
+from experiments.frameworks.experiment import CommonOptimizerName, Experiment, FrameworkName
 
 if TYPE_CHECKING:
     import optax
@@ -155,9 +154,17 @@ def adapter(framework: FrameworkName) -> ModuleType:
 
 
 def adapter_for(experiment: Experiment) -> ModuleType:
-    """The adapter for an experiment; raises a ValueError if the framework is missing, or has no such optimizer."""
-    refuse_uncommon(experiment.framework, experiment.opt, experiment.dampening)
-    return adapter(experiment.framework)
+    """The adapter for an experiment; raises a ValueError if the framework is missing, or has no such optimizer.
+
+    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
+    torch after.
+    """
+    framework, opt, common = experiment.framework, experiment.opt, get_args(CommonOptimizerName)
+    if framework != "jax" and opt not in common:
+        raise ValueError(f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(common)}")
+    if experiment.dampening and framework not in ("jax", "numpy"):
+        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
+    return adapter(framework)
 
 
 def make_training(network: Network, recipe: Recipe) -> Training:

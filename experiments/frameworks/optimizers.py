@@ -1,11 +1,11 @@
-"""The learning rate schedules by name, and which optimizers a framework has; each adapter builds its own."""
+"""The learning rate schedules by name; each adapter builds the optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from experiments.frameworks.experiment import CommonOptimizerName, OptimizerName, ScheduleName
+from experiments.frameworks.experiment import ScheduleName
 
 if TYPE_CHECKING:
     import optax
@@ -50,16 +50,3 @@ def as_numbers(schedule: optax.Schedule, steps: int) -> Callable[[int], float]:
     import jax
 
     return jax.device_get(jax.lax.map(schedule, jax.numpy.arange(steps))).tolist().__getitem__
-
-
-def refuse_uncommon(framework: str, opt: OptimizerName, dampening: float) -> None:
-    """Raises a ValueError for an optimizer that the framework does not have, or not with these settings.
-
-    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
-    torch after.
-    """
-    common = get_args(CommonOptimizerName)
-    if framework != "jax" and opt not in common:
-        raise ValueError(f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(common)}")
-    if dampening and framework not in ("jax", "numpy"):
-        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
