@@ -20,7 +20,6 @@ from experiments.study.ledger import Ledger
 from experiments.study.protocol import read_protocol
 
 PROTOCOLS = Path(study.__file__).parent.parent / "protocols"
-ALL_EPOCHS = 2 * (3 * 2 + 2 * 3)  # that SMALL trains
 ONE_CORE = SMALL.replace("[settings]", "cores = 1\n[settings]")
 
 
@@ -47,6 +46,11 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return log
+
+
+def epochs(trials):
+    """That are trained: two contestants, two epochs a trial, three a final run."""
+    return 2 * (trials * 2 + 2 * 3)
 
 
 def run(protocol, out, *more):
@@ -155,7 +159,7 @@ def test_in_pieces_it_is_the_same(protocol, fake, out, tmp_path):
     assert run(protocol, whole) == 0
     for runs in (1, 3, 2, 100, 100):
         assert run(protocol, out, "--runs", str(runs)) == 0
-    assert len(fake.read_text().splitlines()) == 2 * ALL_EPOCHS
+    assert len(fake.read_text().splitlines()) == 2 * epochs(trials=3)
     assert trials(out) == trials(whole)
 
 
@@ -177,23 +181,25 @@ def wait_for(found, seconds=60):
         time.sleep(0.02)
 
 
-def check_trained_once(fake):
+def check_trained_once(fake, trials=3):
     lines = fake.read_text().splitlines()
-    assert len(lines) == len(set(lines)) == ALL_EPOCHS
+    assert len(lines) == len(set(lines)) == epochs(trials)
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the worker alone", "its training too"])
-def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group):
+def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group, capsys):
     """SIGKILL while a run trains: the next worker goes on with that very run, and no epoch is trained twice."""
-    process = start(protocol, out, seconds=0.3)
-    wait_for(lambda: fake.exists() and len(fake.read_text().splitlines()) >= 3)
+    protocol.write_text(SMALL.replace("trials = 3", "trials = 1"))
+    process = start(protocol, out, seconds=1)
+    wait_for(lambda: fake.exists() and fake.read_text())
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()  # its child trains on; the run is not begun a second time meanwhile
     process.wait()
     assert run(protocol, out) == 0
-    check_trained_once(fake)
+    assert ("waiting for other workers" in capsys.readouterr().out) != whole_group
+    check_trained_once(fake, trials=1)
     assert values(trials(out), "state") == {"done"}
 
 
