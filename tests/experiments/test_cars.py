@@ -180,10 +180,7 @@ def test_presets_and_what_overrides_them(monkeypatch, tmp_path):
     [
         ({"lr": 0.1}, "lr"),
         ({"preset": "cars"}, "preset must be one of demo, cars96, cars224, got 'cars'"),
-        ({"opt": "adamax"}, "opt must be one of adabound, .*got 'adamax'"),
-        ({"grey": 1}, "grey must be true or false, got 1"),
         ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
-        ({"classes": "all"}, "classes must be a whole number, got 'all'"),
         ({"epochs": 0}, "--epochs must be at least 1"),
     ],
 )
@@ -257,7 +254,6 @@ BAD_WEIGHTS = {
         "kernels of the shapes (3,) and (64, 64, 3, 3): not supported",
     ),
     "number for a matrix": ({"fc.weight": np.float32(1)}, "fc.weight: expected (6, 512), the file has ()"),
-    "nan": ({"bn1.weight": np.full(64, np.nan, np.float32)}, "bn1.weight: 64 of 64 values are not finite"),
 }
 
 
@@ -268,17 +264,15 @@ def test_bad_weights_are_named(changes, message, demo, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_a_frozen_backbone(framework, demo, tmp_path):
+def test_a_frozen_backbone(demo, tmp_path):
     """From the demo's weights, in .pth: the dense layer alone has changed after it, and its steps are shown."""
     pytest.importorskip("torch", reason="needs the extra torch")
     source, target = tmp_path / "weights.pth", tmp_path / "run"
     before = weights.read_arrays(demo[0][0] / "weights.safetensors")
     weights.write_arrays(source, before)
-    assert train(target, "--init", source, "--freeze", "backbone", "--framework", framework) == 0
+    assert train(target, "--init", source, "--freeze", "backbone", "--framework", "torch") == 0
     after = weights.read_arrays(target / "weights.safetensors")
-    changed = {name for name, array in before.items() if not np.array_equal(array, after[name])}
-    assert changed == {"fc.weight", "fc.bias"}
+    assert {n for n, array in before.items() if not np.array_equal(array, after[n])} == {"fc.weight", "fc.bias"}
     steps = json.loads((target / "step_sizes.json").read_text())
     assert [layer["name"] for layer in steps["layers"]] == ["fc.weight"]
 
