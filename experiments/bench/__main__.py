@@ -13,17 +13,13 @@ if __name__ == "__main__":
 
 import json
 import sys
-from pathlib import Path
 
 import tyro
 
-from experiments.bench.benchmark import BenchSettings, Table
-from experiments.bench.compile import CompileBench
+from experiments.bench.benchmark import BenchSettings
 from experiments.bench.feed import FeedBench
 from experiments.bench.layers import LayersBench
-from experiments.bench.memory import MemoryBench
-from experiments.bench.scaling import ScalingBench
-from experiments.bench.step import StepBench
+from experiments.bench.networks import CompileBench, MemoryBench, ScalingBench, StepBench
 from experiments.cli import exit_code, expanded
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
@@ -38,26 +34,21 @@ BENCHES: dict[str, type[BenchSettings]] = {
 }
 
 
-def parse(arguments: list[str] | None) -> BenchSettings:
-    """Reads the command line."""
-    program = "python -m experiments.bench"
-    return tyro.extras.subcommand_cli_from_dict(BENCHES, args=expanded(arguments), description=__doc__, prog=program)
-
-
 def run(bench: BenchSettings) -> None:
     """Measures and prints; writes --json and --plot after each table, so that an interrupted run leaves what it has."""
     bench.check()
-    machine = describe_machine()
+    name = next(name for name, settings in BENCHES.items() if type(bench) is settings)
+    machine, tables = describe_machine(), []
     print(machine)
     print(bench)
-    name = next(name for name, settings in BENCHES.items() if type(bench) is settings)
-    tables: list[Table] = []
 
     def write_json(*, complete: bool) -> None:
         if bench.json:
             written = {"benchmark": name, "machine": machine, "settings": bench.as_json(), "complete": complete}
             written["tables"] = [table.as_json() for table in tables]
-            write_whole(bench.json, json.dumps(written, indent=1) + "\n")
+            aside = bench.json.with_name(f"{bench.json.name}.part")  # a reader never sees half of it
+            aside.write_text(json.dumps(written, indent=1, default=str) + "\n")
+            aside.replace(bench.json)
 
     for table in bench.run():
         print(f"\n{table.title}")
@@ -71,16 +62,11 @@ def run(bench: BenchSettings) -> None:
     write_json(complete=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes aside and renames: a reader never sees half of it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return exit_code(lambda: run(parse(arguments)))
+    options = dict(description=__doc__, prog="python -m experiments.bench")
+    parse = tyro.extras.subcommand_cli_from_dict
+    return exit_code(lambda: run(parse(BENCHES, args=expanded(arguments), **options)))
 
 
 if __name__ == "__main__":

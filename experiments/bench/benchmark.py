@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -15,65 +15,6 @@ from experiments.bench.turns import framework
 from experiments.cli import Arch, parse_image_size
 from experiments.machine import cores
 from experiments.output.tables import Cell
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchSettings:
-    """The settings of every benchmark that measures a network or its layers; each sets its own defaults."""
-
-    arch: Arch = "resnet101"
-    """The network."""
-    batch_size: int = 8
-    """Images at a time."""
-    image_size: str = "96"
-    """A side, or HEIGHTxWIDTH."""
-    precision: Precision = "float32"
-    """Of images, kernels and activations; parameters and statistics stay float32."""
-    rounds: int = 7
-    """The contestants take turns this often."""
-    threads: int = dataclasses.field(default_factory=cores)
-    """Cores for each contestant [default: all]."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write every measurement of every turn here."""
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Draw the tables here: .png, .svg or .pdf."""
-
-    def check(self) -> None:
-        """Raises a ValueError for settings that make no sense."""
-        for name, value in dataclasses.asdict(self).items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
-                got = " ".join(map(str, value)) or "nothing"
-                raise ValueError(f"{flag} must be one or more, none twice, got {got}")
-            for number in value if isinstance(value, tuple) else (value,):
-                if type(number) is int and number < 1:
-                    raise ValueError(f"{flag} must be at least 1, got {number}")
-        if self.threads > cores():
-            raise ValueError(f"--threads {self.threads}: there are {cores()} cores to use")
-        for name, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{name} {path}: there is no folder {path.parent}")
-        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot {self.plot} must end in .png, .svg or .pdf")
-        parse_image_size(self.image_size)
-
-    @property
-    def case(self) -> Case:
-        """The network and its input, for training."""
-        return Case(self.arch, self.batch_size, *parse_image_size(self.image_size), precision=self.precision)
-
-    def run(self) -> Iterator[Table]:
-        """Measures, and yields each table as soon as it is complete."""
-        raise NotImplementedError
-
-    def as_json(self) -> dict[str, Any]:
-        """The settings that shape a measurement, as plain JSON values by the names of their flags."""
-        values = {n: v for n, v in dataclasses.asdict(self).items() if n not in ("json", "plot") and v is not None}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-    def __str__(self) -> str:
-        words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in self.as_json().items()}
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +37,65 @@ class Table:
         return {"title": self.title, "rows": self.rows, "seconds": seconds}
 
 
-def ratios_to_best_torch(seconds: dict[str, np.ndarray]) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class BenchSettings:
+    """The settings of every benchmark; each sets its own defaults."""
+
+    arch: Arch = "resnet101"
+    """The network."""
+    batch_size: int = 8
+    """Images at a time."""
+    image_size: str = "96"
+    """A side, or HEIGHTxWIDTH."""
+    precision: Precision = "float32"
+    """Of images, kernels and activations; parameters and statistics stay float32."""
+    rounds: int = 7
+    """The contestants take turns this often."""
+    threads: int = dataclasses.field(default_factory=cores)
+    """Cores for each contestant [default: all]."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write every measurement of every turn here."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw the tables here: .png, .svg or .pdf."""
+
+    def check(self) -> None:
+        """Raises a ValueError for settings that make no sense."""
+        for name, value in dataclasses.asdict(self).items():
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or len(set(values)) < len(values):
+                got = " ".join(map(str, values)) or "nothing"
+                raise ValueError(f"{flag} must be one or more, none twice, got {got}")
+            for number in values:
+                if type(number) is int and number < 1:
+                    raise ValueError(f"{flag} must be at least 1, got {number}")
+            if name in ("json", "plot") and value is not None and not value.parent.is_dir():
+                raise ValueError(f"{flag} {value}: there is no folder {value.parent}")
+        if self.threads > cores():
+            raise ValueError(f"--threads {self.threads}: there are {cores()} cores to use")
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {self.plot} must end in .png, .svg or .pdf")
+        parse_image_size(self.image_size)
+
+    @property
+    def case(self) -> Case:
+        """The network and its input, for training."""
+        return Case(self.arch, self.batch_size, *parse_image_size(self.image_size), precision=self.precision)
+
+    def run(self) -> Iterator[Table]:
+        """Measures, and yields each table as soon as it is complete."""
+        raise NotImplementedError
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings that shape a measurement, by the names of their flags."""
+        return {n: v for n, v in dataclasses.asdict(self).items() if n not in ("json", "plot") and v is not None}
+
+    def __str__(self) -> str:
+        words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in self.as_json().items()}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
+
+
+def ratios_to_best_torch(seconds: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Each contestant's time over that of the fastest form of PyTorch, the one with the smallest median.
 
     Args:
@@ -112,8 +111,7 @@ def ratios_to_best_torch(seconds: dict[str, np.ndarray]) -> dict[str, float]:
     return {name: float(np.median(seconds[name] / seconds[best])) for name in seconds}
 
 
-def times(seconds: np.ndarray, unit: Literal["ms", "us"] = "ms") -> dict[str, Cell]:
+def times(seconds: np.ndarray) -> dict[str, Cell]:
     """The median of any number of times and their quartiles."""
-    scale = {"ms": 1e3, "us": 1e6}[unit]
-    low, middle, high = (float(t) for t in scale * np.percentile(seconds, [25, 50, 75]))
-    return {f"median {unit}": middle, f"quartiles {unit}": (low, high)}
+    low, middle, high = (float(t) for t in 1e3 * np.percentile(seconds, [25, 50, 75]))
+    return {"median ms": middle, "quartiles ms": (low, high)}

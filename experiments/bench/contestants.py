@@ -22,7 +22,10 @@ TASKS: dict[Task, str] = {
 
 
 class Case(NamedTuple):
-    """A network, its input, images (batch_size, height, width, channels), and what is done with it."""
+    """A network, its input, images (batch_size, height, width, channels), and what is done with it.
+
+    devices: how many of JAX's share the batch; None leaves everything on the first one.
+    """
 
     arch: str
     batch_size: int
@@ -32,6 +35,7 @@ class Case(NamedTuple):
     channels: int = 3
     num_classes: int = 196
     precision: Precision = "float32"
+    devices: int | None = None
 
     def __str__(self) -> str:
         return f"{self.arch}, batch {self.batch_size} of {self.height}x{self.width}x{self.channels}, {self.precision}"
@@ -48,14 +52,22 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, case.num_classes, case.batch_size)
 
 
-def numpy_step(case: Case) -> Step:
-    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits.
+def dtype_of(case: Case) -> Any:
+    """JAX's type of activations; None leaves the images' own."""
+    import jax.numpy as jnp
 
-    Raises:
-      ValueError: for bfloat16, which NumPy does not have.
-    """
-    if case.precision != "float32":
-        raise ValueError(f"NumPy has no {case.precision}")
+    return jnp.bfloat16 if case.precision == "bfloat16" else None
+
+
+def refuse_in_numpy(precision: Precision) -> None:
+    """Raises a ValueError for bfloat16."""
+    if precision != "float32":
+        raise ValueError(f"NumPy has no {precision}")
+
+
+def numpy_step(case: Case) -> Step:
+    """numpy_ref's network. Training returns (loss, running statistics, gradients), inference the logits."""
+    refuse_in_numpy(case.precision)
     from experiments.frameworks.numpy import fast, forward_backward, make_resnet
 
     config = make_resnet(case.network)
@@ -73,117 +85,96 @@ def numpy_step(case: Case) -> Step:
     return {"training": training, "inference": inference}[case.task]
 
 
-def jax_program(case: Case, devices: int | None = None, *, remat: bool = False) -> tuple[Any, tuple[Any, ...]]:
-    """jax_resnet's network as a jitted function, and its arguments.
-
-    Args:
-      case: what to build.
-      devices: how many share the batch; None leaves everything on the first one.
-      remat: recompute each block in the backward pass.
-
-    Raises:
-      ValueError: if there are fewer devices.
-    """
+def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
+    """Weights and a batch on so many of JAX's devices, which share the batch; None leaves all on the first one."""
     import jax
     import jax.numpy as jnp
 
-    from experiments.frameworks.jax import make_gradients, make_resnet, resnet, train
+    from jax_resnet import train
 
-    config = make_resnet(case.network)
-    params, batch_stats = resnet.init(config, jax.random.key(0))
-    images, labels = (jnp.asarray(a) for a in batch(case))
-    if devices is not None:
-        if devices > jax.device_count():
-            raise ValueError(f"{devices} devices: there are {jax.device_count()}")
-        mesh = train.data_mesh(jax.devices()[:devices])
-        params, batch_stats = train.replicate((params, batch_stats), mesh)
-        images, labels = train.shard_batch((images, labels), mesh)
-    dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
-    if case.task == "training":
-        gradients = make_gradients(config, train=True, dtype=dtype, remat=remat)
-        return gradients, (params, images, batch_stats, labels)
-
-    @jax.jit
-    def inference(params, images, batch_stats):
-        return resnet.apply(config, params, batch_stats, images, train=False, dtype=dtype).logits
-
-    return inference, (params, images, batch_stats)
+    if count is None:
+        return jax.tree.map(jnp.asarray, (trees, batch))
+    if count > jax.device_count():
+        raise ValueError(f"{count} devices: there are {jax.device_count()}")
+    mesh = train.data_mesh(jax.devices()[:count])
+    return train.replicate(trees, mesh), train.shard_batch(batch, mesh)
 
 
-def jax_step(case: Case, devices: int | None = None, *, remat: bool = False) -> Step:
-    """jax_resnet's network under jit; arguments as for `jax_program`, results as for `numpy_step`."""
-    import jax
-
-    function, arguments = jax_program(case, devices, remat=remat)
-
-    def step():
-        results = jax.block_until_ready(function(*arguments))
-        if case.task == "inference":
-            return results
-        (loss, out), grads = results
-        return loss, out.batch_stats, grads
-
-    return step
-
-
-def library_step(case: Case, forward: Callable[..., Any], params: Any, others: Any) -> Step:
-    """A network of another library under jit. Returns (loss, what is not trained, gradients), or the logits.
+def jax_program(
+    case: Case, forward: Callable[..., Any], params: Any, others: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A network as a jitted function, which returns what `numpy_step` does, and its arguments.
 
     Args:
-      case: its images and labels are taken.
+      case: its images, labels, task and devices are taken.
       forward: (params, others, images, train) -> (logits, others after this batch).
-      params: what is trained.
-      others: what is not, such as running statistics.
+      params, others: what is trained, and what is not, such as running statistics.
     """
     import jax
-    import jax.numpy as jnp
     import optax
 
-    images, labels = (jnp.asarray(a) for a in batch(case))
-
-    @jax.jit
-    def training(params, others, images, labels):
-        def loss(params):
+    def training(params: Any, others: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, Any]:
+        def loss(params: Any) -> tuple[jax.Array, Any]:
             logits, new = forward(params, others, images, True)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new
 
         (value, new), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, new, grads
 
-    @jax.jit
-    def inference(params, others, images, labels):
+    def inference(params: Any, others: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         return forward(params, others, images, False)[0]
 
-    function = {"training": training, "inference": inference}[case.task]
-    return lambda: jax.block_until_ready(function(params, others, images, labels))
+    trees, arrays = on_devices(case.devices, (params, others), batch(case))
+    return jax.jit({"training": training, "inference": inference}[case.task]), (*trees, *arrays)
+
+
+def jax_done(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Step:
+    """A step of JAX that returns when the work is done."""
+    import jax
+
+    return lambda: jax.block_until_ready(function(*arguments))
+
+
+def our_program(case: Case, *, remat: bool = False) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """jax_resnet's network as a `jax_program`; remat recomputes each block in the backward pass."""
+    import jax
+
+    from experiments.frameworks.jax import make_resnet, resnet
+
+    config = make_resnet(case.network)
+
+    def forward(params: Any, batch_stats: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+        options = dict(train=train, dtype=dtype_of(case), remat=remat)
+        out = resnet.apply(config, params, batch_stats, images, **options)
+        return out.logits, out.batch_stats
+
+    return jax_program(case, forward, *resnet.init(config, jax.random.key(0)))
+
+
+def jax_step(case: Case, *, remat: bool = False) -> Step:
+    """jax_resnet's network; remat as for `our_program`."""
+    return jax_done(*our_program(case, remat=remat))
 
 
 def flax_step(case: Case) -> Step:
     """flax's network (`experiments.frameworks.linen`), under flax's names."""
     import jax
-    import jax.numpy as jnp
 
     from experiments.frameworks import linen
 
-    dtype = jnp.dtype(case.precision) if case.precision != "float32" else None
-    model = linen.ResNet(case.arch, case.num_classes, dtype)
-    init = jax.jit(functools.partial(model.init, train=False))
-    variables = init(jax.random.key(0), jnp.asarray(batch(case)[0]))
+    model = linen.ResNet(case.arch, case.num_classes, dtype_of(case))
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), batch(case)[0])
 
-    def forward(params, batch_stats, images, train):
+    def forward(params: Any, batch_stats: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": batch_stats}
         logits, new = model.apply(variables, images, train=train, mutable=["batch_stats"])
         return logits, new["batch_stats"]
 
-    return library_step(case, forward, variables["params"], variables["batch_stats"])
+    return jax_done(*jax_program(case, forward, variables["params"], variables["batch_stats"]))
 
 
 def keras_step(case: Case) -> Step:
-    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls.
-
-    Raises:
-      ValueError: for a network that keras.applications does not have.
-    """
+    """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls."""
     os.environ.setdefault("KERAS_BACKEND", "jax")  # in the bench's processes it is set before anything is imported
     import keras
 
@@ -204,16 +195,13 @@ def keras_step(case: Case) -> Step:
         return model.stateless_call(params, others, images, training=train)
 
     found = (model.trainable_variables, model.non_trainable_variables)
-    return library_step(case, forward, *([variable.value for variable in variables] for variables in found))
+    return jax_done(*jax_program(case, forward, *([v.value for v in variables] for variables in found)))
 
 
 def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Step:
     """torchvision's network, on a GPU if there is one, bfloat16 by autocast; results as for `numpy_step`.
 
-    Args:
-      case: what to build.
-      channels_last: the layout of kernels and images in memory; their shapes are OIHW and NCHW either way.
-      compiled: by torch.compile in place of eager.
+    channels_last is the layout of kernels and images in memory; their shapes are OIHW and NCHW either way.
     """
     import torch
 
@@ -237,11 +225,11 @@ def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = Fals
         loss.backward()
         return loss.detach(), dict(model.named_buffers()), {name: p.grad for name, p in model.named_parameters()}
 
-    return finished({"training": training, "inference": torch.inference_mode()(forward)}[case.task])
+    return torch_done({"training": training, "inference": torch.inference_mode()(forward)}[case.task])
 
 
-def finished(step: Callable[[], Any]) -> Step:
-    """A step of torch that returns when the work is done: a GPU runs behind."""
+def torch_done(step: Callable[[], Any]) -> Step:
+    """A step of PyTorch that returns when the work is done: a GPU runs behind."""
     import torch
 
     if not torch.cuda.is_available():

@@ -7,31 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from experiments.bench.benchmark import Table
-from experiments.output.figures import save
+from experiments.output.figures import panels, save
 from experiments.output.tables import as_text
 
 
 def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
     """Draws a panel of bars per table, one group per row, one bar for each of its plotted columns."""
-    columns = 1 if len(tables) <= 4 else 3
-    panels = max(len(table.rows) * len(table.plotted) for table in tables)
-    rows = -(-len(tables) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9 if columns == 1 else 18, 0.6 + rows * (0.9 + 0.24 * panels)), layout="constrained"
-    )
-    axes = np.atleast_1d(axes).ravel()
-    for axis, table in zip(axes, tables, strict=False):
+    columns, width = (1, 9) if len(tables) <= 4 else (3, 6)
+    bars = max(len(table.rows) * len(table.plotted) for table in tables)
+    figure, axes = panels(len(tables), columns, width, 0.9 + 0.24 * bars, margin=0.6)
+    for axis, table in zip(axes, tables, strict=True):
         _bars(axis, table)
-    for axis in axes[len(tables) :]:
-        axis.set_axis_off()
     figure.suptitle(textwrap.fill(title, 110 * columns), fontsize=9)
     save(figure, path)
 
 
-def _bars(axis: plt.Axes, table: Table) -> None:
+def _bars(axis: Axes, table: Table) -> None:
+    axis.grid(False)
     names = list(table.rows)
     height = 0.8 / max(1, len(table.plotted))
     for number, column in enumerate(table.plotted):
@@ -47,11 +42,7 @@ def _bars(axis: plt.Axes, table: Table) -> None:
     axis.set_yticks(np.arange(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_title(table.title + ("\n" if len(table.plotted) > 1 else ""), fontsize=9, loc="left")
+    axis.set_title(f"{table.title}\n", fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    if len(table.plotted) == 1:
-        axis.set_xlabel(table.plotted[0], fontsize=8)
-    else:
-        axis.legend(
-            fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.plotted), frameon=False, borderpad=0
-        )
+    place = dict(loc="lower right", bbox_to_anchor=(1, 1), ncols=max(1, len(table.plotted)))
+    axis.legend(fontsize=8, frameon=False, borderpad=0, **place)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +79,26 @@ class FeedBench(BenchSettings):
         feeds = {ALONE: itertools.repeat(next(feed(dataset))), "in memory": feed(dataset)}
         if self.data is not None:
             feeds["--decode lazy"] = feed(load_cars(settings.replace(decode="lazy")))
-        state, metrics = training.train_step(training.state, *next(feeds[ALONE]))  # which compiles
-        jax.block_until_ready(metrics)
+        state = training.state
+
+        def turn(batches: Iterator[Any], steps: int) -> float:
+            """The seconds of some steps; metrics are read one step late, as by a training."""
+            nonlocal state
+            start, running = time.perf_counter(), None
+            for images, labels in itertools.islice(batches, steps):
+                ended = running
+                state, running = training.train_step(state, images, labels)
+                jax.device_get(ended)
+            jax.block_until_ready(running)
+            return time.perf_counter() - start
+
+        turn(feeds[ALONE], 1)  # which compiles
         seconds = {name: np.empty((self.rounds, 1)) for name in feeds}
         for number in tqdm(range(self.rounds), desc="rounds", leave=False):
             for name, batches in feeds.items():
                 time.sleep(PAUSE)
-                state, _ = turn(training.train_step, state, batches, 1)
-                state, taken = turn(training.train_step, state, batches, self.steps)
-                seconds[name][number] = taken / self.steps
+                turn(batches, 1)
+                seconds[name][number] = turn(batches, self.steps) / self.steps
         rows = {}
         for name, of_feed in seconds.items():
             rows[name] = {"ratio of images/s": float(np.median(seconds[ALONE] / of_feed))}
@@ -95,17 +106,3 @@ class FeedBench(BenchSettings):
             rows[name]["images/s"] = self.batch_size / float(np.median(of_feed))
         title = f"{self.case._replace(channels=1)}, {self.opt}, {dataset.title}: a training step of experiments.cars"
         return Table(title, rows, ("images/s",), seconds)
-
-
-def turn(train_step: Callable[..., Any], state: Any, batches: Iterator[Any], steps: int) -> tuple[Any, float]:
-    """Takes steps, reading metrics one step late as a training does; returns the state and the seconds."""
-    import jax
-
-    start = time.perf_counter()
-    running = None
-    for images, labels in itertools.islice(batches, steps):
-        ended = running
-        state, running = train_step(state, images, labels)
-        jax.device_get(ended)
-    jax.block_until_ready(running)
-    return state, time.perf_counter() - start

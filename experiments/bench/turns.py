@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from experiments.machine import give_back_freed_memory
 
 Step = Callable[[], Any]  # what is timed; tests look at what it returns
 MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or functools.partial of one
+Who, Answer = TypeVar("Who"), TypeVar("Answer")
 
 # By framework, the part of a contestant's name before the first dot: what it imports before it builds anything.
 MODULES = {
@@ -55,12 +56,13 @@ class Result(NamedTuple):
     memory_before: float
     peak_memory: float
 
+    @property
+    def above_libraries(self) -> float:
+        return self.peak_memory - self.memory_before
+
 
 class Contestant:
-    """A process that has imported a contestant's libraries and waits.
-
-    memory_before, peak_memory: as in `Result`, so far.
-    """
+    """A process that has imported a contestant's libraries and waits; memory_before and peak_memory as in `Result`."""
 
     def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
         """Starts it, on so many cores (all if None), with these additional variables."""
@@ -195,14 +197,8 @@ def started(
     names: Sequence[str], threads: int | None = None, environment: Mapping[str, str] | None = None
 ) -> Iterator[list[Contestant]]:
     """The contestants' processes, one after the other; they end with the context."""
-    contestants = []
-    try:
-        for name in names:
-            contestants.append(Contestant(name, threads, environment))
-        yield contestants
-    finally:
-        for contestant in contestants:
-            contestant.close()
+    with contextlib.ExitStack() as ending:
+        yield [ending.enter_context(contextlib.closing(Contestant(name, threads, environment))) for name in names]
 
 
 @contextlib.contextmanager
@@ -228,28 +224,33 @@ def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> 
         os.environ.update(variables)
 
 
-def compete(
-    contestants: Sequence[Contestant], make_steps: dict[str, MakeStep], rounds: int, steps: int
-) -> dict[str, Result]:
-    """Lets the contestants take turns at their steps; prints who fails at the first one and leaves them out.
-
-    Args:
-      contestants: as started.
-      make_steps: by contestant's name.
-      rounds: the turns of each.
-      steps: in a turn.
+def who_can(those: Sequence[Who], do: Callable[[Who], Answer]) -> dict[Who, Answer]:
+    """What each of those does, one after the other; prints who fails and leaves them out.
 
     Raises:
       ValueError: if all fail.
     """
-    first = {}
-    for contestant in contestants:  # one after the other: compiling needs all cores
+    done = {}
+    for who in those:
         try:
-            first[contestant] = contestant.build(make_steps[contestant.name])
+            done[who] = do(who)
         except FailedError as error:
             print(f"left out: {error}")
-    if not first:
+    if not done:
         raise ValueError(NOBODY_LEFT)
+    return done
+
+
+def compete(
+    contestants: Sequence[Contestant], make_steps: dict[str, MakeStep], rounds: int, steps: int
+) -> dict[str, Result]:
+    """Lets the contestants take turns at their steps, so many in each round; leaves out who fails at the first one.
+
+    Raises:
+      ValueError: if all fail.
+    """
+    # One after the other: compiling needs all cores.
+    first = who_can(contestants, lambda contestant: contestant.build(make_steps[contestant.name]))
     seconds = {contestant: [] for contestant in first}
     turns = collections.deque(first)
     for _ in tqdm(range(rounds), desc="rounds", leave=False):
@@ -258,15 +259,3 @@ def compete(
             time.sleep(PAUSE)
             seconds[contestant].append(contestant.measure(steps))
     return {c.name: Result(first[c], np.array(seconds[c]), c.memory_before, c.peak_memory) for c in first}
-
-
-def measure(
-    make_steps: dict[str, MakeStep],
-    rounds: int,
-    steps: int,
-    threads: int | None,
-    environment: Mapping[str, str] | None = None,
-) -> dict[str, Result]:
-    """`compete` in new processes."""
-    with started(list(make_steps), threads, environment) as contestants:
-        return compete(contestants, make_steps, rounds, steps)

@@ -12,10 +12,11 @@ from typing import BinaryIO
 import matplotlib
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, PercentFormatter
 
 matplotlib.use("Agg")  # files only; no window system is needed
 
@@ -26,6 +27,32 @@ REPLACEMENT = "\u25a1"  # for a character that no font has
 def label(name: str) -> str:
     """A name as the label of something that a legend shows; to be saved by `save`."""
     return f"{MARK}{name}" if name.startswith("_") else name
+
+
+def panels(
+    count: int, most_wide: int, width: float, height: float, margin: float = 0, **shared: bool
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels with grids, in rows of up to `most_wide`.
+
+    Args:
+      width, height: of a panel, in inches.
+      margin: above and below all of them.
+      shared: as for plt.subplots.
+    """
+    wide = min(most_wide, count)
+    deep = -(-count // wide)
+    size = (width * wide, margin + height * deep)
+    figure, axes = plt.subplots(deep, wide, figsize=size, layout="constrained", squeeze=False, **shared)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    for axis in axes.flat[:count]:
+        axis.grid(alpha=0.3)
+    return figure, list(axes.flat[:count])
+
+
+def in_percent(axis: Axes) -> None:
+    """Numbers its y axis, of shares, in percent."""
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def save(figure: Figure, target: Path | BinaryIO, format: str | None = None) -> None:

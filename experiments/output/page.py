@@ -1,18 +1,23 @@
-"""One page that needs nothing else: tables, and pictures inside it as data."""
+"""Tables and pictures with words around them: as Markdown, and as one page of HTML that needs no other file."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments.output.figures import save
 
+COLOURS = 128  # of a picture
 WIDE = 900  # pixels of a picture with letters that a phone's width would make too small
 STYLESHEET = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 68rem;
@@ -23,7 +28,7 @@ table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabu
 th, td { padding: .15rem .8rem .15rem 0; text-align: left; } td { white-space: nowrap; } th { vertical-align: bottom; }
 @media (max-width: 40rem) { td { white-space: normal; min-width: 5rem; vertical-align: top; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
-.ok { color: #19692c; } .BROKEN { color: #fff; background: #b3261e; font-weight: bold; }
+td strong { color: #fff; background: #b3261e; }
 blockquote { font-size: 1.1rem; background: #f2f5fa; padding: .1rem 1rem; margin: 1rem 0;
              border-left: 4px solid #3465a4; }
 summary { font-size: 1.1rem; font-weight: bold; padding: .6rem 0; cursor: pointer; overflow-wrap: anywhere; }
@@ -35,46 +40,105 @@ figcaption { font-size: .85rem; color: #555; }
 """
 
 
-def write_html(path: Path, title: str, parts: Iterable[str]) -> None:
-    """Writes a page of HTML; title is plain text, parts are HTML."""
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG, and the name of its file beside the Markdown."""
+
+    name: str
+    caption: str
+    data: bytes
+
+    def __str__(self) -> str:
+        """In Markdown."""
+        return f"![{self.caption}]({self.name})"
+
+    @property
+    def as_html(self) -> str:
+        """Inside the page; a wide picture is moved sideways on a narrow screen, for its letters to be read."""
+        text, data = html.escape(self.caption), base64.b64encode(self.data).decode()
+        style = ' class="wide"' if Image.open(io.BytesIO(self.data)).width > WIDE else ""
+        shown = f'<img{style} alt="{text}" src="data:image/png;base64,{data}">'
+        return f'<figure><div class="scroll">{shown}</div><figcaption>{text}</figcaption></figure>'
+
+
+Block = str | Picture  # a paragraph or a table in Markdown, or a picture
+Sections = Mapping[str, Sequence[Block]]  # by heading
+
+
+def picture(name: str, caption: str, figure: Figure) -> Picture:
+    """The figure as a PNG of COLOURS colours, a quarter as large as with all of them; the figure is closed."""
+    drawn, file = io.BytesIO(), io.BytesIO()
+    save(figure, drawn, "png")
+    # This method keeps colours that are rare.
+    few = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, "png", optimize=True)
+    return Picture(f"{name}.png", caption, file.getvalue())
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows {column: text}; the first row has all columns."""
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
+
+
+def anchor(heading: str) -> str:
+    """The place of a section in the page, as GitHub calls it.
+
+    >>> anchor("What was not run, and other remarks"), anchor("cars64_small")
+    ('what-was-not-run-and-other-remarks', 'cars64_small')
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def _text(blocks: Sequence[Block]) -> str:
+    return "\n\n".join(map(str, blocks))
+
+
+def _top(title: str, head: Sequence[Block], sections: Sections) -> str:
+    links = "\n".join(f"- [{heading}](#{anchor(heading)})" for heading in sections)
+    return f"# {title}\n\n{_text(head)}\n\n{links}"
+
+
+def _pictures(head: Sequence[Block], sections: Sections) -> list[Picture]:
+    return [block for blocks in (head, *sections.values()) for block in blocks if isinstance(block, Picture)]
+
+
+def write_markdown(path: Path, title: str, head: Sequence[Block], sections: Sections) -> None:
+    """Writes Markdown, and beside it the pictures that it shows; for the arguments see `write_html`."""
+    for found in _pictures(head, sections):
+        (path.parent / found.name).write_bytes(found.data)
+    parts = [_top(title, head, sections), *(f"## {heading}\n\n{_text(blocks)}" for heading, blocks in sections.items())]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_html(path: Path, title: str, head: Sequence[Block], sections: Sections) -> None:
+    """Writes the same as one page; HTML in the Markdown is shown, not obeyed.
+
+    Args:
+      path: of the page.
+      title: in plain text.
+      head: what is always seen.
+      sections: folded, and listed below the head.
+    """
+    pictures = {found.name: found for found in _pictures(head, sections)}
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    def image(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+        return pictures[tokens[index].attrs["src"]].as_html
+
+    renderer.add_render_rule("image", image)
+    renderer.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>')
+    renderer.add_render_rule("table_close", lambda *_: "</table></div>")
+    folded = [
+        f'<details><summary>{html.escape(heading)}</summary><div id="{anchor(heading)}">'
+        f"{renderer.render(_text(blocks))}</div></details>"
+        for heading, blocks in sections.items()
+    ]
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLESHEET}</style></head><body>{''.join(parts)}</body></html>\n",
+        f"<title>{html.escape(title)}</title><style>{STYLESHEET}</style></head><body>"
+        f"{renderer.render(_top(title, head, sections))}{''.join(folded)}</body></html>\n",
         encoding="utf-8",
     )
-
-
-def html_table(rows: Sequence[Mapping[str, str]], classes: Mapping[str, str] | None = None) -> str:
-    """A table of plain text; the columns are the first row's.
-
-    Args:
-      rows: {column: text}.
-      classes: {text: the CSS class of a cell with that text}.
-    """
-    columns = list(rows[0])
-    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in columns) + "</tr>"]
-    for row in rows:
-        cells = []
-        for name in columns:
-            text = row.get(name, "")
-            style = f' class="{classes[text]}"' if classes and text in classes else ""
-            cells.append(f"<td{style}>{html.escape(text)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def figure_bytes(figure: Figure, format: Literal["svg", "png"]) -> bytes:
-    """The picture's file; the figure is closed."""
-    file = io.BytesIO()
-    save(figure, file, format)
-    return file.getvalue()
-
-
-def html_figure(picture: bytes, caption: str, kind: Literal["svg+xml", "png"] = "svg+xml") -> str:
-    """A picture inside the page; a wide PNG is moved sideways on a narrow screen, for its letters to be read."""
-    text, data = html.escape(caption), base64.b64encode(picture).decode()
-    pixels = int.from_bytes(picture[16:20], "big") if kind == "png" else 0  # the header's width
-    style = ' class="wide"' if pixels > WIDE else ""
-    picture_html = f'<img{style} alt="{text}" src="data:image/{kind};base64,{data}">'
-    return f'<figure><div class="scroll">{picture_html}</div><figcaption>{text}</figcaption></figure>'

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from experiments.cli import Arch, FailedError, exit_code, parse, parse_image_size
 from experiments.machine import describe_machine
+from experiments.output.tables import print_table
 
 Framework = Literal["numpy", "torch_ref", "torchvision"]
 Section = Literal["layers", "network", "trajectories"]
@@ -60,11 +61,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses settings that make no sense.
-
-    Raises:
-      ValueError: says what to change.
-    """
+    """Raises a ValueError for settings that make no sense."""
     if settings.in_channels < 1 or settings.steps < 1 or settings.seed < 0:
         raise ValueError("--in-channels and --steps must be at least 1, --seed at least 0")
     if not (settings.sections and settings.frameworks and settings.optimizers):
@@ -82,18 +79,12 @@ def check(settings: Settings) -> None:
 
 
 def run(settings: Settings) -> int | None:
-    """Compares and prints; returns the signal that ended it, if one did.
-
-    Raises:
-      ValueError: for settings that make no sense.
-      FailedError: if a bound is broken.
-    """
+    """Compares and prints; returns the signal that ended it, if one did. Raises a FailedError for a broken bound."""
     check(settings)
     import jax
 
     from experiments.parity.checks import module_of
-    from experiments.parity.comparison import choose_frameworks, compare_all
-    from experiments.parity.summary import Report, print_report
+    from experiments.parity.comparison import Report, choose_frameworks, compare_all
 
     frameworks, left_out = choose_frameworks(settings)
     report = Report(f"Parity of {', '.join(frameworks)} with JAX", describe_machine(), left_out)
@@ -106,7 +97,10 @@ def run(settings: Settings) -> int | None:
         except KeyboardInterrupt:
             ended_by = signal.SIGINT
             report.left_out.append("all after Ctrl-C")
-    print_report(report)
+    for title, rows in report.tables.items():
+        print(f"\n{title}")
+        print_table({row.name: row.columns for row in rows})
+    print("", *report.conclusions, sep="\n")
     if settings.html is not None:
         from experiments.parity.html_report import write_page
 
@@ -115,7 +109,7 @@ def run(settings: Settings) -> int | None:
     if settings.json is not None:
         settings.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
         print(f"wrote {settings.json}")
-    if report.is_broken:
+    if "BROKEN" in report.verdicts:
         raise FailedError(report.conclusions[-1])
     return ended_by
 

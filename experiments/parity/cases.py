@@ -130,11 +130,7 @@ def draw_batch(network: ResNet, shape: tuple[int, int, int], rng: np.random.Gene
 
 
 def check_batch(network: ResNet, batch_size: int, height: int, width: int) -> None:
-    """Refuses batches on which no two implementations can agree.
-
-    Raises:
-      ValueError: for an empty batch, or too few values per channel for a BatchNorm in training.
-    """
+    """Raises a ValueError for an empty batch, or one with too few values per channel for a BatchNorm in training."""
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     values = batch_size * -(-height // MIN_SIZE) * -(-width // MIN_SIZE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,40 +69,28 @@ Errors = Mapping[str, Mapping[str, float]]  # {field of Results: {array: relativ
 
 def compare_network(
     network: ResNet, state_dict: Arrays, batch: Batch, dtypes: Sequence[str], mode: str, frameworks: Sequence[str]
-) -> Iterator[tuple[list[Row], list[Profile]]]:
+) -> Iterator[tuple[list[Row], Profile]]:
     """Runs a pass of the network, mode "train" or "eval", in JAX and then in each framework, for each dtype.
 
     If float64 comes first, JAX's float32 is compared with it too: most bounds of float32 follow from that error.
 
     Yields:
-      after each pass its rows and its errors along the network; nothing after the first pass of JAX.
+      of each comparison its rows and its errors along the network.
     """
     images, labels = batch
     order = [*activation_names(network), *state_dict]
-    exact = None
-
-    def profile(errors: Errors, framework: str) -> Profile:
-        activations, gradients = (
-            {name: errors[part][name] for name in order if name in errors[part]}
-            for part in ("activations", "parameter_gradients")
-        )
-        return Profile(framework, dtype, mode, activations, gradients)
-
+    exact, bounds = None, {}
     for dtype in dtypes:
+        what = f"{mode}, {dtype}"
         weights = {name: value.astype(dtype) for name, value in state_dict.items()}
         arguments = (network, weights, images.astype(dtype), labels, mode == "train")
         reference = in_jax.run_network(*arguments)
-        what = f"{mode}, {dtype}"
         if dtype == "float64":
             exact, bounds = reference, dict.fromkeys(Results._fields, BOUND_FLOAT64)
-            yield [], []
-        elif exact is None:
-            bounds = {}
-            yield [], []
-        else:
+        elif exact is not None:
             own = errors_by_part(reference, exact)
             bounds = bounds_float32(own)
-            yield rows_by_part(own, what, OWN_ERROR, {}), [profile(own, OWN_ERROR)]
+            yield rows_by_part(own, what, OWN_ERROR, {}), profile_of(own, order, OWN_ERROR, dtype, mode)
         for framework in frameworks:
             library = {} if framework == "numpy" else {"library": framework}
             results = module_of(framework).run_network(*arguments, **library)
@@ -110,7 +98,13 @@ def compare_network(
             rows = rows_by_part(errors, what, framework, bounds)
             if dtype == "float32":
                 rows += rows_of_float32(results, reference, what, framework)
-            yield rows, [profile(errors, framework)]
+            yield rows, profile_of(errors, order, framework, dtype, mode)
+
+
+def profile_of(errors: Errors, order: Sequence[str], framework: str, dtype: str, mode: str) -> Profile:
+    """The errors of activations and of parameters' gradients, in the order of the names."""
+    parts = (errors["activations"], errors["parameter_gradients"])
+    return Profile(framework, dtype, mode, *({n: of_part[n] for n in order if n in of_part} for of_part in parts))
 
 
 def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, float]]:
@@ -178,11 +172,10 @@ def compare_trainings(
     network: ResNet,
     state_dict: Arrays,
     optimizer: str,
-    steps: int,
+    steps: Iterable[int],
     batch_shape: tuple[int, int, int],
     frameworks: Sequence[str],
     seed: int,
-    after_step: Callable[[], object] = lambda: None,
 ) -> tuple[list[Row], Growth]:
     """Trains in all frameworks at once, in float64, each framework twice.
 
@@ -191,11 +184,10 @@ def compare_trainings(
     Args:
       network, state_dict: with the weights to start from.
       optimizer: a name in `cases.OPTIMIZERS`.
-      steps: how many.
+      steps: their numbers, from 1.
       batch_shape: (N, H, W); each step sees another batch.
       frameworks: "numpy", "torch_ref".
       seed: of the batches, and of which weights move up and which down by one unit in the last place.
-      after_step: called after each step.
     """
     rng = np.random.default_rng(seed)
     step_by_step, free = (
@@ -205,7 +197,7 @@ def compare_trainings(
     moved = in_jax.Trainer(network, optimizer, moved_by_one_unit(state_dict, rng))
     growth = Growth(optimizer, {name: [] for name in frameworks}, [])
     of_steps, of_free = ({name: [] for name in frameworks} for _ in range(2))
-    for step in range(1, steps + 1):
+    for step in steps:
         images, labels = draw_batch(network, batch_shape, rng)
         before = reference.state()
         reference.step(images, labels)
@@ -220,7 +212,6 @@ def compare_trainings(
                 error, where = largest(relative_errors(_flat(trainer.weights()), expected))
                 found.append((error, f"step {step}, {where}"))
             growth.distances[name].append(of_free[name][-1][0])
-        after_step()
     rows = []
     for name in frameworks:
         rows.append(Row(f"{optimizer}, each step", name, *_worst(of_steps[name], STEP_BOUND)))

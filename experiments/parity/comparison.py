@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,14 +14,60 @@ from tqdm import tqdm
 from experiments.cli import parse_image_size
 from experiments.frameworks.common import ResNet
 from experiments.parity.cases import check_batch, draw_batch, draw_weights, layer_cases
-from experiments.parity.checks import FLOAT32_NOTE, compare_layer, compare_network, compare_trainings
-from experiments.parity.summary import Report
+from experiments.parity.checks import (
+    FLOAT32_NOTE,
+    Growth,
+    Profile,
+    compare_layer,
+    compare_network,
+    compare_trainings,
+)
+from experiments.parity.errors import Row
 
 if TYPE_CHECKING:
     from experiments.parity.__main__ import Settings
 
 PACKAGES = {"numpy": [], "torch_ref": ["torch"], "torchvision": ["torch", "torchvision"]}
+Item = TypeVar("Item")
 TRAINING_BATCH = (8, 64, 64)  # images, height, width
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found.
+
+    title: who is compared.
+    machine: on which machine, with which versions.
+    left_out: what was not compared, and why.
+    tables: rows by title.
+    profiles: errors along the network.
+    growths: how trainings diverge.
+    notes: how to read the tables.
+    """
+
+    title: str
+    machine: str
+    left_out: list[str]
+    tables: dict[str, list[Row]] = dataclasses.field(default_factory=dict)
+    profiles: list[Profile] = dataclasses.field(default_factory=list)
+    growths: list[Growth] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def verdicts(self) -> list[str]:
+        return [row.verdict for rows in self.tables.values() for row in rows if row.bound is not None]
+
+    @property
+    def conclusions(self) -> list[str]:
+        """Notes, what was left out, and in the last line how many bounds hold."""
+        broken, count = self.verdicts.count("BROKEN"), len(self.verdicts)
+        conclusion = f"{broken} of {count} bounds are BROKEN" if broken else f"all {count} bounds hold"
+        return [*self.notes, *(f"left out: {what}" for what in self.left_out), conclusion]
+
+    def as_json(self) -> dict[str, Any]:
+        """The tables, row by row, and on which machine they came out."""
+        tables = {title: [row._asdict() for row in rows] for title, rows in self.tables.items()}
+        return {"title": self.title, "machine": self.machine, "tables": tables, "conclusions": self.conclusions}
 
 
 def network_of(settings: Settings, arch: str) -> ResNet:
@@ -53,32 +100,26 @@ def choose_frameworks(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
-    """Fills the report; a bar on stderr shows the progress."""
-    trained = [name for name in frameworks if name != "torchvision"]
+    """Fills the report; bars on stderr show the progress."""
     dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
-    counts = {
-        "layers": len(layer_cases(settings.seed)) * len(dtypes),
-        "network": 2 * len(dtypes) * (1 + len(frameworks)),
-        "trajectories": len(settings.optimizers) * settings.steps if trained else 0,
-    }
-    with tqdm(total=sum(counts[section] for section in settings.sections), unit="", dynamic_ncols=True) as progress:
-        if "layers" in settings.sections:
-            # PyTorch takes part with torch.nn.functional, whichever of its networks do.
-            names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
-            rows = report.tables.setdefault("Layers: outputs and all gradients", [])
-            for dtype, case in itertools.product(dtypes, layer_cases(settings.seed)):
-                progress.set_description(f"{case.layer}, {dtype}")
-                rows += compare_layer(case, dtype, names)
-                progress.update()
-        if "network" in settings.sections:
-            compare_passes(settings, frameworks, dtypes, report, progress)
-        if "trajectories" in settings.sections and trained:
-            compare_trajectories(settings, trained, report, progress)
+    if "layers" in settings.sections:
+        # PyTorch takes part with torch.nn.functional, whichever of its networks do.
+        names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
+        rows = report.tables.setdefault("Layers: outputs and all gradients", [])
+        for dtype, case in progress(list(itertools.product(dtypes, layer_cases(settings.seed))), "layers"):
+            rows += compare_layer(case, dtype, names)
+    if "network" in settings.sections:
+        compare_passes(settings, frameworks, dtypes, report)
+    if "trajectories" in settings.sections and (trained := [name for name in frameworks if name != "torchvision"]):
+        compare_trajectories(settings, trained, report)
 
 
-def compare_passes(
-    settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report, progress: tqdm
-) -> None:
+def progress(iterable: Iterable[Item], name: str, total: int | None = None) -> Iterable[Item]:
+    """The same with a bar."""
+    return tqdm(iterable, name, total, unit="", dynamic_ncols=True)
+
+
+def compare_passes(settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report) -> None:
     """A forward and backward pass of the network, in training and in evaluation."""
     network = network_of(settings, settings.arch)
     height, width = parse_image_size(settings.image_size)
@@ -87,17 +128,17 @@ def compare_passes(
     batch = draw_batch(network, (settings.batch_size, height, width), rng)
     title = f"{network}: {settings.batch_size} images of {height}x{width}x{settings.in_channels}"
     table = report.tables.setdefault(title, [])
+    total = len(dtypes) * (len(frameworks) + 1) - 1  # JAX's float32 is compared with its float64
     for mode in ("train", "eval"):
-        progress.set_description(f"{network}, {mode}")
-        for rows, profile in compare_network(network, weights, batch, dtypes, mode, frameworks):
+        compared = compare_network(network, weights, batch, dtypes, mode, frameworks)
+        for rows, profile in progress(compared, f"{network}, {mode}", total):
             table += rows
-            report.profiles += profile
-            progress.update()
+            report.profiles.append(profile)
     if settings.dtype == "both":
         report.notes.append(FLOAT32_NOTE)
 
 
-def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report, progress: tqdm) -> None:
+def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
     """Trains the network with each optimizer."""
     network = network_of(settings, settings.trajectory_arch)
     weights = draw_weights(network, settings.seed)
@@ -105,9 +146,7 @@ def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: 
     title = f"{network} trained: {settings.steps} steps of {count} images of {height}x{width}, float64"
     table = report.tables.setdefault(title, [])
     for optimizer in settings.optimizers:
-        progress.set_description(f"{network}, {optimizer}")
-        rows, growth = compare_trainings(
-            network, weights, optimizer, settings.steps, TRAINING_BATCH, frameworks, settings.seed, progress.update
-        )
+        steps = progress(range(1, settings.steps + 1), f"{network}, {optimizer}")
+        rows, growth = compare_trainings(network, weights, optimizer, steps, TRAINING_BATCH, frameworks, settings.seed)
         table += rows
         report.growths.append(growth)

@@ -61,6 +61,12 @@ class Row(NamedTuple):
             return ""
         return "ok" if self.error <= self.bound else "BROKEN"
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Its texts in a table."""
+        bound = "-" if self.bound is None else f"{self.bound:.0e}"
+        return {"error": f"{self.error:.1e}", "bound": bound, "verdict": self.verdict or "-", "where": self.where}
+
 
 def relative_error(ours: Any, reference: Any) -> float:
     """The largest difference over the largest entry; inf for arrays of different shapes."""
@@ -100,13 +106,3 @@ def largest(errors: Mapping[str, float]) -> tuple[float, str]:
     """The largest error and its name; nan is larger than any."""
     name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     return errors[name], name
-
-
-def columns(row: Row) -> dict[str, str]:
-    """The texts of a row in a table."""
-    return {
-        "error": f"{row.error:.1e}",
-        "bound": "-" if row.bound is None else f"{row.bound:.0e}",
-        "verdict": row.verdict or "-",
-        "where": row.where,
-    }

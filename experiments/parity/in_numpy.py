@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.frameworks.common import ResNet
@@ -34,9 +33,8 @@ class Trainer:
 
     def __init__(self, network: ResNet, optimizer: str, state_dict: Arrays):
         settings = dict(OPTIMIZERS[optimizer])
-        # numpy_ref's SGD has no weight decay: `step` adds it to the gradient.
-        self._l2 = settings.pop("weight_decay") if optimizer == "sgd" else 0.0
-        self._optimizer = getattr(optim, optimizer)(**settings)
+        decay = settings.pop("weight_decay") if optimizer == "sgd" else 0.0
+        self._optimizer = optim.add_decayed_weights(getattr(optim, optimizer)(**settings), decay)
         self._config = make_resnet(network)
         self._params, self._batch_stats = weights.from_torch(state_dict)
         self._opt_state = self._optimizer.init(self._params)
@@ -50,8 +48,6 @@ class Trainer:
         (_, out), (grads, _) = forward_backward(
             self._config, self._params, images, self._batch_stats, labels, train=True
         )
-        if self._l2:
-            grads = jax.tree.map(lambda g, p: g + self._l2 * p, grads, self._params)
         updates, self._opt_state = self._optimizer.update(grads, self._opt_state, self._params)
         self._params, self._batch_stats = optim.apply_updates(self._params, updates), out.batch_stats
 

@@ -31,18 +31,14 @@ class ReportSettings:
 
 
 def run(settings: ReportSettings) -> None:
-    """Writes the report.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
-    """
+    """Writes the report, or the tables of Markdown files."""
     if settings.readme:
         from experiments.report.pages import write_pages
 
         changed = write_pages(settings.readme, settings.results)
         print("\n".join(f"wrote the tables of {page}" for page in changed) or "all tables are as the results are")
         return
-    from experiments.report.markdown import write_report
+    from experiments.output.page import write_html, write_markdown
     from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
     from experiments.report.study_results import find_studies, read_study
 
@@ -52,11 +48,14 @@ def run(settings: ReportSettings) -> None:
     # First those that compare two on several seeds, the largest first.
     studies.sort(key=lambda study: (not study.compared, study.seeds < 2, -study.pictures, study.name))
     sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
-    sections |= {study.name: study_section(study) for study in studies}
+    sections |= {study.name: list(study_section(study)) for study in studies}
     sections["Speed of the implementations"] = list(speed_section(settings.results / SPEED))
     sections["What was not run, and other remarks"] = _paragraphs(settings.results / NOTES)
     sections = {heading: blocks for heading, blocks in sections.items() if blocks}
-    write_report(settings.out, TITLE, overview(studies, _paragraphs(settings.results / ANSWER)), sections)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    head = list(overview(studies, _paragraphs(settings.results / ANSWER)))
+    write_markdown(settings.out / "report.md", TITLE, head, sections)
+    write_html(settings.out / "index.html", TITLE, head, sections)
     print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")
 
 

@@ -140,6 +140,6 @@ def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float
     ((2.0, 18.0), (inf, inf))
     """
     for row in rows:
-        if row["test_top1"] >= target:
+        if row.get("test_top1", -math.inf) >= target:
             return row["epoch"], row["seconds"]
     return math.inf, math.inf

@@ -129,7 +129,7 @@ def limits(results: StudyResults) -> str:
         share, pictures = float(right.mean()), len(right)
         of_one = 100 * NORMAL * math.sqrt(share * (1 - share) / pictures)
         said.append(f"With {pictures:,} test pictures one run's top-1 is uncertain by {of_one:.1f} points.")
-    tuned = next((t for t in theirs.tuning if t.state == "done" and t.has_test_results), None)
+    tuned = next((t for t in theirs.tuning if t.state == "done" and t.test_results), None)
     if tuned is not None:
         pictures = len(tuned.test_results["label"])
         by = "their loss" if results.chosen_by_loss else f"top-1, in which one is {100 / pictures:.1f} points"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from experiments.frameworks.experiment import BOUNDED
+from experiments.output.figures import in_percent, label, panels
 from experiments.report.analysis import expected_best, mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults
 
@@ -27,22 +27,11 @@ MOST_LOSS = 2  # times the lowest loss after one epoch
 LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, and covers all else
 
 
-def panels(count: int, most_wide: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, in rows of up to `most_wide`; what is shared is as for plt.subplots."""
-    wide = min(most_wide, count)
-    deep = -(-count // wide)
-    size = (3.4 * wide, 0.9 + height * deep)
-    figure, axes = plt.subplots(deep, wide, figsize=size, layout="constrained", squeeze=False, **shared)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, list(axes.flat[:count])
-
-
 def plot_curves(contestants: Sequence[Contestant]) -> Figure:
     """Means over seeds with their 95% intervals, by epoch; shares at the upper bound of optimizers that have one."""
     bounded = [contestant for contestant in contestants if contestant.opt in BOUNDED]
     titles = {column: title for column, title in PANELS.items() if bounded or column != "at_upper"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(4.3 * len(titles), 4.2), layout="constrained")
+    figure, axes = panels(len(titles), len(titles), 4.3, 4.2)
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         curves = [(c, *c.curve(column)) for c in (bounded if column == "at_upper" else contestants)]
         curves = [(contestant, epochs, values) for contestant, epochs, values in curves if len(epochs)]
@@ -50,16 +39,15 @@ def plot_curves(contestants: Sequence[Contestant]) -> Figure:
         firsts = [values[:, 0].mean() for _, _, values in curves]
         most = MOST_LOSS * min(firsts, default=math.inf) if column.endswith("loss") else math.inf
         for contestant, epochs, values in curves:
-            axis.plot(epochs, values.mean(0), color=contestant.colour, lw=1.5, label=contestant.name)
+            axis.plot(epochs, values.mean(0), color=contestant.colour, lw=1.5, label=label(contestant.name))
             if len(values) >= LEAST_BAND and values.max() < most:
                 intervals = np.array([mean_interval(at_epoch) for at_epoch in values.T])
                 axis.fill_between(epochs, intervals[:, 1], intervals[:, 2], color=contestant.colour, alpha=0.18)
         axis.set(xlabel="epoch", title=title)
-        axis.grid(alpha=0.3)
         if axis.get_ylim()[1] > most:
             axis.set_ylim(0, most)
         if not column.endswith("loss"):
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            in_percent(axis)
             axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(contestants)))
     return figure
@@ -102,7 +90,7 @@ def plot_tuning(results: StudyResults) -> Figure | None:
     tuned = [contestant for contestant in results.contestants if contestant.ended_tuning]
     if not tuned:
         return None
-    figure, axes = panels(len(results.searched), TUNING_WIDE, height=3, sharey=True)
+    figure, axes = panels(len(results.searched), TUNING_WIDE, 3.4, 3, margin=0.9, sharey=True)
     for axis, (field, choice) in zip(axes, results.searched.items(), strict=True):
         choices = sorted({t.number(field) for c in tuned for t in c.tuning if field in t.columns}) if choice else []
         for number, contestant in enumerate(tuned):
@@ -119,10 +107,9 @@ def plot_tuning(results: StudyResults) -> Figure | None:
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel=field.replace("_", " "), ylim=(-0.02, None))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.grid(alpha=0.3)
+        in_percent(axis)
     figure.supylabel("top-1 on held-out pictures", fontsize=10)
-    handles = [Line2D([], [], color=c.colour, marker="o", ls="", label=c.name) for c in tuned]
+    handles = [Line2D([], [], color=c.colour, marker="o", ls="", label=label(c.name)) for c in tuned]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(tuned)))
     return figure
 
@@ -132,14 +119,13 @@ def plot_tuning_effort(results: StudyResults) -> Figure | None:
     tuned = [contestant for contestant in results.contestants if len(contestant.ended_tuning) > 1]
     if not tuned:
         return None
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure, (axis,) = panels(1, 1, 7.5, 4.2)
     for contestant in tuned:
         best = expected_best([trial.accuracy() for trial in contestant.ended_tuning])
-        axis.plot(range(1, len(best) + 1), best, "o-", ms=3, color=contestant.colour, label=contestant.name)
+        axis.plot(range(1, len(best) + 1), best, "o-", ms=3, color=contestant.colour, label=label(contestant.name))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    in_percent(axis)
     axis.set(xlabel="tuning trials", ylabel="the best one's top-1 on held-out pictures", ylim=(0, None))
-    axis.grid(alpha=0.3)
     axis.legend()
     return figure
 
@@ -158,13 +144,14 @@ def plot_step_map(contestants: Sequence[Contestant]) -> Figure | None:
     if not found:
         return None
     one_network = len({tuple(names) for _, names, _ in found.values()}) == 1
-    figure, axes = panels(len(found), MAPS_WIDE, height=4.6, sharey=one_network)
+    figure, axes = panels(len(found), MAPS_WIDE, 3.4, 4.6, margin=0.9, sharey=one_network)
     for axis, (name, (rows, names, steps)) in zip(axes, found.items(), strict=True):
         powers = np.log10(steps / [row["step_upper"] for row in rows])
         extent = (rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
         image = axis.imshow(
             powers, cmap="RdBu_r", vmin=-DECADES, vmax=DECADES, aspect="auto", extent=extent, interpolation="nearest"
         )
+        axis.grid(False)
         axis.set_title(name, fontsize=9)
         ticks = range(0, len(names), max(1, len(names) // 26))
         axis.set_yticks(list(ticks), [names[i] for i in ticks], fontsize=6)

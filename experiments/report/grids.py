@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiments.frameworks.experiment import BOUNDED
+from experiments.output.figures import in_percent, panels
 from experiments.report.analysis import paired_difference
 from experiments.report.answer import percent, points
-from experiments.report.curves import panels
 from experiments.report.study_results import Contestant
 
 PANELS_WIDE = 4
@@ -107,7 +107,7 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
     Args:
       bounded: only optimizers with bounds.
     """
-    figure, axes = panels(len(grid.rows), PANELS_WIDE, height=2.6, sharex=True, sharey=True)
+    figure, axes = panels(len(grid.rows), PANELS_WIDE, 3.4, 2.6, margin=0.9, sharex=True, sharey=True)
     handles = {}
     for axis, row in zip(axes, grid.rows, strict=True):
         for number, of_column in enumerate(grid.columns):
@@ -119,9 +119,8 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
                 name = label(grid.across, of_column)
                 (handles[name],) = axis.plot(epochs, values.mean(0), color=f"C{number}", lw=1.4)
         axis.set_title(label(grid.down, row), fontsize=9)
-        axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        in_percent(axis)
     if not handles:
         plt.close(figure)
         return None

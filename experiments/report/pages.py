@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.output.page import table
 from experiments.report.analysis import mean_interval
-from experiments.report.markdown import table
 
 TABLE = re.compile(r"(<!-- table (\S+) ?([^\n]*?) ?-->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"jax": "JAX", "flax": "Flax (linen)", "keras": "Keras on JAX", "numpy": "NumPy", "torch": "PyTorch, eager"}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.output.page import Block, picture, table
 from experiments.output.tables import as_text
 from experiments.report import curves
 from experiments.report.analysis import paired_difference, reached, verdict
 from experiments.report.answer import answer, answer_row, limits, percent, points
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
-from experiments.report.markdown import Block, Picture, picture, table
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_rows
 from experiments.study_files import slug
@@ -35,13 +35,12 @@ def overview(studies: list[StudyResults], in_words: list[str]) -> Iterator[Block
         yield f"> {text}"
     if rows := [row for row in map(answer_row, studies) if row]:
         yield table(rows)
-    if (figure := plot_upper_bounds(studies)) is not None:
-        caption = (
-            "AdaBound's upper bound at the end of a run, over the median step that Adam takes there. Each dot is a run "
-            "of AdaBound; a line connects runs of a study that varies final_lr and gamma. Far below 1 AdaBound is SGD "
-            "with momentum at that rate, which may be too slow; above 1 it is Adam."
-        )
-        yield picture("upper-bound", caption, figure)
+    caption = (
+        "AdaBound's upper bound at the end of a run, over the median step that Adam takes there. Each dot is a run of "
+        "AdaBound; a line connects runs of a study that varies final_lr and gamma. Far below 1 AdaBound is SGD with "
+        "momentum at that rate, which may be too slow; above 1 it is Adam."
+    )
+    yield from _picture("upper-bound", plot_upper_bounds(studies), caption)
 
 
 def upper_bound_section(studies: list[StudyResults]) -> Iterator[Block]:
@@ -161,7 +160,7 @@ def _row(results: StudyResults, contestant: Contestant) -> dict[str, str]:
     row = {"": contestant.name, "runs": f"{len(contestant.by_seed())}{failed}"}
     row |= {title: percent(contestant.interval(column)) for column, title in MEASURES.items()}
     for target in results.targets:
-        times = [reached(trial.rows, target) for trial in contestant.finals]
+        times = [reached(trial.epochs, target) for trial in contestant.finals]
         times += [(math.inf, math.inf)] * len(contestant.failed)
         epochs, seconds = np.median(times, axis=0)
         count = sum(not math.isinf(of_run) for of_run, _ in times)
@@ -219,7 +218,7 @@ def _differences(results: StudyResults) -> Iterator[Block]:
         "corrected for their number. The second interval takes the test pictures for a sample as well."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
-    yield _picture(results, "differences", curves.plot_differences(results, baseline), caption)
+    yield from _picture(f"{results.name}-differences", curves.plot_differences(results, baseline), caption)
 
 
 def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid]) -> Iterator[Block]:
@@ -230,16 +229,16 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
             f"{curves.MOST_LOSS} times the lowest after one epoch. The share of weights at AdaBound's upper bound is "
             "the share that SGD trains, in effect."
         )
-        yield _picture(results, "curves", curves.plot_curves(trained), caption)
+        yield from _picture(f"{results.name}-curves", curves.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
-    if few and (figure := curves.plot_step_map(trained)) is not None:
+    if few:
         caption = (
             "Each layer's median step over AdaBound's upper bound, by epoch (first seed). Red is above the bound, "
             "where AdaBound would cut it, blue below. AdaBound's own is white where it is cut. An optimizer without "
             "bounds is compared with those of its run's settings."
         )
-        yield _picture(results, "step-map", figure, caption)
+        yield from _picture(f"{results.name}-step-map", curves.plot_step_map(trained), caption)
 
 
 def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
@@ -252,29 +251,29 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
             yield "Final top-1, by what else differs: each optimizer minus the first, paired by seed."
             yield table(rows)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
-        yield _picture(results, f"{slug(grid.name)}-grid", plot_grid(grid), caption)
+        name = f"{results.name}-{slug(grid.name)}"
+        yield from _picture(f"{name}-grid", plot_grid(grid), caption)
         for column, title, bounded in (
             ("test_top1", "test top-1", False),
             ("at_upper", "share of weights whose step is at the upper bound", True),
         ):
-            if (figure := plot_grid_curves(grid, column, title, bounded=bounded)) is not None:
-                yield _picture(results, f"{slug(grid.name)}-{column}", figure, f"By epoch: {title}.")
+            figure = plot_grid_curves(grid, column, title, bounded=bounded)
+            yield from _picture(f"{name}-{column}", figure, f"By epoch: {title}.")
 
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
-    if (figure := curves.plot_tuning(results)) is not None:
-        caption = (
-            "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed. AdamW's weight "
-            "decay is of the weights themselves, the others' is L2 in the gradient."
-        )
-        yield _picture(results, "tuning", figure, caption)
-    if (figure := curves.plot_tuning_effort(results)) is not None:
-        caption = "What tuning is worth: the best of k trials, on average over all choices of k of them."
-        yield _picture(results, "tuning-effort", figure, caption)
+    caption = (
+        "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed. AdamW's weight "
+        "decay is of the weights themselves, the others' is L2 in the gradient."
+    )
+    yield from _picture(f"{results.name}-tuning", curves.plot_tuning(results), caption)
+    caption = "What tuning is worth: the best of k trials, on average over all choices of k of them."
+    yield from _picture(f"{results.name}-tuning-effort", curves.plot_tuning_effort(results), caption)
 
 
-def _picture(results: StudyResults, name: str, figure: Figure, caption: str) -> Picture:
-    return picture(f"{results.name}-{name}", caption, figure)
+def _picture(name: str, figure: Figure | None, caption: str) -> Iterator[Block]:
+    if figure is not None:
+        yield picture(name, caption, figure)
 
 
 def speed_section(folder: Path) -> Iterator[Block]:

@@ -75,13 +75,7 @@ class Trial:
         return list(rows.values())
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The epochs after which it was tested."""
-        return [row for row in self.epochs if "test_top1" in row]
-
-    @property
     def opt(self) -> str:
-        """The optimizer."""
         return self.config["settings"]["opt"]
 
     @functools.cached_property
@@ -93,14 +87,11 @@ class Trial:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / CONFIG} is damaged: {error}") from error
 
-    @property
-    def has_test_results(self) -> bool:
-        return (self.folder / TEST_RESULTS).exists()
-
     @functools.cached_property
     def test_results(self) -> dict[str, np.ndarray]:
-        """See `experiments.training.run_folder.read_test_results`."""
-        return read_test_results(self.folder / TEST_RESULTS)
+        """See `experiments.training.run_folder.read_test_results`; {} without that file."""
+        path = self.folder / TEST_RESULTS
+        return read_test_results(path) if path.exists() else {}
 
     @property
     def right(self) -> np.ndarray:
@@ -162,7 +153,9 @@ class Contestant:
         return epochs, np.array([[row[column] for row in of_run[:length]] for of_run in rows], float)
 
     def right(self) -> dict[int, np.ndarray]:
-        """By seed whether each test picture was named rightly, (N,) booleans."""
+        """By seed whether each test picture was named rightly, (N,) booleans; {} if that is not known of all runs."""
+        if not all(trial.test_results for trial in self.finals):
+            return {}
         right = {trial.seed: trial.right for trial in self.finals}
         return right | {trial.seed: np.zeros_like(next(iter(right.values()))) for trial in self.failed if right}
 
@@ -210,7 +203,7 @@ class StudyResults:
     @property
     def title(self) -> str:
         """The data and the network, as its runs call them; its name if none has reached its end."""
-        configs = [trial.config for c in self.contestants for trial in c.finals]
+        configs = [trial.config for contestant in self.contestants for trial in contestant.finals]
         if not configs:
             return self.name
         height, width = configs[0]["input"]["image_size"]
@@ -222,11 +215,8 @@ class StudyResults:
         return next(contestant for contestant in self.contestants if contestant.name == name)
 
     def chosen_again(self, contestant: Contestant) -> float | None:
-        """How often tuning would have chosen the same setting on other held-out pictures; None where that is not known.
-
-        See `experiments.report.analysis.choice_stability`.
-        """
-        ended = [trial for trial in contestant.tuning if trial.state == "done" and trial.has_test_results]
+        """How often `choice_stability` would have chosen the same setting; None where that is not known."""
+        ended = [trial for trial in contestant.tuning if trial.state == "done" and trial.test_results]
         if len(ended) < 2 or not contestant.final:
             return None
         right = np.stack([trial.right for trial in ended])
@@ -237,7 +227,7 @@ class StudyResults:
 
     @functools.cached_property
     def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
-        """What is said of each other contestant against the one to beat, by name: see `against`."""
+        """Of each other contestant against the one to beat, by name: see `against`."""
         if not self.compared or not (theirs := self.find(self.compared[1])).by_seed():
             return {}
         return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.by_seed()}
@@ -246,8 +236,6 @@ class StudyResults:
 def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | None]:
     """The difference of final top-1: over seeds, and over seeds and test pictures (None without predictions)."""
     difference = paired_difference(ours.by_seed(), theirs.by_seed())
-    if not all(trial.has_test_results for trial in (*ours.finals, *theirs.finals)):
-        return difference, None
     our_right, their_right = ours.right(), theirs.right()
     both = sorted(set(our_right) & set(their_right))
     if len(both) < 2:
@@ -266,11 +254,9 @@ def read_study(folder: Path) -> StudyResults:
     spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
     chosen = {field: isinstance(space, list) for field, space in spaces}
     report = protocol.get("report", {})
-    absent = []
-    for other, names in report.get("beside", {}).items():
-        if not (folder.parent / other / TRIALS).exists():
-            absent.append(other)
-            continue
+    beside = report.get("beside", {})
+    absent = [other for other in beside if not (folder.parent / other / TRIALS).exists()]
+    for other, names in ((other, beside[other]) for other in beside if other not in absent):
         _, _, theirs = _read(folder.parent / other)
         for name in names:
             if name not in theirs:
@@ -317,7 +303,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / TRIALS}, line {number}, is damaged: {error}") from error
         name = line["contestant"]
-        block = line.get("block") or _block_by_name(name, protocol)
+        # An older trials.csv does not tell the block: the longest that the name begins with.
+        block = line.get("block") or max((b for b in axes if name.startswith(f"{b}, ")), key=len, default=name)
         labels = {axis: line[axis] for axis in axes.get(block, ())}
         contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
         columns = {column: text for column, text in line.items() if text}
@@ -349,12 +336,6 @@ def _check_line(line: Mapping[str, str | None]) -> None:
         for column in ACCURACIES:
             if not 0 <= float(line[column]) <= 1:
                 raise ValueError(f"{column} is {line[column]}, which is no share")
-
-
-def _block_by_name(name: str, protocol: Mapping[str, Any]) -> str:
-    """The block of a contestant, for a trials.csv that does not tell it."""
-    names = [block["name"] for block in protocol["contestants"]]
-    return max((block for block in names if name.startswith(f"{block}, ")), key=len, default=name)
 
 
 def find_studies(folder: Path) -> Sequence[Path]:

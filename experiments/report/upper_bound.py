@@ -1,11 +1,7 @@
 """AdaBound's upper bound at the end of a run, over the step that Adam takes there.
 
-The final upper bound of a run is final_lr · (1 + 1 / (gamma · T)), where T is its number of updates: AdaBound's bound
-in the unit of the learning rate, which the column `step_upper` of the metrics has too. Adam's median step comes from
-the Adam run of the same study that shares the most settings with the AdaBound run. It is the median over layers of the
-columns `step/LAYER` after the last epoch; each of these is the median over a layer's weights of learning_rate /
-sqrt(v), at the peak learning rate. Where the ratio is far below 1, AdaBound clips nearly all steps and is SGD with
-momentum at that rate. Where it is far above 1, AdaBound clips nothing and is Adam.
+`experiments.report.sections.upper_bound_section` says in the report how both are measured. Where the ratio is far below
+1, AdaBound clips nearly all steps and is SGD with momentum at that rate; where it is far above 1, AdaBound is Adam.
 """
 
 from __future__ import annotations
@@ -15,10 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
+from experiments.output.figures import in_percent, label, panels
 from experiments.report.study_results import StudyResults, Trial
 
 BANDS = ((0.0, 0.05), (0.05, 1.0), (1.0, math.inf))  # of the ratio
@@ -79,20 +74,19 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
         return None
     by_loss = [study.name for study in studies if study.measure == "train_loss" and study.name in points]
     grids = [study.name for study in studies if any(c.labels.keys() & {"final_lr", "gamma"} for c in study.contestants)]
-    panels = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.8), layout="constrained")
-    for axis, (panel, title) in zip(axes, panels.items(), strict=True):
+    shown = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
+    figure, axes = panels(len(shown), len(shown), 5.6, 4.8)
+    for axis, (panel, title) in zip(axes, shown.items(), strict=True):
         for number, (name, of_study) in enumerate(points.items()):
             if panel == "train_loss" and name not in by_loss:
                 continue
             x, y = zip(*sorted((point.ratio, getattr(point, panel)) for point in of_study), strict=True)
             style, size = ("o-", 6) if name in grids else ("o", 4)
-            axis.plot(x, y, style, ms=size, lw=1, color=f"C{number % 10}", label=name)
+            axis.plot(x, y, style, ms=size, lw=1, color=f"C{number % 10}", label=label(name))
         axis.axvline(1, color="black", lw=1, ls="--")
         axis.set(xscale="log", title=title, xlabel="AdaBound's final upper bound over Adam's median step")
-        axis.grid(alpha=0.3)
         if panel != "train_loss":
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            in_percent(axis)
             axis.set_ylim(bottom=0)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -19,7 +19,7 @@ from jax_resnet.adabound import amsbound
 from jax_resnet.checkpoint import CheckpointError, Checkpoints, DamagedError, MismatchError
 from jax_resnet.train import create_train_state, make_train_step
 
-CONFIG = resnet.resnet18(num_classes=3, in_channels=1)
+CONFIG = resnet.ResNetConfig("basic", (1, 1, 1, 1), num_classes=3, in_channels=1)
 
 
 def state_of(optimizer, ema=True):

@@ -6,6 +6,8 @@ import hashlib
 import http.server
 import json
 import threading
+import time
+import types
 
 import jax
 import numpy as np
@@ -72,6 +74,8 @@ def server(files, tmp_path, monkeypatch):
             "HF_HUB_DISABLE_XET": True, "HF_HUB_ETAG_TIMEOUT": 2,
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, constant, value)
+        no_waiting = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", no_waiting)  # between attempts
         yield served
         served.shutdown()
 

@@ -1,8 +1,7 @@
-"""numpy_ref.optim: every optimizer against optax and jax_resnet, alone and in the training of a ResNet."""
+"""numpy_ref.optim: every optimizer against optax and jax_resnet; trainings are compared in tests/experiments/parity."""
 
 import copy
 import doctest
-import functools
 import math
 
 import jax
@@ -13,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_resnet import adabound as jax_adabound
-from jax_resnet import resnet as jax_resnet
-from jax_resnet import train
-from numpy_ref import layers, optim, resnet
+from numpy_ref import optim
 
 
 def jax_sgd(learning_rate, momentum=0.0, nesterov=False, dampening=0.0):
@@ -171,78 +168,6 @@ def test_one_array_is_a_tree(name):
     params = np.array([1.0, -2.0])
     updates, _ = optimizer.update(2 * params, optimizer.init(params), params)
     assert (np.sign(updates) == [-1, 1]).all()
-
-
-# In the training of a ResNet.
-
-SETTINGS = {"num_classes": 5, "in_channels": 1}
-TRAINING = {
-    "sgd": {"learning_rate": falling, "momentum": 0.9, "dampening": 0.5},
-    "adam": {"learning_rate": 1e-3},
-    "adamw": {"learning_rate": 1e-3, "weight_decay": 0.1, "mask": train.decay_mask},
-    "adabound": {"learning_rate": 1e-3, "weight_decay": 1e-2, "mask": train.decay_mask, "gamma": 0.1},
-    "amsbound": {"learning_rate": falling, "final_lr": 0.05},
-}
-
-
-@functools.cache  # compiled once for all optimizers
-def jax_gradients():
-    loss = functools.partial(train.loss_and_logits, jax_resnet.resnet18(**SETTINGS))
-    return jax.jit(jax.grad(loss, has_aux=True))
-
-
-def numpy_gradients(params, batch_stats, images, labels):
-    out, vjp = resnet.apply(resnet.resnet18(**SETTINGS), params, batch_stats, images, train=True)
-    losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels)
-    grads, _ = vjp(*vjp_loss(np.full_like(losses, 1 / len(losses))))
-    return grads, out.batch_stats
-
-
-def randomized(tree, rng):
-    """Moves every array by random numbers: BatchNorm's 1 and 0 would hide mistakes."""
-
-    def moved(x):
-        shift = 0.1 if x.ndim == 1 else 0.0
-        return x * rng.uniform(0.5, 1.5, x.shape) + rng.uniform(0, shift, x.shape)
-
-    return jax.tree.map(moved, tree)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in ("sgd", "adabound") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
-)
-def test_training_steps_of_a_resnet_are_those_of_jax(name, x64):
-    """float64, ResNet-18 on 8 grey images of 33x33 (in the last stage 32 values per channel), 20 steps, each from the
-    state that JAX has then. By the largest entry of each array:
-
-    - moments and running statistics 1e-12, a hundred times what was seen, which is rounding in the network;
-    - parameters 1e-9. Seen: 2e-11 in the first step of Adam and of AdamW, 1e-12 and less elsewhere. That step is
-      g / (|g| + 1e-8): where g is 2e-9 and differs by 4e-17, which is rounding beside the array's largest of 0.03, the
-      update differs by 3e-9 (allowed: 1e-8), and the learning rate makes it small again.
-    """
-    ours, theirs = (alias(**TRAINING[name]) for alias in ALIASES[name])
-
-    @jax.jit
-    def jax_step(grads, opt_state, params):
-        updates, opt_state = theirs.update(grads, opt_state, params)
-        return updates, opt_state, optax.apply_updates(params, updates)
-
-    rng = np.random.default_rng(0)
-    params, batch_stats = randomized(resnet.init(resnet.resnet18(**SETTINGS), rng, np.float64), rng)
-    opt_state = theirs.init(params)
-    for count in range(20):
-        images, labels = rng.normal(size=(8, 33, 33, 1)), rng.integers(0, 5, 8).astype(np.int32)
-        grads, new_stats = numpy_gradients(params, batch_stats, images, labels)
-        updates, state = ours.update(grads, numpy_state(name, opt_state, count), params)
-        new_params = optim.apply_updates(params, updates)
-
-        jax_grads, (_, batch_stats) = as_numpy(jax_gradients()(params, batch_stats, images, labels))
-        jax_updates, opt_state, params = jax_step(jax_grads, opt_state, params)
-        params = as_numpy(params)
-        assert_close(new_params, params, 1e-9)
-        assert_close(updates, as_numpy(jax_updates), 1e-8)
-        assert_close(state, numpy_state(name, opt_state, count + 1), 1e-12)
-        assert_close(new_stats, batch_stats, 1e-12)
 
 
 # Types, and what is left alone.

@@ -35,7 +35,6 @@ def jax_passes(name, options, params, batch_stats, images, train):
     return dict(out._asdict(), loss=loss, dparams=dparams, dimages=dimages)
 
 
-slow = pytest.mark.slow
 NETWORKS = [  # name, options, (N, H, W), train; with BatchNorm 32 values per channel in the last stage
     ("resnet18", {}, (8, 33, 45), True),
     ("resnet18", {}, (8, 64, 64), False),
@@ -44,10 +43,6 @@ NETWORKS = [  # name, options, (N, H, W), train; with BatchNorm 32 values per ch
     ("resnet50", dict(stride_in="conv1"), (8, 45, 33), True),
     ("resnet18", dict(batch_norm=False), (2, 32, 45), True),
     ("resnet50", dict(batch_norm=False, stride_in="conv1"), (2, 33, 32), True),
-    pytest.param("resnet34", {}, (8, 45, 33), True, marks=slow),
-    pytest.param("resnet101", {}, (8, 64, 64), True, marks=slow),
-    pytest.param("resnet101", {}, (8, 33, 45), False, marks=slow),
-    pytest.param("resnet152", {}, (8, 45, 33), True, marks=slow),
 ]
 
 

@@ -15,11 +15,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from shallow import patch_shallow
 
-from experiments.bench import benchmark as tables
-from experiments.bench import compile, contestants, layers, scaling, step
-from experiments.bench import turns as processes
+from experiments.bench import benchmark, contestants, layers, networks, turns
 from experiments.bench.__main__ import BENCHES, main
-from experiments.bench.turns import Result
 from experiments.cli import FailedError
 from experiments.output.tables import as_text, print_table
 from experiments.training import prepare
@@ -55,7 +52,7 @@ class Here:
         return 2.0
 
     def measure(self, steps):
-        return [processes._seconds(self.step) for _ in range(steps)]
+        return [turns._seconds(self.step) for _ in range(steps)]
 
     def close(self):
         pass
@@ -64,8 +61,8 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     """Contestants in this process, which compute with shallow networks."""
-    monkeypatch.setattr(processes, "Contestant", Here)
-    monkeypatch.setattr(processes, "PAUSE", 0)
+    monkeypatch.setattr(turns, "Contestant", Here)
+    monkeypatch.setattr(turns, "PAUSE", 0)
     patch_shallow(monkeypatch, "resnet18")
 
 
@@ -77,7 +74,7 @@ def without_torch(monkeypatch):
 
 @pytest.mark.usefixtures("without_torch")
 def test_step_prints_and_writes_its_tables(tmp_path, monkeypatch, capsys):
-    """In a process, as it is run; those that are not installed are left out."""
+    """In processes, as it is run; those that are not installed are left out."""
     files = [tmp_path / "step.json", tmp_path / "step.png"]
     options = ["--contestants", "numpy", "torch", "--json", str(files[0]), "--plot", str(files[1])]
     assert main([*STEP, *options]) == 0
@@ -106,10 +103,10 @@ def test_step_prints_and_writes_its_tables(tmp_path, monkeypatch, capsys):
 def test_step_table(capsys):
     seconds = np.array([[0.2, 0.4], [0.2, 0.4]])
     results = {
-        "numpy": Result(1.5, 1.25 * seconds, memory_before=40.0, peak_memory=540.0),
-        "torch": Result(0.5, seconds, memory_before=300.0, peak_memory=900.0),
+        "numpy": turns.Result(1.5, 1.25 * seconds, memory_before=40.0, peak_memory=540.0),
+        "torch": turns.Result(0.5, seconds, memory_before=300.0, peak_memory=900.0),
     }
-    print_table(step.rows(results))
+    print_table(networks.step_rows(results))
     assert capsys.readouterr().out.splitlines() == [
         "        ratio   median ms   quartiles ms   first step s   peak MB   above libraries MB",
         "numpy    1.25         375        250-500           1.50       540                  500",
@@ -123,7 +120,6 @@ def test_step_table(capsys):
         ([*STEP, "--rounds", "0"], "at least 1"),
         ([*STEP, "--batch-size", "0"], "at least 1"),
         ([*STEP, "--image-size", "8"], "--image-size"),
-        (["step", "--image-size", "64"], "go with --arch"),
         ([*LAYERS, "--iterations", "0"], "at least 1"),
         ([*STEP, "--threads", "4096"], "cores to use"),
         ([*STEP, "--json", "nowhere/step.json"], "there is no folder nowhere"),
@@ -161,10 +157,10 @@ def test_a_contestant_that_fails_is_left_out(capsys):
     case = contestants.Case("resnet19", 2, 32, 32)
     make_steps = {
         "jax": functools.partial(contestants.jax_step, case),
-        "numpy": functools.partial(layers.numpy_layer, layers.CLASSIC, "all", "float32"),
+        "numpy": functools.partial(layers.numpy_layer, layers.SMALL, "forward", "float32"),
     }
-    with processes.started(["jax", "numpy"]) as started:
-        results = processes.compete(started, make_steps, rounds=2, steps=3)
+    with turns.started(["jax", "numpy"]) as started:
+        results = turns.compete(started, make_steps, rounds=2, steps=3)
     assert re.search(r"left out: jax: AttributeError: .*resnet19", capsys.readouterr().out)
     assert list(results) == ["numpy"]
     assert results["numpy"].seconds.shape == (2, 3)
@@ -188,16 +184,19 @@ def test_where_all_fail_nobody_is_left(arguments, message, capsys):
 
 
 @pytest.mark.usefixtures("here")
-def test_scaling_goes_on_without_devices(monkeypatch, capsys):
-    """As on a machine with one GPU, which cannot be several."""
-    monkeypatch.setattr(scaling, "VIRTUAL", "")
-    monkeypatch.setattr(scaling, "DEVICES", (1, 2, 3))
-    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--task", "inference"]
-    assert main(["scaling", *arguments, "--over", "devices", "--contestants", "jax", "--rounds", "1"]) == 0
+def test_scaling_goes_on_where_a_row_cannot_be_measured(monkeypatch, capsys):
+    """A batch too small for training; devices on a machine with one GPU, which cannot be several."""
+    monkeypatch.setattr(networks, "VIRTUAL", "")
+    monkeypatch.setitem(networks.GROWTH, "batch-size", [{"batch_size": size} for size in (1, 2, 4)])
+    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--contestants", "jax", "numpy"]
+    assert main(["scaling", *arguments, "--over", "batch-size", "devices", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
-    assert [row[0] for row in rows(printed, "1")] == ["device"]
+    for name in ("numpy: ValueError: ", "jax: ValueError: "):
+        assert f"left out: {name}batch_norm: training needs more than one value per channel" in printed
+    assert [row[:2] for row in rows(printed, "batch")] == [["size", "2"], ["size", "4"]]
+    assert [len(row) for row in rows(printed, "batch")] == [6, 6]  # its size, milliseconds and images/s of both
+    assert [row[:1] for row in rows(printed, "devices")] == [["1"]]
     assert "2 devices: there are 1" in printed
-    assert "left out: 3 devices" in printed
 
 
 def test_peak_memory_is_that_of_the_contestant_alone():
@@ -206,7 +205,7 @@ def test_peak_memory_is_that_of_the_contestant_alone():
     """
     ours, theirs = 2**28, 2**26  # bytes
     held = np.ones(ours // 8)
-    with processes.started(["numpy"]) as (contestant,):
+    with turns.started(["numpy"]) as (contestant,):
         contestant.build(functools.partial(functools.partial, np.ones, theirs // 8))
     assert contestant.memory_before < held.nbytes / 1e6
     assert 0.95 < (contestant.peak_memory - contestant.memory_before) / (theirs / 1e6) < 1.5
@@ -216,16 +215,11 @@ def test_ratios_are_to_the_best_torch():
     """The better form by its median; the ratio is taken within rounds, so that a slow round cancels."""
     slow_round = np.array([1, 1, 10])
     seconds = {"jax": 3 * slow_round, "torch": 4 * slow_round, "torch.channels_last": 2 * slow_round}
-    assert tables.ratios_to_best_torch(seconds) == {"jax": 1.5, "torch": 2.0, "torch.channels_last": 1.0}
-    assert tables.ratios_to_best_torch({"jax": slow_round}) == {}
+    assert benchmark.ratios_to_best_torch(seconds) == {"jax": 1.5, "torch": 2.0, "torch.channels_last": 1.0}
+    assert benchmark.ratios_to_best_torch({"jax": slow_round}) == {}
 
 
-@pytest.fixture
-def shallow_resnet18(monkeypatch):
-    patch_shallow(monkeypatch, "resnet18")
-
-
-@pytest.mark.usefixtures("shallow_resnet18")
+@pytest.mark.usefixtures("here")
 def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
     """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
     monkeypatch.setitem(prepare.DRAWINGS, "train_count", 196)
@@ -246,17 +240,18 @@ def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
     assert "exceeds" in capsys.readouterr().err
 
 
-def test_remat_takes_less_memory():
+def test_remat_takes_less_memory(monkeypatch):
     """In one program, as a training step is: XLA:CPU does not merge the second run of a block with the first."""
-    case = contestants.Case("resnet50", 4, 32, 32)
-    programs = [contestants.jax_program(case, remat=remat) for remat in (False, True)]
+    patch_shallow(monkeypatch, "resnet50")
+    case = contestants.Case("resnet50", 4, 64, 64)
+    programs = [contestants.our_program(case, remat=remat) for remat in (False, True)]
     without, remat = (
         function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes for function, arguments in programs
     )
     assert remat < 0.8 * without
 
 
-TWO_LAYERS = [layers.Layer("conv", 1, (2, 6, 7, 3), 5), layers.Layer("norm+relu", 1, (2, 6, 7, 3))]
+TWO_LAYERS = {layers.Layer("conv", (2, 6, 7, 3), 5): 1, layers.Layer("norm+relu", (2, 6, 7, 3)): 1}
 
 
 @pytest.mark.usefixtures("here")
@@ -265,10 +260,9 @@ def test_layers_prints_its_tables(monkeypatch, capsys):
     assert main(LAYERS) == 0
     printed = capsys.readouterr().out
     small, product, conv, norm, total = rows(printed, "jax")
-    assert str(layers.CLASSIC) in printed
+    assert str(layers.SMALL) in printed
     assert [len(rows(printed, name)) for name in layers.NUMPY_FORMS] == [1, 1, 1]
-    assert len(small) == 3  # median, quartiles, GFLOP/s
-    assert len(product) == 1
+    assert len(small) == len(product) == 3  # GFLOP/s, median, quartiles
     assert len(conv) == 9  # time, speed and share of three passes
     assert len(norm) == 4  # time and speed of two
     milliseconds = float(conv[0]) + float(conv[3]) + float(conv[6]) + float(norm[0]) + float(norm[2])
@@ -287,13 +281,13 @@ def test_compile_starts_cold_and_then_warm(monkeypatch):
     def started(names, threads, environment):
         cache = environment["JAX_COMPILATION_CACHE_DIR"]
         seen.append(programs(cache))
-        with processes.started(names, threads, environment) as those:
+        with turns.started(names, threads, environment) as those:
             yield those
         seen.append(programs(cache))
 
-    monkeypatch.setattr(compile, "started", started)
+    monkeypatch.setattr(networks, "started", started)
     case = contestants.Case("resnet18", 2, 32, 32, task="inference")
-    assert min(compile.cold_and_warm("jax", case, 1)) > 0
+    assert min(networks.cold_and_warm("jax", case, 1)) > 0
     before_cold, after_cold, before_warm, after_warm = seen
     assert not before_cold
     assert after_cold
@@ -302,7 +296,7 @@ def test_compile_starts_cold_and_then_warm(monkeypatch):
 
 def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch):
     def one_table_then_none(self):
-        yield tables.Table("first", {"numpy": {"ms": 1.0}}, ("ms",))
+        yield benchmark.Table("first", {"numpy": {"ms": 1.0}}, ("ms",))
         raise ValueError("nobody is left")
 
     monkeypatch.setattr(BENCHES["step"], "run", one_table_then_none)
@@ -312,48 +306,31 @@ def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch
 
 
 def test_turns_rotate():
-    """So that nobody always follows the same contestant."""
+    """So that nobody always follows the same contestant; each has built its step before."""
     took = []
-
-    class Fake:
-        memory_before = peak_memory = 0
-
-        def __init__(self, name):
-            self.name = name
-
-        def build(self, make_step):
-            return 0.0
-
-        def measure(self, steps):
-            took.append(self.name)
-            return [float(ord(self.name))]
-
-    results = processes.compete([Fake("a"), Fake("b"), Fake("c")], dict.fromkeys("abc"), rounds=3, steps=1)
-    assert "".join(took) == "bcacababc"
-    assert {name: result.seconds.tolist() for name, result in results.items()} == {n: 3 * [[ord(n)]] for n in "abc"}
+    make_steps = {name: lambda name=name: lambda: took.append(name) for name in "abc"}
+    results = turns.compete(list(map(Here, "abc")), make_steps, rounds=3, steps=1)
+    assert "".join(took) == "abc" + "bcacababc"
+    assert {name: result.seconds.shape for name, result in results.items()} == dict.fromkeys("abc", (3, 1))
 
 
 def test_a_contestant_that_dies_is_named():
-    with (
-        processes.started(["numpy"], 1) as (contestant,),
-        pytest.raises(FailedError, match="without a word"),
-    ):
+    with turns.started(["numpy"], 1) as (contestant,), pytest.raises(FailedError, match="without a word"):
         contestant.build(functools.partial(os._exit, 1))
 
 
 def test_compile_prints_its_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(compile, "cold_and_warm", lambda name, case, threads: (2.0, 1.0))
-    arguments = ["--contestants", "jax", "--tasks", "inference", "--rounds", "3"]
-    assert main(["compile", *arguments, "--json", str(tmp_path / "compile.json")]) == 0
-    (table,) = json.loads((tmp_path / "compile.json").read_text())["tables"]
-    assert (table["rows"]["jax"]["cold s"], table["rows"]["jax"]["warm s"]) == (2.0, 1.0)
-    assert np.shape(table["seconds"]["jax"]) == (3, 2)
-
-
-def test_compile_ratios_are_to_torch_compile():
-    seconds = {"jax": np.array([[6.0, 1.0]]), "torch.compile": np.array([[60.0, 20.0]])}
-    assert compile.rows(seconds)["jax"]["cold ratio"] == pytest.approx(0.1)
-    assert compile.rows(seconds)["jax"]["warm ratio"] == pytest.approx(0.05)
+    """Ratios are to torch.compile, where it took part."""
+    taken = {"jax": (6.0, 1.0), "torch.compile": (60.0, 20.0)}
+    monkeypatch.setattr(networks, "cold_and_warm", lambda name, case, threads: taken[name])
+    monkeypatch.setattr(networks, "available", list)
+    for names in (["jax"], list(taken)):
+        arguments = ["--contestants", *names, "--tasks", "inference", "--rounds", "3"]
+        assert main(["compile", *arguments, "--json", str(tmp_path / "compile.json")]) == 0
+        (table,) = json.loads((tmp_path / "compile.json").read_text())["tables"]
+        row = {"cold s": 6.0, "cold range s": [6.0, 6.0], "warm s": 1.0, "warm range s": [1.0, 1.0]}
+        assert table["rows"]["jax"] == row | ({"cold ratio": 0.1, "warm ratio": 0.05} if len(names) == 2 else {})
+        assert np.shape(table["seconds"]["jax"]) == (3, 2)
 
 
 @needs_torch
@@ -377,46 +354,25 @@ def test_memory_grows_with_the_batch(capsys):
     assert 40 < small < large  # MB: more than the weights of a ResNet-18
 
 
-@pytest.mark.usefixtures("here")
-def test_scaling_prints_its_tables(monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2, 4))
-    arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--contestants", "numpy"]
-    assert main(["scaling", *arguments, "--over", "batch-size", "--rounds", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "left out: numpy: ValueError: batch_norm: training needs more than one value per channel" in printed
-    assert [row[0] for row in rows(printed, "batch")] == ["2", "4"]
-    assert [len(row) for row in rows(printed, "batch")] == [3, 3]  # its size, milliseconds, images/s
-
-
 def test_devices_share_the_batch():
     """The logits on two virtual devices, which only a new process can have, are those on one."""
     case = contestants.Case("resnet18", 4, 32, 32, task="inference")
-    with pytest.raises(ValueError, match="there are 1"):
-        contestants.jax_step(case, devices=2)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    with processes.started(["jax"], None, flags) as (contestant,):
+    with turns.started(["jax"], None, flags) as (contestant,):
         contestant.build(functools.partial(functools.partial, check_devices, case))
 
 
 def check_devices(case):
-    one, two = contestants.jax_step(case)(), contestants.jax_step(case, devices=2)()
+    one, two = contestants.jax_step(case)(), contestants.jax_step(case._replace(devices=2))()
     assert len(two.sharding.device_set) == 2
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 * np.abs(one).max())
-
-
-def test_what_grows():
-    base = contestants.Case("resnet50", 8, 96, 96)
-    assert [case.batch_size for _, case in scaling.cases(base, "batch-size")] == list(scaling.BATCH_SIZES)
-    sizes = [case for _, case in scaling.cases(base, "image-size")]
-    assert [(case.height, case.batch_size) for case in sizes] == [(64, 8), (96, 8), (128, 4), (160, 4), (224, 4)]
-    assert [case.arch for _, case in scaling.cases(base, "depth")] == list(scaling.ARCHS)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot bind a process to cores")
 def test_threads_bind_a_contestant_to_cores():
     """It finds so many cores, and this process still has its own."""
     before = os.sched_getaffinity(0)
-    with processes.started(["numpy"], threads=1, environment={"SOMETHING": "1"}) as (contestant,):
+    with turns.started(["numpy"], threads=1, environment={"SOMETHING": "1"}) as (contestant,):
         contestant.build(functools.partial(functools.partial, check_what_is_inherited))
     assert os.sched_getaffinity(0) == before
     assert "SOMETHING" not in os.environ

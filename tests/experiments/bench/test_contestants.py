@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from shallow import patch_shallow
 
 import jax_resnet.resnet
 import numpy_ref.fast
@@ -55,7 +56,9 @@ def network_results(name: str, task: contestants.Task) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def same_weights(monkeypatch, x64):
-    """Has all networks start with the weights that numpy_ref draws from seed 0, and makes all of it float64."""
+    """Has all networks, one block a stage, start with numpy_ref's weights of seed 0, and makes all of it float64."""
+    patch_shallow(monkeypatch, "resnet18")
+    monkeypatch.setitem(linen.STAGES, "resnet18", (1, 1, 1, 1))
     images, labels = contestants.batch(CASE)
     monkeypatch.setattr(contestants, "batch", lambda case: (images.astype(np.float64), labels))
     config = numpy_ref.fast.resnet18(num_classes=CASE.num_classes, in_channels=CASE.channels)
@@ -129,32 +132,27 @@ def test_the_layers_of_a_network_are_all_there():
         found = layers.distinct_layers(case)
         config = getattr(jax_resnet.resnet, arch)(num_classes=case.num_classes, in_channels=channels)
         expected = sum(row.multiply_adds for row in layer_rows(config, 64, 96))
-        assert sum(layer.count * layer.operations for layer in found) == 2 * case.batch_size * expected
-        assert len(set(found)) == len(found)
+        assert sum(count * layer.operations for layer, count in found.items()) == 2 * case.batch_size * expected
 
 
 LAYERS = [
-    layers.Layer("conv", 1, (2, 6, 7, 3), 5, 3, 2),
-    layers.Layer("conv", 1, (2, 6, 7, 3), 5),
-    layers.Layer("norm+relu", 1, (2, 6, 7, 3)),
-    layers.Layer("max_pool", 1, (2, 6, 7, 3), kernel=3, stride=2),
-    layers.Layer("dense", 1, (2, 1, 1, 3), 5),
+    layers.Layer("conv", (2, 6, 7, 3), 5, 3, 2),
+    layers.Layer("conv", (2, 6, 7, 3), 5),
+    layers.Layer("norm+relu", (2, 6, 7, 3)),
+    layers.Layer("max_pool", (2, 6, 7, 3), kernel=3, stride=2),
+    layers.Layer("dense", (2, 1, 1, 3), 5),
 ]
 
 
 @pytest.mark.parametrize("name", ["numpy", "numpy.unfolded", "jax", "torch", "torch.channels_last"])
 def test_small_convolutions_compute_the_same(name):
-    """y, dx and dweight of the plain loops; float32 sums of at most some hundred terms."""
+    """The output of the plain loops; float32 sums of at most some hundred terms."""
     if name.startswith("torch") and not TORCH:
         pytest.skip("needs the extra torch")
-    make = (layers.NUMPY_FORMS | layers.CONTESTANTS)[name]
-    results = make(layers.CLASSIC, "all", "float32")()
-    if name.startswith("torch"):
-        axes = [(0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0)]
-        results = [r.detach().numpy().transpose(a) for r, a in zip(results, axes, strict=True)]
-    expected = layers.NUMPY_FORMS["numpy.loops"](layers.CLASSIC, "all", "float32")()
-    for result, reference in zip(results, expected, strict=True):
-        np.testing.assert_allclose(result, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    result = (layers.NUMPY_FORMS | layers.CONTESTANTS)[name](layers.SMALL, "forward", "float32")()
+    result = np.moveaxis(result.numpy(), 1, -1) if name.startswith("torch") else result
+    expected = layers.NUMPY_FORMS["numpy.loops"](layers.SMALL, "forward", "float32")()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @needs_torch
@@ -162,7 +160,7 @@ def test_small_convolutions_compute_the_same(name):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_layer_contestants_compute_the_same(layer, channels_last):
     """float32 sums of at most some hundred terms."""
-    for name in layers.passes(layer):
+    for name in layer.passes:
         ours = np.asarray(jax.tree.leaves(layers.jax_layer(layer, name, "float32")())[0])
         theirs = layers.torch_layer(layer, name, "float32", channels_last=channels_last)()
         theirs = (theirs if name == "forward" else theirs[0]).numpy()

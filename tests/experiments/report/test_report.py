@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from fake_cars import FAKE, SMALL
 
+from experiments.output.figures import MARK
+from experiments.output.page import picture, write_html
 from experiments.report import __main__ as report
 from experiments.report.answer import answer
-from experiments.report.curves import plot_curves, plot_differences
+from experiments.report.curves import plot_curves, plot_differences, plot_tuning_effort
 from experiments.report.grids import find_grids, grid_differences, plot_grid_curves
-from experiments.report.markdown import picture, write_report
 from experiments.report.study_results import Contestant, StudyResults, Trial, read_study
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_points, upper_bound_rows
 from experiments.study import __main__ as study
@@ -53,10 +54,23 @@ def change_trials(study, change):
     path = study / "trials.csv"
     lines = list(csv.DictReader(path.read_text().splitlines()))
     more = [other for line in lines if (other := change(line))]
+    write_trials(path, lines + more)
+
+
+def write_trials(path, lines):
+    """Those columns that the first line has."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(lines + more)
+        writer.writerows(lines)
+
+
+@pytest.fixture(scope="module")
+def out(results, tmp_path_factory):
+    """The folder of a report on all of them."""
+    folder = tmp_path_factory.mktemp("out")
+    report_on(results, folder)
+    return folder
 
 
 @pytest.fixture
@@ -65,11 +79,10 @@ def copied(results, tmp_path):
     return shutil.copytree(results, tmp_path / "results")
 
 
-def test_the_page_has_everything_inside(results, tmp_path):
-    markdown = report_on(results, tmp_path / "out")
-    page = (tmp_path / "out" / "index.html").read_text()
+def test_the_page_has_everything_inside(out):
+    markdown, page = ((out / name).read_text() for name in ("report.md", "index.html"))
     assert "http" not in page
-    pictures = [path.name for path in (tmp_path / "out").glob("*.png")]
+    pictures = [path.name for path in out.glob("*.png")]
     for name in (
         "upper-bound",
         "small-curves",
@@ -95,7 +108,7 @@ def test_the_page_has_everything_inside(results, tmp_path):
 def test_text_from_files_is_shown_and_not_obeyed(tmp_path):
     figure = plot_curves([])
     text = "<script>alert(1)</script> [here](javascript:x)"
-    write_report(tmp_path, "a < b", [picture("p", text, figure)], {"x <b>": [text]})
+    write_html(tmp_path / "index.html", "a < b", [picture("p", text, figure)], {"x <b>": [text]})
     page = (tmp_path / "index.html").read_text()
     assert "<script" not in page
     assert 'href="javascript' not in page
@@ -146,10 +159,8 @@ def test_a_trials_file_without_blocks_is_still_read(copied):
     """As studies left it before there was that column: a contestant's block follows from its name."""
     path = copied / "map" / "trials.csv"
     lines = list(csv.DictReader(path.read_text().splitlines()))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [column for column in lines[0] if column != "block"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(lines)
+    del lines[0]["block"]
+    write_trials(path, lines)
     contestants = read_study(copied / "map").contestants
     assert {c.block for c in contestants} == {"bounds"}
     assert contestants[0].labels == {"learning_rate": "0.001", "final_lr": "0.1"}
@@ -169,8 +180,8 @@ def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
     assert row["below 0.05"] == ""
 
 
-def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, tmp_path):
-    lines = report_on(results / "small", tmp_path / "out").splitlines()
+def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, out):
+    lines = (out / "report.md").read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.endswith("| chosen again |"))
     rows = {
         row[1]: row[2:-1] for row in ([c.strip() for c in line.split("|")] for line in lines[start + 2 : start + 4])
@@ -201,24 +212,17 @@ def test_a_setting_that_hangs_on_the_held_out_pictures_is_no_secret(copied):
     assert read_study(copied / "small").chosen_by_loss
 
 
-def test_final_runs_of_another_study_stand_beside(results, tmp_path):
+def test_final_runs_of_another_study_stand_beside(results, out):
     check = read_study(results / "small_check")
     assert [(c.name, c.beside) for c in check.contestants] == [("SGD", False), ("AdaBound", True), ("Adam", True)]
     assert len(check.trials) == 2  # its own
     theirs = read_study(results / "small").find("AdaBound")
     assert check.find("AdaBound").by_seed() == theirs.by_seed()
     assert check.answers["AdaBound"][0].count == 2
-    page = report_on(results, tmp_path / "out")
+    page = (out / "report.md").read_text()
     assert "Of another study: AdaBound, Adam." in page
     answers = [line for line in page[: page.index("## ")].splitlines() if line.startswith("> ")]
     assert [line.partition(":")[0] for line in answers] == ["> small", "> small_check"]
-
-
-def test_a_contestant_that_the_other_study_lacks_is_named(copied, tmp_path, capsys):
-    path = copied / "small_check" / "protocol.toml"
-    path.write_text(path.read_text().replace('"AdaBound", "Adam"', '"AdaBound", "Adom"'))
-    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 2
-    assert "Adom of small, which has no such contestant" in capsys.readouterr().err
 
 
 def test_studies_may_stand_beside_one_another(copied):
@@ -281,36 +285,18 @@ def test_an_unfinished_study_says_so(copied, tmp_path):
 
 def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
     """Runs of one measurement side by side."""
-    (copied / "bench").mkdir()
+    (copied / "map" / "bench").mkdir()
     for number, ratio in enumerate((0.891, 0.9)):
         rows = {"jax": {"ratio": ratio, "quartiles ms": [10.0, 12.0]}, "torch": {"ratio": 1.0}}
         table = {"title": "training step: gradients", "rows": rows, "seconds": {}}
         bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
-        (copied / "bench" / f"step-{number}.json").write_text(json.dumps(bench))
+        (copied / "map" / "bench" / f"step-{number}.json").write_text(json.dumps(bench))
     memory = bench | {"benchmark": "memory"}  # its ratios are not of times
-    (copied / "bench" / "memory.json").write_text(json.dumps(memory))
-    (copied / "notes.md").write_text("cars96: no GPU was at hand.\n")
-    page = report_on(copied, tmp_path / "out")
+    (copied / "map" / "bench" / "memory.json").write_text(json.dumps(memory))
+    (copied / "map" / "notes.md").write_text("cars96: no GPU was at hand.\n")
+    page = report_on(copied / "map", tmp_path / "out")
     for text in ("| training step | 0.89, 0.90 | 1.00, 1.00 |", "On two cores.", "no GPU was at hand"):
         assert text in page
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("small/trials.csv", "a,b\n1,2\n", "trials.csv is not that of a study"),
-        ("small/protocol.toml", "about = ", "protocol.toml is damaged"),
-        ("small/adam/seed-4/predictions.csv", "a,b\n", "predictions.csv holds no test results"),
-        ("small/adam/seed-4/config.json", "{", "config.json"),
-        ("small/adam/seed-4/metrics.jsonl", "no\n", "metrics.jsonl"),
-        ("bench/step.json", "{}", "step.json is not what experiments.bench --json writes"),
-    ],
-)
-def test_damaged_files_are_named(copied, tmp_path, capsys, name, text, said):
-    (copied / name).parent.mkdir(exist_ok=True)
-    (copied / name).write_text(text)
-    assert report.main([str(copied), "--out", str(tmp_path / "out")]) == 2
-    assert said in capsys.readouterr().err
 
 
 def test_bad_arguments_are_named(results, tmp_path, capsys):
@@ -341,43 +327,44 @@ def test_axes_become_a_grid():
     assert plot_grid_curves(grid, "test_top1", "test top-1") is None  # nothing has been trained
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new", "said"),
-    [
-        ("trials.csv", ",tuning,", ",tunning,", "trials.csv, line 2, is damaged: stage 'tunning' is none"),
-        ("trials.csv", ",done,", ",dne,", "trials.csv, line 2, is damaged: state 'dne' is none of open, begun"),
-        ("trials.csv", ",done,0,", ",done,x,", "trials.csv, line 2, is damaged: invalid literal for int"),
-        ("trials.csv", ",1.0,", ",5.3,", "is 5.3, which is no share"),
-        (
-            "trials.csv",
-            "Adam,Adam,tuning,0",
-            "Adam,Adam,tuning",
-            "line 2, is damaged: it has another number of columns",
-        ),
-        ("protocol.toml", "seeds = [4, 5]", "seeds = [4, 5, 6]", "trials.csv has 10 runs, and protocol.toml"),
-        ("protocol.toml", "about", "abuot", "protocol.toml is damaged: about is missing"),
-        ("adam/seed-4/metrics.jsonl", '"test_top1"', '"top1"', "metrics.jsonl is missing, or its last epoch was not"),
-        ("adam/seed-4/metrics.jsonl", '"test_top1": 0.', '"test_top1": 0.0', "it ends with a top-1 of 0.0"),
-    ],
-)
-def test_damaged_results_are_named(copied, tmp_path, capsys, name, old, new, said):
+DAMAGES = [  # a file, what stands there (None: all of it), what in its place, and what is said
+    ("trials.csv", None, "a,b\n1,2\n", "trials.csv is not that of a study"),
+    ("trials.csv", None, b"\xff\xfe", "trials.csv is damaged"),
+    ("trials.csv", ",tuning,", ",tunning,", "trials.csv, line 2, is damaged: stage 'tunning' is none"),
+    ("trials.csv", ",done,", ",dne,", "trials.csv, line 2, is damaged: state 'dne' is none of open, begun"),
+    ("trials.csv", ",done,0,", ",done,x,", "trials.csv, line 2, is damaged: invalid literal for int"),
+    ("trials.csv", ",1.0,", ",5.3,", "is 5.3, which is no share"),
+    ("trials.csv", "Adam,Adam,tuning,0", "Adam,Adam,tuning", "is damaged: it has another number of columns"),
+    ("protocol.toml", None, "about = ", "protocol.toml is damaged"),
+    ("protocol.toml", "seeds = [4, 5]", "seeds = [4, 5, 6]", "trials.csv has 10 runs, and protocol.toml"),
+    ("protocol.toml", "about", "abuot", "protocol.toml is damaged: about is missing"),
+    ("../small_check/protocol.toml", '", "Adam"]', '", "Adom"]', "Adom of small, which has no such contestant"),
+    ("adam/seed-4/predictions.csv", None, "a,b\n", "predictions.csv holds no test results"),
+    ("adam/seed-4/config.json", None, "{", "config.json"),
+    ("adam/seed-4/metrics.jsonl", None, "no\n", "metrics.jsonl"),
+    ("adam/seed-4/metrics.jsonl", '"test_top1"', '"top1"', "metrics.jsonl is missing, or its last epoch was not"),
+    ("adam/seed-4/metrics.jsonl", '"test_top1": 0.', '"test_top1": 0.0', "it ends with a top-1 of 0.0"),
+    ("../bench/step.json", None, "{}", "step.json is not what experiments.bench --json writes"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "said"), DAMAGES)
+def test_damaged_files_are_named(copied, tmp_path, capsys, name, old, new, said):
     path = copied / "small" / name
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new) if name.endswith("jsonl") else text.replace(old, new, 1))
-    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 2
+    path.parent.mkdir(exist_ok=True)
+    if old is None:
+        path.write_bytes(new if isinstance(new, bytes) else new.encode())
+    else:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new) if name.endswith("jsonl") else text.replace(old, new, 1))
+    assert report.main([str(copied if ".." in name else copied / "small"), "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_trials_that_are_no_text_are_named(copied, tmp_path, capsys):
-    (copied / "small" / "trials.csv").write_bytes(b"\xff\xfe")
-    assert report.main([str(copied / "small"), "--out", str(tmp_path / "out")]) == 2
-    assert "trials.csv is damaged" in capsys.readouterr().err
-
-
 def test_an_answer_by_hand_stands_first(copied, tmp_path):
-    (copied / "answer.md").write_text("In short:\nnobody knows.\n")
-    page = report_on(copied, tmp_path / "out")
+    (copied / "small" / "answer.md").write_text("In short:\nnobody knows.\n")
+    page = report_on(copied / "small", tmp_path / "out")
     assert page.startswith("# Is AdaBound better than Adam?\n\n> In short: nobody knows.\n\n| study |")
 
 
@@ -414,6 +401,14 @@ def test_one_that_learned_nothing_does_not_press_the_differences_together():
     (axis,) = plot_differences(results, contestants[0]).axes
     assert axis.get_xlim() == pytest.approx((-0.011, 0.011))
     assert [text.get_text() for text in axis.texts] == ["-46"]
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    """matplotlib would leave it out."""
+    ended = Trial({"stage": "tuning", "state": "done", "top1": "0.5"}, Path())
+    contestants = [Contestant(name, name, {}, "C0", tuning=[ended, ended]) for name in ("_Adam", "SGD")]
+    (axis,) = plot_tuning_effort(StudyResults("small", "", contestants, (), (), {})).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [f"{MARK}_Adam", "SGD"]
 
 
 def test_a_grid_of_which_nothing_was_trained_yet_is_left_out(copied, tmp_path):

@@ -1,0 +1,238 @@
+"""Benchmarks in which whole networks compete: `python -m experiments.bench step`, compile, memory and scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.bench.benchmark import BenchSettings, Table, ratios_to_best_torch, times
+from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName, Task
+from experiments.bench.turns import NOBODY_LEFT, Result, available, compete, framework, started, who_can
+from experiments.cli import Arch
+from experiments.output.tables import Cell
+
+CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
+Axis = Literal["batch-size", "image-size", "depth", "devices"]
+GROWTH: dict[Axis, list[dict[str, Any]]] = {  # what is replaced in the case, row by row
+    "batch-size": [{"batch_size": size} for size in (1, 2, 4, 8, 16, 32)],
+    "image-size": [{"height": side, "width": side} for side in (64, 96, 128, 160, 224)],
+    "depth": [{"arch": arch} for arch in get_args(Arch)],
+    "devices": [{"devices": count} for count in (1, 2, 4)],
+}
+VIRTUAL = "--xla_force_host_platform_device_count={}"  # of a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkBench(BenchSettings):
+    """The settings of every benchmark in which whole networks compete."""
+
+    contestants: tuple[ContestantName, ...] = ("jax", "torch")
+    """Who takes part."""
+    tasks: tuple[Task, ...] = ("training", "inference")
+    """What is run."""
+
+    def run(self) -> Iterator[Table]:
+        names = available(self.contestants)
+        for task in self.tasks:
+            yield from self.tables(names, self.case._replace(task=task))
+
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        """The tables of one task, in which these contestants take part."""
+        raise NotImplementedError
+
+    def measure(
+        self, names: Sequence[str], case: Case, *, rounds: int, steps: int, environment: Mapping[str, str] | None = None
+    ) -> dict[str, Result]:
+        """`compete` in new processes, with these variables in addition."""
+        make_steps = {name: functools.partial(CONTESTANTS[name], case) for name in names}
+        with started(names, self.threads, environment) as contestants:
+            return compete(contestants, make_steps, rounds, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBench(NetworkBench):
+    """Time training steps and inference.
+
+    Ratios are to the fastest form of PyTorch in the table. Memory is that of a contestant's process: the most it has
+    held (libraries, weights, compilation), and the part of it that came after its libraries were imported.
+    """
+
+    contestants: tuple[ContestantName, ...] = tuple(name for name in CONTESTANTS if name != "jax.remat")
+    """Who takes part."""
+    steps: int = 3
+    """Steps a turn, after a tenth of them, at least one, to warm up."""
+
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        results = self.measure(names, case, rounds=self.rounds, steps=self.steps)
+        seconds = {name: result.seconds for name, result in results.items()}
+        yield Table(f"{case}, {TASKS[case.task]}", step_rows(results), ("median ms",), seconds)
+
+
+def step_rows(results: dict[str, Result]) -> dict[str, dict[str, Cell]]:
+    """The rows of a table; ratios are between medians of a round."""
+    ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
+    return {
+        name: ({"ratio": ratios[name]} if ratios else {})
+        | times(result.seconds)
+        | {
+            "first step s": result.first_step,
+            "peak MB": result.peak_memory,
+            "above libraries MB": result.above_libraries,
+        }
+        for name, result in results.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileBench(NetworkBench):
+    """Time the first training step and the first inference, cold and with a warm cache, against torch.compile's.
+
+    A cold start has an empty cache of compiled programs, a warm one the cache that the cold start has filled. Each is a
+    new process, which has imported its libraries. Ratios are to torch.compile, which takes a minute or more for a deep
+    network: a round takes minutes.
+    """
+
+    contestants: tuple[Literal["jax", "torch.compile"], ...] = ("jax", "torch.compile")
+    """Who takes part."""
+    rounds: int = 3
+    """The contestants take turns this often, each from an empty cache."""
+
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        rounds: list[dict[str, tuple[float, float]]] = []
+        for _ in tqdm(range(self.rounds), desc="rounds", leave=False):
+            rounds.append(who_can(names, lambda name: cold_and_warm(name, case, self.threads)))
+            names = list(rounds[-1])
+        seconds = {name: np.array([of_round[name] for of_round in rounds]) for name in names}
+        yield Table(f"{case}, first {TASKS[case.task]}", compile_rows(seconds), ("cold s", "warm s"), seconds)
+
+
+def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
+    """Seconds of the first step in a process that finds nothing compiled, and in a second one with the same cache."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as cache:
+        # Small programs are kept as well, as by `experiments.machine`.
+        environment = {CACHE_VARIABLES[name]: cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        for _ in range(2):
+            with started([name], threads, environment) as (contestant,):
+                seconds.append(contestant.build(functools.partial(CONTESTANTS[name], case)))
+    cold, warm = seconds
+    return cold, warm
+
+
+def compile_rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
+    """By contestant the medians over rounds, and the shortest and longest round."""
+    rows: dict[str, dict[str, Cell]] = {name: {} for name in seconds}
+    for column, start in enumerate(("cold", "warm")):
+        of_start = {name: of_both[:, column] for name, of_both in seconds.items()}
+        ratios = ratios_to_best_torch(of_start)
+        for name, taken in of_start.items():
+            if ratios:
+                rows[name][f"{start} ratio"] = ratios[name]
+            rows[name][f"{start} s"] = float(np.median(taken))
+            rows[name][f"{start} range s"] = (float(taken.min()), float(taken.max()))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBench(NetworkBench):
+    """Measure the peak memory of training steps and of inference, by batch size, and their time.
+
+    On a CPU the peak is what a contestant's process has held at most above what it held with its libraries imported:
+    weights, gradients, activations. JAX's program comes from a cache; a column has the peak with compilation. On a GPU
+    it is what the framework has allocated there. Ratios are to torch, eager. "jax.remat" recomputes each block in the
+    backward pass, as --remat does in experiments.cars.
+    """
+
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N...")] = (1, 8, 32)
+    """Images at a time, one table row for each."""
+    contestants: tuple[ContestantName, ...] = ("jax", "jax.remat", "numpy", "torch", "torch.channels_last")
+    """Who takes part."""
+    rounds: int = 3
+    """Steps of each."""
+
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        """A row for each contestant and batch size; one contestant after the other, since together they hold much."""
+        rows: dict[str, dict[str, Cell]] = {}
+        with tempfile.TemporaryDirectory() as cache:
+            for size in self.batch_size:
+                of_size = {name: self._row(name, case._replace(batch_size=size), cache) for name in names}
+                for name, row in of_size.items():
+                    if row:
+                        ratio = {"ratio": row["MB"] / of_size["torch"]["MB"]} if of_size.get("torch") else {}
+                        rows[f"{name}, batch {size}"] = ratio | row
+        if not rows:
+            raise ValueError(NOBODY_LEFT)
+        size = f"{case.height}x{case.width}x{case.channels}"
+        yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[case.task]}", rows, ("MB",))
+
+    def _row(self, name: str, case: Case, cache: str) -> dict[str, Cell]:
+        """Empty if the contestant fails, which it has printed."""
+        options = dict(steps=1, environment={CACHE_VARIABLES["jax"]: cache})
+        compiling = {}
+        try:
+            if framework(name) == "jax":
+                result = self.measure([name], case, rounds=1, **options)[name]
+                compiling["with compiling MB"] = result.above_libraries
+            result = self.measure([name], case, rounds=self.rounds, **options)[name]
+        except ValueError:
+            return {}
+        return {"MB": result.above_libraries} | compiling | times(result.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingBench(NetworkBench):
+    """Time a training step (or inference) while one thing grows: batch size, image size, depth, devices.
+
+    The rest stays what the flags say. Ratios are to the fastest form of PyTorch in the row. Devices are for JAX alone,
+    which splits one batch among them. On a CPU they are virtual and share its cores, so their table shows the cost of
+    splitting.
+    """
+
+    over: tuple[Axis, ...] = get_args(Axis)
+    """What grows, a table each."""
+    tasks: tuple[Task, ...] = ("training",)
+    """What is run."""
+    rounds: int = 5
+    """The contestants take turns this often."""
+    steps: int = 1
+    """Steps a turn, after one to warm up."""
+
+    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
+        for axis in self.over:
+            taking_part = [name for name in names if axis != "devices" or name == "jax"]
+            if not taking_part:
+                continue
+            rows, seconds = {}, {}
+            for change in GROWTH[axis]:
+                grown = case._replace(**change)
+                flags = os.environ.get("XLA_FLAGS", "")
+                environment = {"XLA_FLAGS": f"{flags} {VIRTUAL.format(grown.devices)}".strip()} if grown.devices else {}
+                try:
+                    results = self.measure(
+                        taking_part, grown, rounds=self.rounds, steps=self.steps, environment=environment
+                    )
+                except ValueError:  # too large for all of them, too small, or indivisible, and each has said so
+                    continue
+                label = f"{axis.replace('-', ' ')} {'x'.join(map(str, change.values()))}"
+                rows[label] = scaling_row(grown, results)
+                seconds |= {f"{label}, {name}": result.seconds for name, result in results.items()}
+            plotted = [f"{name} images/s" for name in taking_part]
+            yield Table(f"{case}, {TASKS[case.task]}: {axis}", rows, plotted, seconds)
+
+
+def scaling_row(case: Case, results: dict[str, Result]) -> dict[str, Cell]:
+    """Ratios to the fastest form of PyTorch, medians and images/s, by contestant."""
+    ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
+    row: dict[str, Cell] = {f"{name} ratio": ratio for name, ratio in ratios.items() if name != "torch"}
+    for name, result in results.items():
+        median = float(np.median(result.seconds))
+        row |= {f"{name} ms": 1e3 * median, f"{name} images/s": case.batch_size / median}
+    return row
