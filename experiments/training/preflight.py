@@ -48,9 +48,9 @@ def system_findings(settings: RunSettings, dataset: Dataset, training: Training,
     batch = (np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8), np.zeros(rows, np.int32))
     analysis = training.train_step.lower(state, *training.put(*batch)).compile().memory_analysis()
     parameters = _bytes(state.params) + _bytes(state.batch_stats)
-    # With the optimizer are averages, with the activations all else that lives within a step.
+    # Averages count as the optimizer's. On a CPU a step of few images holds its updates at most, not its activations.
     parts = {"parameters": parameters, "optimizer": _bytes(state) - parameters}
-    parts["activations"] = getattr(analysis, "temp_size_in_bytes", 0)
+    parts["within a step"] = getattr(analysis, "temp_size_in_bytes", 0)
     needed, there = sum(parts.values()), _device_memory()
     told = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items())
     found = [Finding("fact", f"memory of a device: {_megabytes(needed)} ({told})")]
