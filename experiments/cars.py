@@ -24,30 +24,20 @@ from experiments.training.settings import Settings, parse_settings
 
 
 def train(settings: Settings) -> int | None:
-    """Trains in one framework, once the processes have met; returns the signal that ended it, if one did.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
-      DivergedError: when the loss or gradients are not finite.
-    """
-    import jax
-
+    """Trains in one framework, once the processes have met; see `train_and_report`."""
     from experiments.training.prepare import load_cars, prepare_cars
-    from experiments.training.run import announce, count_steps, train_and_report
+    from experiments.training.run import count_steps, train_and_report
 
-    dataset = load_cars(settings)
-    steps = settings.experiment.epochs * count_steps(dataset.train, settings.experiment.batch_size)
-    if settings.experiment.gamma_times_steps is not None:
-        settings = settings.replace(gamma=settings.experiment.gamma_times_steps / steps)
-    framework, network = settings.experiment.framework, settings.experiment.arch
-    if framework == "torchvision":
+    dataset, experiment = load_cars(settings), settings.experiment
+    steps = experiment.epochs * count_steps(dataset.train, experiment.batch_size)
+    if experiment.gamma_times_steps is not None:
+        settings = settings.replace(gamma=experiment.gamma_times_steps / steps)
+    network = experiment.arch
+    if experiment.framework == "torchvision":
         network = f"torchvision's {network} in PyTorch"
-    elif framework != "jax":
-        network += f" in {TITLES[framework]}"
-    title = announce(settings, dataset, network)
-    with jax.enable_x64(settings.experiment.precision == "float64"):
-        training, description = prepare_cars(settings, dataset)
-        return train_and_report(settings, dataset, training, title=title, description=description)
+    elif experiment.framework != "jax":
+        network += f" in {TITLES[experiment.framework]}"
+    return train_and_report(settings, dataset, network, prepare_cars)
 
 
 def main(arguments: list[str] | None = None) -> int:

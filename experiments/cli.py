@@ -24,12 +24,8 @@ class FailedError(RuntimeError):
 def exit_code(run: Callable[[], int | None]) -> int:
     """Runs a program and turns its errors into one message on stderr and an exit code.
 
-    Args:
-      run: the program. It returns the signal that stopped it, or None. A ValueError or OSError that it raises is bad
-        input, with a message for the user. A FailedError is a failure for another reason.
-
-    Returns:
-      the exit code.
+    The program returns the signal that stopped it, or None. A ValueError or OSError that it raises is bad input, with a
+    message for the user. A FailedError is a failure for another reason.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -67,11 +63,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
-    """Reads --image-size: "96" -> (96, 96), "64x96" -> (64, 96). Height comes first.
-
-    Raises:
-      ValueError: it is no size, or a side is not from 32 to 4096.
-    """
+    """Reads --image-size: "96" -> (96, 96), "64x96" -> (64, 96). Height comes first; a side is from 32 to 4096."""
     try:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
@@ -82,11 +74,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 
 def parse(kind: Any, arguments: list[str] | None, program: str, **options: Any) -> Any:
-    """Reads a command line: tyro.cli for `python -m experiments.PROGRAM`, with ~ in paths expanded.
-
-    Raises:
-      ValueError: a path begins with the home folder of a user who does not exist.
-    """
+    """Reads a command line: tyro.cli for `python -m experiments.PROGRAM`, with ~ in paths expanded."""
     import tyro
 
     return tyro.cli(kind, args=expanded(arguments), prog=f"python -m experiments.{program}", **options)

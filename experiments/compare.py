@@ -20,6 +20,7 @@ from experiments.training.run_folder import CONFIG, METRICS, ends_epoch, read_me
 from experiments.training.settings import RunSettings
 
 Train = Callable[[Any], int | None]
+Rows = Sequence[dict[str, Any]]  # of metrics.jsonl
 PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
 
 
@@ -32,9 +33,6 @@ def compare(
       runs: folders that experiments.cars or experiments.mnist left.
       out: the picture to write.
       against: the name of one of the folders: draw and tell how far the training losses of the others are from its own.
-
-    Raises:
-      ValueError: if a folder holds no run, or there is none.
     """
     from experiments.training.plots import plot_comparison
 
@@ -44,39 +42,23 @@ def compare(
         raise ValueError(f"--out {out} is a folder: name the picture to write")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    found = [read_run(run) for run in runs]
     names = [run.name for run in runs]
-    rows = {
-        str(run) if names.count(run.name) > 1 else run.name: run_rows
-        for run, (run_rows, _) in zip(runs, found, strict=True)
-    }
+    found = {str(run) if names.count(run.name) > 1 else run.name: read_run(run) for run in runs}
+    rows = {name: run_rows for name, (run_rows, _) in found.items()}
     if against is not None and against not in rows:
         raise ValueError(f"--against {against} is none of {', '.join(rows)}")
-    titles = {title for _, title in found}
-    distances = {
-        name: loss_distances(run_rows, rows[against]) for name, run_rows in rows.items() if against not in (None, name)
-    }
-    plot_comparison(out, rows, ", ".join(sorted(titles)), against, distances)
+    others = [name for name in rows if against not in (None, name)]
+    distances = {name: loss_distances(rows[name], rows[against]) for name in others}
+    plot_comparison(out, rows, ", ".join(sorted({title for _, title in found.values()})), against, distances)
     for name, run_rows in rows.items():
-        tested = [row for row in run_rows if "test_top1" in row]
-        reached = (
-            f"test top-1 {tested[-1]['test_top1']:.2%}, top-5 {tested[-1]['test_top5']:.2%}, "
-            f"loss {tested[-1]['test_loss']:.3f} after {tested[-1]['epoch']:g} epochs"
-            if tested
-            else "not tested yet"
-        )
-        print(f"{name}: {reached}")
-    for name, found in distances.items():
-        print(f"{name} from {against}: {describe_distances(found)}")
+        print(f"{name}: {describe_outcome(run_rows)}")
+    for name, of_run in distances.items():
+        print(f"{name} from {against}: {describe_distances(of_run)}")
     print(f"curves are in {out}")
 
 
-def read_run(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a run's metrics, and what was trained on what.
-
-    Raises:
-      ValueError: the folder holds no run, or one of its files is not that of a run.
-    """
+def read_run(run: Path) -> tuple[Rows, str]:
+    """The rows of a run's metrics, and what was trained on what; raises a ValueError for a folder of another kind."""
     if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
         raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
     file = run / METRICS
@@ -94,53 +76,48 @@ def read_run(run: Path) -> tuple[list[dict[str, Any]], str]:
         raise ValueError(f"{file} is not that of a training run: {reason}") from error
 
 
-def loss_distances(rows: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def describe_outcome(rows: Rows) -> str:
+    """What a run has reached, in a line."""
+    tested = [row for row in rows if "test_top1" in row]
+    if not tested:
+        return "not tested yet"
+    top1, top5, loss, epoch = (tested[-1][name] for name in ("test_top1", "test_top5", "test_loss", "epoch"))
+    return f"test top-1 {top1:.2%}, top-5 {top5:.2%}, loss {loss:.3f} after {epoch:g} epochs"
+
+
+def loss_distances(rows: Rows, reference: Rows) -> Rows:
     """How far training losses are apart, relative to the reference's, at the steps that both have logged.
 
-    Returns:
-      rows with "epoch", "step" and "distance"; ends of epochs, whose losses are means, are left out where there are
-      rows in between.
+    Rows at the ends of epochs, whose losses are means, are left out where there are rows in between.
     """
 
-    def by_step(rows: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    def by_step(rows: Rows) -> dict[int, dict[str, Any]]:
         return {row["step"]: row for row in [row for row in rows if not ends_epoch(row)] or rows}
 
-    ours, theirs = by_step(rows), by_step(reference)
+    theirs = {step: row["train_loss"] for step, row in by_step(reference).items() if row["train_loss"]}
     return [
-        {
-            "epoch": ours[step]["epoch"],
-            "step": step,
-            "distance": abs(ours[step]["train_loss"] / theirs[step]["train_loss"] - 1),
-        }
-        for step in ours
-        if step in theirs and theirs[step]["train_loss"]
+        {"epoch": row["epoch"], "step": step, "distance": abs(row["train_loss"] / theirs[step] - 1)}
+        for step, row in by_step(rows).items()
+        if step in theirs
     ]
 
 
-def describe_distances(distances: Sequence[dict[str, float]]) -> str:
+def describe_distances(distances: Rows) -> str:
     """At which steps training losses part, in a line."""
     if not distances:
         return "no step was logged by both"
-    texts = []
-    for limit in PARTINGS:
-        beyond = [row["step"] for row in distances if not row["distance"] <= limit]
-        if beyond:
-            texts.append(f"{limit:.0e} from step {beyond[0]}")
     most = max(distances, key=lambda row: row["distance"])
     text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
-    return f"{text}, by more than {', '.join(texts)}" if texts else text
+    beyond = {limit: [row["step"] for row in distances if not row["distance"] <= limit] for limit in PARTINGS}
+    parted = [f"{limit:.0e} from step {steps[0]}" for limit, steps in beyond.items() if steps]
+    return f"{text}, by more than {', '.join(parted)}" if parted else text
 
 
 def start(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int | None:
-    """Trains as the settings say; with --compare in several frameworks.
+    """Trains as the settings say; with --compare in several of the program's frameworks.
 
     Args:
       train: a function of a program's module: settings -> the signal that ended the training, if one did.
-      settings: of the program.
-      frameworks: those that it has.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
     """
     system = settings.system
     if system.compare is not None:
@@ -159,10 +136,9 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
       the signal that ended a run, and then what there is was compared; None if all were trained to their end.
 
     Raises:
-      ValueError: for unknown names, a framework or an optimizer that is missing, an earlier run in a folder.
       SystemExit: with the exit code of one that failed, which has said why.
     """
-    from experiments.frameworks.common import check_available
+    from experiments.frameworks.common import adapter_for
 
     system = settings.system
     names = list(dict.fromkeys(system.compare.split(",")))
@@ -176,25 +152,23 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
     for child in children.values():  # before the first has trained for hours
         child.check()
         refuse_earlier_run(child.system.out, child.system.overwrite)
-        check_available(child.experiment.framework, child.experiment.opt, child.experiment.dampening)
-    ended_by = None
+        adapter_for(child.experiment)
+    code = 0
     for name, child in children.items():
         print(f"{name}:", flush=True)
         code = _run_in_a_process(train, child)
         if code > 128:
-            ended_by = code - 128
             break
         if code:
             print(f"{name} ended with exit code {code}: there is nothing to compare", file=sys.stderr)
             raise SystemExit(code)
-    folders = [out / name for name in names if (out / name / METRICS).is_file() and read_metrics(out / name)]
-    if folders:
+    if folders := [out / name for name in names if (out / name / METRICS).is_file() and read_metrics(out / name)]:
         compare(tuple(folders), out / "comparison.png", folders[0].name)
-    return ended_by
+    return code - 128 if code else None
 
 
 def _run_in_a_process(train: Train, settings: RunSettings) -> int:
-    """Its own, so that its memory is given back."""
+    """Its own, so that its memory is given back; returns its exit code."""
     from experiments.training.processes import leaving_stops_to_a_child
 
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(train, settings))

@@ -47,10 +47,6 @@ def convert(
       names: whose names the new file has: torchvision's (timm's too), Hugging Face's (ResNetForImageClassification of
         transformers) or Keras' (keras.applications); without it what the suffix says.
       overwrite: replace a file that is there.
-
-    Raises:
-      FileNotFoundError: if there is no such file, or no folder for the new one.
-      ValueError: for files that cannot be read or written, or weights that do not fit the network.
     """
     names = weights.check_suffix(target, names)
     if target.is_dir():
@@ -128,9 +124,6 @@ def write_checked(
 
     Returns:
       the names of the batch counts that were added for torch.
-
-    Raises:
-      ValueError: if what was read is not what was written, or the format cannot hold it.
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name

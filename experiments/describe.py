@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from experiments.cli import Arch, exit_code, parse, parse_image_size
 from experiments.output.tables import print_table
@@ -33,41 +33,38 @@ class Row(NamedTuple):
 def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator[Row]:
     """The layers of a network in execution order; nothing is computed, only shapes."""
     import jax
-    from jax.numpy import float32
 
-    from jax_resnet import layers, resnet
+    from jax_resnet import resnet
 
     params, _ = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
     weights = {".".join(key.key for key in path): array for path, array in jax.tree.leaves_with_path(params)}
 
-    def shape_of(layer: Callable[..., Any], x: Any, *arrays: Any, **settings: int) -> Any:
-        return jax.eval_shape(functools.partial(layer, **settings), x, *arrays)
+    def halved(size: tuple[int, int], stride: int) -> tuple[int, int]:
+        return -(-size[0] // stride), -(-size[1] // stride)
 
     def count(*names: str) -> int:
         return sum(w.size for name, w in weights.items() if name.rpartition(".")[0] in names)
 
-    def convolution(conv: resnet.Conv, x: Any) -> tuple[Row, Any]:
-        kernel = weights[f"{conv.name}.weight"]
-        y = shape_of(layers.conv2d, x, kernel, stride=conv.stride, padding=conv.size // 2)
-        size = f"{conv.size}x{conv.size}" + (f" / {conv.stride}" if conv.stride > 1 else "")
-        multiply_adds = math.prod(y.shape[1:3]) * kernel.size
-        return Row(conv.name, size, y.shape[1:], count(conv.name, conv.norm), multiply_adds), y
+    def convolution(conv: resnet.Conv, size: tuple[int, int]) -> Row:
+        kernel, size = weights[f"{conv.name}.weight"], halved(size, conv.stride)
+        name = f"{conv.size}x{conv.size}" + (f" / {conv.stride}" if conv.stride > 1 else "")
+        shape = (*size, kernel.shape[-1])
+        return Row(conv.name, name, shape, count(conv.name, conv.norm), math.prod(size) * kernel.size)
 
-    row, x = convolution(resnet.stem(config), jax.ShapeDtypeStruct((1, height, width, config.in_channels), float32))
+    row = convolution(resnet.stem(config), (height, width))
     yield row
-    x = shape_of(layers.max_pool, x)
-    yield Row("max_pool", "", x.shape[1:], 0, 0)
+    size, channels = halved(row.shape[:2], 2), row.shape[2]
+    yield Row("max_pool", "", (*size, channels), 0, 0)
     for block in resnet.blocks(config):
         if block.projection:
-            yield convolution(block.projection, x)[0]
+            yield convolution(block.projection, size)
         for conv in block.convs:
-            row, x = convolution(conv, x)
+            row = convolution(conv, size)
             yield row
-    x = shape_of(layers.global_avg_pool, x)
-    yield Row("pool", "", x.shape[1:], 0, 0)
+            size, channels = row.shape[:2], row.shape[2]
+    yield Row("pool", "", (channels,), 0, 0)
     if config.num_classes:
-        x = shape_of(layers.dense, x, weights["fc.weight"])
-        yield Row("fc", "", x.shape[1:], count("fc"), weights["fc.weight"].size)
+        yield Row("fc", "", (config.num_classes,), count("fc"), weights["fc.weight"].size)
 
 
 def describe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -130,10 +131,15 @@ def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
 
 def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
     """Processor, cores, pages and versions, in a line."""
-    versions = []
+    found = versions(packages)
+    told = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in packages)
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {told}"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
     for name in packages:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            versions.append(f"no {name}")
-    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {', '.join(versions)}"
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

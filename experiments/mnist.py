@@ -24,14 +24,12 @@ from tyro.conf import OmitArgPrefixes
 
 from experiments.cli import Arch, exit_code, parse
 from experiments.compare import start
-from experiments.frameworks.experiment import LEARNING_RATES, TITLES, CommonOptimizerName, Experiment
+from experiments.frameworks.experiment import TITLES, CommonOptimizerName, Experiment
 from experiments.training.settings import RunSettings, System, logging_all, read_ahead
 
 if TYPE_CHECKING:
-    from experiments.data.dataset import Dataset, Split
+    from experiments.data.dataset import Dataset
     from experiments.frameworks.common import Training
-
-PADDING = 2  # pixels of background around a picture of 28x28: a ResNet needs 32x32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,11 @@ class MnistExperiment(Experiment):
     """What computes; the curves are the same up to rounding."""
     opt: CommonOptimizerName = "adam"
     """The optimizer. adam, sgd, adabound, amsbound: L2 decay; adamw: decoupled decay, of 1e-4 unless told otherwise."""
+
+    @property
+    def pad(self) -> int:
+        """Pixels of background around a picture of 28x28: a ResNet needs 32x32."""
+        return 0 if self.model == "cnn" else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,91 +71,56 @@ RESNET = MnistExperiment(epochs=1, batch_size=32, limit=6000, log_every=1)
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Reads the command line; what it does not name depends on --model.
-
-    Raises:
-      ValueError: for values out of range.
-    """
+    """Reads the command line; what it does not name depends on --model. Raises a ValueError for bad values."""
     named = read_ahead(arguments, "model", "compare", "opt")
-    model = named.model
-    default = dataclasses.replace(RESNET, model=model) if model in get_args(Arch) else CNN  # others are refused by tyro
+    # tyro refuses an unknown model
+    default = dataclasses.replace(RESNET, model=named.model) if named.model in get_args(Arch) else CNN
     default = dataclasses.replace(default, weight_decay=1e-4 if named.opt == "adamw" else 0.0)
-    settings = parse(Settings, arguments, "mnist", default=logging_all(Settings(default), named.compare))
-    settings.check()
-    experiment = settings.experiment
-    return settings.replace(learning_rate=experiment.learning_rate or LEARNING_RATES[experiment.opt])
+    return parse(Settings, arguments, "mnist", default=logging_all(Settings(default), named.compare)).checked()
 
 
 def load_data(settings: Settings) -> Dataset:
-    """MNIST, or a part of its training pictures; padded for a ResNet.
+    """MNIST, or a part of it; padded for a ResNet."""
+    import numpy as np
 
-    Raises:
-      DataError: if there is nothing usable.
-      ValueError: for a limit beyond the data.
-    """
     from experiments.data.digits import load_mnist
     from experiments.training.prepare import take_parts
 
     dataset = take_parts(settings.experiment, load_mnist(settings.system.data))
-    if settings.experiment.model == "cnn":
-        return dataset
-    return dataclasses.replace(dataset, train=padded(dataset.train), test=padded(dataset.test))
-
-
-def padded(split: Split) -> Split:
-    import numpy as np
-
-    around = (PADDING, PADDING)
-    return dataclasses.replace(split, images=np.pad(split.images, ((0, 0), around, around, (0, 0))))
+    pad = settings.experiment.pad
+    around = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    splits = [dataclasses.replace(s, images=np.pad(s.images, around)) for s in (dataset.train, dataset.test)]
+    return dataclasses.replace(dataset, train=splits[0], test=splits[1])
 
 
 def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
-    """Network, optimizer and the two steps for a run, in the framework that the settings name.
-
-    The weights are NumPy's draw in any case.
-
-    Returns:
-      the training, and what a weight file must tell about its network and its input.
-    """
+    """Network, optimizer and the two steps for a run, the weights NumPy's draw in any case; see `prepare_training`."""
     import numpy as np
 
     import numpy_ref.resnet
     from experiments.frameworks import cnn
     from experiments.frameworks.common import resnet_network
-    from experiments.training.prepare import describe_input, prepare_training
+    from experiments.training.prepare import prepare_training
 
     model, rng = settings.experiment.model, np.random.default_rng(settings.experiment.seed)
     if model == "cnn":
-        config = cnn.CNNConfig()
-        network = cnn.network(config, cnn.init(config, rng))
+        network = cnn.network(cnn.init(rng))
     else:
         # Not with zero_gamma: shortcuts alone carry a picture's first pixel on, which is background in all of them. The
         # last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
         shape = dict(num_classes=len(dataset.class_names), in_channels=1)
         weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, model)(**shape), rng)
         network = resnet_network(model, *weights, **shape)
-    training, preparation = prepare_training(settings, dataset, network)
-    if model != "cnn":
-        preparation["pad"] = PADDING
-    return training, describe_input(model, dataset, preparation)
+    return prepare_training(settings, model, dataset, network)
 
 
 def train(settings: Settings) -> int | None:
-    """Trains in one framework, once the processes have met; returns the signal that ended it, if one did.
+    """Trains in one framework, once the processes have met; see `train_and_report`."""
+    from experiments.training.run import train_and_report
 
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
-      DivergedError: when the loss or gradients are not finite.
-    """
-    import jax
-
-    from experiments.training.run import announce, train_and_report
-
-    dataset, experiment = load_data(settings), settings.experiment
-    title = announce(settings, dataset, f"{experiment.model} in {TITLES[experiment.framework]}")
-    with jax.enable_x64(experiment.precision == "float64"):
-        training, description = prepare(settings, dataset)
-        return train_and_report(settings, dataset, training, title=title, description=description)
+    experiment = settings.experiment
+    network = f"{experiment.model} in {TITLES[experiment.framework]}"
+    return train_and_report(settings, load_data(settings), network, prepare)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
-import io
 import json
 import os
 import shutil
 import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,72 +17,36 @@ import jax
 import numpy as np
 import pytest
 import scipy.io
+from folder_changes import Change, a_file, a_picture, changed, cut, inside
+from idx_files import idx_bytes, write_mnist
+from picture_folders import annotations_of, encoded, make_original, noise, png_file, save_annotations
 from PIL import Image
 
 from experiments.data.digits import FILES as MNIST_FILES
 from jax_resnet import resnet, weights
 from jax_resnet.checkpoint import Checkpoints
 
-Make = Callable[[Path], object]
-
 # Pictures of cars.
 
-
-def png(path: Path, size: tuple[int, int] = (40, 40)) -> None:
-    """Noise, the same for the same path below its class folder."""
-    rng = np.random.default_rng(list(os.fsencode(path.name)))
-    Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path, "PNG")
-
-
-def cars_by_class(folder: Path) -> Path:
-    """cars/, two classes of two pictures in train and in test."""
-    for split in ("train", "test"):
-        for name in ("Audi", "BMW"):
-            directory = folder / "cars" / split / name
-            directory.mkdir(parents=True)
-            for number in range(2):
-                png(directory / f"{number}.png")
-    return folder / "cars"
-
-
+NAMES = [f"{split}/{name}/{number}.png" for split in ("train", "test") for name in ("Audi", "BMW") for number in (0, 1)]
 BAD = "train/Audi/bad.jpg"
 
 
-def bad_picture(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """cars/ with one more picture, and bad.jpg, the same file; beside them weights of a network for three channels."""
-
-    def made(folder: Path) -> None:
-        make(cars_by_class(folder) / BAD)
-
-    return made
+def cars(*changes: Change) -> Change:
+    """cars/, two classes of two pictures in train and in test, changed."""
+    return inside("cars", a_picture(*NAMES), *changes)
 
 
-def content(data: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(data)
+def bad_picture(content: bytes) -> Change:
+    return cars(a_file(BAD, content=content))
 
 
-def link(target: str) -> Callable[[Path], object]:
-    return lambda path: path.symlink_to(target)
-
-
-def encoded(image: Image.Image, file_format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+NOISE = Image.fromarray(noise(64, 64, 3))
 
 
 def png_bomb() -> bytes:
     """20,000x20,000 pixels in some kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = struct.pack(">II", 20_000, 20_000) + b"\1\0\0\0\0"
-    rows = zlib.compress(bytes(20_000 // 8 + 1) * 200)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return png_file(20_000, b"\1\0\0\0\0", bytes(20_000 // 8 + 1) * 200)
 
 
 def jpeg_bomb() -> bytes:
@@ -95,91 +57,43 @@ def jpeg_bomb() -> bytes:
     return bytes(data)
 
 
-def sparse_file(path: Path) -> None:
+def sparse_file(root: Path) -> None:
     """5 GB by its size, nothing on the disk."""
-    with path.open("wb") as file:
+    with (root / BAD).open("wb") as file:
         file.truncate(5 * 10**9)
 
 
-def devkit(meta: dict | bytes | None = None, annotations: dict | bytes | None = None, **changes):
-    """cars/ in the original layout; `changes` are of the train annotations' fields, the rest replaces a file."""
-
-    def made(folder: Path) -> None:
-        root = folder / "cars"
-        for split, file in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-            (root / f"cars_{split}").mkdir(parents=True)
-            rows = []
-            for number in range(2):
-                png(root / f"cars_{split}" / f"{number}.png")
-                row = dict(bbox_x1=5, bbox_y1=5, bbox_x2=30, bbox_y2=30, fname=f"{number}.png") | {"class": number + 1}
-                rows.append(row | (changes if split == "train" else {}))
-            fields = [name for name, value in rows[0].items() if value is not None]
-            table = np.array([tuple(row[name] for name in fields) for row in rows], [(name, object) for name in fields])
-            write_mat(root / "devkit" / file, {"annotations": table.reshape(1, -1)})
-        write_mat(root / "devkit" / "cars_meta.mat", {"class_names": np.array([["Audi", "BMW"]], object)})
-        for name, value in (("cars_meta.mat", meta), ("cars_train_annos.mat", annotations)):
-            if value is not None:
-                write_mat(root / "devkit" / name, value)
-
-    return made
-
-
-def write_mat(path: Path, value: dict | bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    if isinstance(value, bytes):
-        path.write_bytes(value)
-    else:
-        scipy.io.savemat(path, value)
-
-
-def by_class_but(change: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda folder: change(cars_by_class(folder))
-
-
-def remove(root: Path, *names: str) -> None:
-    for name in names:
-        for path in sorted((root / name).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (root / name).rmdir()
-
-
-def without_class_folders(root: Path) -> None:
-    remove(root, "test")
-    (root / "test").mkdir()
-    png(root / "test" / "1.png")
-
-
-def without_pictures(root: Path) -> None:
-    for path in root.glob("test/*/*.png"):
-        path.unlink()
-
-
-def locked(*names: str) -> Callable[[Path], object]:
-    """A change of cars/: nobody may read these."""
+def devkit(meta: dict | bytes | None = None, **changes) -> Change:
+    """cars/ in the original layout, with changes of the train annotations' fields, or another cars_meta.mat."""
 
     def change(root: Path) -> None:
-        for name in names:
-            (root / name).chmod(0)
+        make_original(root)
+        if changes:
+            rows = [row | changes for row in annotations_of("train")]
+            rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+            save_annotations(root / "devkit" / "cars_train_annos.mat", rows)
+        if isinstance(meta, dict):
+            scipy.io.savemat(root / "devkit" / "cars_meta.mat", meta)
+        elif meta is not None:
+            (root / "devkit" / "cars_meta.mat").write_bytes(meta)
 
-    return change
+    return inside("cars", change)
 
 
-def idx(*shape: int, magic: int | None = None, value: int = 0) -> bytes:
+def idx(*shape: int, value: int = 0) -> bytes:
     """An idx file of bytes that are all the same."""
-    header = struct.pack(f">I{len(shape)}I", 0x0800 | len(shape) if magic is None else magic, *shape)
-    return header + bytes([value]) * int(np.prod(shape))
+    return idx_bytes(np.full(shape, value))
 
 
-def digits(**changes: bytes | None) -> Callable[[Path], object]:
+def digits(**changes: bytes | None) -> Change:
     """digits/ with MNIST's four files, 20 digits to train and 5 to test on; None leaves one out."""
 
     def made(folder: Path) -> None:
-        (folder / "digits").mkdir()
-        for split, count in (("train", 20), ("test", 5)):
-            for kind, name, shape in zip(("images", "labels"), MNIST_FILES[split], ((28, 28), ()), strict=True):
-                data = changes.get(f"{split}_{kind}", idx(count, *shape))
-                if data is not None:
-                    (folder / "digits" / name).write_bytes(data)
+        write_mnist(folder / "digits", test=5)
+        for kind, data in changes.items():
+            split, _, content = kind.partition("_")
+            path = folder / "digits" / MNIST_FILES[split][content == "labels"]
+            path.unlink() if data is None else path.write_bytes(data)
 
     return made
 
@@ -193,7 +107,7 @@ def network(in_channels: int = 3) -> dict[str, np.ndarray]:
     return {name: array + 1 if name.endswith("running_var") else array for name, array in arrays.items()}
 
 
-def npz(name: str = "w.npz", change: Callable[[dict], dict] = lambda arrays: arrays) -> Callable[[Path], object]:
+def npz(name: str = "w.npz", change: Callable[[dict], dict] = lambda arrays: arrays) -> Change:
     """A network's weights after a change."""
     return lambda folder: np.savez(folder / name, **change(network()))
 
@@ -210,15 +124,15 @@ def without(name: str) -> Callable[[dict], dict]:
     return lambda arrays: {key: value for key, value in arrays.items() if key != name}
 
 
-def with_metadata(**facts: str) -> Callable[[Path], object]:
+def with_metadata(**facts: str) -> Change:
     return lambda folder: weights.write_arrays(folder / "w.safetensors", network(), metadata=facts)
 
 
-def file(name: str, data: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(data)
+def file(name: str, content: bytes) -> Change:
+    return a_file(name, content=content)
 
 
-def pth(contents: Callable[[], object]) -> Callable[[Path], object]:
+def pth(contents: Callable[[], object]) -> Change:
     """w.pth as PyTorch writes it."""
 
     def made(folder: Path) -> None:
@@ -250,19 +164,19 @@ def torchscript(folder: Path) -> None:
     torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "w.pth")
 
 
-def safetensors_header(header: bytes | dict, data: bytes = b"") -> Callable[[Path], object]:
+def safetensors_header(header: bytes | dict, data: bytes = b"") -> Change:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return file("w.safetensors", struct.pack("<Q", len(text)) + text + data)
 
 
-def cut(name: str) -> Callable[[Path], object]:
+def shortened(name: str) -> Change:
     """A weight file without its last third."""
 
     def made(folder: Path) -> None:
         if name.endswith(".pth"):
             pytest.importorskip("torch", reason="needs the extra torch")
         weights.write_arrays(folder / name, {"fc.weight": np.ones((9, 99), np.float32)})
-        (folder / name).write_bytes((folder / name).read_bytes()[:-1200])
+        cut(name, -1200)(folder)
 
     return made
 
@@ -276,38 +190,26 @@ def zip_bomb(folder: Path) -> None:
     (folder / "w.npz").write_bytes(data.replace(struct.pack("<I", 10**6), struct.pack("<I", 4 * 10**9)))
 
 
-def run_folder(metrics: bytes = b"", config: bytes = b'{"input": {"arch": "cnn"}, "data": {"title": "MNIST"}}'):
-    def made(folder: Path) -> None:
-        (folder / "run").mkdir()
-        (folder / "run" / "metrics.jsonl").write_bytes(metrics)
-        (folder / "run" / "config.json").write_bytes(config)
-
-    return made
+def run_folder(
+    metrics: bytes = b"", config: bytes = b'{"input": {"arch": "cnn"}, "data": {"title": "MNIST"}}'
+) -> Change:
+    return inside("run", file("metrics.jsonl", metrics), file("config.json", config))
 
 
-def for_classify(*names_and_data: tuple[str, bytes]) -> Callable[[Path], object]:
+def for_classify(*names_and_data: tuple[str, bytes]) -> Change:
     """Weights and pictures."""
+    return changed(npz(), *(file(name, data) for name, data in names_and_data))
+
+
+def noisy_digits(seed: int) -> Change:
+    """digits/ with MNIST's four files, none of its pictures like another."""
 
     def made(folder: Path) -> None:
-        npz()(folder)
-        for name, data in names_and_data:
-            (folder / name).write_bytes(data)
+        write_mnist(folder / "digits", test=5)
+        for split, count in (("train", 20), ("test", 5)):
+            (folder / "digits" / MNIST_FILES[split][0]).write_bytes(idx_bytes(noise(count, 28, 28, seed=[seed, count])))
 
     return made
-
-
-def noisy_digits(folder: Path, seed: int, train: int = 20, test: int = 5) -> None:
-    """digits/ with MNIST's four files, none of its pictures like another."""
-    rng = np.random.default_rng(seed)
-    (folder / "digits").mkdir(exist_ok=True)
-    for split, count in (("train", train), ("test", test)):
-        images, labels = (folder / "digits" / name for name in MNIST_FILES[split])
-        images.write_bytes(idx(count, 28, 28)[:16] + rng.bytes(count * 28 * 28))
-        labels.write_bytes(idx(count)[:8] + bytes(i % 10 for i in range(count)))
-
-
-def other_digits(folder: Path) -> None:
-    noisy_digits(folder, seed=1)
 
 
 @functools.cache
@@ -317,24 +219,15 @@ def trained() -> Path:
 
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    noisy_digits(folder, seed=0)
+    noisy_digits(seed=0)(folder)
     arguments = ["--model", "cnn", "--epochs", "1", "--batch-size", "4", "--framework", "jax"]
     assert mnist.main([*arguments, "--data", str(folder / "digits"), "--out", str(folder / "run")]) == 0
     return folder
 
 
-def stopped_run(change: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], object]:
+def stopped_run(*changes: Change) -> Change:
     """digits/ and a run on them to go on with, changed."""
-
-    def made(folder: Path) -> None:
-        shutil.copytree(trained(), folder, dirs_exist_ok=True)
-        change(folder)
-
-    return made
-
-
-def cut_file(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return changed(lambda folder: shutil.copytree(trained(), folder, dirs_exist_ok=True), *changes)
 
 
 def foreign_checkpoint(folder: Path) -> None:
@@ -344,19 +237,8 @@ def foreign_checkpoint(folder: Path) -> None:
     checkpoints.close()
 
 
-def orbax_checkpoint(path: Path) -> None:
-    """As earlier versions wrote them."""
-    path.mkdir()
-    (path / "_CHECKPOINT_METADATA").touch()
-
-
 def foreign_facts(folder: Path) -> None:
     """The same arrays, with what another program says of them."""
     checkpoints = Checkpoints(folder)
     checkpoints.save(6, checkpoints.read(5)[0], {"name": "mine"})
     checkpoints.close()
-
-
-def file_for_folder(path: Path) -> None:
-    shutil.rmtree(path)
-    path.write_bytes(b"of mine")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -34,10 +36,26 @@ def whole(photograph):
     return photograph
 
 
-def png(image):
+def encoded(image, file_format="PNG", **options):
+    """A picture, or an array of pixels, as the content of a file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def png_file(side, header, rows):
+    """A PNG of side x side pixels from the end of its header and its rows, as Pillow does not write it."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    size = struct.pack(">II", side, side)
+    parts = chunk(b"IHDR", size + header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def folder_name(label):
@@ -58,10 +76,10 @@ def annotations_of(split, **changes):
     return [fields | {"class": label + 1, "fname": name} for name, label, _ in photographs(split)]
 
 
-def save_annotations(path, annotations):
+def save_annotations(path, annotations, **more):
     dtype = [(field, object) for field in annotations[0]]
     table = np.array([tuple(annotation.values()) for annotation in annotations], dtype)
-    scipy.io.savemat(path, {"annotations": table.reshape(1, -1)})
+    scipy.io.savemat(path, {"annotations": table.reshape(1, -1)} | more)
 
 
 def make_devkit(directory, test_directory=None, **changes):
@@ -71,6 +89,12 @@ def make_devkit(directory, test_directory=None, **changes):
     save_annotations(
         (test_directory or directory) / "cars_test_annos_withlabels.mat", annotations_of("test", **changes)
     )
+
+
+def make_with_devkit(root, cut=whole):
+    """By class, with the devkit beside train/ and test/."""
+    make_devkit(make_by_class(root, cut) / "devkit")
+    return root
 
 
 def make_original(root, devkit="devkit", test_annotations=None, nested=False):
@@ -100,7 +124,7 @@ def make_tfds(root, file_format="tfrecord", name="cars196"):
     bbox = [y1 / HEIGHT, x1 / WIDTH, y2 / HEIGHT, x2 / WIDTH]
     examples = {
         split: [
-            {"image": png(photograph), "label": label, "id": file_name[:5].encode(), "bbox": bbox}
+            {"image": encoded(photograph), "label": label, "id": file_name[:5].encode(), "bbox": bbox}
             for file_name, label, photograph in photographs(split)
         ]
         for split in LABELS
@@ -138,7 +162,7 @@ def make_parquet(root, names="metadata", pattern="{split}-0000{part}-of-00002.pa
     """Two files a split, as Hugging Face cuts them."""
     for split in LABELS:
         rows = [
-            {"image": {"bytes": png(crop(photograph)), "path": name}, "label": label}
+            {"image": {"bytes": encoded(crop(photograph)), "path": name}, "label": label}
             for name, label, photograph in photographs(split)
         ]
         for part, half in enumerate((rows[:2], rows[2:])):

@@ -7,12 +7,8 @@ The exit code is 1 if a parameter, a running statistic, a moment of the optimize
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,79 +19,42 @@ from typing import Any
 import numpy as np
 import tyro
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
-from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS
+from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS, read_metrics
 from jax_resnet.checkpoint import Checkpoints
 
-TRAINING = (
-    "--arch=resnet18",
-    "--image-size=32",
-    "--limit=192",
-    "--batch-size=16",
-    "--epochs=6",
-    "--log-every=1",
-    "--checkpoint-steps=2",
-    "--opt=amsbound",
-    "--ema=0.9",
-)
+TRAINING = "--arch=resnet18 --image-size=32 --limit=192 --batch-size=16 --epochs=6 --log-every=1 --checkpoint-steps=2"
+TRAINING += " --opt=amsbound --ema=0.9"
 KINDS = ("checkpoint", "step", "checkpoint", "time", "step")  # in turn
 SLOWEST_START = 300.0  # seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one."""
-
-    kills: int = 20
-    """How often."""
-    seed: int = 0
-    """Of the moments."""
-    out: Path | None = None
-    """Keep both runs and their logs here [default: a temporary folder]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Kill:
-    """A kill and what it met.
-
-    kind: what was waited for: half-written files of a checkpoint, a step, or a time after the start.
-    seconds: after the start.
-    rows: lines of metrics.jsonl by then.
-    unfinished: whether it was writing a checkpoint, which is half-written now.
-    """
-
-    kind: str
-    seconds: float
-    rows: int
-    unfinished: bool
-
-
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.cars", *TRAINING, "--out", str(out), *more]
+    return [sys.executable, "-m", "experiments.cars", *TRAINING.split(), "--out", str(out), *more]
 
 
-def run_killed(out: Path, kills: int, rng: random.Random) -> list[Kill]:
-    """Runs the training to its end, killing it on the way; its stderr and stdout are in <out>.log."""
-    found: list[Kill] = []
-    bar = tqdm(total=kills, unit=" kill", disable=None)
+def run_killed(out: Path, kills: int, rng: random.Random) -> int:
+    """Runs the training to its end, killing it on the way; its stderr and stdout are in <out>.log.
+
+    Returns:
+      how many of the kills met a checkpoint that was being written, and is half-written now.
+    """
+    unfinished = 0
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
-        while len(found) < kills:
-            start = time.monotonic()
+        for number in range(kills):
+            start, kind = time.monotonic(), KINDS[number % len(KINDS)]
             process = subprocess.Popen(command(out, "--resume"), stdout=log, stderr=log)
-            kind = KINDS[len(found) % len(KINDS)]
             if not wait_for(kind, process, start, out, rng):
-                raise RuntimeError(
-                    f"the training ended by itself (exit code {process.returncode}) after {len(found)} kills: see "
-                    f"{log.name}"
-                )
-            os.kill(process.pid, signal.SIGKILL)
+                code = process.returncode
+                raise RuntimeError(f"it ended by itself (exit code {code}) after {number} kills: see {log.name}")
+            process.kill()
             process.wait()
-            found.append(Kill(kind, time.monotonic() - start, rows(out), bool(fresh_unfinished(out, start))))
-            bar.update()
-        bar.close()
+            met = bool(fresh_unfinished(out, start))
+            unfinished += met
+            told = f"kill {number + 1}, waited for: {kind}; after {time.monotonic() - start:.1f} s, {rows(out)} rows"
+            print(f"{told}{', checkpoint half-written' if met else ''}", flush=True)
         subprocess.run(command(out, "--resume"), stdout=log, stderr=log, check=True)
-    return found
+    return unfinished
 
 
 def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng: random.Random) -> bool:
@@ -141,13 +100,12 @@ def rows(out: Path) -> int:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two runs that have ended: arrays of the last checkpoints, lines of metrics, weights."""
-    found = []
     both = [Checkpoints(out / CHECKPOINTS) for out in (one, other)]
     steps = [checkpoints.steps()[-1] for checkpoints in both]
     if steps[0] != steps[1]:
         return [f"the last checkpoints are of steps {steps[0]} and {steps[1]}"]
     arrays, others = (checkpoints.read(steps[0])[0] for checkpoints in both)
-    found += sorted(arrays.keys() ^ others.keys())
+    found = sorted(arrays.keys() ^ others.keys())
     for name in arrays.keys() & others.keys():
         if arrays[name].dtype != others[name].dtype or not np.array_equal(arrays[name], others[name], equal_nan=True):
             found.append(name)
@@ -156,60 +114,60 @@ def differences(one: Path, other: Path) -> list[str]:
         found.append(f"{METRICS} has {len(lines)} and {len(other_lines)} lines")
     found += [f"{METRICS}, step {a['step']}" for a, b in zip(lines, other_lines, strict=False) if a != b]
     weights, others = (load_file(out / WEIGHTS) for out in (one, other))  # safetensors' metadata have no fixed order
-    found += [f"{WEIGHTS}, {name}" for name in weights if not np.array_equal(weights[name], others[name])]
-    return found
+    return found + [f"{WEIGHTS}, {name}" for name in weights if not np.array_equal(weights[name], others[name])]
 
 
 def timeless_rows(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
-    return [{name: v for name, v in line.items() if name not in ("seconds", "images_per_second")} for line in lines]
+    return [{n: v for n, v in row.items() if n not in ("seconds", "images_per_second")} for row in read_metrics(out)]
 
 
-def soak(settings: Settings, out: Path) -> bool:
+def soak(out: Path, kills: int, seed: int) -> bool:
     """Runs both trainings in a folder and prints what was met; returns whether they are equal in every bit."""
     started = time.monotonic()
     quiet, killed = out / "quiet", out / "killed"
+    out.mkdir(parents=True, exist_ok=True)
     for folder in (quiet, killed):
         shutil.rmtree(folder, ignore_errors=True)
     print("a training that is left alone, then one that is killed", flush=True)
     with open(out / "quiet.log", "w", encoding="utf-8") as log:
         subprocess.run(command(quiet), stdout=log, stderr=log, check=True)
-    kills = run_killed(killed, settings.kills, random.Random(settings.seed))
-    print(f"{'kill':>4}  {'waited for':<10}  {'after s':>7}  {'rows':>4}  checkpoint half-written")
-    for number, kill in enumerate(kills, 1):
-        unfinished = "yes" if kill.unfinished else "no"
-        print(f"{number:>4}  {kill.kind:<10}  {kill.seconds:>7.1f}  {kill.rows:>4}  {unfinished}")
+    unfinished = run_killed(killed, kills, random.Random(seed))
     log = (out / "killed.log").read_text(encoding="utf-8")
     print(
-        f"{len(kills)} times SIGKILL, {sum(kill.unfinished for kill in kills)} while a checkpoint was being written "
+        f"{kills} times SIGKILL, {unfinished} while a checkpoint was being written "
         f"({log.count('is half-written')} named in the log), {log.count('going on at step')} times gone on from a "
         f"checkpoint, {log.count('starting at step 0')} times begun; {time.monotonic() - started:.0f} s"
     )
     different = differences(quiet, killed)
     for name in different:
         print(f"differs: {name}")
-    count = len(Checkpoints(killed / CHECKPOINTS).read(Checkpoints(killed / CHECKPOINTS).steps()[-1])[0])
+    checkpoints = Checkpoints(killed / CHECKPOINTS)
+    count = len(checkpoints.read(checkpoints.steps()[-1])[0])
     if not different:
-        print(
-            f"all {count} arrays of the last checkpoint, {rows(killed)} lines of metrics and the weights are bit-equal"
-        )
+        told = f"all {count} arrays of the last checkpoint, {rows(killed)} lines of metrics and the weights"
+        print(f"{told} are bit-equal")
     return not different
+
+
+def run(kills: int = 20, seed: int = 0, out: Path | None = None) -> int:
+    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one.
+
+    Args:
+      kills: how often.
+      seed: of the moments.
+      out: keep both runs and their logs here; without it in a temporary folder.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            return 0 if soak(out or Path(temporary), kills, seed) else 1
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    settings = tyro.cli(Settings, args=arguments, prog="python tests/soak.py")
-    try:
-        if settings.out is not None:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            return 0 if soak(settings, settings.out) else 1
-        with tempfile.TemporaryDirectory() as folder:
-            return 0 if soak(settings, Path(folder)) else 1
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return tyro.cli(run, args=arguments, prog="python tests/soak.py")
 
 
 if __name__ == "__main__":

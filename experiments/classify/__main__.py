@@ -20,17 +20,17 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
 
 from experiments.classify import hub_pictures, imagenet, stablehlo
-from experiments.classify.preparation import Preparation, as_imagenet, as_the_hub_says, as_told, as_trained, stretched
+from experiments.classify.preparation import CROP, Middle, Stretched, as_trained
 from experiments.cli import Arch, exit_code, parse
 from experiments.data.augment import normalize, to_unit_range
-from experiments.data.pictures import printable, read_file
+from experiments.data.pictures import printable, read_file, reason_of
 from experiments.frameworks.common import ResNet, adapter
 from experiments.training.run_folder import WEIGHTS, is_of_a_run, run_metadata
 from jax_resnet import resnet, weights
@@ -85,7 +85,7 @@ class Classifier:
     config: resnet.ResNetConfig | None
     arrays: dict[str, np.ndarray]
     class_names: Sequence[str]
-    preparation: Preparation
+    preparation: Middle | Stretched
     exported: Logits | None = None
     notes: tuple[str, ...] = ()
 
@@ -99,8 +99,8 @@ def check_settings(settings: Settings) -> None:
         raise ValueError("--export writes a file and classifies nothing: leave the pictures out")
     if settings.top < 1:
         raise ValueError(f"--top must be at least 1, got {settings.top}")
-    if settings.resize is not None and settings.resize < imagenet.CROP:
-        raise ValueError(f"--resize must be at least {imagenet.CROP}, the crop, got {settings.resize}")
+    if settings.resize is not None and settings.resize < CROP:
+        raise ValueError(f"--resize must be at least {CROP}, the crop, got {settings.resize}")
     if settings.version and settings.weights != TORCHVISION:
         raise ValueError(f"--version is of torchvision's weights: it would do nothing for {settings.weights}")
     if settings.weights.lower().endswith(stablehlo.SUFFIX):
@@ -111,12 +111,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def load_classifier(settings: Settings) -> Classifier:
-    """Reads the weights, and finds out about their pictures and classes.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be read or does not fit, a failed download, or settings that do not go with it.
-    """
+    """Reads the weights, and finds out about their pictures and classes."""
     if settings.weights.lower().endswith(stablehlo.SUFFIX):
         return load_exported(Path(settings.weights))
     if settings.weights == TORCHVISION:
@@ -140,7 +135,9 @@ def load_classifier(settings: Settings) -> Classifier:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} has metadata that are not those of a run of experiments.cars: {error}") from error
     else:
-        preparation = as_the_hub_says(file, settings.resize) or as_imagenet(settings.resize or resize)
+        preparation = told_beside(file) or Middle((resize,))
+        if settings.resize is not None:
+            preparation = dataclasses.replace(preparation, shorter=(settings.resize,))
         if config.in_channels != len(preparation.mean):
             channels = "1 channel" if config.in_channels == 1 else f"{config.in_channels} channels"
             raise ValueError(
@@ -156,28 +153,27 @@ def load_classifier(settings: Settings) -> Classifier:
     return Classifier(arch, config, arrays, class_names, preparation, notes=notes)
 
 
-def load_exported(path: Path) -> Classifier:
-    """Reads a StableHLO file.
+def told_beside(file: weights.WeightFile) -> Middle | None:
+    """By the settings beside a file, or those of keras.applications; None where nothing tells them."""
+    try:
+        return hub_pictures.preparation(file.settings) or (hub_pictures.KERAS if file.naming == "Keras" else None)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the settings beside {file.path} do not say how pictures are prepared: {error!r}") from error
 
-    Raises:
-      OSError, ValueError: if it or what is beside it cannot be read or is something else.
-    """
+
+def load_exported(path: Path) -> Classifier:
+    """Reads a StableHLO file, and what is beside it."""
     network, facts = stablehlo.read(path)
     try:
-        made_of = facts["decode"]
-        make = as_imagenet if "resize" in made_of else stretched if "grey" in made_of else as_told
-        preparation, notes = make(**made_of), tuple(map(str, facts.get("notes", ())))
-        return Classifier(facts["arch"], None, {}, tuple(facts["class_names"]), preparation, network, notes)
+        kind = Stretched if "grey" in facts["decode"] else Middle
+        names, notes = tuple(facts["class_names"]), tuple(map(str, facts.get("notes", ())))
+        return Classifier(facts["arch"], None, {}, names, kind(**facts["decode"]), network, notes)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what is beside {path} was not written by --export ({error!r}): export again") from error
 
 
 def export_network(classifier: Classifier, path: Path) -> None:
-    """Writes a network with its weights and the normalization of pictures as StableHLO.
-
-    Raises:
-      OSError, ValueError: for a path that cannot be written or has another suffix.
-    """
+    """Writes a network with its weights and the normalization of pictures as StableHLO."""
     preparation = classifier.preparation
     params, batch_stats = weights.from_torch(classifier.arrays)
 
@@ -190,28 +186,22 @@ def export_network(classifier: Classifier, path: Path) -> None:
         "class_names": list(classifier.class_names),
         "preparation": preparation.text,
         "notes": classifier.notes,
-        "decode": preparation.facts,
+        "decode": dataclasses.asdict(preparation),
     }
     with jax.default_matmul_precision("highest"):  # on a GPU float32 would be TF32, on a TPU bfloat16
         stablehlo.write(path, network, preparation.shape, facts)
 
 
 def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    """Decodes the files to (N, H, W, C) uint8.
-
-    Raises:
-      ValueError: that names all that cannot be read.
-    """
+    """Decodes the files to (N, H, W, C) uint8; a ValueError names all that cannot be read."""
     images, failures = [], []
     for path in paths:
         try:
             images.append(decode(read_file(path)))
         except IsADirectoryError:
             failures.append(f"{path} (a folder: name the pictures in it, {path}/*.jpg)")
-        except OSError as error:
-            failures.append(f"{path} ({error.strerror or error})")
         except Exception as error:  # Pillow meets a broken file with almost any type
-            failures.append(f"{path} ({str(error).rstrip('.') or type(error).__name__})")
+            failures.append(f"{path} ({reason_of(error)})")
     if failures:
         listed = ", ".join(map(printable, failures))
         raise ValueError(f"{len(failures)} of {len(paths)} pictures cannot be read: {listed}")
@@ -228,11 +218,7 @@ def normalizing_network(framework: str, classifier: Classifier) -> Logits:
 
 
 def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32.
-
-    Raises:
-      ValueError: if the framework is missing, or a result is not finite.
-    """
+    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32."""
     network = classifier.exported or normalizing_network(framework, classifier)
     size = min(len(images), BATCH_SIZE)
     batches = []
@@ -246,11 +232,6 @@ def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -
     return logits
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    shares = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return shares / shares.sum(-1, keepdims=True)
-
-
 def classify(settings: Settings) -> None:
     """Prints the most probable classes of each picture, or exports the network.
 
@@ -259,15 +240,6 @@ def classify(settings: Settings) -> None:
     """
     check_settings(settings)
     classifier = load_classifier(settings)
-    if settings.export is not None:
-        export_network(classifier, settings.export)
-        print(f"wrote {settings.export} and {settings.export}.json: {classifier.arch}, {classifier.preparation.text}")
-        for note in classifier.notes:
-            print(note)
-        return
-    images = read_pictures(settings.pictures, classifier.preparation.decode)
-    probabilities = softmax(compute_logits(settings.framework, classifier, images))
-    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : settings.top]
     about = {
         "arch": classifier.arch,
         "weights": settings.weights,
@@ -275,23 +247,37 @@ def classify(settings: Settings) -> None:
         "preparation": classifier.preparation.text,
         "notes": classifier.notes,
     }
-    answers = {
-        str(path): [
-            {"class": classifier.class_names[number], "number": int(number), "probability": float(row[number])}
-            for number in numbers
-        ]
-        for path, row, numbers in zip(settings.pictures, probabilities, chosen, strict=True)
-    }
+    if settings.export is not None:
+        export_network(classifier, settings.export)
+        title = f"wrote {settings.export} and {settings.export}.json: {about['arch']}, {about['preparation']}"
+        print(title, *classifier.notes, sep="\n")
+        return
+    answers = answer(settings, classifier)
     if settings.json:
         print(json.dumps(about | {"pictures": answers}, indent=1, ensure_ascii=False))
         return
-    print(f"{about['arch']}, {about['weights']}, {about['framework']}; pictures: {about['preparation']}")
-    for note in classifier.notes:
-        print(note)
+    title = f"{about['arch']}, {about['weights']}, {about['framework']}; pictures: {about['preparation']}"
+    print(title, *classifier.notes, sep="\n")
     for picture, rows in answers.items():
         print(f"\n{printable(picture)}")
         for row in rows:
             print(f"  {row['probability']:8.3%}  {row['class']}")
+
+
+def answer(settings: Settings, classifier: Classifier) -> dict[str, list[dict[str, Any]]]:
+    """{picture: its most probable classes}."""
+    from scipy.special import softmax
+
+    images = read_pictures(settings.pictures, classifier.preparation.decode)
+    logits = compute_logits(settings.framework, classifier, images)
+    answers = {}
+    for path, row in zip(settings.pictures, softmax(logits.astype(np.float64), axis=-1), strict=True):
+        chosen = np.argsort(-row, kind="stable")[: settings.top].tolist()
+        answers[str(path)] = [
+            {"class": classifier.class_names[number], "number": number, "probability": float(row[number])}
+            for number in chosen
+        ]
+    return answers
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""ImageNet as torchvision's weights know it: how a picture is prepared, the 1,000 classes' names, the weight files.
+"""ImageNet as torchvision's weights know it: the 1,000 classes' names and the weight files.
 
 PyTorch and torchvision are needed for downloading alone.
 """
@@ -13,13 +13,6 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image
-
-from experiments.data.rgb import open_image, to_rgb
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP = 224
 V1_RESIZE, V2_RESIZE = 256, 232  # the shorter side before the crop
 
 # The files of IMAGENET1K_V2, as torchvision names them; ResNet-18 and 34 have none.
@@ -38,46 +31,6 @@ def resize_for(path: Path) -> int:
     return V2_RESIZE if path.name.startswith(V2_FILES) else V1_RESIZE
 
 
-def decode(
-    data: bytes,
-    resize: tuple[int, ...],
-    crop: tuple[int, int] = (CROP, CROP),
-    resample: Image.Resampling = Image.Resampling.BILINEAR,
-) -> np.ndarray:
-    """A picture as torchvision's pil_loader and ImageClassification(crop_size=224, resize_size=resize) see it.
-
-    It is resized by Pillow's filter (which is antialiased), then the middle is cut out. As in torchvision transparency
-    is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike there, pictures of 16 bits keep
-    their upper 8: cut off at 255 they would be white.
-
-    Args:
-      data: the file, in any format that Pillow reads; of several frames the first.
-      resize: what the shorter side becomes, (pixels,), or (height, width) for both.
-      crop: height and width of what is cut out.
-      resample: the filter.
-
-    Returns:
-      (*crop, 3) uint8.
-
-    Raises:
-      Exception: the picture cannot be decoded, or is too elongated to be resized.
-    """
-    with open_image(data) as image:
-        colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
-    if len(resize) == 2:
-        height, width = resize
-    else:
-        short, long = sorted(colours.size)
-        sides = resize[0], int(resize[0] * long / short)
-        width, height = sides if colours.width <= colours.height else sides[::-1]
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        size = "{}x{}".format(*colours.size)
-        raise ValueError(f"{size} pixels are too elongated: resized it would have {width * height:,}")
-    left, top = round((width - crop[1]) / 2), round((height - crop[0]) / 2)  # half to even, as torchvision
-    resized = colours.resize((width, height), resample)
-    return np.asarray(resized.crop((left, top, left + crop[1], top + crop[0])))
-
-
 def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple[Path, int]:
     """torchvision's ImageNet weights, from torch.hub's folder of checkpoints; downloaded into it if they are not there.
 
@@ -87,9 +40,6 @@ def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple
 
     Returns:
       the file, and the shorter side to which pictures are resized for it.
-
-    Raises:
-      ValueError: where torchvision is missing or has no such version, or the file cannot be downloaded.
     """
     try:
         import torch

@@ -1,130 +1,171 @@
-"""How a picture is prepared for a network: as torchvision does, as a hub's settings say, or as in a run's training."""
+"""How a picture is prepared for a network: its middle is cut out, or it is stretched as in a run's training."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
+from PIL import Image
 
-from experiments.classify import hub_pictures, imagenet
 from experiments.cli import MAX_SIZE
-from experiments.data.pictures import Decoding
-from experiments.data.pictures import decode as decode_as_trained
-from experiments.training.run_folder import RUN_FACTS
-from jax_resnet import resnet, weights
+from experiments.data import pictures
+from experiments.data.rgb import open_image, to_rgb
+from experiments.from_table import from_table
+from jax_resnet import resnet
+
+# Pillow's numbers, which Hugging Face writes, by the names that timm writes.
+FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+CROP = 224  # torchvision's, for ImageNet
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preparation:
-    """From a picture's file to a network's input.
+class Middle:
+    """A picture is resized, then the middle is cut out: as torchvision does for ImageNet, or as a hub's settings say.
 
-    text: what is done, for people.
-    decode: the bytes of a file -> (H, W, C) uint8; raises an exception of any type for what it cannot decode.
-    shape: (H, W, C).
-    mean, std: (C,), of pixels in [0, 1]; empty where the network normalizes.
-    facts: what `decode` was made of, for JSON.
+    shorter: what the shorter side becomes, (pixels,), or (height, width) for both.
+    crop: height and width of the network's input.
+    resample: Pillow's number of the filter, which is antialiased.
+    mean, std: of pixels in [0, 1], in the order of the channels.
+    bgr: whether blue is the first channel.
     """
 
-    text: str
-    decode: Callable[[bytes], np.ndarray]
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    facts: Mapping[str, Any]
+    shorter: tuple[int, ...]
+    crop: tuple[int, int] = (CROP, CROP)
+    resample: int = FILTERS["bilinear"]
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    bgr: bool = False
+
+    @property
+    def text(self) -> str:
+        name = next(name for name, number in FILTERS.items() if number == self.resample)
+        size = "x".join(map(str, self.shorter))
+        resized = f"shorter side resized to {size}" if len(self.shorter) == 1 else f"stretched to {size}"
+        used = "" if name == "bilinear" else f" ({name})"
+        return f"{resized}{used}, middle {self.crop[0]}x{self.crop[1]}{', blue first' if self.bgr else ''}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.crop, 3)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """A picture as torchvision's pil_loader and ImageClassification(crop_size, resize_size) see it.
+
+        As in torchvision transparency is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike
+        there, pictures of 16 bits keep their upper 8: cut off at 255 they would be white.
+
+        Args:
+          data: the file, in any format that Pillow reads; of several frames the first.
+
+        Returns:
+          (*crop, 3) uint8.
+
+        Raises:
+          Exception: the picture cannot be decoded, or is too elongated to be resized.
+        """
+        with open_image(data) as image:
+            colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
+        if len(self.shorter) == 2:
+            height, width = self.shorter
+        else:
+            short, long = sorted(colours.size)
+            sides = self.shorter[0], int(self.shorter[0] * long / short)
+            width, height = sides if colours.width <= colours.height else sides[::-1]
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            size = "{}x{}".format(*colours.size)
+            raise ValueError(f"{size} pixels are too elongated: resized it would have {width * height:,}")
+        (high, wide), resized = self.crop, colours.resize((width, height), Image.Resampling(self.resample))
+        left, top = round((width - wide) / 2), round((height - high) / 2)  # half to even, as torchvision
+        pixels = np.asarray(resized.crop((left, top, left + wide, top + high)))
+        return pixels[..., ::-1] if self.bgr else pixels
 
 
-def as_imagenet(resize: int) -> Preparation:
-    text = f"shorter side resized to {resize}, middle {imagenet.CROP}x{imagenet.CROP}"
-    decode = functools.partial(imagenet.decode, resize=(resize,))
-    shape = (imagenet.CROP, imagenet.CROP, 3)
-    return Preparation(text, decode, shape, imagenet.MEAN, imagenet.STD, {"resize": resize})
+@dataclasses.dataclass(frozen=True)
+class Stretched:
+    """A picture is stretched to one size, as a run of experiments.cars or mnist takes it.
 
-
-def as_the_hub_says(file: weights.WeightFile, resize: int | None) -> Preparation | None:
-    """By the settings beside a file, or those of keras.applications; None where nothing tells them."""
-    try:
-        told = hub_pictures.preparation(file.settings, keras=file.naming == "Keras")
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the settings beside {file.path} do not say how pictures are prepared: {error!r}") from error
-    if told is None:
-        return None
-    return as_told(**dataclasses.asdict(told) | ({} if resize is None else {"shorter": (resize,)}))
-
-
-def as_told(**told: Any) -> Preparation:
-    """By the fields of a `hub_pictures.Told`."""
-    how = hub_pictures.Told(**told)
-    decode = functools.partial(hub_pictures.decode, told=how)
-    return Preparation(how.text, decode, (*how.crop, 3), how.mean, how.std, told)
-
-
-def stretched(
-    image_size: tuple[int, int],
-    grey: bool,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
-    *,
-    pad: int = 0,
-    cut: bool = False,
-    white: Mapping[str, int] | None = None,
-) -> Preparation:
-    """Pictures as a run of experiments.cars or mnist takes them.
-
-    Args:
-      image_size: (height, width) of the network's input.
-      pad: so many of its pixels on each side are background.
-      cut: the run cut its pictures to their boxes before.
-      white: of pictures with more than 8 bits what was white in all pictures of the run, by kind.
+    image_size: (height, width) of the network's input.
+    mean, std: of pixels in [0, 1], by channel.
+    pad: so many of its pixels on each side are background.
+    cut: the run cut its pictures to their boxes before.
+    white: of pictures with more than 8 bits what was white in all pictures of the run, by kind.
     """
-    height, width = image_size
-    inner = height - 2 * pad, width - 2 * pad
-    decoding = Decoding(inner, grey, margin=None, white=tuple((white or {}).items()))
 
-    def decode(content: bytes) -> np.ndarray:
-        return np.pad(decode_as_trained(content, box=None, decoding=decoding), ((pad, pad), (pad, pad), (0, 0)))
+    image_size: tuple[int, int]
+    grey: bool
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    pad: int = 0
+    cut: bool = False
+    white: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    text = f"stretched to {inner[0]}x{inner[1]}{', grey' if grey else ''}"
-    if pad:
-        text += f", with {pad} pixels of background around it"
-    if cut:
-        text += " (the run cut its pictures to boxes before: cut yours to the car)"
-    facts = {"image_size": [height, width], "grey": grey, "pad": pad, "cut": cut, "white": white}
-    return Preparation(text, decode, (height, width, 1 if grey else 3), tuple(mean), tuple(std), facts)
+    @property
+    def inner(self) -> tuple[int, int]:
+        return self.image_size[0] - 2 * self.pad, self.image_size[1] - 2 * self.pad
+
+    @property
+    def text(self) -> str:
+        text = f"stretched to {self.inner[0]}x{self.inner[1]}{', grey' if self.grey else ''}"
+        if self.pad:
+            text += f", with {self.pad} pixels of background around it"
+        if self.cut:
+            text += " (the run cut its pictures to boxes before: cut yours to the car)"
+        return text
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.image_size, 1 if self.grey else 3)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """(H, W, C) uint8; raises an exception of any type for what cannot be decoded."""
+        decoding = pictures.Decoding(self.inner, self.grey, margin=None, white=tuple((self.white or {}).items()))
+        around = (self.pad, self.pad)
+        return np.pad(pictures.decode(data, None, decoding).pixels, (around, around, (0, 0)))
 
 
-def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig) -> tuple[tuple[str, ...], Preparation]:
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What the metadata of a run say of its network and pictures."""
+
+    arch: str
+    class_names: list[str]
+    image_size: list[int]
+    grey: bool
+    mean: list[float]
+    std: list[float]
+    pad: int = 0
+    margin: int | None = None
+    white: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig) -> tuple[tuple[str, ...], Stretched]:
     """The names of the classes and what is done to pictures, from the metadata of a run.
 
     Raises:
       TypeError, ValueError, RecursionError: if something is missing, no JSON, or not of this network.
     """
-    if missing := [name for name in RUN_FACTS if name not in facts]:
-        raise ValueError(f"{missing[0]!r} is missing")
-    values = {name: json.loads(facts[name]) for name in RUN_FACTS}
-    class_names, (height, width), grey = tuple(values["class_names"]), values["image_size"], values["grey"]
-    if not all(isinstance(name, str) for name in class_names):
-        raise ValueError("'class_names' are not all text")
-    if not all(isinstance(side, int) and resnet.MIN_SIZE <= side <= MAX_SIZE for side in (height, width)):
+    names = [field.name for field in dataclasses.fields(RunFacts) if field.name in facts]
+    run = from_table(RunFacts, {name: json.loads(facts[name]) for name in names}, "it")
+    height, width = run.image_size
+    if not all(resnet.MIN_SIZE <= side <= MAX_SIZE for side in run.image_size):
         raise ValueError(f"'image_size' is {height} x {width}, expected {resnet.MIN_SIZE} to {MAX_SIZE} pixels each")
-    pad = json.loads(facts.get("pad", "0"))
-    if type(pad) is not int or not 0 <= 2 * pad < min(height, width):
-        raise ValueError(f"'pad' is {pad}, expected a number of pixels, less than half of {height} x {width}")
-    if not all(math.isfinite(number) for number in (*values["mean"], *values["std"])) or not min(values["std"]) > 0:
-        raise ValueError(f"'mean' and 'std' are {values['mean']} and {values['std']}")
-    of_metadata = (values["arch"], len(class_names), len(values["mean"]), len(values["std"]), 1 if grey else 3)
+    if not 0 <= 2 * run.pad < min(height, width):
+        raise ValueError(f"'pad' is {run.pad}, expected a number of pixels, less than half of {height} x {width}")
+    if not all(map(math.isfinite, (*run.mean, *run.std))) or not min(run.std) > 0:
+        raise ValueError(f"'mean' and 'std' are {run.mean} and {run.std}")
+    of_metadata = (run.arch, len(run.class_names), len(run.mean), len(run.std), 1 if run.grey else 3)
     of_weights = (arch, config.num_classes, config.in_channels, config.in_channels, config.in_channels)
     if of_metadata != of_weights:
         raise ValueError(
             f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
             f"{of_weights} in the weights"
         )
-    white = json.loads(facts.get("white", "{}"))
-    if not isinstance(white, dict) or not all(type(value) is int and value > 0 for value in white.values()):
-        raise ValueError(f"'white' is {white}, expected the value that is white by kind of pixel")
-    cut = json.loads(facts.get("margin", "null")) is not None
-    return class_names, stretched((height, width), grey, values["mean"], values["std"], pad=pad, cut=cut, white=white)
+    if not all(value > 0 for value in run.white.values()):
+        raise ValueError(f"'white' is {run.white}, expected the value that is white by kind of pixel")
+    cut = run.margin is not None
+    mean, std = tuple(run.mean), tuple(run.std)
+    return tuple(run.class_names), Stretched((height, width), run.grey, mean, std, run.pad, cut, run.white)

@@ -35,9 +35,6 @@ def write(
       network: pictures (N, H, W, C) uint8 -> logits (N, num_classes); traced.
       shape: (H, W, C).
       facts: what else a reader has to know, for JSON.
-
-    Raises:
-      ValueError: for another suffix.
     """
     if path.suffix.lower() != SUFFIX:
         raise ValueError(f"StableHLO files end in {SUFFIX}, got {path}")
@@ -52,12 +49,7 @@ def write(
 
 
 def read(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Reads what `write` wrote: the network as a function of pictures, compiled once for each N, and the facts.
-
-    Raises:
-      OSError: if one of the two files cannot be read.
-      ValueError: if one is missing, they do not belong together, or they are something else.
-    """
+    """Reads what `write` wrote: the network as a function of pictures, compiled once for each N, and the facts."""
     beside = _beside(path)
     for file in (path, beside):
         if not file.is_file():

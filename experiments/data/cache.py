@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -32,23 +33,72 @@ class Damaged(Exception):
     """An entry is there but is not what was written."""
 
 
-class Writer(Protocol):
-    """Takes the items of an array one after the other."""
+class Column:
+    """An array that grows item by item: a .npy file, or the same bytes in memory where `path` is None.
 
-    def append(self, item: np.ndarray) -> None: ...
+    Written through the file and not through a memory map: on a full disk a map kills the process (SIGBUS), a file
+    raises. The header's length is fixed; it gets the number of items at the end.
+    """
+
+    def __init__(self, path: Path | None, item_shape: tuple[int, ...], dtype: str) -> None:
+        self.path, self.item_shape, self.dtype, self.count = path, item_shape, np.dtype(dtype), 0
+        with refused_as_unwritable(path):
+            self.file = io.BytesIO() if path is None else path.open("wb")
+            self.write_header()
+        self.start = self.file.tell()
+
+    def append(self, item: np.ndarray) -> None:
+        with refused_as_unwritable(self.path):
+            self.file.write(np.asarray(item, self.dtype).reshape(self.item_shape).tobytes())
+        self.count += 1
+
+    def write_header(self) -> None:
+        self.file.seek(0)
+        shape = (self.count, *self.item_shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def in_memory(self) -> np.ndarray:
+        """What was appended to a column without a path, read-only."""
+        array = np.frombuffer(self.file.getbuffer()[self.start :], self.dtype)
+        array.flags.writeable = False
+        return array.reshape(-1, *self.item_shape)
+
+    def on_disk(self) -> dict[str, Any]:
+        """Completes the file and describes it for `open_entry`."""
+        self.write_header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {
+            "shape": [self.count, *self.item_shape],
+            "dtype": str(self.dtype),
+            "bytes": self.path.stat().st_size,
+            "checksum": sampled_checksum(self.path),
+        }
 
 
-Create = Callable[[str, tuple[int, ...], str], Writer]  # name, shape of an item, dtype -> where its items go
-
+Create = Callable[[str, tuple[int, ...], str], Column]  # name, shape of an item, dtype -> where its items go
 Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about them as JSON values
+
+
+def columns_in(folder: Path | None) -> tuple[dict[str, Column], Create]:
+    """Columns by name, none yet, and what begins one, in place of an earlier one of that name."""
+    columns: dict[str, Column] = {}
+
+    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Column:
+        columns[name] = Column(folder and folder / f"{name}.npy", item_shape, dtype)
+        return columns[name]
+
+    return columns, create
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Arrays with the facts that their maker returned.
+    """Read-only arrays, memory maps if they are in the cache, with the facts that their maker returned.
 
     directory: where they are kept, None if only in memory.
-    notes: what a person should know about how they were come by.
+    notes: what a person should know about how they were made.
     """
 
     arrays: dict[str, np.ndarray]
@@ -72,23 +122,19 @@ def load_or_make(
       name: beginning of the entry's folder name.
       key: JSON values that differ whenever the arrays would.
       size: bytes that the arrays will take, to see beforehand whether they fit.
-      make: called with create(array name, item shape, dtype), which returns a writer. What it raises is passed on and
-        nothing is kept. Where the cache fails it is called a second time, for an entry in memory.
-      refuse: an entry's facts -> why it is to be made again although undamaged, or None.
-
-    Returns:
-      The entry; its arrays are read-only, and memory maps if they are in the cache.
+      make: called with create(array name, item shape, dtype). What it raises is passed on and nothing is kept. Where
+        the cache fails it is called a second time, for an entry in memory.
+      refuse: an entry's facts -> why to make it again although it is undamaged, or None.
     """
-    notes = []
+    notes, reason = [], None
     try:
         directory = cache_folder(cache_dir) / f"{name}-{hash_of(key)}"
         try:
             entry = open_entry(directory)
-            reason = refuse(entry.facts)
-            if reason is None:
+            if (reason := refuse(entry.facts)) is None:
                 return entry
         except FileNotFoundError:
-            reason = None
+            pass
         except Damaged as error:
             reason = f"it is damaged: {error}"
         if reason:
@@ -97,7 +143,9 @@ def load_or_make(
         entry = write_entry(directory, size, make)
     except Unwritable as error:
         notes.append(f"no cache, so the pictures are decoded anew at the next start: {error}")
-        entry = make_in_memory(make)
+        columns, create = columns_in(None)
+        facts = json.loads(json.dumps(make(create)))
+        entry = Entry({name: column.in_memory() for name, column in columns.items()}, facts, None)
     return dataclasses.replace(entry, notes=tuple(notes))
 
 
@@ -106,12 +154,7 @@ def hash_of(key: dict[str, Any]) -> str:
 
 
 def open_entry(directory: Path) -> Entry:
-    """Opens a complete entry.
-
-    Raises:
-      FileNotFoundError: there is none.
-      Damaged: a file is missing, or has not the size, header or checksum that it was written with.
-    """
+    """Opens a complete entry; FileNotFoundError where there is none, Damaged where it is not what was written."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -130,11 +173,7 @@ def open_entry(directory: Path) -> Entry:
 
 
 def write_entry(directory: Path, size: int, make: Make) -> Entry:
-    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster.
-
-    Raises:
-      Unwritable: the file system refused.
-    """
+    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster."""
     partial = directory.with_name(f"partial-{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with refused_as_unwritable(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -142,17 +181,15 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
         if (free := shutil.disk_usage(directory.parent).free) < size:
             raise Unwritable(f"{directory.parent} has {free / 1e6:,.0f} MB free, needed are {size / 1e6:,.0f} MB")
         partial.mkdir()
-    writers: dict[str, NpyWriter] = {}
-
-    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Writer:
-        writers[name] = NpyWriter(partial / f"{name}.npy", item_shape, dtype)
-        return writers[name]
-
+    columns, create = columns_in(partial)
     try:
         facts = make(create)
-        with refused_as_unwritable(directory.parent):
-            arrays = {name: writer.finish() for name, writer in writers.items()}
-            write_synced(partial / "entry.json", json.dumps({"facts": facts, "arrays": arrays}, indent=1).encode())
+        with refused_as_unwritable(directory):
+            arrays = {name: column.on_disk() for name, column in columns.items()}
+            with (partial / "entry.json").open("wb") as file:
+                file.write(json.dumps({"facts": facts, "arrays": arrays}, indent=1).encode())
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 partial.rename(directory)
             except OSError:  # something is in its place: another process's entry, or a damaged one
@@ -160,82 +197,14 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
                     return open_entry(directory)
                 discard(directory)
                 partial.rename(directory)
-            try:
-                return open_entry(directory)
-            except (FileNotFoundError, Damaged) as error:
-                raise Unwritable(f"{directory} cannot be read back ({error})") from error
+            return open_entry(directory)
+    except Damaged as error:
+        raise Unwritable(f"{directory} cannot be read back ({error})") from error
     finally:
-        for writer in writers.values():
-            writer.close()
+        for column in columns.values():
+            with contextlib.suppress(OSError):
+                column.file.close()
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def make_in_memory(make: Make) -> Entry:
-    writers: dict[str, MemoryWriter] = {}
-
-    def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Writer:
-        writers[name] = MemoryWriter(item_shape, dtype)
-        return writers[name]
-
-    facts = make(create)
-    return Entry({name: writer.finish() for name, writer in writers.items()}, json.loads(json.dumps(facts)), None)
-
-
-class NpyWriter:
-    """A .npy file that grows; its header, whose length is fixed, gets the number of items at the end.
-
-    Written through the file and not through a memory map: on a full disk a map kills the process (SIGBUS), a file
-    raises.
-    """
-
-    def __init__(self, path: Path, item_shape: tuple[int, ...], dtype: str) -> None:
-        self.path, self.item_shape, self.dtype, self.count = path, item_shape, np.dtype(dtype), 0
-        with refused_as_unwritable(path.parent):
-            self.file = path.open("wb")
-            self.write_header()
-
-    def append(self, item: np.ndarray) -> None:
-        with refused_as_unwritable(self.path.parent):
-            self.file.write(np.asarray(item, self.dtype).reshape(self.item_shape).tobytes())
-        self.count += 1
-
-    def write_header(self) -> None:
-        self.file.seek(0)
-        shape = (self.count, *self.item_shape)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def finish(self) -> dict[str, Any]:
-        """Completes the file on the disk and describes it for open_entry."""
-        self.write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {
-            "shape": [self.count, *self.item_shape],
-            "dtype": str(self.dtype),
-            "bytes": self.path.stat().st_size,
-            "checksum": sampled_checksum(self.path),
-        }
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-
-
-class MemoryWriter:
-    """An array that grows in memory."""
-
-    def __init__(self, item_shape: tuple[int, ...], dtype: str) -> None:
-        self.item_shape, self.dtype, self.buffer = item_shape, np.dtype(dtype), bytearray()
-
-    def append(self, item: np.ndarray) -> None:
-        self.buffer += np.asarray(item, self.dtype).reshape(self.item_shape).tobytes()
-
-    def finish(self) -> np.ndarray:
-        array = np.frombuffer(self.buffer, self.dtype)
-        array.flags.writeable = False
-        return array.reshape(-1, *self.item_shape)
 
 
 def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> int:
@@ -271,16 +240,9 @@ def remove_abandoned(directory: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
-def refused_as_unwritable(directory: Path) -> Iterator[None]:
+def refused_as_unwritable(place: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unwritable(f"{directory} cannot be written ({error.strerror or error})") from error
+        raise Unwritable(f"{place} cannot be written ({error.strerror or error})") from error

@@ -1,7 +1,4 @@
-"""What a person should know about the pictures of a data set before a training takes its hours.
-
-print(format_findings(check_dataset(dataset)))
-"""
+"""What a person should know about the pictures of a data set before a training takes its hours."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from experiments.data.dataset import SPLITS, Dataset
-from experiments.data.layouts.names import counted, first_few
+from experiments.data.layouts.names import counted, first_few, listing
 
 CHUNK_BYTES = 2**24
 SEVERITIES = ("error", "warning", "fact")
@@ -50,19 +47,17 @@ def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
 
     Args:
       dataset: its images are read a few megabytes at a time; anything will do whose slices along the first axis are
-        arrays. What its reader noted (source["notes"]), such as pictures that cannot be read, is among the findings.
+        arrays.
       shown: of how many pictures a finding gives the names.
 
     Returns:
       the findings: errors, then warnings, then facts.
     """
-    found = [Finding("warning", note) for note in dataset.source.get("notes", ())]
-    found += label_findings(dataset)
+    found = list(label_findings(dataset))
     if not any(finding.severity == "error" for finding in found):
         scans = {split: scan(getattr(dataset, split).images) for split in SPLITS}
         found += plain_findings(dataset, scans, shown)
         found += copy_findings(dataset, scans, shown)
-    found = dict.fromkeys(found)  # a reader may have noted the same
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -72,7 +67,7 @@ def format_findings(findings: Iterable[Finding]) -> str:
 
 
 def label_findings(dataset: Dataset) -> Iterator[Finding]:
-    """Counts by split and class, labels that there are not, and classes without pictures."""
+    """Counts by split and class, labels out of range, and classes without pictures."""
     names = dataset.class_names
     counts = {}
     for split in SPLITS:
@@ -81,11 +76,9 @@ def label_findings(dataset: Dataset) -> Iterator[Finding]:
         if not len(labels):
             yield Finding("error", f"there are no {split} pictures: add some")
         elif len(outside):
-            yield Finding(
-                "error",
-                f"{counted(len(outside), f'{split} picture has a label', f'{split} pictures have labels')} other than "
-                f"0 to {len(names) - 1}: the first is number {outside[0]:,}, with {labels[outside[0]]}",
-            )
+            many = counted(len(outside), f"{split} picture has a label", f"{split} pictures have labels")
+            first = f"the first is number {outside[0]:,}, with {labels[outside[0]]}"
+            yield Finding("error", f"{many} other than 0 to {len(names) - 1}: {first}")
         else:
             counts[split] = np.bincount(labels, minlength=len(names))
             yield Finding("fact", describe_counts(split, counts[split], names))
@@ -93,21 +86,11 @@ def label_findings(dataset: Dataset) -> Iterator[Finding]:
         return
     for split in SPLITS:
         if absent := np.flatnonzero(counts[split] == 0).tolist():
-            listed = first_few(names[label] for label in absent)
-            yield Finding(
-                "warning", f"{counted(len(absent), 'class has', 'classes have')} no {split} pictures: {listed}"
-            )
-    if empty := np.flatnonzero(counts["train"] + counts["test"] == 0).tolist():
-        listed = first_few(names[label] for label in empty)
-        many = counted(len(empty), "class has", "classes have")
-        them = "it" if len(empty) == 1 else "them"
-        yield Finding("warning", f"{many} no pictures at all: {listed}; add some, or remove {them}")
+            words = (f"{many} no {split} pictures" for many in ("class has", "classes have"))
+            yield Finding("warning", listing((names[label] for label in absent), *words))
     if untrained := counts["test"][counts["train"] == 0].sum():
-        yield Finding(
-            "warning",
-            f"{counted(untrained, 'test picture is', 'test pictures are')} of classes without train pictures and will "
-            f"{'' if untrained == 1 else 'all '}count as wrong: add train pictures, or remove these",
-        )
+        many = counted(untrained, "test picture is", "test pictures are")
+        yield Finding("warning", f"{many} of classes without train pictures: add train pictures, or remove these")
     if np.count_nonzero(counts["train"]) == 1:
         yield Finding("warning", "all train pictures are of one class: there is nothing to tell apart")
 
@@ -138,10 +121,9 @@ def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iter
     """Pictures that show nothing."""
     for split in SPLITS:
         if places := np.flatnonzero(scans[split].plain).tolist():
-            listed = first_few((name_of(dataset, split, place) for place in places), shown)
-            many = counted(len(places), f"{split} picture is", f"{split} pictures are")
-            them = "it" if len(places) == 1 else "them"
-            yield Finding("warning", f"{many} of one colour throughout: {listed}; replace {them}")
+            words = (f"{split} {many} of one colour throughout" for many in ("picture is", "pictures are"))
+            listed = listing((name_of(dataset, split, place) for place in places), *words, limit=shown)
+            yield Finding("warning", f"{listed}; replace {'it' if len(places) == 1 else 'them'}")
 
 
 def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
@@ -152,10 +134,7 @@ def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Itera
         total = len(getattr(dataset, split))
         listed = first_few((f"{name_of(dataset, *a)} = {name_of(dataset, *b)}" for a, b in pairs), shown)
         if not same_class:
-            what, advice = (
-                f"equal {of} pictures of another class",
-                "one of the labels is wrong: correct it or remove both",
-            )
+            what, advice = f"equal {of} pictures of another class", "one of the labels is wrong: correct or remove both"
         elif split == of:
             what, advice = f"repeat another {of} picture", "each counts twice: remove one of them"
         else:

@@ -27,8 +27,8 @@ class Pictures(Protocol):
     def take(self, indices: np.ndarray) -> Pictures:
         """These pictures of the N, still to be decoded."""
 
-    def channel_sums(self) -> tuple[list[int], list[int]]:
-        """Of every channel the sum of all N·H·W pixels and the sum of their squares."""
+    def channel_sums(self) -> np.ndarray:
+        """(2, C) Python's whole numbers: of every channel the sum of all N·H·W pixels and the sum of their squares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +77,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
-    """Draws `count` examples of a split, as equally many of each class as the split allows.
+    """Draws `count` examples of a split, as equally many of each class as the split allows; they stay in its order.
 
     A class with fewer examples than its share gives all of them and the others share the rest. Which examples of a
-    class, and which classes give one more when the shares do not come out even, is random.
-
-    Args:
-      split: N examples; classes that have none are left out of the sharing.
-      count: from 1 to N.
-      seed: the same seed draws the same examples.
-
-    Returns:
-      A split in memory, or of pictures still to be decoded if the original is one, in the order of the original.
+    class, and which classes give one more when the shares do not come out even, is random, and follows from the seed.
 
     Raises:
-      ValueError: count is not from 1 to N.
+      ValueError: count is not from 1 to the number of examples.
     """
     if not 1 <= count <= len(split):
         raise ValueError(f"cannot draw {count:,} examples of {len(split):,}: ask for 1 to {len(split):,}")
     generator = np.random.default_rng(seed)
-    labels = np.asarray(split.labels)
-    classes, available = np.unique(labels, return_counts=True)
+    available = np.bincount(split.labels)
     shares = np.zeros_like(available)
     while missing := count - shares.sum():
         open_classes = np.flatnonzero(shares < available)
@@ -106,19 +97,21 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
             shares[open_classes] = np.minimum(shares[open_classes] + each, available[open_classes])
         else:
             shares[generator.choice(open_classes, missing, replace=False)] += 1
-    chosen = [
-        generator.choice(np.flatnonzero(labels == label), share, replace=False)
-        for label, share in zip(classes, shares, strict=True)
-    ]
-    return split.take(np.sort(np.concatenate(chosen)))
+    return split.take(_draw(split.labels, shares, generator))
+
+
+def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The sorted numbers of shares[label] examples of each class that occurs, drawn at random."""
+    classes = np.unique(labels)
+    chosen = [generator.choice(np.flatnonzero(labels == label), shares[label], replace=False) for label in classes]
+    return np.sort(np.concatenate(chosen))
+
+
+# Parts of a data set: drawn at random, but always the same ones. The title names them.
 
 
 def draw_classes(dataset: Dataset, count: int) -> Dataset:
-    """A data set of some of the classes, drawn at random but always the same ones, in their order.
-
-    Raises:
-      ValueError: count is not from 1 to the number of classes.
-    """
+    """Some of the classes, in their order; a ValueError if there are fewer."""
     there = len(dataset.class_names)
     if not 1 <= count <= there:
         raise ValueError(f"cannot draw {count:,} of {there:,} classes")
@@ -130,88 +123,57 @@ def draw_classes(dataset: Dataset, count: int) -> Dataset:
         taken = split.take(np.flatnonzero(number[split.labels] >= 0))
         return dataclasses.replace(taken, labels=number[taken.labels])
 
-    return dataclasses.replace(
-        dataset,
-        title=f"{count} classes of {dataset.title}",
-        class_names=tuple(dataset.class_names[label] for label in chosen),
-        train=part(dataset.train),
-        test=part(dataset.test),
-    )
+    names, title = tuple(dataset.class_names[label] for label in chosen), f"{count} classes of {dataset.title}"
+    return Dataset(title, names, part(dataset.train), part(dataset.test), dataset.source)
 
 
 def hold_out(dataset: Dataset, share: float) -> Dataset:
-    """A data set whose test pictures are a part of its training pictures, the others being left to train on.
+    """A part of the training pictures to test on, the others to train on; its own test pictures are not in the result.
 
     Args:
-      dataset: its own test pictures are not in the result.
-      share: of each class's pictures, rounded, but at least one; drawn at random but always the same ones.
+      dataset: the pictures.
+      share: of each class's pictures, rounded, but at least one.
 
     Raises:
       ValueError: a class has too few pictures to be in both parts.
     """
-    generator = np.random.default_rng(0)
-    labels = np.asarray(dataset.train.labels)
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        of_class = np.flatnonzero(labels == label)
-        count = max(1, round(share * len(of_class)))
-        if count >= len(of_class):
-            raise ValueError(
-                f"cannot hold out {share:.0%} of {dataset.class_names[label]}: it has {len(of_class)} training pictures"
-            )
-        held[generator.choice(of_class, count, replace=False)] = True
-    return dataclasses.replace(
-        dataset,
-        title=f"{dataset.title}, {held.sum():,} of the training pictures held out",
-        train=dataset.train.take(np.flatnonzero(~held)),
-        test=dataset.train.take(np.flatnonzero(held)),
-    )
+    counts = np.bincount(dataset.train.labels)
+    shares = np.array([max(1, round(share * count)) for count in counts])
+    if len(small := np.flatnonzero((counts > 0) & (shares >= counts))):
+        name, count = dataset.class_names[small[0]], counts[small[0]]
+        raise ValueError(f"cannot hold out {share:.0%} of {name}: it has {count} training pictures")
+    held = _draw(dataset.train.labels, shares, np.random.default_rng(0))
+    left, title = np.setdiff1d(np.arange(len(dataset.train)), held), f"{len(held):,} of the training pictures held out"
+    train, test = dataset.train.take(left), dataset.train.take(held)
+    return dataclasses.replace(dataset, title=f"{dataset.title}, {title}", train=train, test=test)
 
 
 def limit_test(dataset: Dataset, count: int) -> Dataset:
-    """A data set with `count` of the test pictures, balanced by class, always the same ones; its title says so.
-
-    Raises:
-      ValueError: count is not from 1 to the number of test pictures.
-    """
-    return dataclasses.replace(
-        dataset, title=f"{dataset.title}, {count:,} test pictures", test=balanced_subset(dataset.test, count, seed=0)
-    )
+    """`count` of the test pictures, balanced by class; a ValueError if there are fewer."""
+    test = balanced_subset(dataset.test, count, seed=0)
+    return dataclasses.replace(dataset, title=f"{dataset.title}, {count:,} test pictures", test=test)
 
 
 def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every channel, pixels scaled to [0, 1].
+    """Mean and standard deviation, (C,) float64, over all N·H·W pixels, scaled to [0, 1].
 
     Computes with whole numbers up to the last division, so that neither the number of pictures nor the size of a chunk
     costs a digit.
 
     Args:
       images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time, lazy pictures not at all.
-
-    Returns:
-      mean (C,) and standard deviation (C,) over all N·H·W pixels, float64.
-
-    Raises:
-      ValueError: images are not (N, H, W, C) uint8 or there are none.
     """
-    if len(images.shape) != 4 or images.dtype != np.uint8 or not math.prod(images.shape):
-        raise ValueError(f"images must be (N, H, W, C) uint8 with N >= 1, got {images.shape} {images.dtype}")
     sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
     pixels = math.prod(images.shape[:3])
-    mean = [first / pixels / 255 for first in sums]
-    deviation = [
-        math.sqrt((pixels * second - first * first) / (pixels * pixels)) / 255
-        for first, second in zip(sums, squares, strict=True)
-    ]
-    return np.array(mean), np.array(deviation)
+    deviation = [math.sqrt((pixels * b - a * a) / (pixels * pixels)) / 255 for a, b in zip(sums, squares, strict=True)]
+    return np.array([a / pixels / 255 for a in sums]), np.array(deviation)
 
 
-def array_sums(images: np.ndarray) -> tuple[list[int], list[int]]:
-    """Of every channel of (N, H, W, C) uint8 the sum and the sum of squares, read a few megabytes at a time."""
+def array_sums(images: np.ndarray) -> np.ndarray:
+    """As `Pictures.channel_sums`, of (N, H, W, C) uint8 read a few megabytes at a time."""
     chunk = max(1, 2**22 // math.prod(images.shape[1:]))
     parts = [pixel_sums(images[start : start + chunk]) for start in range(0, len(images), chunk)]
-    first, second = np.sum(parts, 0, dtype=object).tolist()  # Python's whole numbers, which have no end
-    return first, second
+    return np.sum(parts, 0, dtype=object)  # Python's whole numbers, which have no end
 
 
 def pixel_sums(images: np.ndarray) -> np.ndarray:

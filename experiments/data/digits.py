@@ -24,9 +24,9 @@ from tqdm import tqdm
 from experiments.data.dataset import SPLITS, DataError, Dataset, Split
 from experiments.data.layouts import folder_levels
 from experiments.data.layouts.files import PictureFolder
-from experiments.data.layouts.names import first_few
-from experiments.data.layouts.tfds import tfds
-from experiments.data.pictures import MAX_FILE_BYTES, Decoding, Failure, decode_many, read_file
+from experiments.data.layouts.names import first_few, missing_package
+from experiments.data.layouts.tfds import PACKAGES, tfds
+from experiments.data.pictures import MAX_FILE_BYTES, Decoding, Failure, decode_many, read_file, reason_of
 
 IMAGE_SIZE = (28, 28)
 CLASS_NAMES = tuple("0123456789")
@@ -52,15 +52,14 @@ def load_mnist(data_dir: Path | None = None, tfds_dir: Path | None = None) -> Da
       DataError: files that are missing or damaged, tensorflow_datasets missing, or no way to download.
     """
     dataset = from_tfds(tfds_dir) if data_dir is None else from_idx_files("idx files", find_files(data_dir))
+    place = f"pictures in {dataset.source['directory']}"
     for split, count in FULL.items():
-        if dataset.source[split] != count:
-            found = f"{dataset.source[split]:,} {split} pictures in {dataset.source['directory']}"
-            print(f"warning: {found}: the whole of MNIST has {count:,}", file=sys.stderr)
+        if (found := dataset.source[split]) != count:
+            print(f"warning: {found:,} {split} {place}: the whole of MNIST has {count:,}", file=sys.stderr)
     of_class = np.bincount(dataset.train.labels, minlength=10).tolist()
     if len(dataset.train) == FULL["train"] and of_class != TRAIN_OF_CLASS:
-        title = f"pictures in {dataset.source['directory']}"
-        print(f"warning: {title} are not MNIST's, which has other labels: is this Fashion-MNIST?", file=sys.stderr)
-        return dataclasses.replace(dataset, title=title)
+        print(f"warning: {place} are not MNIST's, which has other labels: is this Fashion-MNIST?", file=sys.stderr)
+        return dataclasses.replace(dataset, title=place)
     return dataset
 
 
@@ -72,96 +71,75 @@ def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
 # The idx files.
 
 
-def find_files(directory: Path) -> dict[str, tuple[Path, Path]]:
-    """The files with the images and the labels of each split, in the folder or in one in it (MNIST/raw/).
-
-    Raises:
-      DataError: there is no such folder, files are missing in it, or several folders in it have them and not just one
-        is called MNIST.
-    """
+def find_files(directory: Path) -> dict[str, Path]:
+    """Where the four files are, in the folder or in one in it (MNIST/raw/)."""
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
     for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
         places = [root for root in level if any(find_file(root, name) for name in NAMES)]
         named = [root for root in places if "mnist" in str(root.relative_to(directory)).lower().split(os.sep)]
-        if len(places) > 1 and len(named) == 1:
+        if len(named) == 1:
             places = named  # torchvision puts FashionMNIST/ beside it
         if len(places) > 1:
-            raise DataError(
-                f"{directory} has {len(places)} sets of idx files: give one of {first_few(map(str, places))}"
-            )
+            few = first_few(map(str, places))
+            raise DataError(f"{directory} has {len(places)} sets of idx files: give one of {few}")
         for root in places:
             found = {name: find_file(root, name) for name in NAMES}
             if missing := [name for name, path in found.items() if path is None]:
                 raise DataError(f"{root} has no {' and no '.join(missing)}: {HINT}")
-            return {split: (found[images], found[labels]) for split, (images, labels) in FILES.items()}
+            return found
     raise DataError(f"{directory} has none of MNIST's files: {HINT}")
 
 
 def find_file(directory: Path, name: str) -> Path | None:
     """The file, perhaps with a dot in its name, as mirrors have it, or in a folder of its name, as Kaggle has it."""
-    stems = (name, name.replace("-idx", ".idx"))
-    files = [stem + suffix for stem in stems for suffix in ("", ".gz")]
+    files = [stem + suffix for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")]
     paths = [directory / file for file in files] + [directory / file / file for file in files]
     return next((path for path in paths if path.is_file()), None)
 
 
-def from_idx_files(layout: str, files: Mapping[str, tuple[Path, Path]]) -> Dataset:
-    return mnist(layout, files["train"][0].parent, {split: read_split(*files[split]) for split in SPLITS})
-
-
-def read_split(images_path: Path, labels_path: Path) -> Split:
-    """Reads the pictures and the labels of a split.
-
-    Raises:
-      DataError: one of the files is damaged or another one, or they do not belong together.
-    """
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if images.shape[1:] != IMAGE_SIZE:
-        raise DataError(f"{images_path} has pictures of {images.shape[1]}x{images.shape[2]}: expected 28x28, {HINT}")
-    if not len(images):
-        raise DataError(f"{images_path} has no pictures: download it again")
-    if len(images) != len(labels):
-        raise DataError(
-            f"{images_path} has {len(images):,} pictures and {labels_path} has {len(labels):,} labels: "
-            "expected as many, download both again"
-        )
-    if labels.max() > 9:
-        place = int(np.argmax(labels > 9))
-        raise DataError(f"{labels_path} has the label {labels[place]} at place {place:,}: expected 0 to 9")
-    return Split(images[..., None], labels.astype(np.int32))
+def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
+    """Reads the four files, {name: path}."""
+    splits = {}
+    for split, (images_name, labels_name) in FILES.items():
+        images_path, labels_path = files[images_name], files[labels_name]
+        images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+        if images.shape[1:] != IMAGE_SIZE:
+            size = "x".join(map(str, images.shape[1:]))
+            raise DataError(f"{images_path} has pictures of {size}: expected 28x28, {HINT}")
+        if not len(images):
+            raise DataError(f"{images_path} has no pictures: download it again")
+        if len(images) != len(labels):
+            raise DataError(
+                f"{images_path} has {len(images):,} pictures and {labels_path} has {len(labels):,} labels: "
+                "expected as many, download both again"
+            )
+        if labels.max() > 9:
+            place = int(np.argmax(labels > 9))
+            raise DataError(f"{labels_path} has the label {labels[place]} at place {place:,}: expected 0 to 9")
+        splits[split] = Split(images[..., None], labels.astype(np.int32))
+    return mnist(layout, files[NAMES[0]].parent, splits)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says.
+    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says; the array is read-only.
 
     The format: a magic number (two bytes 0, the type's code, the number of dimensions), the size of each dimension
     (big-endian, 4 bytes), then the values in C order.
-
-    Args:
-      path: the file.
-      dimensions: how many the array must have: 3 for images, 1 for labels.
-
-    Returns:
-      a read-only uint8 array.
-
-    Raises:
-      DataError: another magic number, or another length than the sizes make.
     """
     try:
         data = read_file(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', error)})") from error
-    if data[:2] == b"\x1f\x8b":
-        try:
+        if data[:2] == b"\x1f\x8b":
             data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
-        if len(data) > MAX_FILE_BYTES:
-            raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: this is none of MNIST's files")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is truncated or damaged ({error}): download it again") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({reason_of(error)})") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: this is none of MNIST's files")
     expected = UNSIGNED_BYTES << 8 | dimensions
     magic = int.from_bytes(data[:4], "big")
-    if len(data) < 4 or magic != expected:
+    if magic != expected:
         kind = {1: "labels", 3: "images"}[dimensions]
         raise DataError(f"{path} has the magic number {magic}: expected {expected}, that of {kind} as bytes; {HINT}")
     start = 4 + 4 * dimensions
@@ -181,31 +159,21 @@ def from_tfds(tfds_dir: Path | None = None) -> Dataset:
     """What TFDS prepared, or else the files that its mnist is made of, downloaded by TFDS and checked by its checksums.
 
     None of it needs TensorFlow, as TFDS's own preparation of mnist does.
-
-    Raises:
-      DataError: tensorflow_datasets missing, no way to download, or prepared files that are damaged.
     """
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise DataError(
-            f"MNIST comes from TFDS, which needs a package that is missing ({error}): "
-            f'pip install "tensorflow-datasets" "array-record", or {HINT}'
-        ) from error
+        raise DataError(f"{missing_package('MNIST comes from TFDS, which', error, *PACKAGES)}, or {HINT}") from error
     builder = tensorflow_datasets.builder("mnist", data_dir=tfds_dir)
     folder = tfds(Path(builder.data_dir), "mnist", boxes=False)
     if folder is not None:
         return mnist(folder.layout, folder.directory, {split: decode_split(folder, split) for split in SPLITS})
-    downloads = Path(builder.data_dir).parents[1] / "downloads"
-    return from_idx_files("idx files downloaded by TFDS", download(builder, downloads))
+    files = download(builder, Path(builder.data_dir).parents[1] / "downloads")
+    return from_idx_files("idx files downloaded by TFDS", files)
 
 
 def decode_split(folder: PictureFolder, split: str) -> Split:
-    """Decodes the pictures of a prepared split.
-
-    Raises:
-      DataError: one cannot be decoded.
-    """
+    """Decodes the pictures of a prepared split."""
     images = np.empty((folder.counts[split], *IMAGE_SIZE, 1), np.uint8)
     labels = np.empty(folder.counts[split], np.int32)
     decoded = decode_many(folder.pictures(split), Decoding(IMAGE_SIZE, grey=True, margin=None))
@@ -217,12 +185,8 @@ def decode_split(folder: PictureFolder, split: str) -> Split:
     return Split(images, labels)
 
 
-def download(builder: Any, downloads: Path) -> dict[str, tuple[Path, Path]]:
-    """Has TFDS download what its mnist is made of, unless it has done so before; the paths as `find_files` has them.
-
-    Raises:
-      DataError: it cannot be downloaded.
-    """
+def download(builder: Any, downloads: Path) -> dict[str, Path]:
+    """Has TFDS download what its mnist is made of, unless it has done so before: {name: path}."""
     import requests  # which TFDS brings along
     import tensorflow_datasets
 
@@ -233,8 +197,7 @@ def download(builder: Any, downloads: Path) -> dict[str, tuple[Path, Path]]:
         manager = tensorflow_datasets.download.DownloadManager(
             download_dir=downloads, dataset_name="mnist", force_checksums_validation=True
         )
-        paths = iter([Path(path) for path in manager.download(urls)])
+        return dict(zip(NAMES, map(Path, manager.download(urls)), strict=True))
     except Exception as error:  # TFDS passes on what its downloader raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"MNIST cannot be downloaded: {HINT}. To {downloads}: {reason}") from error
-    return {split: (next(paths), next(paths)) for split in FILES}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,27 +13,25 @@ from experiments.data.dataset import DataError
 from experiments.data.pictures import Decoding, Failure, Picture, decode_or_explain
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class LazyPictures:
     """Stands for an array (N, H, W, C) uint8: has its shape, dtype and length, and is indexed along N like it.
 
-    Every access reads and decodes anew. May be read by several threads at once, and pickled for another process.
+    Every access reads and decodes anew. May be read by several threads at once.
+
+    pictures: of a split, in the order of the folder.
+    places: (N,) whole numbers, which of them these are: all but those that could not be read when checked.
+    sums: (N, 2, C), `pixel_sums` of each of the N.
+    decoding: what becomes of a picture.
+    directory: what messages call the folder.
     """
 
-    dtype = np.dtype(np.uint8)
-
-    def __init__(
-        self, pictures: Sequence[Picture], places: np.ndarray, sums: np.ndarray, decoding: Decoding, directory: Path
-    ) -> None:
-        """
-        Args:
-          pictures: of a split, in the order of the folder.
-          places: (N,) whole numbers, which of them these are: all but those that could not be read when checked.
-          sums: (N, 2, C), `pixel_sums` of each of the N.
-          decoding: what becomes of a picture.
-          directory: what messages call the folder.
-        """
-        self.pictures, self.places, self.sums = pictures, places, sums
-        self.decoding, self.directory = decoding, directory
+    pictures: Sequence[Picture]
+    places: np.ndarray
+    sums: np.ndarray
+    decoding: Decoding
+    directory: Path
+    dtype: ClassVar[np.dtype] = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -66,9 +66,8 @@ class LazyPictures:
 
     def take(self, indices: np.ndarray) -> LazyPictures:
         """These pictures of the N, still to be decoded."""
-        return LazyPictures(self.pictures, self.places[indices], self.sums[indices], self.decoding, self.directory)
+        return dataclasses.replace(self, places=self.places[indices], sums=self.sums[indices])
 
-    def channel_sums(self) -> tuple[list[int], list[int]]:
-        """Of every channel the sum of all N·H·W pixels and the sum of their squares; nothing is decoded."""
-        first, second = self.sums.sum(0, dtype=object).tolist()  # Python's whole numbers, which have no end
-        return first, second
+    def channel_sums(self) -> np.ndarray:
+        """(2, C): of every channel the sum of all pixels and the sum of their squares; nothing is decoded."""
+        return self.sums.sum(0, dtype=object)  # Python's whole numbers, which have no end

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,7 @@ MAX_FILE_BYTES = 2**30
 class Box(NamedTuple):
     """Corners of a box as the devkit writes them: pixels counted from 1, both corners inside the box.
 
-    With relative=True x is divided by the width of the picture and y by its height, which is how TFDS keeps the same
-    numbers.
+    With relative=True x is divided by the width of the picture and y by its height, as TFDS keeps the same numbers.
     """
 
     x1: float
@@ -72,8 +72,8 @@ class Decoded(NamedTuple):
     """A picture's (H, W, C) uint8 array, and what a person may want to know of it.
 
     clipped: its box reached a pixel beyond it.
-    turned: it has a note (EXIF) that it is to be turned, which is left alone: boxes refer to the pixels as stored.
-    kind, highest: of pixels with more than 8 bits, and the highest value; None of others.
+    turned: the camera noted (EXIF) that it lies on a side; it is not turned, since boxes refer to the pixels as stored.
+    kind, highest: of pixels with more than 8 bits, and their highest value; None of others.
     """
 
     pixels: np.ndarray
@@ -84,7 +84,7 @@ class Decoded(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a picture gave no array. kind: "missing", "file" (cannot be read), "picture" (cannot be decoded) or "box"."""
+    """Why a picture gave no array. kind: "file" (it is there, but cannot be read now), "picture" or "box"."""
 
     name: str
     kind: str
@@ -92,7 +92,7 @@ class Failure(NamedTuple):
 
 
 class BoxOutside(Exception):
-    """A box that does not lie inside its picture."""
+    """A box that is empty, or reaches out of its picture by more than a pixel."""
 
 
 def printable(name: str) -> str:
@@ -107,23 +107,21 @@ def printable(name: str) -> str:
 
 
 def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, Decoded | Failure]]:
-    """Decodes pictures in as many threads as there are processors (Pillow releases the interpreter's lock).
+    """Yields each picture with what became of it, in the order given; few are in memory at a time.
 
-    Yields each picture with what became of it, in the order given. At most a few pictures per thread are in memory at a
-    time.
+    Decodes in as many threads as there are processors (Pillow releases the interpreter's lock).
     """
-    threads = cores()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    waiting: collections.deque = collections.deque()
+    waiting: collections.deque[tuple[Picture, Future]] = collections.deque()
+    pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")
+    pictures = iter(pictures)
     try:
-        for picture in pictures:
-            waiting.append((picture, pool.submit(try_to_decode, picture, decoding)))
-            if len(waiting) >= 8 * threads:
-                done, result = waiting.popleft()
-                yield done, result.result()
-        while waiting:
-            done, result = waiting.popleft()
-            yield done, result.result()
+        while True:
+            for picture in itertools.islice(pictures, 8 * cores() - len(waiting)):
+                waiting.append((picture, pool.submit(try_to_decode, picture, decoding)))
+            if not waiting:
+                return
+            picture, decoded = waiting.popleft()
+            yield picture, decoded.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -138,27 +136,22 @@ def try_to_decode(picture: Picture, decoding: Decoding) -> Decoded | Failure:
     """The decoded picture, or what is wrong with it; never raises."""
     try:
         data = picture.data if isinstance(picture.data, bytes) else read_file(picture.data)
-    except FileNotFoundError as error:
-        return Failure(picture.name, "missing", error.strerror)
-    except OSError as error:
-        return Failure(picture.name, "file", error.strerror or str(error))
-    except ValueError as error:
-        return Failure(picture.name, "picture", str(error))
+    except (OSError, ValueError) as error:
+        may_pass = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        return Failure(picture.name, "file" if may_pass else "picture", reason_of(error))
     try:
-        return decode_with_remarks(data, picture.box, decoding)
-    except BoxOutside as error:
-        return Failure(picture.name, "box", str(error))
+        return decode(data, picture.box, decoding)
     except Exception as error:  # Pillow meets a broken file with almost any type: OSError, SyntaxError, IndexError, …
-        return Failure(picture.name, "picture", str(error).rstrip(".") or type(error).__name__)
+        return Failure(picture.name, "box" if isinstance(error, BoxOutside) else "picture", reason_of(error))
+
+
+def reason_of(error: Exception) -> str:
+    """The words for a message, without an error number, a file's name and a full stop."""
+    return getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: it is a pipe, which would be waited for, a device, which may have no end, or too large.
-    """
+    """The bytes of a file; refuses a pipe, which would be waited for, a device, which may have no end, and too many."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("a pipe or device, not a file")
@@ -167,17 +160,10 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode(data: bytes, box: Box | None, decoding: Decoding) -> np.ndarray:
-    """`decode_with_remarks` without the remarks: (H, W, C) uint8."""
-    return decode_with_remarks(data, box, decoding).pixels
+def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
+    """Decodes a file in any format that Pillow reads: to RGB or grey, cut to its box, resized by Lanczos's filter.
 
-
-def decode_with_remarks(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
-    """Decodes one picture: to RGB or grey, cut to its box, resized by Lanczos's filter.
-
-    Args:
-      data: the file, in any format that Pillow reads; of several frames the first.
-      box: ignored where decoding.margin is None.
+    Of several frames the first is taken. The box is ignored where decoding.margin is None.
 
     Raises:
       BoxOutside: the box does not lie inside the picture.
@@ -194,41 +180,27 @@ def decode_with_remarks(data: bytes, box: Box | None, decoding: Decoding) -> Dec
         colours = to_rgb(image, white)
     clipped = False
     if box is not None and decoding.margin is not None:
-        corners = in_pixels(box, *colours.size)
-        inside = clip(corners, *colours.size)
-        clipped = inside != corners
-        colours = colours.crop(widen(inside, decoding.margin, *colours.size))
+        edges, clipped = edges_of(box, decoding.margin, *colours.size)
+        colours = colours.crop(edges)
     height, width = decoding.image_size
     resized = colours.convert("L" if decoding.grey else "RGB").resize((width, height), Image.Resampling.LANCZOS)
     return Decoded(np.asarray(resized).reshape(decoding.shape), clipped, turned, kind, highest)
 
 
-Edges = tuple[float, float, float, float]
+def edges_of(box: Box, margin: int, width: int, height: int) -> tuple[tuple[int, int, int, int], bool]:
+    """What is cut out of a picture of width x height: its box, widened as far as the picture reaches.
 
-
-def in_pixels(box: Box, width: int, height: int) -> Edges:
-    """A box's corners in pixels counted from 1."""
-    x1, y1, x2, y2 = box[:4]
-    if not box.relative:
-        return x1, y1, x2, y2
-    return max(1, round(x1 * width)), max(1, round(y1 * height)), round(x2 * width), round(y2 * height)
-
-
-def clip(corners: Edges, width: int, height: int) -> Edges:
-    """The corners of the part of a box that lies in its width x height picture.
-
-    Raises:
-      BoxOutside: the box reaches out of the picture by more than a pixel, or is empty.
+    Returns:
+      (left, top, right, bottom) in pixels from 0, right and bottom exclusive; whether the box reached a pixel beyond.
     """
-    x1, y1, x2, y2 = corners
+    x1, y1, x2, y2 = box[:4]
+    if box.relative:
+        x1, y1 = max(1, round(x1 * width)), max(1, round(y1 * height))
+        x2, y2 = round(x2 * width), round(y2 * height)
     inside = max(1, x1), max(1, y1), min(width, x2), min(height, y2)
-    off = max(abs(corner - edge) for corner, edge in zip(corners, inside, strict=True))
-    if off > 1 or inside[0] > inside[2] or inside[1] > inside[3]:
+    off = max(abs(corner - edge) for corner, edge in zip((x1, y1, x2, y2), inside, strict=True))
+    left, top, right, bottom = map(int, inside)
+    if off > 1 or left > right or top > bottom:
         raise BoxOutside(f"box x {x1} to {x2}, y {y1} to {y2} in a picture of {width}x{height}")
-    return inside
-
-
-def widen(corners: Edges, margin: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in pixels from 0, right and bottom exclusive, of corners and a margin around them."""
-    x1, y1, x2, y2 = map(int, corners)
-    return max(0, x1 - 1 - margin), max(0, y1 - 1 - margin), min(width, x2 + margin), min(height, y2 + margin)
+    left, top, right, bottom = left - 1 - margin, top - 1 - margin, right + margin, bottom + margin
+    return (max(0, left), max(0, top), min(width, right), min(height, bottom)), off > 0

@@ -60,11 +60,8 @@ def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, flo
     """Of a loaded picture with more than 8 bits what its pixels are, and the highest; (None, None) of others.
 
     Args:
-      image: the picture.
+      image: the picture; a ValueError says that pixels are negative, infinite or not numbers.
       sixteen: whether its file has 16 bits for each colour, which Pillow does not tell once it has loaded it.
-
-    Raises:
-      ValueError: pixels that are negative, infinite or not numbers.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -89,14 +86,11 @@ def white_of(kind: str, highest: float) -> int:
 
 
 def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
-    """The picture in 8-bit RGB. Transparent parts show white; of more than 8 bits the upper 8 of those in use are kept.
+    """A loaded picture in 8-bit RGB. Transparent parts show white; of more than 8 bits the upper 8 in use are kept.
 
     Args:
-      image: loaded.
+      image: as for `depth_of`.
       white: the highest value that a pixel of more than 8 bits may have; None for one that follows from this picture.
-
-    Raises:
-      ValueError: pixels that are negative, infinite or not numbers.
     """
     kind, highest = depth_of(image)
     if kind is not None:

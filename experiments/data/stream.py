@@ -8,9 +8,7 @@ step simply starts at that number. Threads are enough: they decode JPEG files wi
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -21,6 +19,9 @@ from experiments.machine import cores
 
 Batch = tuple[np.ndarray, np.ndarray]
 OnDevice = TypeVar("OnDevice")
+
+# Two: at the end of an epoch the next one is begun ahead.
+order_of = functools.lru_cache(maxsize=2)(epoch_order)
 
 
 class Batches(Iterator[Batch]):
@@ -55,37 +56,51 @@ class Batches(Iterator[Batch]):
         Raises:
           ValueError: one of the numbers is out of range.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {epochs}")
-        source = TrainingSource(split, batch_size, part, seed, epochs)
-        if not 0 <= start_step <= len(source):
-            raise ValueError(f"start_step must be 0 to {len(source)}, the steps of the training, got {start_step}")
-        self._start(source, start_step, prefetch)
+        if batch_size > len(split):
+            raise ValueError(f"batch_size {batch_size} exceeds the {len(split)} pictures")
 
-    def _start(self, source: Source, start: int, prefetch: int | None) -> None:
+        def chosen(number: int) -> np.ndarray:
+            epoch, place = divmod(number, len(split) // batch_size)
+            return order_of(len(split), seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+        steps = epochs * (len(split) // max(1, batch_size))
+        self._start(split, batch_size, chosen, range(start_step, steps), part, prefetch)
+
+    def _start(
+        self,
+        split: Split,
+        batch_size: int,
+        chosen: Callable[[int], np.ndarray],
+        numbers: range,
+        part: tuple[int, int],
+        prefetch: int | None,
+    ) -> None:
+        """Begins with the batches of these numbers; chosen: a number -> which examples make up the whole batch."""
         import grain
 
+        index, count = part
+        if not 0 <= index < count:
+            raise ValueError(f"part must be (process_index, process_count), got {part}")
+        if batch_size < 1 or batch_size % count:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {count}")
         ahead = max(2, cores()) if prefetch is None else prefetch
-        if ahead < 0:
-            raise ValueError(f"prefetch must not be negative, got {ahead}")
+        rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
+
+        def batch(number: int) -> Batch:
+            examples = chosen(number)[rows]
+            return split.images[examples], split.labels[examples]
+
         options = grain.ReadOptions(num_threads=min(ahead, cores()), prefetch_buffer_size=ahead)
-        self._iterator = iter(grain.MapDataset.source(source).slice(slice(start, None)).to_iter_dataset(options))
+        batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch)
+        self._iterator = iter(batches.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
-        """
-        Raises:
-          DataError: a picture can no longer be read.
-          ValueError: closed.
-        """
-        if self._iterator is None:
-            raise ValueError("these batches are closed")
+        """Raises a DataError for a picture that can no longer be read."""
         return next(self._iterator)
 
     def close(self) -> None:
         """Threads end after the batch that they are at."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        self._iterator.close()
 
     def __enter__(self) -> Batches:
         return self
@@ -102,87 +117,22 @@ class EvaluationBatches(Batches):
         self, split: Split, batch_size: int, *, part: tuple[int, int] = (0, 1), prefetch: int | None = None
     ) -> None:
         """Args and errors: see Batches."""
-        self._start(EvaluationSource(split, batch_size, part), 0, prefetch)
 
+        def chosen(number: int) -> np.ndarray:
+            examples = np.arange(number * batch_size, (number + 1) * batch_size)
+            return np.where(examples < len(split), examples, 0)
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Batches by their number: what grain reads from."""
-
-    split: Split
-    batch_size: int
-    part: tuple[int, int]
-
-    def __post_init__(self):
-        index, count = self.part
-        if not 0 <= index < count:
-            raise ValueError(f"part must be (process_index, process_count), got {self.part}")
-        if self.batch_size < 1 or self.batch_size % count:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of the number of processes, {count}")
-
-    def __getitem__(self, number: int) -> Batch:
-        index, count = self.part
-        rows = self.batch_size // count
-        chosen = self.examples(number)[index * rows : (index + 1) * rows]
-        return self.split.images[chosen], self.split.labels[chosen]
-
-    def examples(self, number: int) -> np.ndarray:
-        """Which examples of the split make up the batch of a number: (batch_size,)."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingSource(Source):
-    """The batches of a training."""
-
-    seed: int
-    epochs: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size > len(self.split):
-            raise ValueError(f"batch_size {self.batch_size} exceeds the {len(self.split)} pictures")
-
-    def __len__(self) -> int:
-        return self.epochs * (len(self.split) // self.batch_size)
-
-    def examples(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, len(self.split) // self.batch_size)
-        return order_of(len(self.split), self.seed, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSource(Source):
-    """The batches of a test."""
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.split) / self.batch_size)
-
-    def examples(self, number: int) -> np.ndarray:
-        chosen = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
-        chosen[chosen >= len(self.split)] = 0
-        return chosen
-
-
-# Two: at the end of an epoch the next one is begun ahead.
-order_of = functools.lru_cache(maxsize=2)(epoch_order)
+        numbers = range(-(-len(split) // max(1, batch_size)))
+        self._start(split, batch_size, chosen, numbers, part, prefetch)
 
 
 def put_ahead(
     batches: Iterable[Batch], put: Callable[[np.ndarray, np.ndarray], OnDevice], ahead: int = 2
 ) -> Iterator[OnDevice]:
-    """Puts batches onto the device before they are needed.
+    """Yields what `put` makes of images and labels, such as arrays on the devices; `ahead` of them wait there.
 
     JAX copies while the program goes on, so a batch that is put while the step before it is computed costs no time. No
     thread is needed for that: grain's device_put takes two, and knows no arrays that are spread over processes.
-
-    Args:
-      batches: images and labels.
-      put: (images, labels) -> what the step takes, such as arrays on the devices.
-      ahead: how many batches wait on the device.
-
-    Yields:
-      what `put` returned, in order.
     """
     waiting: collections.deque[OnDevice] = collections.deque()
     for images, labels in batches:

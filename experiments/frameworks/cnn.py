@@ -1,14 +1,15 @@
 """The small network of experiments.mnist: a convolution, ReLU and a dense layer, in NumPy, JAX and PyTorch.
 
-Its parameters are {"conv": {"weight", "bias"}, "fc": {"weight", "bias"}}; there are no running statistics.
+Its parameters are {"conv": {"weight", "bias"}, "fc": {"weight", "bias"}}; there are no running statistics. Images have
+28x28 pixels and one channel.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import OrderedDict
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,26 +26,11 @@ if TYPE_CHECKING:
     import torch
 
 Params = dict[str, dict[str, Any]]
+CHANNELS, KERNEL, STRIDE, CLASSES = 32, 5, 2, 10
+FEATURES = (14, 14, CHANNELS)  # (H, W, K) of the convolution's output
 
 
-@dataclasses.dataclass(frozen=True)
-class CNNConfig:
-    """The architecture: images of image_size x image_size with one channel; the convolution keeps 1 / stride of it."""
-
-    num_classes: int = 10
-    image_size: int = 28
-    channels: int = 32
-    kernel: int = 5
-    stride: int = 2
-
-    @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(H', W', K) of the convolution's output."""
-        side = (self.image_size - 1) // self.stride + 1
-        return side, side, self.channels
-
-
-def init(config: CNNConfig, rng: np.random.Generator) -> Params:
+def init(rng: np.random.Generator) -> Params:
     """Draws the parameters, float32, each uniform within 1/sqrt(inputs of its layer), as PyTorch does."""
 
     def layer(*shape: int) -> dict[str, np.ndarray]:
@@ -52,25 +38,21 @@ def init(config: CNNConfig, rng: np.random.Generator) -> Params:
         draw = functools.partial(rng.uniform, -bound, bound)
         return {"weight": draw(shape).astype(np.float32), "bias": draw(shape[-1:]).astype(np.float32)}
 
-    return {
-        "conv": layer(config.kernel, config.kernel, 1, config.channels),
-        "fc": layer(math.prod(config.feature_shape), config.num_classes),
-    }
+    return {"conv": layer(KERNEL, KERNEL, 1, CHANNELS), "fc": layer(math.prod(FEATURES), CLASSES)}
+
+
+def steps(layers: ModuleType, params: Params) -> list[tuple[Any, ...]]:
+    """The layers of numpy_ref or jax_resnet, each with its weights, in their order."""
+    conv2d = functools.partial(layers.conv2d, stride=STRIDE, padding=KERNEL // 2)
+    conv, fc = ((params[name]["weight"], params[name]["bias"]) for name in ("conv", "fc"))
+    return [(conv2d, *conv), (layers.relu,), (layers.flatten,), (layers.dense, *fc)]
 
 
 def apply_numpy(
-    config: CNNConfig, params: Params, batch_stats: Any, images: np.ndarray, *, train: bool
+    config: None, params: Params, batch_stats: Any, images: np.ndarray, *, train: bool
 ) -> tuple[numpy_ref.resnet.Output, numpy_ref.layers.Vjp]:
     """Runs the network in the form of `numpy_ref.resnet.apply`; it is the same in training and evaluation."""
-    layers = numpy_ref.layers
-    conv2d = functools.partial(layers.conv2d, stride=config.stride, padding=config.kernel // 2)
-    logits, vjp_layers = layers.sequential(
-        images,
-        (conv2d, params["conv"]["weight"], params["conv"]["bias"]),
-        (layers.relu,),
-        (layers.flatten,),
-        (layers.dense, params["fc"]["weight"], params["fc"]["bias"]),
-    )
+    logits, vjp_layers = numpy_ref.layers.sequential(images, *steps(numpy_ref.layers, params))
 
     def vjp(dlogits: np.ndarray) -> tuple[Params, np.ndarray]:
         dimages, conv, (), (), dense = vjp_layers(dlogits)
@@ -81,7 +63,7 @@ def apply_numpy(
 
 
 def apply_jax(
-    config: CNNConfig,
+    config: None,
     params: Params,
     batch_stats: Any,
     images: jax.Array,
@@ -90,44 +72,35 @@ def apply_jax(
     dtype: Any = None,
     return_activations: bool = False,
 ) -> jax_resnet.resnet.Output:
-    """Runs the network in the form of `jax_resnet.resnet.apply`."""
-    layers = jax_resnet.layers
-    dtype = dtype or images.dtype
-    kernel, bias = (params["conv"][name].astype(dtype) for name in ("weight", "bias"))
-    x = layers.conv2d(images.astype(dtype), kernel, bias, stride=config.stride, padding=config.kernel // 2)
-    x = layers.relu(x)
-    features = layers.flatten(x).astype(params["fc"]["weight"].dtype)
-    logits = layers.dense(features, **params["fc"])
+    """Runs the network in the form of `jax_resnet.resnet.apply`; dtype is that of all before the dense layer."""
+    x = images.astype(dtype or images.dtype)
+    cast = params | {"conv": jax.tree.map(lambda a: a.astype(x.dtype), params["conv"])}
+    *convolution, (dense, *fc) = steps(jax_resnet.layers, cast)
+    for layer, *arrays in convolution:
+        x = layer(x, *arrays)
+    logits = dense(x.astype(fc[0].dtype), *fc)
     return jax_resnet.resnet.Output(logits, batch_stats, {"conv": x} if return_activations else {})
 
 
-def make_module(config: CNNConfig) -> torch.nn.Module:
+def make_module() -> torch.nn.Module:
     """The network in PyTorch; `to_torch` makes its state_dict."""
     from torch import nn
 
-    convolution = nn.Conv2d(1, config.channels, config.kernel, config.stride, config.kernel // 2)
-    dense = nn.Linear(math.prod(config.feature_shape), config.num_classes)
+    convolution = nn.Conv2d(1, CHANNELS, KERNEL, STRIDE, KERNEL // 2)
+    dense = nn.Linear(math.prod(FEATURES), CLASSES)
     return nn.Sequential(OrderedDict(conv=convolution, relu=nn.ReLU(), flatten=nn.Flatten(), fc=dense))
 
 
-def to_torch(config: CNNConfig, params: Params, batch_stats: Any) -> dict[str, np.ndarray]:
+def to_torch(params: Params, batch_stats: Any) -> dict[str, np.ndarray]:
     """{name: array} in PyTorch's layout.
 
-    The rows of the dense layer are reordered: features come as (H', W', K) here, and from PyTorch's Flatten as
-    (K, H', W').
+    The rows of the dense layer are reordered: features come as (H, W, K) here, and from PyTorch's Flatten as (K, H, W).
     """
-    rows = np.arange(math.prod(config.feature_shape)).reshape(config.feature_shape).transpose(2, 0, 1).reshape(-1)
+    rows = np.arange(math.prod(FEATURES)).reshape(FEATURES).transpose(2, 0, 1).reshape(-1)
     dense = {"weight": np.asarray(params["fc"]["weight"])[rows], "bias": params["fc"]["bias"]}
     return weights.to_torch({**params, "fc": dense}, batch_stats)
 
 
-def network(config: CNNConfig, params: Params) -> Network:
+def network(params: Params) -> Network:
     """The network in all frameworks."""
-    return Network(
-        (config, apply_jax),
-        (config, apply_numpy),
-        lambda framework: make_module(config),
-        params,
-        {},
-        functools.partial(to_torch, config),
-    )
+    return Network((None, apply_jax), (None, apply_numpy), lambda framework: make_module(), params, {}, to_torch)

@@ -1,4 +1,4 @@
-"""What the frameworks have in common: their names, a network, a recipe for its training, and a training that can begin.
+"""What the frameworks have in common: a network, a recipe for its training, and a training that can begin.
 
 The work is done by one adapter each: `experiments.frameworks.jax`, `.numpy` and `.torch`. Importing this module imports
 none of them.
@@ -11,12 +11,11 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 
-from experiments.frameworks.experiment import Experiment, FrameworkName, OptimizerName
-from experiments.frameworks.optimizers import refuse_uncommon
+from experiments.frameworks.experiment import CommonOptimizerName, Experiment, FrameworkName
 
 if TYPE_CHECKING:
     import optax
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Arrays = Mapping[str, Array]
+State = Any  # a framework's TrainState, which has step, params and batch_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,7 @@ class ResNet:
     @property
     def options(self) -> dict[str, Any]:
         """All settings but the architecture, by name."""
-        options = dataclasses.asdict(self)
-        del options["arch"]
-        return options
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "arch"}
 
     def __str__(self) -> str:
         version = "" if self.arch in ("resnet18", "resnet34") or self.stride_in == "conv2" else ", v1"
@@ -94,14 +92,12 @@ class Recipe:
     """How a network is trained, in whichever framework.
 
     experiment: with its learning_rate; float64 needs jax.enable_x64.
-    schedule: the learning rate by step.
-    steps: of the whole training.
+    schedule, steps: the learning rate by step, and the steps of the whole training.
     preprocess_train: (uint8 images (N, H, W, C), step) -> floats of this precision; traced into JAX's step, called by
       the others.
     preprocess_test: the same without a step.
     freeze_backbone: train the dense layer alone; the rest runs as in evaluation.
-    skip_nonfinite: see `jax_resnet.train.make_train_step`; JAX only.
-    devices: how many of JAX's devices share the batch; 1 leaves everything on the first.
+    skip_nonfinite, devices: JAX's, see `jax_resnet.train.make_train_step` and `data_mesh`.
     """
 
     experiment: Experiment
@@ -112,14 +108,6 @@ class Recipe:
     freeze_backbone: bool = False
     skip_nonfinite: int = 0
     devices: int = 1
-
-
-class State(Protocol):
-    """What the frameworks' TrainState have in common: the count of steps, and two collections of arrays."""
-
-    step: Any
-    params: Any
-    batch_stats: Any
 
 
 class Training(NamedTuple):
@@ -154,34 +142,31 @@ class Training(NamedTuple):
 
 
 def adapter(framework: FrameworkName) -> ModuleType:
-    """The module that computes in a framework, imported when it is needed.
-
-    Raises:
-      ValueError: if the framework is not installed.
-    """
+    """The module that computes in a framework; raises a ValueError if the framework is not installed."""
+    try:
+        importlib.import_module(framework)
+    except ImportError as error:
+        raise ValueError(
+            f'--framework {framework} needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
+        ) from error
     module = "torch" if framework == "torchvision" else framework
-    if module == "torch":
-        try:
-            importlib.import_module(framework)
-        except ImportError as error:
-            raise ValueError(
-                f'--framework {framework} needs PyTorch, which is missing ({error}): pip install -e ".[torch]"'
-            ) from error
     return importlib.import_module(f"experiments.frameworks.{module}")
 
 
-def check_available(framework: FrameworkName, opt: OptimizerName, dampening: float) -> None:
-    """Raises a ValueError if the framework is missing, or has no such optimizer."""
-    refuse_uncommon(framework, opt, dampening)
-    adapter(framework)
+def adapter_for(experiment: Experiment) -> ModuleType:
+    """The adapter for an experiment; raises a ValueError if the framework is missing, or has no such optimizer.
+
+    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
+    torch after.
+    """
+    framework, opt, common = experiment.framework, experiment.opt, get_args(CommonOptimizerName)
+    if framework != "jax" and opt not in common:
+        raise ValueError(f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(common)}")
+    if experiment.dampening and framework not in ("jax", "numpy"):
+        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
+    return adapter(framework)
 
 
 def make_training(network: Network, recipe: Recipe) -> Training:
-    """Prepares a training in the experiment's framework.
-
-    Raises:
-      ValueError: if the framework is missing, or has no such optimizer.
-    """
-    experiment = recipe.experiment
-    check_available(experiment.framework, experiment.opt, experiment.dampening)
-    return adapter(experiment.framework).make_training(network, recipe)
+    """Prepares a training in the experiment's framework; raises what `adapter_for` raises."""
+    return adapter_for(recipe.experiment).make_training(network, recipe)

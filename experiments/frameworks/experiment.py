@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 FrameworkName = Literal["jax", "numpy", "torch", "torchvision"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -13,9 +14,7 @@ CommonOptimizerName = Literal["adam", "adamw", "sgd", "adabound", "amsbound"]  #
 ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
 
 TITLES = {"jax": "JAX", "numpy": "NumPy", "torch": "PyTorch"}
-LEARNING_RATES: dict[str, float] = dict.fromkeys(
-    ["adabound", "amsbound", "adaboundw", "adam", "adamw", "amsgrad"], 1e-3
-) | {"sgd": 0.05}
+LEARNING_RATES: dict[str, float] = dict.fromkeys(get_args(OptimizerName), 1e-3) | {"sgd": 0.05}
 BOUNDED = ("adabound", "amsbound", "adaboundw")
 MAX_EPOCHS = 1_000_000  # more is a typing error
 
@@ -28,6 +27,10 @@ def jax_only(default: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """Settings that decide what comes out. A run can only be resumed with the same ones."""
+
+    # What only some programs have settings for; without types these are no fields. pad: pixels around a picture;
+    # bounds: the arguments of `experiments.training.step_sizes`, for a run that reports them.
+    augmentation, normalize, freeze, pad, bounds = "none", True, "none", 0, None
 
     opt: OptimizerName = "adabound"
     """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
@@ -85,42 +88,26 @@ class Experiment:
         """The type of the weights, and of the pictures that go into the network."""
         return "float32" if self.precision == "bfloat16" else self.precision
 
-    @property
-    def hyperparameters(self) -> dict[str, float]:
-        """The arguments of the functions that make an optimizer."""
-        names = ("final_lr", "gamma", "momentum", "dampening", "weight_decay")
-        return {"base_lr": self.learning_rate} | {name: getattr(self, name) for name in names}
-
-    @property
-    def bounds(self) -> dict[str, float] | None:
-        """The arguments of `experiments.training.step_sizes`, which a run reports; None if it does not."""
-        return None
-
     def check(self) -> None:
         """Raises a ValueError for values that are out of range or contradict one another."""
-        require_at_least(
-            self,
-            dict(epochs=1, batch_size=2, log_every=1, test_every=1, limit=1, test_limit=1, seed=0, accumulate=1),
+        counts = ("epochs", "log_every", "test_every", "limit", "test_limit", "accumulate")
+        require(self, "be at least 1", lambda value: value >= 1, *counts)
+        require(self, "be at least 2", lambda value: value >= 2, "batch_size")
+        require(self, "be at least 0", lambda value: value >= 0, "seed")
+        require(self, f"be at most {MAX_EPOCHS:,}", lambda value: value <= MAX_EPOCHS, "epochs")
+        require(self, "be below 2^32", lambda value: value < 2**32, "seed")
+        require(
+            self, "be positive and finite", is_positive, "learning_rate", "clip_norm", "final_lr", "gamma", "loss_scale"
         )
-        if self.epochs > MAX_EPOCHS:
-            raise ValueError(f"--epochs must be at most {MAX_EPOCHS:,}, got {self.epochs}")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below 2^32, got {self.seed}")
-        require_positive(self, "learning_rate", "clip_norm", "final_lr", "gamma", "loss_scale")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"--ema must be between 0 and 1, such as 0.999, got {self.ema}")
+        require(self, "be between 0 and 1, such as 0.999", lambda value: 0 < value < 1, "ema")
+        require(self, "be below 1: at 1 no gradient would be forgotten", lambda value: value != 1, "momentum")
+        require(self, "be within 0 and 1", lambda value: 0 <= value <= 1, "momentum", "dampening", "label_smoothing")
+        finite = ("weight_decay", "warmup_epochs")
+        require(self, "not be negative or infinite", lambda value: 0 <= value < math.inf, *finite)
         if self.batch_size % self.accumulate:
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accumulate {self.accumulate}")
         if self.dampening and self.opt != "sgd":
             raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
-        if self.momentum == 1:
-            raise ValueError("--momentum must be below 1: at 1 no gradient would be forgotten")
-        for name in ("momentum", "dampening", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} must be within 0 and 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(self, name)}")
         if self.precision == "bfloat16" and self.framework != "jax":
             raise ValueError(f"--precision bfloat16 is for --framework jax, not for {self.framework}")
 
@@ -130,17 +117,13 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def require_at_least(settings: Any, least_values: dict[str, int]) -> None:
-    """Raises a ValueError if one of the named settings is given and too small."""
-    for name, least in least_values.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
-
-
-def require_positive(settings: Any, *names: str) -> None:
-    """Raises a ValueError if one of the named settings is given and not positive, or infinite."""
+def require(settings: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raises a ValueError, with the rule, if one of the named settings is given and does not hold."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flag(name)} must be positive and finite, got {value}")
+        if value is not None and not holds(value):
+            raise ValueError(f"{flag(name)} must {rule}, got {value}")
+
+
+def is_positive(value: float) -> bool:
+    return 0 < value < math.inf

@@ -12,8 +12,9 @@ import optax
 
 from experiments.frameworks.common import Array, Arrays, Network, Recipe, ResNet, Training
 from experiments.machine import jax_device
+from jax_resnet import adabound as bounded
 from jax_resnet import layers, resnet, train, weights
-from jax_resnet.adabound import AdaBoundState, adabound, adaboundw, amsbound
+from jax_resnet.adabound import AdaBoundState
 
 ADAMS_B2 = 0.999  # the usual default, which make_optimizer does not change
 
@@ -57,29 +58,20 @@ def make_gradients(config: resnet.ResNetConfig, *, with_images: bool = False, **
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """The optimizer of a recipe, with what the recipe does to gradients before."""
-    experiment, mask, rate = recipe.experiment, train.decay_mask, recipe.schedule
-    momentum = experiment.momentum
-    l2 = optax.add_decayed_weights(experiment.weight_decay, mask) if experiment.weight_decay else optax.identity()
+    experiment, rate, momentum = recipe.experiment, recipe.schedule, recipe.experiment.momentum
+    decay = dict(weight_decay=experiment.weight_decay, mask=train.decay_mask)
+    l2 = optax.add_decayed_weights(**decay) if experiment.weight_decay else optax.identity()
     match experiment.opt:
         case "adabound" | "amsbound" | "adaboundw":
-            optimizer = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}[experiment.opt](
-                rate,
-                experiment.final_lr,
-                b1=momentum,
-                gamma=experiment.gamma,
-                base_lr=experiment.learning_rate,
-                weight_decay=experiment.weight_decay,
-                mask=mask,
-            )
+            bounds = dict(final_lr=experiment.final_lr, gamma=experiment.gamma, base_lr=experiment.learning_rate)
+            optimizer = getattr(bounded, experiment.opt)(rate, b1=momentum, **bounds, **decay)
         case "adamw":
-            optimizer = optax.adamw(rate, b1=momentum, weight_decay=experiment.weight_decay, mask=mask)
+            optimizer = optax.adamw(rate, b1=momentum, **decay)
         case "sgd":
             trace = optax.chain(optax.scale(1 - experiment.dampening), optax.trace(momentum))
             optimizer = optax.chain(l2, trace, optax.scale_by_learning_rate(rate))
-        case _:
-            optimizer = optax.chain(
-                l2, {"adam": optax.adam, "amsgrad": optax.amsgrad}[experiment.opt](rate, b1=momentum)
-            )
+        case "adam" | "amsgrad":
+            optimizer = optax.chain(l2, getattr(optax, experiment.opt)(rate, b1=momentum))
     if experiment.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(experiment.clip_norm), optimizer)
     return optimizer if experiment.loss_scale == 1 else optax.chain(optax.scale(experiment.loss_scale), optimizer)
@@ -100,25 +92,20 @@ def moments_of(opt_state: optax.OptState) -> AdaBoundState:
 
 def make_training(network: Network, recipe: Recipe) -> Training:
     """See `experiments.frameworks.common.make_training`."""
-    experiment = recipe.experiment
+    experiment, frozen = recipe.experiment, recipe.freeze_backbone
     config, apply = network.jax
     optimizer = make_optimizer(recipe)
     dtype = experiment.weights_dtype
-    params, batch_stats = jax.tree.map(lambda a: jnp.asarray(a, dtype), (network.params, network.batch_stats))
-    state = train.create_train_state(
-        params, batch_stats, optimizer, freeze_backbone=recipe.freeze_backbone, ema=experiment.ema is not None
-    )
+    trees = jax.tree.map(lambda a: jnp.asarray(a, dtype), (network.params, network.batch_stats))
+    state = train.create_train_state(*trees, optimizer, freeze_backbone=frozen, ema=experiment.ema is not None)
     mesh = train.data_mesh(jax.devices()[: recipe.devices]) if recipe.devices > 1 else None
     options = dict(apply=apply, mesh=mesh)
     if experiment.remat:
         options["remat"] = True
     if experiment.precision == "bfloat16":
         options["dtype"] = jnp.bfloat16
-    step_options = dict(
-        label_smoothing=experiment.label_smoothing,
-        preprocess=recipe.preprocess_train,
-        freeze_backbone=recipe.freeze_backbone,
-        **options,
+    step_options = options | dict(
+        label_smoothing=experiment.label_smoothing, preprocess=recipe.preprocess_train, freeze_backbone=frozen
     )
     train_step = train.make_train_step(
         config,
@@ -137,7 +124,7 @@ def make_training(network: Network, recipe: Recipe) -> Training:
 
     return Training(
         experiment.framework,
-        train.replicate(state, mesh) if mesh else state,
+        place(state),
         train_step,
         train.make_eval_step(config, preprocess=recipe.preprocess_test, **options),
         jax_device() | {"used": recipe.devices},

@@ -1,11 +1,11 @@
-"""The learning rate schedules by name, and which optimizers a framework has; each adapter builds its own."""
+"""The learning rate schedules by name; each adapter builds the optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from experiments.frameworks.experiment import CommonOptimizerName, OptimizerName, ScheduleName
+from experiments.frameworks.experiment import ScheduleName
 
 if TYPE_CHECKING:
     import optax
@@ -31,14 +31,15 @@ def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int
     if warmup_steps >= steps:
         raise ValueError(f"the warm-up of {warmup_steps} steps must be shorter than the training of {steps} steps")
     rest = steps - warmup_steps
-    if name == "constant":
-        after = optax.constant_schedule(peak)
-    elif name == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
-    elif name == "step":
-        after = optax.piecewise_constant_schedule(peak, {max(1, rest // 2): 0.1, max(2, rest * 3 // 4): 0.1})
-    else:
-        after = optax.cosine_onecycle_schedule(steps, peak)
+    match name:
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest)
+        case "step":
+            after = optax.piecewise_constant_schedule(peak, {max(1, rest // 2): 0.1, max(2, rest * 3 // 4): 0.1})
+        case "onecycle":
+            after = optax.cosine_onecycle_schedule(steps, peak)
     if not warmup_steps:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
@@ -49,19 +50,3 @@ def as_numbers(schedule: optax.Schedule, steps: int) -> Callable[[int], float]:
     import jax
 
     return jax.device_get(jax.lax.map(schedule, jax.numpy.arange(steps))).tolist().__getitem__
-
-
-def refuse_uncommon(framework: str, opt: OptimizerName, dampening: float) -> None:
-    """Raises a ValueError for an optimizer that the framework does not have, or not with these settings.
-
-    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
-    torch after.
-    """
-    if framework == "jax":
-        return
-    if opt not in get_args(CommonOptimizerName):
-        raise ValueError(
-            f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(get_args(CommonOptimizerName))}"
-        )
-    if dampening and framework != "numpy":
-        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")

@@ -282,28 +282,29 @@ def speed_section(folder: Path) -> Iterator[Block]:
     Raises:
       ValueError: one is not such a file.
     """
-    ratios: dict[str, dict[str, list[str]]] = {}  # by what was measured, then by contestant
-    machines = set()
+    ratios: dict[str, dict[str, dict[str, list[str]]]] = {}  # by machine, by what was measured, by contestant
     for file in sorted(folder.glob("*.json")):
         try:
             bench = json.loads(file.read_text(encoding="utf-8"))
             if bench["benchmark"] != "step":
                 continue
-            machines.add(bench["machine"])
             for of_bench in bench["tables"]:
                 measured = of_bench["title"].partition(":")[0]  # what a step consists of is the same in all
                 for name, row in of_bench["rows"].items():
                     if "ratio" in row:
-                        ratios.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
+                        of_machine = ratios.setdefault(bench["machine"], {})
+                        of_machine.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
     if not ratios:
         return
-    names = list(dict.fromkeys(name for of_title in ratios.values() for name in of_title))
-    yield table(
-        [{"": title} | {n: ", ".join(of_title.get(n, [])) for n in names} for title, of_title in ratios.items()]
-    )
     yield (
-        "Time over that of the faster form of PyTorch, less is better: one number for each run of experiments.bench "
-        f"step, the median of its rounds. Every single time is in {folder}. On {'; '.join(sorted(machines))}."
+        "Time relative to the fastest mode of PyTorch; less is better. Each run of experiments.bench step gives one "
+        f"number, the median of its rounds. Every single time is in {folder}."
     )
+    for machine, measured in sorted(ratios.items()):
+        names = list(dict.fromkeys(name for of_title in measured.values() for name in of_title))
+        yield f"{machine}:"
+        yield table(
+            [{"": title} | {n: ", ".join(of_title.get(n, [])) for n in names} for title, of_title in measured.items()]
+        )

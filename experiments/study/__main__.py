@@ -17,12 +17,14 @@ try:
 except ImportError as error:
     raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
 else:
-    from experiments.cli import FAILED, exit_code, parse
+    from experiments.cli import exit_code, parse
     from experiments.study.cores import own_cores
     from experiments.study.ledger import Ledger
-    from experiments.study.progress import print_plan, print_progress
+    from experiments.study.progress import print_progress
     from experiments.study.protocol import read_protocol
-    from experiments.study.worker import RunError, work, write_trials
+    from experiments.study.worker import work, write_trials
+    from experiments.study_files import PROTOCOL
+    from experiments.training.run_folder import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,47 +39,37 @@ class StudySettings:
     """The study's folder [default: results/ and the protocol's name]."""
     runs: int | None = None
     """End after this many runs."""
-    keep_weights: bool = False
-    """Keep the weights of every run."""
     dry_run: bool = False
     """Print what is left to run, and how long it takes by runs that have ended, and end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    try:
-        return exit_code(lambda: run(parse(StudySettings, arguments, "study")))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    return exit_code(lambda: run(parse(StudySettings, arguments, "study")))
 
 
 def run(settings: StudySettings) -> int | None:
-    """Runs what is left; returns the signal that ended it, if one did.
-
-    Raises:
-      ValueError, OSError: for bad input, with a message for the person who gave it.
-      RunError: see `work`.
-    """
+    """Runs what is left; returns the signal that ended it, if one did."""
     if settings.runs is not None and settings.runs < 1:
         raise ValueError(f"--runs must be at least 1, got {settings.runs}")
     protocol = read_protocol(settings.protocol)
     drawn = all(contestant.settings.get("preset") == "demo" for contestant in protocol.contestants)
-    if not drawn and settings.data is None:
+    if settings.data is None and not drawn:
         raise ValueError(f"{protocol.name} trains on Stanford Cars: pass --data DIR")
     if settings.data is not None and not settings.data.is_dir():
         raise ValueError(f"--data {settings.data} is no folder")
     out = settings.out or Path("results") / protocol.name
     ledger = Ledger(protocol, out)
     ledger.check()
-    if settings.dry_run:
-        print_plan(ledger)
-        return None
-    ledger.publish_protocol()
     print(f"{protocol.name}, in {out}\n{protocol.about}")
-    print_progress(ledger)
+    print_progress(ledger, plan=settings.dry_run)
+    if settings.dry_run:
+        print("nothing was trained: --dry-run")
+        return None
+    with ledger.exclusive():  # the protocol's file lies beside what came of it
+        replace(out / PROTOCOL, protocol.text)
     with own_cores(protocol.cores) as locks:
-        ended_by = work(ledger, settings.data, locks, most=settings.runs, keep_weights=settings.keep_weights)
+        ended_by = work(ledger, settings.data, locks, most=settings.runs)
     write_trials(ledger, settings.data)
     return ended_by
 

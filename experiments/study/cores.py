@@ -9,12 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from experiments.machine import cores
 from experiments.training.run_folder import lock
-
-
-class NoCoreError(ValueError):
-    """Other workers have the cores."""
 
 
 @contextlib.contextmanager
@@ -26,23 +21,23 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
 
     Yields:
       the locks of the cores; a child that has them too keeps the cores when this process is killed.
-
-    Raises:
-      NoCoreError: fewer are free.
     """
     if number is None or not hasattr(os, "sched_setaffinity"):  # a system that cannot bind, such as macOS
         yield []
         return
     allowed = os.sched_getaffinity(0)
+    # For all workers on this machine, whatever their study, of one person.
+    folder = Path(tempfile.gettempdir()) / f"resnet-adabound-cores-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as held:
         taken: dict[int, TextIO] = {}
         for core in sorted(allowed):
             if len(taken) < number:
                 with contextlib.suppress(ValueError):
-                    taken[core] = held.enter_context(lock(_lock_file(core)))
+                    taken[core] = held.enter_context(lock(folder / f"{core}.lock"))
         if len(taken) < number:
             free = "none is" if not taken else f"only {len(taken)} are"
-            raise NoCoreError(
+            raise ValueError(
                 f"the protocol gives each worker {number} of this machine's {len(allowed)} cores, and {free} free: "
                 "others of experiments.study have the rest"
             )
@@ -51,15 +46,3 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
             yield list(taken.values())
         finally:
             os.sched_setaffinity(0, allowed)
-
-
-def room_for_workers(number: int | None) -> int:
-    """How many workers of so many cores this machine has room for."""
-    return 1 if number is None else max(1, cores() // number)
-
-
-def _lock_file(core: int) -> Path:
-    """For all workers on this machine, whatever their study, of one person."""
-    folder = Path(tempfile.gettempdir()) / f"resnet-adabound-cores-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    return folder / f"{core}.lock"

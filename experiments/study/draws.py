@@ -16,22 +16,16 @@ SOBOL_DIMENSIONS = 8  # at least, so that the draws do not depend on how many fi
 def draw(
     search: Mapping[str, BaseDistribution], seed: int, number: int, sampler: Literal["random", "sobol"]
 ) -> dict[str, Any]:
-    """Trial `number` of a contestant. Contestants whose searches begin alike draw alike."""
-    return (_random_draw if sampler == "random" else sobol_draw)(search, seed, number)
+    """Trial `number` of a contestant. Contestants whose searches begin alike draw alike.
 
-
-def _random_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -> dict[str, Any]:
-    of_trial = np.random.SeedSequence([seed, number]).generate_state(1)[0]
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=int(of_trial)))
-    return study.ask(dict(search)).params
-
-
-def sobol_draw(search: Mapping[str, BaseDistribution], seed: int, number: int) -> dict[str, Any]:
-    """Point `number` of a scrambled Sobol sequence: every power of two of them fills each range evenly.
-
-    A field's coordinate is its place in the search.
+    "sobol": the point of that number of a scrambled Sobol sequence, of which every power of two fills each range
+    evenly. A field's coordinate is its place in the search.
     """
+    if sampler == "random":
+        of_trial = np.random.SeedSequence([seed, number]).generate_state(1)[0]
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=int(of_trial)))
+        return study.ask(dict(search)).params
     point = Sobol(max(SOBOL_DIMENSIONS, len(search)), rng=seed).random(2 ** (number + 1).bit_length())[number]
     drawn = {}
     for (field, space), share in zip(search.items(), point, strict=False):

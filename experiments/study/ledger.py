@@ -7,13 +7,10 @@ while it trains; the operating system releases the lock when a worker dies, and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,33 +68,22 @@ class Run:
     def outcome(self) -> dict[str, float]:
         """What a run that is done reached, by COLUMNS: after the last epoch, and in the best one."""
         last, best = self.rows[-1], max(self.rows, key=lambda row: row["test_top1"])
-        loss = math.nan if last["test_loss"] is None else last["test_loss"]  # JSON has no NaN
-        measured = [last[name] for name in ("test_top1", "test_top5", "test_macro_f1")]
-        values = (*measured, loss, best["test_top1"], best["epoch"], last["seconds"])
-        return dict(zip(COLUMNS, values, strict=True))
+        measured = [last[f"test_{name}"] for name in ("top1", "top5", "macro_f1", "loss")]
+        measured[-1] = math.nan if measured[-1] is None else measured[-1]  # JSON has no NaN
+        return dict(zip(COLUMNS, (*measured, best["test_top1"], best["epoch"], last["seconds"]), strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
 class Ledger:
-    """The runs of a protocol and their states.
+    """The runs of a protocol and their states; all workers must see the study's folder, which need not exist."""
 
-    Args:
-      protocol: what is to be run.
-      folder: of the study; all workers must see it. It need not exist.
-    """
+    protocol: Protocol
+    folder: Path
 
-    def __init__(self, protocol: Protocol, folder: Path):
-        self.protocol, self.folder = protocol, folder
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Within it no other worker chooses a run or writes the study's files."""
+    def exclusive(self) -> TextIO:
+        """A lock: until it is closed no other worker chooses a run or writes the study's files."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as file:
-            with contextlib.suppress(ImportError):  # not on Windows
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return lock(self.folder / ".lock", wait=True)
 
     def runs(self) -> list[Run]:
         """All runs of the protocol in the order in which they are begun.
@@ -110,10 +96,9 @@ class Ledger:
         for contestant in self.protocol.contestants:
             tuner, place = contestant.tuned_as or (None, 1)
             best = self._best(tuning[tuner], place) if tuner else None
+            drawn = best.drawn if best else {}
             for number, seed in enumerate(contestant.seeds):
-                drawn = best.drawn if best else {}
-                run = Run(contestant, "final", number, drawn, seed, self.protocol.epochs, None)
-                runs.append(self.with_state(run))
+                runs.append(self.with_state(Run(contestant, "final", number, drawn, seed, self.protocol.epochs, None)))
 
         def place_of(run: Run) -> tuple[bool, int, bool, int]:
             is_final = run.stage == "final"
@@ -125,9 +110,8 @@ class Ledger:
         tuning, runs = self.protocol.tuning, []
         for number in range(contestant.trials):
             drawn = draw(contestant.search, tuning.seed, number, tuning.sampler)
-            run = Run(contestant, "tuning", number, drawn, tuning.seed, tuning.epochs, tuning.holdout)
-            runs.append(self.with_state(run))
-        return runs
+            runs.append(Run(contestant, "tuning", number, drawn, tuning.seed, tuning.epochs, tuning.holdout))
+        return list(map(self.with_state, runs))
 
     def with_state(self, run: Run) -> Run:
         """The run with its state and rows as they are now."""
@@ -173,11 +157,6 @@ class Ledger:
             if earlier != self.protocol.tuning.choose_by:
                 raise ValueError(self._other_protocol(f"tuning.choose_by was {earlier!r}"))
 
-    def publish_protocol(self) -> None:
-        """Leaves the protocol's file beside what came of it."""
-        with self.exclusive():
-            replace(self.folder / PROTOCOL, self.protocol.text)
-
     def _check_run(self, run: Run, config: dict[str, Any]) -> None:
         """Raises a ValueError unless a run was trained as the protocol says."""
         if run.stage == "final" and run.contestant.tuned_as and not run.drawn:
@@ -185,18 +164,17 @@ class Ledger:
                 f"{self.folder}: {run.contestant.name} has begun its final runs, and the protocol has tuning trials "
                 "that have not ended: settings are not chosen again once test results may be known"
             )
-        trained = config["settings"]
+        trained, cores = config["settings"].copy(), config.get("device", {}).get("cores")
         if trained.get("model") == "torchvision":  # until there was --framework torchvision
-            trained = trained | {"framework": "torchvision"}
+            trained["framework"] = "torchvision"
         wanted = dataclasses.asdict(settings_from(run.settings).experiment)
         if wanted["gamma_times_steps"]:
             del wanted["gamma"]  # follows from it and the number of updates
+        if None not in (cores, self.protocol.cores):
+            trained["cores"], wanted["cores"] = cores, self.protocol.cores
         for name, value in wanted.items():
             if trained.get(name, value) != value:
                 raise ValueError(self._other_protocol(f"{run.folder} has {name} {trained[name]!r}, this one {value!r}"))
-        cores = config.get("device", {}).get("cores")
-        if None not in (cores, self.protocol.cores) and cores != self.protocol.cores:
-            raise ValueError(self._other_protocol(f"{run.folder} has cores {cores}, this one {self.protocol.cores}"))
 
     def _other_protocol(self, difference: str) -> str:
         return f"{self.folder} was begun with another protocol: {difference}. Choose another --out, or undo the change"
@@ -226,10 +204,3 @@ class Ledger:
             if held:
                 held.close()
         return held is None
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a file that other workers may be reading or writing: they meet the old one or the new one."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

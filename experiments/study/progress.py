@@ -1,47 +1,21 @@
-"""What a study has left to run, how far it is, and how long the rest takes."""
+"""How far a study is, what it searches, and how long the rest takes."""
 
 from __future__ import annotations
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from experiments.machine import cores
 from experiments.output.tables import Cell, print_table
-from experiments.study.cores import room_for_workers
 from experiments.study.ledger import Ledger, Run
 
 # The settings that the time of an epoch depends on.
-NETWORK = ("preset", "arch", "framework", "batch_norm", "image_size", "grey", "batch_size")
-NETWORK += ("precision", "classes")
+NETWORK = ("preset", "arch", "framework", "batch_norm", "image_size", "grey", "batch_size", "precision", "classes")
 
 
-def print_plan(ledger: Ledger) -> None:
-    """Prints what is left to run: --dry-run."""
-    runs = ledger.runs()
-    table: dict[str, dict[str, Cell]] = {}
-    for contestant in ledger.protocol.contestants:
-        row: dict[str, Cell] = {"group": contestant.group}
-        for stage in ("tuning", "final"):
-            rest = [run for run in runs if run.contestant is contestant and run.stage == stage and not run.ended]
-            if rest:
-                row[f"{stage} runs"], row[f"{stage} epochs"] = len(rest), sum(run.epochs for run in rest)
-        row["searched"] = ", ".join(f"{field} {describe(space)}" for field, space in contestant.search.items())
-        table[contestant.name] = row
-    print(f"{ledger.protocol.about}\n")
-    print_table(table)
-    print(f"\n{len(runs)} runs, {sum(run.ended for run in runs)} of them ended; nothing was trained: --dry-run")
-    if all(run.ended for run in runs):
-        print("nothing is left to run")
-        return
-    workers = room_for_workers(ledger.protocol.cores)
-    many = f"{workers} workers (start the command {workers} times)" if workers > 1 else "one worker"
-    if left := seconds_left(runs):
-        print(f"about {duration(left / workers)} with {many} here, by the runs that have ended")
-    else:
-        print("how long it takes is not known before a run of each network has ended")
-
-
-def print_progress(ledger: Ledger) -> None:
-    """Prints how far each contestant is, and the time left."""
+def print_progress(ledger: Ledger, *, plan: bool = False) -> None:
+    """Prints how far each contestant is, and the time left; with plan also what is searched, and for all workers that
+    there is room for."""
     runs = ledger.runs()
     busy = {run.folder for run in runs if not run.ended and ledger.busy(run)}
     table: dict[str, dict[str, Cell]] = {}
@@ -56,31 +30,38 @@ def print_progress(ledger: Ledger) -> None:
                 row[title] = f"{summary(reached):.1%}"
         row["running"] = str(sum(run.folder in busy for run in of_it) or "")
         row["failed"] = str(sum(run.state == "failed" for run in of_it) or "")
+        if plan:
+            row["searched"] = ", ".join(f"{field} {describe(space)}" for field, space in contestant.search.items())
         table[contestant.name] = row
-    print(f"\n{ledger.protocol.name}: {sum(run.ended for run in runs)} of {len(runs)} runs")
+    print(f"\n{ledger.protocol.name}: {sum(run.ended for run in runs)} of {len(runs)} runs have ended")
     print_table(table)
-    if left := seconds_left(runs):
-        workers = max(1, len(busy))
-        print(f"about {duration(left / workers)} left with {workers} worker{'s' * (workers > 1)}", flush=True)
+    of_each = ledger.protocol.cores or cores()
+    workers = max(1, cores() // of_each if plan else len(busy))
+    if all(run.ended for run in runs):
+        print("nothing is left to run")
+    elif left := seconds_left(runs):
+        print(f"about {duration(left / workers)} left with {workers} worker{'s' * (workers > 1)}, by the runs before")
+    elif plan:
+        print("how long it takes is not known before a run of each network has ended")
 
 
 def seconds_left(runs: list[Run]) -> float | None:
-    """What all runs that have not ended take one after the other; None if nothing is left or nothing tells.
+    """What all runs that have not ended take one after the other; None if nothing tells.
 
     Measured by the runs of the same network that have ended, the time of starting and compiling included.
     """
+
+    def network(run: Run) -> tuple:
+        return tuple(run.settings.get(field) for field in NETWORK)
+
     measured: dict[tuple, list[float]] = {}
     for run in runs:
         if run.state == "done":
-            measured.setdefault(_network(run), []).append(run.outcome["seconds"] / run.epochs)
+            measured.setdefault(network(run), []).append(run.outcome["seconds"] / run.epochs)
     rest = [run for run in runs if not run.ended]
-    if any(_network(run) not in measured for run in rest):
+    if any(network(run) not in measured for run in rest):
         return None
-    return sum(run.epochs * float(np.median(measured[_network(run)])) for run in rest) or None
-
-
-def _network(run: Run) -> tuple:
-    return tuple(run.settings.get(field) for field in NETWORK)
+    return sum(run.epochs * float(np.median(measured[network(run)])) for run in rest)
 
 
 def describe(space: BaseDistribution) -> str:

@@ -109,30 +109,31 @@ class Tuning:
     choose_by: Literal["top1", "loss"] = "top1"
     sampler: Literal["random", "sobol"] = "random"
 
+    def __post_init__(self):
+        _at_least(1, {"tuning.trials": self.trials, "tuning.epochs": self.epochs})
+        _at_least(0, {"tuning.seed": self.seed})
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"tuning.holdout must be between 0 and 1, got {self.holdout}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What a study runs; see the module.
+    """What a study runs; see the module."""
 
-    name: the file's, without .toml.
-    text: the file.
-    epochs: of the final runs.
-    cores: of each worker, None for all; they decide about rounding.
-    """
-
-    name: str
-    text: str
+    name: str  # of the file, without .toml
+    text: str  # of the file
     about: str
     contestants: tuple[Contestant, ...]
     tuning: Tuning | None
-    epochs: int
-    cores: int | None = None
+    epochs: int  # of the final runs
+    cores: int | None = None  # of each worker, None for all; they decide about rounding
+
+
+# The tables of the file, as they stand there.
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """The tables of the file, as they stand there."""
-
     about: str
     final: dict[str, Any]
     contestants: list[dict[str, Any]]
@@ -141,12 +142,21 @@ class _File:
     tuning: dict[str, Any] | None = None
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        _at_least(1, {"cores": self.cores})
+
 
 @dataclasses.dataclass(frozen=True)
 class _Final:
     seeds: list[int]
     epochs: int
     later_seeds: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        _at_least(1, {"final.epochs": self.epochs})
+        _check_seeds([*self.seeds, *self.later_seeds], "final")
+        if both := set(self.seeds) & set(self.later_seeds):
+            raise ValueError(f"final.later_seeds has {min(both)}, which final.seeds has too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +169,16 @@ class _Block:
     trials: int | None = None
     seeds: list[int] | None = None
     tuned_as: dict[str, Any] | None = None
+
+    def check(self, tuning: Tuning | None) -> None:
+        if self.search and tuning is None:
+            raise ValueError(f"{self.name} has a search, and there is no table tuning")
+        if self.trials is not None and (self.trials < 1 or not self.search):
+            raise ValueError(f"{self.name}: trials must be at least 1 and needs a search; got {self.trials}")
+        if self.seeds is not None:
+            _check_seeds(self.seeds, self.name)
+        if self.tuned_as is not None and self.search:
+            raise ValueError(f"{self.name} has tuned_as and a search of its own; only one is possible")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +193,26 @@ class _Report:
     targets: list[float] = dataclasses.field(default_factory=list)
     beside: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     measure: Literal["top1", "train_loss"] = "top1"
+
+    def check(self, contestants: list[Contestant]) -> None:
+        names = [contestant.name for contestant in contestants] + list(itertools.chain(*self.beside.values()))
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"report.beside has a contestant with the name of another: {min(twice)!r}")
+        if self.compare and not (len(self.compare) == 2 and set(self.compare) <= set(names)):
+            raise ValueError(f"report.compare must be two of {', '.join(names)}, got {self.compare}")
+        if not all(0 < target < 1 for target in self.targets):
+            raise ValueError(f"report.targets must be between 0 and 1, got {self.targets}")
+
+
+def _at_least(least: int, values: Mapping[str, int | None]) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_seeds(seeds: list[int], where: str) -> None:
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"{where}: seeds must be one or more numbers from 0, got {seeds}")
 
 
 def read_protocol(path: Path) -> Protocol:
@@ -198,36 +238,15 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
     file = from_table(_File, table, "the protocol")
     final = from_table(_Final, file.final, "final")
     tuning = None if file.tuning is None else from_table(Tuning, file.tuning, "tuning")
-    _check_numbers(file, final, tuning)
     common = _settings(file.settings, "settings")
     contestants = [c for block in file.contestants for c in _contestants(block, common, final, tuning)]
     _check_contestants(contestants)
     if tuning and not any(contestant.search for contestant in contestants):
         raise ValueError("nothing is searched, and there is a table tuning")
-    _check_report(from_table(_Report, file.report, "report"), [contestant.name for contestant in contestants])
+    from_table(_Report, file.report, "report").check(contestants)
     for contestant in contestants:
         _check_runs(contestant, final.epochs)
     return Protocol(name, text, file.about.strip(), tuple(contestants), tuning, final.epochs, file.cores)
-
-
-def _check_numbers(file: _File, final: _Final, tuning: Tuning | None) -> None:
-    least = {"cores": (file.cores, 1), "final.epochs": (final.epochs, 1)}
-    if tuning:
-        least |= {"tuning.trials": (tuning.trials, 1), "tuning.epochs": (tuning.epochs, 1)}
-        least |= {"tuning.seed": (tuning.seed, 0)}
-        if not 0 < tuning.holdout < 1:
-            raise ValueError(f"tuning.holdout must be between 0 and 1, got {tuning.holdout}")
-    for where, (value, at_least) in least.items():
-        if value is not None and value < at_least:
-            raise ValueError(f"{where} must be at least {at_least}, got {value}")
-    if both := set(final.seeds) & set(final.later_seeds):
-        raise ValueError(f"final.later_seeds has {min(both)}, which final.seeds has too")
-    _check_seeds([*final.seeds, *final.later_seeds], "final")
-
-
-def _check_seeds(seeds: list[int], where: str) -> None:
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"{where}: seeds must be one or more numbers from 0, got {seeds}")
 
 
 def _contestants(
@@ -235,17 +254,10 @@ def _contestants(
 ) -> list[Contestant]:
     """All combinations of a block's axes."""
     block = from_table(_Block, table, str(table.get("name", "a contestant")))
+    block.check(tuning)
     name = block.name
-    if block.search and tuning is None:
-        raise ValueError(f"{name} has a search, and there is no table tuning")
-    if block.trials is not None and (block.trials < 1 or not block.search):
-        raise ValueError(f"{name}: trials must be at least 1 and needs a search; got {block.trials}")
-    if block.seeds is not None:
-        _check_seeds(block.seeds, name)
-    if block.tuned_as is not None and block.search:
-        raise ValueError(f"{name} has tuned_as and a search of its own; only one is possible")
     settings = common | _settings(block.settings, name)
-    search = {field: _distribution(field, space, name) for field, space in block.search.items()}
+    search = {field: _distribution(space, f"{name}: search.{field}") for field, space in block.search.items()}
     _settings(dict.fromkeys(search), name)
     axes = {axis: _axis(axis, values, name) for axis, values in block.axes.items()}
     trials = 0 if not search else tuning.trials if block.trials is None else block.trials
@@ -253,11 +265,11 @@ def _contestants(
     seeds = dict.fromkeys([*final.seeds, *later] if block.seeds is None else block.seeds)
     contestants = []
     for labels in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, labels, strict=True))
-        merged = settings.copy()
+        chosen, merged = dict(zip(axes, labels, strict=True)), settings.copy()
         for axis, label in chosen.items():
             merged |= axes[axis][label]
-        full_name = ", ".join([name, *(_label(axis, label) for axis, label in chosen.items())])
+        told = [f"{axis} {label}" if axis in CARS_FIELDS else label for axis, label in chosen.items()]
+        full_name = ", ".join([name, *told])
         tuned_as = (full_name, 1) if search else None
         if block.tuned_as is not None:
             tuned_as = dataclasses.astuple(from_table(_TunedAs, block.tuned_as, f"{name}: tuned_as"))
@@ -266,28 +278,24 @@ def _contestants(
     return contestants
 
 
-def _label(axis: str, label: str) -> str:
-    return f"{axis} {label}" if axis in CARS_FIELDS else label
-
-
 def _axis(axis: str, values: Any, where: str) -> dict[str, dict[str, Any]]:
     """{label: settings} from the two forms that an axis may have."""
-    if isinstance(values, list) and values:
-        return {str(value): _settings({axis: value}, f"{where}, axis {axis}") for value in values}
+    if isinstance(values, list):
+        values = {str(value): {axis: value} for value in values}
     if isinstance(values, dict) and values:
         return {label: _settings(settings, f"{where}, axis {axis}") for label, settings in values.items()}
     raise ValueError(f"{where}: axis {axis} must be a list of values or a table of settings by name, got {values!r}")
 
 
-def _distribution(field: str, space: Any, where: str) -> BaseDistribution:
+def _distribution(space: Any, where: str) -> BaseDistribution:
     try:
         if isinstance(space, list) and space:
             return CategoricalDistribution(space)
         if isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log"}:
             return FloatDistribution(**space)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: search.{field}: {error}") from error
-    raise ValueError(f"{where}: search.{field} must be a list of values or have low, high and log, got {space!r}")
+        raise ValueError(f"{where}: {error}") from error
+    raise ValueError(f"{where} must be a list of values or have low, high and log, got {space!r}")
 
 
 def _settings(settings: Any, where: str) -> dict[str, Any]:
@@ -314,23 +322,12 @@ def _check_contestants(contestants: list[Contestant]) -> None:
         )
     trials = {contestant.name: contestant.trials for contestant in contestants}
     for contestant in contestants:
-        name, place = contestant.tuned_as or (None, 0)
-        if name is not None and not trials.get(name):
-            raise ValueError(f"{contestant.name}: tuned_as names {name!r}, which is no contestant with a search")
-        if name is not None and not 1 <= place <= trials[name]:
-            raise ValueError(
-                f"{contestant.name}: tuned_as asks for place {place}, and {name} has {trials[name]} trials"
-            )
-
-
-def _check_report(report: _Report, names: list[str]) -> None:
-    names = [*names, *(name for others in report.beside.values() for name in others)]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"report.beside has a contestant with the name of another: {min(twice)!r}")
-    if report.compare and not (len(report.compare) == 2 and set(report.compare) <= set(names)):
-        raise ValueError(f"report.compare must be two of {', '.join(names)}, got {report.compare}")
-    if not all(0 < target < 1 for target in report.targets):
-        raise ValueError(f"report.targets must be between 0 and 1, got {report.targets}")
+        tuner, place = contestant.tuned_as or (None, 0)
+        if tuner is not None and not trials.get(tuner):
+            raise ValueError(f"{contestant.name}: tuned_as names {tuner!r}, which is no contestant with a search")
+        if tuner is not None and not 1 <= place <= trials[tuner]:
+            asked = f"tuned_as asks for place {place}, and {tuner} has {trials[tuner]} trials"
+            raise ValueError(f"{contestant.name}: {asked}")
 
 
 def _check_runs(contestant: Contestant, epochs: int) -> None:

@@ -14,38 +14,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.cli import FAILED
-from experiments.study.ledger import COLUMNS, Ledger, Run, replace
+from experiments.cli import FAILED, FailedError
+from experiments.frameworks.experiment import flag
+from experiments.study.ledger import COLUMNS, Ledger, Run
 from experiments.study.progress import print_progress
 from experiments.study_files import TRIALS
 from experiments.training.processes import leaving_stops_to_a_child
-from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS
+from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS, replace
 
 CARS = (sys.executable, "-m", "experiments.cars")
 WAIT_SECONDS = 5.0  # between two looks at what other workers are doing
 
 
-class RunError(RuntimeError):
-    """A run could not be trained, and not for anything that it is meant to show."""
-
-
-def work(
-    ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, most: int | None, keep_weights: bool
-) -> int | None:
+def work(ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, most: int | None) -> int | None:
     """Trains all that is left of a study, with others or alone.
 
     Args:
-      ledger: of the study.
       data: the folder of pictures.
       locks: what else a training shall keep from other workers if this one is killed.
       most: runs to train before it ends; None for all.
-      keep_weights: whether the weights of ended runs stay.
 
     Returns:
       the signal that ended it; None if nothing is left to do here.
 
     Raises:
-      RunError: a run failed for lack of memory, of data, or the like; it will be tried again.
+      FailedError: a run failed for lack of memory, of data, or the like; it will be tried again.
     """
     ended, waiting = 0, False
     while most is None or ended < most:
@@ -63,7 +56,7 @@ def work(
         waiting = False
         run, held = taken
         with held:
-            stopped = train(ledger, run, data, [held, *locks], keep_weights)
+            stopped = train(ledger, run, data, [held, *locks])
         if stopped is not None:
             return stopped
         ended += 1
@@ -72,7 +65,7 @@ def work(
     return None
 
 
-def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], keep_weights: bool) -> int | None:
+def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO]) -> int | None:
     """Trains a run to its end, from where it stands.
 
     Args:
@@ -83,10 +76,8 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], 
       the signal that ended it before its end, None if there was none.
     """
     folder = ledger.folder / run.folder
-    drawn = ", ".join(
-        f"{field} {value:.4g}" if isinstance(value, float) else f"{field} {value}" for field, value in run.drawn.items()
-    )
-    print(f"\n{run.contestant.name}, {folder.name}{f': {drawn}' if drawn else ''}", flush=True)
+    drawn = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in run.drawn.items()]
+    print(f"\n{run.contestant.name}, {', '.join([folder.name, *drawn])}", flush=True)
     # Only JAX's runs go on; what a run of another framework left is replaced.
     goes_on = run.settings.get("framework", "jax") == "jax"
     arguments = [*CARS, *command(run.settings, data), f"--out={folder}"]
@@ -107,17 +98,17 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO], 
     if code == FAILED and (folder / ERROR).exists():
         replace(folder / ERROR, (folder / ERROR).read_text(encoding="utf-8").replace(f"{folder}/", ""))
     elif code:
-        raise RunError(
+        raise FailedError(
             f"the run in {folder} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}: see above. Once "
             "the cause is removed, the same command goes on with it"
         )
-    tidy(folder, keep_weights)
+    tidy(folder)
     if not ledger.with_state(run).ended:
-        raise RunError(f"the run in {folder} ended without a test after epoch {run.epochs}")
+        raise FailedError(f"the run in {folder} ended without a test after epoch {run.epochs}")
     return came[0] if came else None
 
 
-def tidy(folder: Path, keep_weights: bool) -> None:
+def tidy(folder: Path) -> None:
     """Makes an ended run fit to be published: without what fills disks, and without this machine's paths."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     for where, names in dict(settings=("data", "out"), data=("directory", "cache")).items():
@@ -125,9 +116,8 @@ def tidy(folder: Path, keep_weights: bool) -> None:
             if config[where].get(name):
                 config[where][name] = Path(config[where][name]).name
     replace(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    if not keep_weights:
-        for name in (WEIGHTS, AVERAGED_WEIGHTS):
-            (folder / name).unlink(missing_ok=True)
+    for name in (WEIGHTS, AVERAGED_WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
     # Last: as long as they are there, the run has not ended, and another worker comes here again.
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -136,11 +126,10 @@ def command(settings: Mapping[str, Any], data: str | Path | None) -> list[str]:
     """The arguments of experiments.cars that stand for settings; `data` goes where pictures are needed."""
     arguments = []
     for field, value in settings.items():
-        flag = field.replace("_", "-")
         if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(flag(field if value else f"no_{field}"))
         else:
-            arguments.append(f"--{flag}={value}")
+            arguments.append(f"{flag(field)}={value}")
     if data is not None and settings.get("preset") != "demo":
         arguments.append(f"--data={data}")
     return arguments

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -14,140 +15,68 @@ from tqdm import tqdm
 from experiments.cli import FailedError
 from experiments.data.dataset import DataError, Dataset, Split, epoch_order
 from experiments.data.stream import Batches, EvaluationBatches, put_ahead
-from experiments.frameworks.common import State, Training
-from experiments.frameworks.experiment import Experiment
+from experiments.frameworks.common import Training
 from experiments.training.meter import Meter, NotFiniteError, Profile, macro_f1
 from experiments.training.processes import Stopped, StopRequest
 from experiments.training.run_folder import UNTESTED, RunFolder
 from experiments.training.saving import Progress, Saver
+from experiments.training.settings import RunSettings
 
-Results = dict[str, np.ndarray]
+if TYPE_CHECKING:
+    from experiments.training.run import Report
+
+Results = dict[str, np.ndarray]  # per test picture, each (N,): "loss", "prediction", "confidence", "top5"
 REPORT_SECONDS = 60.0  # least time between two reports
-
-
-class Report(Protocol):
-    """What the loop tells while it runs: see `experiments.training.run.Report`."""
-
-    def observe(self, state: State) -> dict[str, float]:
-        """What else goes into the row of an epoch that ends in a state."""
-
-    def write(self, state: State, results: Results | None) -> None:
-        """Writes weights and pictures; the results are those of the last test, None before the first."""
 
 
 class DivergedError(FailedError):
     """The loss or the gradients are no longer finite numbers."""
 
 
-def evaluate(
-    eval_step: Callable[..., Any],
-    params: Any,
-    batch_stats: Any,
-    split: Split,
-    batch_size: int,
-    *,
-    put: Callable[[np.ndarray, np.ndarray], tuple[Any, Any]] = lambda images, labels: (images, labels),
-    check: Callable[[], None] = lambda: None,
-) -> Results:
-    """Runs the evaluation step over a whole split, in its order, with a progress bar; calls `check` between batches.
-
-    Args:
-      eval_step, params, batch_stats, put: see `Training`.
-      split: N pictures.
-      batch_size: of all processes together.
-
-    Returns:
-      per picture, each (N,): "loss", "prediction", "confidence", "top5".
-    """
-    results, running = [], None
-    with EvaluationBatches(split, batch_size, part=part_of_this_process()) as batches:
-        total = -(-len(split) // batch_size)
-        hidden = True if jax.process_index() else None  # None: hidden unless this is a terminal
-        bar = tqdm(
-            put_ahead(batches, put), desc="testing", total=total, leave=False, dynamic_ncols=True, disable=hidden
-        )
-        for images, labels in bar:
-            check()
-            ended = running
-            running = eval_step(params, batch_stats, images, labels)
-            if ended is not None:  # read one batch late; read at the end, dozens would run, and take memory, at once
-                results.append(jax.device_get(ended))
-        results.append(jax.device_get(running))
-    return {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
-
-
-def summarize(results: Results, labels: np.ndarray) -> dict[str, float]:
-    """The test metrics of a run's metrics.jsonl; all but the loss are fractions from 0 to 1."""
-    return {
-        "test_loss": float(results["loss"].mean(dtype=np.float64)),
-        "test_top1": float((results["prediction"] == labels).mean()),
-        "test_top5": float(results["top5"].mean()),
-        "test_macro_f1": macro_f1(labels, results["prediction"]),
-    }
-
-
 def count_steps(split: Split, batch_size: int) -> int:
-    """The steps of an epoch.
-
-    Raises:
-      ValueError: if there is not one.
-    """
+    """The steps of an epoch; raises a ValueError if there is not one."""
     if batch_size > len(split):
         raise ValueError(f"--batch-size {batch_size} exceeds the {len(split)} training pictures")
     return len(split) // batch_size
 
 
-def part_of_this_process() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()
-
-
+@dataclasses.dataclass
 class Loop:
     """Trains, evaluates after each epoch, logs to the run's folder, writes checkpoints and shows a progress bar.
 
-    Args:
-      experiment: how long, on which batches, how often it is tested and logged.
-      dataset: what to train and to test on.
-      training: what computes, and the state to begin with, which is consumed.
-      folder: takes a row every experiment.log_every steps and one at the end of each epoch.
-      saver: takes the state and where it stands: when it is due, after each epoch that is the best so far, and at the
-        end, also when told to stop.
-      report: adds to an epoch's row; is written after an epoch if the last time is REPORT_SECONDS ago, and in any case
-        at the end, also when told to stop.
-      progress: where it begins.
-      skip_nonfinite: how many steps may be not finite.
-      profile: records some steps.
+    training: what computes, and the state to begin with, which is consumed.
+    folder: takes a row every log_every steps and one at the end of each epoch.
+    saver: takes the state and where it stands: when it is due, after each epoch that is the best so far, and at the
+      end, also when told to stop.
+    report: adds to an epoch's row; is written after an epoch if the last time is REPORT_SECONDS ago, and in any case at
+      the end, also when told to stop.
+    progress: where it begins.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        dataset: Dataset,
-        training: Training,
-        folder: RunFolder,
-        saver: Saver,
-        report: Report,
-        progress: Progress,
-        skip_nonfinite: int = 0,
-        profile: Profile | None = None,
-    ):
-        self.experiment, self.dataset, self.training, self.folder = experiment, dataset, training, folder
-        self.saver, self.report, self.progress, self.profile = saver, report, progress, profile
-        self.state = training.state
-        self.steps_per_epoch = count_steps(dataset.train, experiment.batch_size)
-        self.results: Results | None = None
+    settings: RunSettings
+    dataset: Dataset
+    training: Training
+    folder: RunFolder
+    saver: Saver
+    report: Report
+    progress: Progress
+    profile: Profile | None = None
+    results: Results | None = None  # of the last test
+
+    def __post_init__(self):
+        self.experiment, self.state = self.settings.experiment, self.training.state
+        self.steps_per_epoch = count_steps(self.dataset.train, self.experiment.batch_size)
+        self.part = (jax.process_index(), jax.process_count())
         self.reported = time.perf_counter()
-        self.started = self.reported - progress.seconds
+        self.started = self.reported - self.progress.seconds
         self.step = int(self.state.step)  # of the state once all that was dispatched has ended
-        self.left_to_skip = skip_nonfinite - int(getattr(self.state, "nonfinite", 0))
+        self.left_to_skip = self.settings.system.skip_nonfinite - int(getattr(self.state, "nonfinite", 0))
 
     def run(self) -> int | None:
-        """
-        Returns:
-          the signal that ended it; None if all epochs were run.
+        """Returns the signal that ended it; None if all epochs were run.
 
         Raises:
-          DivergedError: when a loss or gradients are not finite, and not to be skipped; a checkpoint from before is
-            there.
+          DivergedError: a loss or gradients are not finite, and not to be skipped; a checkpoint from before is there.
           DataError: a picture can no longer be read.
         """
         # Until the end: a second signal may not keep the last checkpoint from the disk.
@@ -160,7 +89,6 @@ class Loop:
 
     def train(self) -> int | None:
         experiment = self.experiment
-        seldom = 0.1 if sys.stderr.isatty() else 30.0  # seconds between two lines: a log file is no place for a bar
         # The pictures of before a restart are no part of the time left that the bar tells.
         self.bar = tqdm(
             total=experiment.epochs * self.steps_per_epoch * experiment.batch_size,
@@ -168,8 +96,7 @@ class Loop:
             unit=" img",
             unit_scale=True,
             dynamic_ncols=True,
-            mininterval=seldom,
-            disable=jax.process_index() > 0,
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds: a log file is no place for a bar
         )
         try:
             with self.batches(self.step) as batches:
@@ -191,35 +118,26 @@ class Loop:
         return None
 
     def batches(self, start_step: int, prefetch: int | None = None) -> Batches:
-        return Batches(
-            self.dataset.train,
-            self.experiment.batch_size,
-            self.experiment.seed,
-            epochs=self.experiment.epochs,
-            start_step=start_step,
-            part=part_of_this_process(),
-            prefetch=prefetch,
-        )
+        experiment = self.experiment
+        options = dict(epochs=experiment.epochs, start_step=start_step, part=self.part, prefetch=prefetch)
+        return Batches(self.dataset.train, experiment.batch_size, experiment.seed, **options)
 
     def save_if_missing(self) -> None:
         if not self.saver.has(self.step):
             self.save()
 
     def run_epoch(self, batches: Iterator[tuple[Any, Any]]) -> None:
-        experiment, epoch = self.experiment, self.progress.epoch + 1
+        experiment, epoch, train = self.experiment, self.progress.epoch + 1, self.dataset.train
         self.bar.set_description(f"{self.dataset.title}, epoch {epoch}/{experiment.epochs}")
-        labels = self.dataset.train.labels[epoch_order(len(self.dataset.train), experiment.seed, epoch - 1)]
-        self.meter = Meter(
-            epoch,
-            self.steps_per_epoch,
-            experiment.batch_size,
-            self.started,
-            self.left_to_skip,
-            labels,
-            self.progress.meter,
-        )
+        shape = (self.steps_per_epoch, experiment.batch_size)
+        labels = train.labels[epoch_order(len(train), experiment.seed, epoch - 1)[: shape[0] * shape[1]]].reshape(shape)
+        self.meter = Meter(epoch, labels, self.started, self.left_to_skip, self.progress.meter)
         while self.step < epoch * self.steps_per_epoch:
-            self.check_stop()
+            try:
+                self.stop.check(self.step)
+            except Stopped:
+                self.finish_step()
+                raise
             images, batch_labels = next(batches)
             if self.profile is not None:
                 self.profile.before_step()
@@ -238,48 +156,50 @@ class Loop:
         if self.meter.finish():
             self.show_step()
 
-    def check_stop(self) -> None:
-        try:
-            self.stop.check(self.step)
-        except Stopped:
-            self.finish_step()
-            raise
-
     def show_step(self) -> None:
         self.bar.update(self.experiment.batch_size)
-        self.bar.set_postfix(loss=f"{self.meter.loss:.3f}", top1=f"{self.meter.top1:.1%}", refresh=False)
+        means = self.meter.means(20)
+        self.bar.set_postfix(loss=f"{means['train_loss']:.3f}", top1=f"{means['train_top1']:.1%}", refresh=False)
         if self.meter.steps % self.experiment.log_every == 0:
             self.folder.log(self.meter.row(self.experiment.log_every))
 
-    def test(self, params: Any, batch_stats: Any) -> Results:
-        return evaluate(
-            self.training.eval_step,
-            params,
-            batch_stats,
-            self.dataset.test,
-            self.experiment.batch_size,
-            put=self.training.put,
-            check=self.stop.check,
-        )
+    def test(self, params: Any, batch_stats: Any) -> tuple[Results, dict[str, float]]:
+        """What the evaluation step says of each test picture, with a progress bar; and the metrics of a row."""
+        split, batch_size, results, running = self.dataset.test, self.experiment.batch_size, [], None
+        with EvaluationBatches(split, batch_size, part=self.part) as batches:
+            # disable=None: hidden unless this is a terminal.
+            options = dict(desc="testing", total=-(-len(split) // batch_size), leave=False, disable=None)
+            for images, labels in tqdm(put_ahead(batches, self.training.put), dynamic_ncols=True, **options):
+                self.stop.check()
+                ended = running
+                running = self.training.eval_step(params, batch_stats, images, labels)
+                if ended is not None:  # read one batch late; at the end, dozens would run, and take memory, at once
+                    results.append(jax.device_get(ended))
+            results.append(jax.device_get(running))
+        of_all = {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
+        return of_all, {
+            "test_loss": float(of_all["loss"].mean(dtype=np.float64)),
+            "test_top1": float((of_all["prediction"] == split.labels).mean()),
+            "test_top5": float(of_all["top5"].mean()),
+            "test_macro_f1": macro_f1(split.labels, of_all["prediction"]),
+        }
 
     def end_epoch(self) -> None:
-        experiment, epoch, labels = self.experiment, self.progress.epoch + 1, self.dataset.test.labels
+        experiment, epoch = self.experiment, self.progress.epoch + 1
         row, score = self.meter.row(self.steps_per_epoch), None
         if epoch % experiment.test_every == 0 or epoch == experiment.epochs:
-            self.results = self.test(self.state.params, self.state.batch_stats)
-            row |= summarize(self.results, labels)
-            score = row["test_top1"]
+            self.results, tested = self.test(self.state.params, self.state.batch_stats)
+            row |= tested
             if (averages := self.training.averages(self.state)) is not None:
-                averaged = summarize(self.test(*averages), labels)
-                row |= {f"ema_{name}": value for name, value in averaged.items()}
-                score = row["ema_test_top1"]
+                _, tested = self.test(*averages)
+                row |= {f"ema_{name}": value for name, value in tested.items()}
+            score = tested["test_top1"]
         else:
             row |= UNTESTED
         row |= self.report.observe(self.state)
         row["seconds"] = round(time.perf_counter() - self.started, 3)
         self.folder.log(row)
-        if jax.process_index() == 0:
-            self.bar.write(f"epoch {epoch}/{experiment.epochs}: {describe_epoch(self.dataset.title, row)}")
+        self.bar.write(f"epoch {epoch}/{experiment.epochs}: {describe_epoch(self.dataset.title, row)}")
         best = score is not None and (self.progress.best is None or score > self.progress.best)
         self.progress = Progress(epoch, best=score if best else self.progress.best)
         if best or self.saver.due(self.step):
@@ -291,16 +211,11 @@ class Loop:
     def save(self, score: float | None = None) -> None:
         """Begins a checkpoint of the state, whose steps have all ended."""
         within = self.step > self.progress.epoch * self.steps_per_epoch
+        meter = self.meter.facts() if within else None
         self.folder.sync()
-        self.saver.save(
-            self.state,
-            self.progress._replace(
-                meter=self.meter.facts() if within else None,
-                rows=self.folder.rows,
-                seconds=time.perf_counter() - self.started,
-            ),
-            score=score,
-        )
+        seconds = time.perf_counter() - self.started
+        progress = self.progress._replace(meter=meter, rows=self.folder.rows, seconds=seconds)
+        self.saver.save(self.state, progress, score=score)
 
     def diverged(self, error: NotFiniteError) -> DivergedError:
         """Looks for the cause, saves the state from before the step, and says what was found."""
@@ -310,18 +225,17 @@ class Loop:
         # The step that failed, and the one that was dispatched after it, have left the state what it was before.
         self.step = int(self.state.step)
         self.state = self.state.replace(nonfinite=self.state.nonfinite - 1)
-        where = "no checkpoint was asked for"
+        where, advice = "no checkpoint was asked for", "try a lower --learning-rate or --clip-norm in a new --out"
         if self.saver.checkpoints is not None:
+            advice += ", or --resume with --skip-nonfinite"
             self.save_if_missing()
             where = f"the checkpoint of step {self.step}, before it, is in {self.saver.checkpoints.folder}"
             if not self.saver.wait():
                 where = "the checkpoint of the step before could not be written"
         with self.batches(error.step - 1, prefetch=0) as again:
             found = self.training.search(self.state, *self.training.put(*next(again)))
-        text += f". Not finite are {shorten(found)}" if found else ". Computed once more it is finite"
-        advice = "try a lower --learning-rate or --clip-norm in a new --out"
-        if self.saver.checkpoints is not None:
-            advice += ", or --resume with --skip-nonfinite"
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        text += f". Not finite are {', '.join(found[:4])}{more}" if found else ". Computed once more it is finite"
         return DivergedError(f"{text}; {where}: {advice}")
 
 
@@ -336,9 +250,3 @@ def describe_epoch(title: str, row: dict[str, float]) -> str:
         f"{trained} | {title}, test loss {row['test_loss']:.3f} top-1 {row['test_top1']:.1%}{averaged} "
         f"top-5 {row['test_top5']:.1%} macro-F1 {row['test_macro_f1']:.1%}{speed}"
     )
-
-
-def shorten(names: list[str], limit: int = 4) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -25,25 +25,21 @@ class Meter:
 
     Args:
       epoch: from 1.
-      steps_per_epoch, batch_size: of the run.
+      labels: (steps, batch_size) of the epoch's batches, in their order.
       started: the time.perf_counter() that "seconds" count from.
-      skip_nonfinite: how many more steps may be skipped before one is a NotFiniteError.
-      labels: of the epoch's batches, in their order.
+      left_to_skip: how many more steps may be skipped before one is a NotFiniteError.
       earlier: what `facts` gave for the first steps of this epoch, if it goes on.
     """
 
     def __init__(
         self,
         epoch: int,
-        steps_per_epoch: int,
-        batch_size: int,
+        labels: np.ndarray,
         started: float,
-        skip_nonfinite: int = 0,
-        labels: np.ndarray | None = None,
+        left_to_skip: int = 0,
         earlier: dict[str, Any] | None = None,
     ):
-        self.epoch, self.steps_per_epoch, self.batch_size, self.started = epoch, steps_per_epoch, batch_size, started
-        self._left_to_skip, self._labels = skip_nonfinite, labels
+        self.epoch, self._labels, self._started, self._left_to_skip = epoch, labels, started, left_to_skip
         earlier = earlier or {"losses": [], "top1s": [], "predictions": []}
         self._losses: list[float] = [math.nan if loss is None else loss for loss in earlier["losses"]]
         self._top1s: list[float] = list(earlier["top1s"])
@@ -58,16 +54,8 @@ class Meter:
         return len(self._losses)
 
     @property
-    def loss(self) -> float:
-        return _mean(self._losses[-20:])
-
-    @property
-    def top1(self) -> float:
-        return float(np.mean(self._top1s[-20:]))
-
-    @property
     def skipped(self) -> int:
-        return sum(math.isnan(loss) for loss in self._losses)
+        return _count_nan(self._losses)
 
     def facts(self) -> dict[str, Any]:
         """All that has been collected, as JSON values that give the same numbers again."""
@@ -96,7 +84,7 @@ class Meter:
         loss = float(metrics["loss"])
         if not (math.isfinite(loss) and metrics.get("finite", True)):
             if not self._left_to_skip:
-                raise NotFiniteError((self.epoch - 1) * self.steps_per_epoch + self.steps + 1, loss)
+                raise NotFiniteError(self._done() + 1, loss)
             self._left_to_skip -= 1
             loss = math.nan
         self._losses.append(loss)
@@ -105,34 +93,39 @@ class Meter:
         self._times.append(time.perf_counter())
         return True
 
+    def _done(self) -> int:
+        """The steps of the training that have ended."""
+        return (self.epoch - 1) * len(self._labels) + self.steps
+
+    def means(self, last: int) -> dict[str, float]:
+        """Loss and top-1 over the last steps, without what was not finite."""
+        finite = [loss for loss in self._losses[-last:] if not math.isnan(loss)]
+        return {
+            "train_loss": float(np.mean(finite)) if finite else math.nan,
+            "train_top1": float(np.mean(self._top1s[-last:])),
+        }
+
     def row(self, last: int) -> dict[str, float]:
-        """The means over the last steps, as a row of metrics.jsonl; without what was not finite.
+        """The means over the last steps, as a row of metrics.jsonl.
 
         The first step of all, which compiles, is no part of the images per second, unless it is the only one.
         """
-        done = (self.epoch - 1) * self.steps_per_epoch + self.steps
         here = self.steps - self._first  # since the start or the restart
         times = self._times[-min(last, here) - 1 :]
         if last >= here and here > 1 and (self.epoch == 1 or self._first):
             times = times[1:]
-        labels = self._labels[: self.steps * self.batch_size].reshape(self.steps, -1)[-last:]
-        row = {
-            "epoch": done / self.steps_per_epoch,
-            "step": done,
-            "train_loss": _mean(self._losses[-last:]),
-            "train_top1": float(np.mean(self._top1s[-last:])),
-            "train_macro_f1": macro_f1(labels.reshape(-1), np.concatenate(self._predictions[-last:])),
-        }
+        labels, predictions = self._labels[: self.steps][-last:], self._predictions[-last:]
+        row = {"epoch": self._done() / len(self._labels), "step": self._done()} | self.means(last)
+        row["train_macro_f1"] = macro_f1(labels.reshape(-1), np.concatenate(predictions))
         if len(times) > 1:
-            row["images_per_second"] = round((len(times) - 1) * self.batch_size / (times[-1] - times[0]), 2)
-        row["seconds"] = round(self._times[-1] - self.started, 3)
-        skipped = sum(math.isnan(loss) for loss in self._losses[-last:])
+            row["images_per_second"] = round((len(times) - 1) * labels.shape[1] / (times[-1] - times[0]), 2)
+        row["seconds"] = round(self._times[-1] - self._started, 3)
+        skipped = _count_nan(self._losses[-last:])
         return row | ({"skipped": skipped} if skipped else {})
 
 
-def _mean(losses: list[float]) -> float:
-    finite = [loss for loss in losses if not math.isnan(loss)]
-    return float(np.mean(finite)) if finite else math.nan
+def _count_nan(losses: list[float]) -> int:
+    return sum(map(math.isnan, losses))
 
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -141,9 +134,9 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     Classes that occur in neither count for nothing; one that occurs but is never right counts as 0.
     """
     classes = int(max(labels.max(), predictions.max())) + 1
-    labelled = np.bincount(labels, minlength=classes)
-    predicted = np.bincount(predictions, minlength=classes)
-    right = np.bincount(labels[labels == predictions], minlength=classes)
+    labelled, predicted, right = (
+        np.bincount(numbers, minlength=classes) for numbers in (labels, predictions, labels[labels == predictions])
+    )
     occurs = labelled + predicted > 0
     return float((2 * right[occurs] / (labelled + predicted)[occurs]).mean())
 

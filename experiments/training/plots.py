@@ -15,92 +15,87 @@ from experiments.output.figures import label as as_label
 from experiments.output.figures import save
 from experiments.training.run_folder import ends_epoch
 
+Rows = Sequence[Mapping[str, Any]]
 PANELS = {
     "loss": {"train": "train_loss", "test": "test_loss"},
     "accuracy": {"train": "train_top1", "test": "test_top1", "test, top-5": "test_top5"},
     "macro-F1": {"train": "train_macro_f1", "test": "test_macro_f1"},
 }
-COLOURS = ("tab:blue", "tab:orange", "tab:green")
 SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 
-def plot_curves(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Draws loss, accuracy and macro-F1 of training and test pictures by epoch.
-
-    Args:
-      path: the picture to write.
-      rows: of metrics.jsonl; those within epochs are drawn as thin lines.
-      title: what was trained on what.
-    """
+def plot_curves(path: Path, rows: Rows, title: str) -> None:
+    """Draws loss, accuracy and macro-F1 of training and test pictures by epoch; rows within epochs as thin lines."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
-    ends = [row for row in rows if ends_epoch(row)]
-    between = [row for row in rows if not ends_epoch(row)]
+    ends, between = _ends_and_between(rows)
     for axis, (name, curves) in zip(axes, PANELS.items(), strict=True):
-        for (label, key), colour in zip(curves.items(), COLOURS, strict=False):
+        for (label, key), colour in zip(curves.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
             if between and key in between[0]:
-                x, y = [row["epoch"] for row in between], [row[key] for row in between]
-                axis.plot(x, y, lw=0.7, alpha=0.6, color=colour, label=f"{label}, within epochs")
-            shown = [row for row in ends if key in row]
-            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
-            axis.plot(x, y, "o-", ms=4, color=colour, label=label)
-        axis.set(xlabel="epoch", title=name)
+                axis.plot(*_points(between, key), lw=0.7, alpha=0.6, color=colour, label=f"{label}, within epochs")
+            axis.plot(*_points(ends, key), "o-", ms=4, color=colour, label=label)
         axis.set_ylim(bottom=0)
         if name != "loss":
             # Where nearly everything is right the first steps would take up the whole height: some of them may leave.
             values = [row[key] for row in rows for key in curves.values() if key in row] or [0.0]
             axis.set_ylim(bottom=max(0.0, 1 - 1.5 * (1 - np.quantile(values, 0.05))))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.grid(alpha=0.3)
-        axis.legend()
+        _finish(axis, xlabel="epoch", title=name)
     figure.suptitle(title)
     save(figure, path)
 
 
+def _ends_and_between(rows: Rows) -> tuple[Rows, Rows]:
+    """The rows that end an epoch, and the others."""
+    return [row for row in rows if ends_epoch(row)], [row for row in rows if not ends_epoch(row)]
+
+
+def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
+    """By epoch, those that there are."""
+    shown = [row for row in rows if key in row]
+    return [row["epoch"] for row in shown], [row[key] for row in shown]
+
+
+def _finish(axis: plt.Axes, legend: Mapping[str, Any] = MappingProxyType({}), **texts: str) -> None:
+    axis.set(**texts)
+    axis.grid(alpha=0.3)
+    axis.legend(**legend)
+
+
 def plot_comparison(
     path: Path,
-    runs: Mapping[str, Sequence[dict[str, Any]]],
+    runs: Mapping[str, Rows],
     title: str,
     against: str | None = None,
-    distances: Mapping[str, Sequence[dict[str, float]]] = MappingProxyType({}),
+    distances: Mapping[str, Rows] = MappingProxyType({}),
 ) -> None:
     """Lays the curves of several runs over one another: training loss by step, test loss and test top-1 by epoch.
 
     Args:
-      path: the picture to write.
       runs: the rows of metrics.jsonl by the name of the run.
-      title: what they have in common.
       against: a run that the others are measured from.
       distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from that run's.
     """
     panels = 4 if distances else 3
     figure, axes = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
-    for axis, (key, marker) in zip(
-        axes, {"train_loss": ".-", "test_loss": "o-", "test_top1": "o-"}.items(), strict=False
-    ):
+    for axis, (key, marker) in zip(axes, dict(train_loss=".-", test_loss="o-", test_top1="o-").items(), strict=False):
         # Curves that lie on one another: the earlier ones are wider, and show below the later.
         for width, (name, rows) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
             # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
-            between = [row for row in rows if not ends_epoch(row)] if key == "train_loss" else []
-            shown = between or [row for row in rows if key in row]
-            x, y = [row["epoch"] for row in shown], [row[key] for row in shown]
-            size = 3 + 2 * width if distances else 4
-            axis.plot(x, y, marker, ms=size, lw=1.5 * width if distances else 1, label=as_label(name))
-        axis.set(xlabel="epoch", title=key.replace("_", " "))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+            shown = _ends_and_between(rows)[1] if key == "train_loss" else rows
+            size, line = (3 + 2 * width, 1.5 * width) if distances else (4, 1)
+            axis.plot(*_points(shown or rows, key), marker, ms=size, lw=line, label=as_label(name))
+        _finish(axis, dict(fontsize=8), xlabel="epoch", title=key.replace("_", " "))
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
     highest = max((row["test_top1"] for rows in runs.values() for row in rows if "test_top1" in row), default=1.0)
     axes[2].set_ylim(0, 1.1 * highest or 1.0)
     for number, name in enumerate(runs):
         if name in distances:
-            x, y = ([row[key] for row in distances[name]] for key in ("epoch", "distance"))
-            axes[3].plot(
-                x, np.where(np.array(y) > 0, y, np.nan), ".-", ms=4, lw=1, color=f"C{number}", label=as_label(name)
-            )
+            x, y = _points(distances[name], "distance")
+            shown = np.where(np.array(y) > 0, y, np.nan)
+            axes[3].plot(x, shown, ".-", ms=4, lw=1, color=f"C{number}", label=as_label(name))
     if distances:
-        axes[3].set(xlabel="epoch", yscale="log", title=f"train loss, relative distance from {against}")
-        axes[3].grid(alpha=0.3)
-        axes[3].legend(fontsize=8)
+        title_of_distances = f"train loss, relative distance from {against}"
+        _finish(axes[3], dict(fontsize=8), xlabel="epoch", yscale="log", title=title_of_distances)
     figure.suptitle(title)
     save(figure, path)
 
@@ -116,21 +111,17 @@ def plot_predictions(
     """Draws pictures with their true and predicted names, the wrong ones framed and named in red.
 
     Args:
-      path: the picture to write.
       images: (N, H, W, C) uint8, C = 1 or 3.
       true_names, predicted_names, confidences: N of each; confidences from 0 to 1.
-      title: of the whole.
     """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat:
+    for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
-    for axis, image, true, predicted, confidence in zip(
-        axes.flat, images, true_names, predicted_names, confidences, strict=False
-    ):
+    shown = zip(axes.flat, images, true_names, predicted_names, confidences, strict=False)
+    for axis, image, true, predicted, confidence in shown:
         right = true == predicted
-        axis.set_axis_on()
         axis.set(xticks=[], yticks=[])
         axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
         for spine in axis.spines.values():
@@ -143,29 +134,22 @@ def plot_predictions(
 
 def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     """Draws what `step_sizes.layer_steps` returns: each layer's steps before clipping, the bounds, and SGD's step."""
-    layers = steps["layers"]
+    layers, lower, upper = steps["layers"], steps["lower"], steps["upper"]
     x = np.arange(len(layers))
+    low, median, high = ([layer[name] for layer in layers] for name in ("low", "median", "high"))
     figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
-    axis.fill_between(
-        x,
-        [la["low"] for la in layers],
-        [la["high"] for la in layers],
-        alpha=0.3,
-        label="Adam's step, 5%-95% of a layer",
-    )
-    axis.plot(x, [la["median"] for la in layers], label="Adam's step, median of a layer")
-    axis.axhspan(steps["lower"], steps["upper"], color="tab:orange", alpha=0.15)
-    axis.axhline(steps["upper"], color="tab:orange", label=f"AdaBound's upper bound, {steps['upper']:.3g}")
-    axis.axhline(steps["lower"], color="tab:orange", ls="--", label=f"AdaBound's lower bound, {steps['lower']:.3g}")
+    axis.fill_between(x, low, high, alpha=0.3, label="Adam's step, 5%-95% of a layer")
+    axis.plot(x, median, label="Adam's step, median of a layer")
+    axis.axhspan(lower, upper, color="tab:orange", alpha=0.15)
+    axis.axhline(upper, color="tab:orange", label=f"AdaBound's upper bound, {upper:.3g}")
+    axis.axhline(lower, color="tab:orange", ls="--", label=f"AdaBound's lower bound, {lower:.3g}")
     axis.axhline(SGD_STEP, color="tab:green", ls=":", label=f"SGD's step, 0.05 at momentum 0.9: {SGD_STEP:.3g}")
-    axis.set_yscale("log")
     ticks = x[:: max(1, len(x) // 26)]
     names = [layers[i]["name"].removesuffix(".weight") for i in ticks]
     axis.set_xticks(ticks, names, rotation=60, ha="right", fontsize=7)
-    axis.set_ylabel("step on the averaged gradient")
-    axis.set_title(f"{title}, update {steps['update']:,}, at the peak learning rate")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    legend = dict(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    title = f"{title}, update {steps['update']:,}, at the peak learning rate"
+    _finish(axis, legend, yscale="log", ylabel="step on the averaged gradient", title=title)
     save(figure, path)
 
 

@@ -2,83 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.data.check import Finding, check_dataset
+from experiments.data.check import Finding, check_dataset, format_findings
 from experiments.data.dataset import DataError, Dataset
 from experiments.frameworks.common import Training
+from experiments.training.run_folder import nearest
+from experiments.training.settings import RunSettings
 
 
-def check_data(dataset: Dataset, thoroughly: bool) -> list[Finding]:
-    """What is to be known of a data set; its errors end the run.
-
-    Args:
-      dataset: every pixel of it is looked at.
-      thoroughly: also where each picture would have to be decoded for that.
+def report_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> None:
+    """Prints what a look at data, memory and disk has found; of the data's facts only with --dry-run.
 
     Raises:
-      DataError: it is not to be trained on.
+      DataError: the data is not to be trained on.
     """
-    if not thoroughly and not isinstance(dataset.train.images, np.ndarray):
-        return []
-    findings = check_dataset(dataset)
-    errors = [finding.text for finding in findings if finding.severity == "error"]
-    if errors:
+    dry_run, said = settings.system.dry_run, dataset.source.get("notes", [])  # by the reader of the data
+    # Every pixel is looked at: not where each picture would have to be decoded for that.
+    of_data = check_dataset(dataset) if dry_run or isinstance(dataset.train.images, np.ndarray) else []
+    if errors := [finding.text for finding in of_data if finding.severity == "error"]:
         raise DataError("\n".join(errors))
-    return findings
+    of_system = system_findings(settings, dataset, training, out) if training.in_jax else []
+    warnings = [f for f in of_data + of_system if f.severity != "fact" and f.text not in said]
+    facts = [f for f in (of_data if dry_run else []) + of_system if f.severity == "fact"]
+    for findings, file in ((warnings, sys.stderr), (facts, sys.stdout)):
+        if findings:
+            print(format_findings(findings), file=file)
+    if dry_run:
+        print("nothing was trained: --dry-run")
 
 
-def measure_memory(training: Training, images: np.ndarray, labels: np.ndarray) -> dict[str, int]:
-    """Compiles the training step, which the run needs in any case, and asks XLA what it takes.
+def system_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> list[Finding]:
+    """The memory that a step takes on one device and the size of the checkpoints, and whether there is room for them.
 
-    Args:
-      training: in JAX.
-      images, labels: a batch of this process.
-
-    Returns:
-      bytes on one device: "parameters", "optimizer" (its state and averages), "activations" (and all else that lives
-      within a step), "all".
+    Compiles the training step, which the run needs in any case, and asks XLA.
     """
-    state = training.state
-    analysis = training.train_step.lower(state, *training.put(images, labels)).compile().memory_analysis()
+    state, rows, keep = training.state, settings.experiment.batch_size // jax.process_count(), settings.system.keep
+    batch = (np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8), np.zeros(rows, np.int32))
+    analysis = training.train_step.lower(state, *training.put(*batch)).compile().memory_analysis()
     parameters = _bytes(state.params) + _bytes(state.batch_stats)
-    rest = _bytes(state) - parameters
-    inside = getattr(analysis, "temp_size_in_bytes", 0)
-    return {
-        "parameters": parameters,
-        "optimizer": rest,
-        "activations": inside,
-        "all": parameters + rest + inside,
-    }
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def describe_memory(memory: dict[str, int]) -> str:
-    parts = ", ".join(f"{name} {memory[name] / 1e6:,.0f} MB" for name in ("parameters", "optimizer", "activations"))
-    return f"memory of a device: {memory['all'] / 1e6:,.0f} MB ({parts})"
-
-
-def memory_findings(memory: dict[str, int]) -> list[Finding]:
-    """The memory that a step takes, and whether it is there."""
-    found = [Finding("fact", describe_memory(memory))]
-    there = _device_memory()
-    if there is not None and memory["all"] > there:
-        found.append(
-            Finding(
-                "warning",
-                f"the device has {there / 1e6:,.0f} MB: this will likely fail; try a smaller --batch-size, "
-                "--accumulate, --remat or --precision bfloat16",
-            )
-        )
-    return found
+    # Averages count as the optimizer's. On a CPU a step of few images holds its updates at most, not its activations.
+    parts = {"parameters": parameters, "optimizer": _bytes(state) - parameters}
+    parts["within a step"] = getattr(analysis, "temp_size_in_bytes", 0)
+    needed, there = sum(parts.values()), _device_memory()
+    told = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items())
+    found = [Finding("fact", f"memory of a device: {_megabytes(needed)} ({told})")]
+    if there is not None and needed > there:
+        advice = "try a smaller --batch-size, --accumulate, --remat or --precision bfloat16"
+        found.append(Finding("warning", f"the device has {_megabytes(there)}: this will likely fail; {advice}"))
+    if not keep:
+        return [*found, Finding("fact", "no checkpoints: --keep 0")]
+    one = _bytes(state)
+    most, free = one * (keep + 2), shutil.disk_usage(nearest(out)).free  # one is written before another is removed
+    text = f"checkpoints of {_megabytes(one)}, up to {_megabytes(most)} at once; {_megabytes(free)} are free"
+    return [*found, Finding("warning" if free < most else "fact", text)]
 
 
 def _device_memory() -> int | None:
@@ -86,22 +70,16 @@ def _device_memory() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return None
 
 
-def disk_findings(folder: Path, training: Training, keep: int) -> list[Finding]:
-    """The size of the checkpoints, and whether they fit; one is written before another is removed."""
-    if not keep:
-        return [Finding("fact", "no checkpoints: --keep 0")]
-    one = _bytes(training.state)
-    most = one * (keep + 2)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    text = f"checkpoints of {one / 1e6:,.0f} MB, up to {most / 1e6:,.0f} MB at once; {free / 1e6:,.0f} MB are free"
-    return [Finding("warning" if free < most else "fact", text)]
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import parse_image_size
+from experiments.data import dataset as data
 from experiments.data.augment import augment, normalize, to_unit_range
-from experiments.data.dataset import (
-    DataError,
-    Dataset,
-    balanced_subset,
-    channel_statistics,
-    draw_classes,
-    hold_out,
-    limit_test,
-)
+from experiments.data.dataset import DataError, Dataset
 from experiments.data.drawn_cars import drawn_cars
 from experiments.data.layouts import LAYOUTS
 from experiments.data.stanford_cars import load_stanford_cars
@@ -36,52 +29,39 @@ DRAWINGS = dict(train_count=1500, test_count=600)
 
 
 def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
-    """What --limit and --test-limit leave of a data set.
-
-    Raises:
-      ValueError: a limit exceeds the data.
-    """
+    """What --limit and --test-limit leave of a data set."""
     if experiment.limit is not None:
-        part = balanced_subset(dataset.train, experiment.limit, experiment.seed)
+        part = data.balanced_subset(dataset.train, experiment.limit, experiment.seed)
         dataset = dataclasses.replace(dataset, train=part)
-    return dataset if experiment.test_limit is None else limit_test(dataset, experiment.test_limit)
+    return dataset if experiment.test_limit is None else data.limit_test(dataset, experiment.test_limit)
 
 
 def prepare_training(
-    settings: RunSettings,
-    dataset: Dataset,
-    network: Network,
-    *,
-    key: jax.Array | None = None,
-    place: str = "none",
-    normalized: bool = True,
-    freeze_backbone: bool = False,
+    settings: RunSettings, arch: str, dataset: Dataset, network: Network, augment_key: jax.Array | None = None
 ) -> tuple[Training, dict[str, Any]]:
     """Optimizer, the two steps and the preparation of pictures.
 
     Args:
-      settings: of the program.
-      dataset: what to train on.
+      arch: what the network is called.
       network: with the weights to begin with.
-      key, place: of the augmentation, see `augment`; none with "none".
-      normalized: whether each channel's mean is subtracted, and divided by its deviation.
-      freeze_backbone: see `Recipe`.
 
     Returns:
-      the training, and what is done to pictures, as plain JSON values.
+      the training, and `describe_input`.
 
     Raises:
       ValueError: the framework or its optimizer is missing, or there are not as many devices.
     """
-    experiment, channels = settings.experiment, dataset.train.images.shape[-1]
-    mean, std = channel_statistics(dataset.train.images) if normalized else (np.zeros(channels), np.ones(channels))
+    experiment, place = settings.experiment, settings.experiment.augmentation
+    mean, std = data.channel_statistics(dataset.train.images)
+    if not experiment.normalize:
+        mean, std = np.zeros_like(mean), np.ones_like(std)
 
     def preprocess_test(images):
         return normalize(to_unit_range(images, experiment.weights_dtype), mean, std)
 
     @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
     def augmented(images, step):
-        changed = augment(place, jax.random.fold_in(key, step), to_unit_range(images, experiment.weights_dtype))
+        changed = augment(place, jax.random.fold_in(augment_key, step), to_unit_range(images, experiment.weights_dtype))
         return normalize(changed, mean, std)  # by the step: a resumed run sees the same pictures
 
     def preprocess_train(images, step):
@@ -96,19 +76,18 @@ def prepare_training(
         steps,
         preprocess_train,
         preprocess_test,
-        freeze_backbone,
+        experiment.freeze == "backbone",
         settings.system.skip_nonfinite,
         choose_devices(settings.system.devices, experiment.batch_size) if in_jax else 1,
     )
-    return make_training(network, recipe), {"mean": mean.tolist(), "std": std.tolist()}
+    preparation = {"mean": mean.tolist(), "std": std.tolist(), "pad": experiment.pad}
+    return make_training(network, recipe), describe_input(arch, dataset, preparation)
 
 
 def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> dict[str, Any]:
     """What a weight file must tell about its network and its input, as plain JSON values.
 
     Args:
-      arch: the network.
-      dataset: what it is trained on.
       preparation: "mean" and "std" of its channels; "pad" where that many pixels of background are put around it.
 
     Returns:
@@ -117,24 +96,18 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
       bits: the value that is white in all of them, by kind.
     """
     *_, height, width, channels = dataset.train.images.shape
-    return {
-        "arch": arch,
-        "class_names": dataset.class_names,
-        "data": dataset.title,
-        "image_size": (height, width),
-        "grey": channels == 1,
-        "margin": dataset.source.get("margin"),
-        "pad": 0,
-        **({"white": white} if (white := dataset.source.get("white")) else {}),
-    } | preparation
+    described = {"arch": arch, "class_names": dataset.class_names, "data": dataset.title}
+    described |= {"image_size": (height, width), "grey": channels == 1}
+    described |= {"margin": dataset.source.get("margin"), "pad": 0}
+    white = dataset.source.get("white")
+    return described | ({"white": white} if white else {}) | preparation
 
 
 def load_cars(settings: Settings) -> Dataset:
     """Stanford Cars, or drawn cars for the demo; --classes, --holdout, --limit and --test-limit take parts of them.
 
     Raises:
-      DataError: the folder holds nothing usable.
-      ValueError: a part exceeds the data.
+      ValueError: the folder holds nothing usable, or a part exceeds the data.
     """
     experiment, system = settings.experiment, settings.system
     size = parse_image_size(experiment.image_size)
@@ -147,33 +120,21 @@ def load_cars(settings: Settings) -> Dataset:
     else:
         dataset = load_stanford_cars(system.data, size, experiment.grey, skip_bad=system.skip_bad, decode=system.decode)
     if experiment.classes is not None:
-        dataset = draw_classes(dataset, experiment.classes)
+        dataset = data.draw_classes(dataset, experiment.classes)
     if experiment.holdout is not None:
-        dataset = hold_out(dataset, experiment.holdout)
+        dataset = data.hold_out(dataset, experiment.holdout)
     return take_parts(experiment, dataset)
 
 
 def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
-    """Network, optimizer and the two steps for a run, in the framework that the settings name.
-
-    Returns:
-      the training, and what a weight file must tell about its network and its input.
-    """
+    """Network, optimizer and the two steps for a run; see `prepare_training`."""
     experiment, channels = settings.experiment, dataset.train.images.shape[-1]
     shape = dict(num_classes=len(dataset.class_names), in_channels=channels, batch_norm=experiment.batch_norm)
     config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
     weights_key, augment_key = jax.random.split(jax.random.key(experiment.seed))
     params, batch_stats = initial_weights(settings, config, weights_key)
-    training, preparation = prepare_training(
-        settings,
-        dataset,
-        resnet_network(experiment.arch, params, batch_stats, **shape),
-        key=augment_key,
-        place=experiment.augmentation,
-        normalized=experiment.normalize,
-        freeze_backbone=experiment.freeze == "backbone",
-    )
-    return training, describe_input(experiment.arch, dataset, preparation)
+    network = resnet_network(experiment.arch, params, batch_stats, **shape)
+    return prepare_training(settings, experiment.arch, dataset, network, augment_key)
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
@@ -192,13 +153,14 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     new = dense is None or (matrix and not fits)  # what is there and no matrix is an error
     grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
     loaded = weights.fit(file, config, head="new" if new else "strict", stem="grey" if grey else "strict", key=key)
-    for note in file.notes:
-        print(f"{path}: {note}")
+    notes = [f": {note}" for note in file.notes]
     if file.left_out:
-        print(f"{path}: left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
+        notes.append(f": left out {', '.join(file.left_out[:8])}{' …' if len(file.left_out) > 8 else ''}")
     if new:
         has = "no dense layer" if dense is None else f"{len(dense)} classes"
-        print(f"{path} has {has}: a new dense layer is drawn for {config.num_classes}")
+        notes.append(f" has {has}: a new dense layer is drawn for {config.num_classes}")
     if grey:
-        print(f"{path} has a stem for three channels: summed into one for grey pictures")
+        notes.append(" has a stem for three channels: summed into one for grey pictures")
+    for note in notes:
+        print(f"{path}{note}")
     return jax.tree.map(lambda a: np.asarray(a, np.float32), loaded)

@@ -1,4 +1,4 @@
-"""Several processes that train together: finding one another, and who of them speaks."""
+"""Several processes that train together: finding one another, who of them speaks, and how all stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,21 +21,19 @@ from experiments.training.settings import System
 TIMEOUT_SECONDS = 300  # to meet; and without a sign of life before all are ended: a busy machine may be still for long
 
 
-def join_processes(coordinator: str | None, process_id: int | None, num_processes: int | None) -> None:
+def join_processes(coordinator: str, process_id: int | None, num_processes: int | None) -> None:
     """Joins the other processes of a training; before anything asks JAX for a device.
 
     Args:
-      coordinator: "host:port" of process 0, reachable from all; "auto" for what jax.distributed.initialize() finds by
-        itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
-      process_id: from 0; num_processes: of how many. Both are given with an address, neither with "auto".
+      coordinator: "host:port" of process 0, with process_id, from 0, and num_processes; or "auto" for what
+        jax.distributed.initialize() finds by itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
 
     Raises:
       ValueError: the settings do not fit together, or the others were not found.
     """
-    if coordinator == "auto":
-        settings = {}
-    else:
-        host, _, port = (coordinator or "").rpartition(":")
+    settings = {}
+    if coordinator != "auto":
+        host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or process_id is None or num_processes is None:
             raise ValueError(
                 "--coordinator takes HOST:PORT of process 0, with --process-id and --num-processes, or auto; "
@@ -54,17 +52,8 @@ def join_processes(coordinator: str | None, process_id: int | None, num_processe
         raise ValueError(f"the processes of --coordinator {coordinator} did not meet: {error}") from error
 
 
-def is_first() -> bool:
-    """Whether this process writes the run's folder and speaks for all."""
-    return jax.process_index() == 0
-
-
 def wait_for_address(host: str, port: int) -> None:
-    """Returns when somebody listens there: jax.distributed would end the process without a chance to say why.
-
-    Raises:
-      ValueError: nobody does, for long.
-    """
+    """Returns when somebody listens there, else raises a ValueError: jax.distributed would end the process."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
@@ -78,12 +67,9 @@ def wait_for_address(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def start_processes(system: System) -> Iterator[None]:
-    """Turns JAX's cache on and joins the other processes of --coordinator, if any; only the first one's print is heard.
+    """Turns JAX's cache on and joins the other processes of --coordinator, if any; only what the first prints is seen.
 
     To be entered before anything asks JAX for a device.
-
-    Raises:
-      ValueError: see `join_processes`.
     """
     use_compilation_cache()
     if system.coordinator is None:
@@ -95,9 +81,15 @@ def start_processes(system: System) -> Iterator[None]:
             if not is_first():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
     finally:
         jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's folder and speaks for all."""
+    return jax.process_index() == 0
 
 
 def choose_devices(wanted: str, batch_size: int) -> int:
@@ -110,19 +102,16 @@ def choose_devices(wanted: str, batch_size: int) -> int:
     chosen = there if wanted == "all" or jax.process_count() > 1 else int(wanted)
     if not 1 <= chosen <= there:
         kind = jax.devices()[0].platform
-        hint = (
-            f"; XLA_FLAGS=--xla_force_host_platform_device_count={chosen} makes virtual ones" if kind == "cpu" else ""
-        )
-        raise ValueError(f"--devices {wanted}: JAX sees {there} ({kind}){hint}")
+        hint = f"; XLA_FLAGS=--xla_force_host_platform_device_count={chosen} makes virtual ones"
+        raise ValueError(f"--devices {wanted}: JAX sees {there} ({kind}){hint if kind == 'cpu' else ''}")
     if batch_size % chosen:
         raise ValueError(f"--batch-size {batch_size} must be a multiple of the {chosen} devices that share it")
     return chosen
 
 
 def warn(text: str) -> None:
-    """Prints a warning, once for all processes."""
-    if is_first():
-        print(f"warning: {text}", file=sys.stderr)
+    """Prints a warning, above the progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class Stopped(Exception):
@@ -133,7 +122,24 @@ class Stopped(Exception):
         self.signal = number
 
 
-class StopRequest(contextlib.AbstractContextManager):
+@contextlib.contextmanager
+def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
+    """Has signals call a handler; yields a function that puts the earlier handlers back before it is left."""
+    # Python lets the main thread alone set handlers.
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+class StopRequest(contextlib.ExitStack):
     """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until left; the same signal once more acts at once.
 
     Python would raise anywhere, also between a step's end and the assignment of its result. By then the step has
@@ -144,12 +150,11 @@ class StopRequest(contextlib.AbstractContextManager):
     """
 
     def __init__(self):
+        super().__init__()
         self.requested: int | None = None
         self.together = jax.process_count() > 1
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            for number in (signal.SIGINT,) if self.together else (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
+        numbers = (signal.SIGINT,) if self.together else (signal.SIGINT, signal.SIGTERM)
+        self.restore = self.enter_context(handling(numbers, self._request))
 
     def _request(self, number: int, frame: Any) -> None:
         if self.together:
@@ -157,39 +162,25 @@ class StopRequest(contextlib.AbstractContextManager):
         self.requested = number
         again = "Ctrl-C again" if number == signal.SIGINT else "another SIGTERM"
         tqdm.write(f"stopping after this step; {again} stops at once", file=sys.stderr)
-        self._restore()
+        self.restore()
 
     def check(self, step: int | None = None) -> None:
-        """Raises Stopped if it was asked for.
-
-        Args:
-          step: the steps done; with several processes needed, and the same in all of them.
-        """
-        if self.together:
+        """Raises Stopped if it was asked for; several processes need the steps done, the same in all of them."""
+        if not self.together:
+            stopped = self.requested is not None
+        else:
             from jax.experimental import multihost_utils
 
-            if step is not None and multihost_utils.reached_preemption_sync_point(step):
-                raise Stopped(self.requested or signal.SIGTERM)
-        elif self.requested is not None:
-            raise Stopped(self.requested)
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+            stopped = step is not None and multihost_utils.reached_preemption_sync_point(step)
+        if stopped:
+            raise Stopped(self.requested or signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
     """Lets a child process end by itself, with a report, when this process is told to stop, and waits for it.
 
-    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on.
-
-    Args:
-      terminate: sends SIGTERM to the child.
+    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on by `terminate`.
 
     Yields:
       the signals that have come.
@@ -201,9 +192,5 @@ def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int
         if number == signal.SIGTERM:
             terminate()
 
-    previous = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling((signal.SIGINT, signal.SIGTERM), take):
         yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

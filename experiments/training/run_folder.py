@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from experiments.data.dataset import Split
+from experiments.machine import versions
 
 if TYPE_CHECKING:
     from jax_resnet.weights import WeightFile
@@ -26,56 +26,41 @@ CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.p
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
 TEST_RESULTS, ERROR = "predictions.csv", "error.txt"
 # In the order in which a run's last line names them.
-REPORTED = (
-    CONFIG,
-    METRICS,
-    CURVES,
-    PREDICTIONS,
-    TEST_RESULTS,
-    STEP_SIZES,
-    WEIGHTS,
-    AVERAGED_WEIGHTS,
-    CHECKPOINTS,
-    PROFILE,
-)
-# In the metadata of the file, as JSON; of a run that has not ended, in its config.json.
+REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, TEST_RESULTS, STEP_SIZES)
+REPORTED += (WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
+UNFINISHED = ".weights*"  # what a killed process has left
+ASIDE = ".new-"  # and a process number: the suffix of what will replace a file
+FILES = (*REPORTED[1:], ERROR, "step_sizes.json", f"{CONFIG}{ASIDE}*", f"{METRICS}{ASIDE}*", "events.out.tfevents.*")
+FILES += (UNFINISHED, CONFIG)  # config.json is removed last: it tells that the rest is a run's
+# In the metadata of the weight file, as JSON; of a run that has not ended, in its config.json.
 RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")
 UNTESTED = {"tested": 0}  # in the row that ends an epoch without a test
-FILES = (
-    *REPORTED[1:],
-    ERROR,
-    "step_sizes.json",
-    "metrics.cut",
-    f"{CONFIG}.new",
-    "events.out.tfevents.*",
-    ".weights*",  # what a killed process has left
-    CONFIG,  # removed last: it tells that the rest is a run's
-)
-
+COLUMNS = ("picture", "label", "prediction", "confidence", "top5", "loss")  # of predictions.csv
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # as far as installed
 
 
 def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
     """Raises a ValueError if a run's folder cannot be made, or holds what may not be replaced."""
     earlier = earlier_run(out) if out else []
-    if any(file.is_dir() or file.name.startswith(".weights") for file in earlier) and not (out / CONFIG).exists():
+    if any(file.is_dir() or file.match(UNFINISHED) for file in earlier) and not (out / CONFIG).exists():
         raise ValueError(f"{out} holds files of something else, and no {CONFIG}: choose another --out")
     if earlier and not overwrite:
         raise ValueError(f"{out} holds an earlier run: choose another --out, or pass --overwrite or --resume")
 
 
 def earlier_run(path: Path) -> list[Path]:
-    """The files of a run that are in a folder, [] if there are none.
-
-    Raises:
-      ValueError: if the path is no folder, or one that cannot be made or written.
-    """
+    """The files of a run that are in a folder; raises a ValueError if it cannot be made or written."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"--out {path} cannot be written: it is a link to nowhere")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    there = nearest(path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {path} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
     return [file for pattern in FILES for file in path.glob(pattern)]
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 class RunFolder:
@@ -88,59 +73,56 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, rows: int | None = None, writes: bool = True):
-        self.path, self.rows, self._writes = path, rows or 0, writes
+        self.path, self.rows, self.writes = path, rows or 0, writes
         if not writes:
             return
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(path / ".lock")
-        if rows is None:
-            for file in earlier_run(path):
-                _remove(file)
-        else:
-            for file in (*path.glob(".weights*"), *path.glob(ERROR)):
-                _remove(file)
-            try:
-                self._cut(rows)
-            except ValueError:
-                self._lock.close()
-                raise
+        with contextlib.ExitStack() as on_error:
+            self._lock = on_error.enter_context(lock(path / ".lock"))
+            outdated = earlier_run(path) if rows is None else [*path.glob(UNFINISHED), *path.glob(ERROR)]
+            for file in outdated:
+                remove = shutil.rmtree if file.is_dir() and not file.is_symlink() else os.unlink
+                remove(file)
+            kept = [] if rows is None else self._cut(rows)
+            on_error.pop_all()
         self._metrics = open(path / METRICS, "a", encoding="utf-8")
-        last = read_metrics(path)[-1]["step"] if self.rows else 0
         from tensorboardX import SummaryWriter  # which imports torch, where it is installed
 
-        self._board = SummaryWriter(str(path), purge_step=last + 1 if rows is not None else None)
+        next_step = kept[-1]["step"] + 1 if kept else 1
+        self._board = SummaryWriter(str(path), purge_step=None if rows is None else next_step)
 
-    def _cut(self, rows: int) -> None:
-        """Leaves the first lines of metrics.jsonl, by a new file in its place: a kill leaves the one or the other."""
+    def _cut(self, count: int) -> list[dict[str, Any]]:
+        """Leaves the first lines of metrics.jsonl and returns them as rows."""
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a kill may have left half of one
-        if len(lines) < rows:
-            raise ValueError(f"{path} has {len(lines)} lines, and had {rows} at the checkpoint: it was changed")
-        for number, line in enumerate(lines[:rows], 1):
+        lines = complete_lines(path) if path.exists() else []
+        if len(lines) < count:
+            raise ValueError(f"{path} has {len(lines)} lines, and had {count} at the checkpoint: it was changed")
+        rows = []
+        for number, line in enumerate(lines[:count], 1):
             try:
-                json.loads(line)["step"]
+                rows.append(json.loads(line))
+                rows[-1]["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {path} is not that of a training run: it was changed") from error
-        aside = path.with_suffix(".cut")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(lines[:rows])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        replace(path, "".join(lines[:count]))
+        return rows
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json: `config` and what this machine adds (versions, git commit)."""
-        if self._writes:
-            text = json.dumps(config | environment(), indent=2, ensure_ascii=False) + "\n"
-            aside = self.path / f"{CONFIG}.new"
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names
-            os.replace(aside, self.path / CONFIG)
+        if self.writes:
+            machine = f"{platform.system()} {platform.machine()}"
+            config = config | {"versions": package_versions(), "git_commit": _git_commit(), "machine": machine}
+            replace(self.path / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def write_error(self, error: Exception) -> None:
+        """Writes why the run has failed."""
+        if self.writes:
+            (self.path / ERROR).write_text(f"{error}\n", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one flat object, with "step" and numbers, to metrics.jsonl and to TensorBoard; NaN becomes null."""
         self.rows += 1
-        if not self._writes:
+        if not self.writes:
             return
         line = json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n"
         try:
@@ -155,30 +137,36 @@ class RunFolder:
 
     def sync(self) -> None:
         """Returns when all lines are on the disk."""
-        if self._writes:
+        if self.writes:
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        if self._writes:
-            self._metrics.close()
-            self._board.close()
-            self._lock.close()
+        for file in (self._metrics, self._board, self._lock) if self.writes else ():
+            file.close()
 
 
-def lock(path: Path) -> TextIO:
+def replace(path: Path, text: str) -> None:
+    """Writes a file aside and renames it: whoever reads it meets the old one or the new one, also after a kill."""
+    aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:  # of file names
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def lock(path: Path, wait: bool = False) -> TextIO:
     """Takes a file, which stands for a run, for this process alone, until it is closed or the process ends.
 
-    A child that inherits the open file has it as well, and keeps it when this process ends.
-
-    Raises:
-      ValueError: another one has it.
+    A child that inherits the open file has it as well, and keeps it when this process ends. If another process has it
+    and this one is not to wait, a ValueError is raised.
     """
     file = open(path, "a")
     with contextlib.suppress(ImportError):  # not on Windows
         import fcntl
 
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.close()
             raise ValueError(f"{path.parent} is in use by another run that has not ended") from None
@@ -187,17 +175,14 @@ def lock(path: Path) -> TextIO:
     return file
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a file, without a last one that is being written or that a kill cut short."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run folder's metrics.jsonl, without a last line that is being written or that a kill cut short."""
-    lines = (path / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in complete_lines(path / METRICS)]
 
 
 def ends_epoch(row: Mapping[str, Any]) -> bool:
@@ -207,74 +192,53 @@ def ends_epoch(row: Mapping[str, Any]) -> bool:
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
     """Those of the rows that end an epoch that was tested; [] if there are none yet."""
-    if not (path / METRICS).exists():
-        return []
-    return [row for row in read_metrics(path) if "test_top1" in row]
+    return [row for row in read_metrics(path) if "test_top1" in row] if (path / METRICS).exists() else []
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit and machine, as plain JSON values."""
-    return {
-        "versions": {"python": platform.python_version()} | _versions(),
-        "git_commit": _git_commit(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+def package_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what comes out."""
+    return {"python": platform.python_version()} | versions(PACKAGES)
 
 
 def _git_commit() -> str | None:
     """The commit of this checkout, "-dirty" behind it where Python files differ; None outside of a checkout."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
-    # Results that are kept in the checkout change while a study runs, and change nothing.
-    commands = [[*git, "rev-parse", "HEAD"], [*git, "status", "--porcelain", "--", "*.py"]]
+
+    def git(*command: str) -> str:
+        command = ("git", "-C", str(Path(__file__).parents[2]), *command)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit, changed = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in commands
-        )
+        # Results that are kept in the checkout change while a study runs, and change nothing.
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit}-dirty" if changed else commit
-
-
-COLUMNS = ("picture", "label", "prediction", "confidence", "top5", "loss")
 
 
 def write_test_results(path: Path, results: dict[str, np.ndarray], split: Split) -> None:
-    """Writes what `experiments.training.loop.evaluate` returns, a line for each picture, as CSV with COLUMNS.
+    """Writes the results of a test, a line for each picture, as CSV with COLUMNS.
 
     picture is its name, or its number where it has none; label and prediction are class numbers, confidence is from 0
     to 1, top5 is 1 where the label is among the five best classes.
     """
+    names = range(len(split)) if split.names is None else split.names
+    confidences, losses = ([f"{value:.4f}" for value in results[name]] for name in ("confidence", "loss"))
+    numbers = (split.labels, results["prediction"], confidences, results["top5"].astype(int), losses)
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for i, label in enumerate(split.labels):
-            name = i if split.names is None else split.names[i]
-            numbers = (f"{results['confidence'][i]:.4f}", int(results["top5"][i]), f"{results['loss'][i]:.4f}")
-            writer.writerow((name, label, results["prediction"][i], *numbers))
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *zip(names, *numbers, strict=True)])
 
 
 def read_test_results(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file of `write_test_results`, "picture" of text and the others of numbers.
-
-    Raises:
-      ValueError: it is no such file.
-    """
+    """The columns of a file of `write_test_results`; raises a ValueError if it is no such file."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
         raise ValueError(f"{path} holds no test results: its columns should be {', '.join(COLUMNS)}")
-    columns = dict(zip(COLUMNS, zip(*rows[1:], strict=True), strict=True)) if rows[1:] else dict.fromkeys(COLUMNS, ())
-    kinds = dict.fromkeys(("label", "prediction", "top5"), int) | dict.fromkeys(("confidence", "loss"), float)
+    kinds = (str, int, int, float, int, float)
     try:
-        return {name: np.array(values, kinds.get(name, str)) for name, values in columns.items()}
+        return {
+            name: np.array([row[column] for row in rows[1:]], kind)
+            for column, (name, kind) in enumerate(zip(COLUMNS, kinds, strict=True))
+        }
     except ValueError as error:
         raise ValueError(f"{path} holds no test results: {error}") from error
 

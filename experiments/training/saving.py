@@ -7,95 +7,77 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from experiments.frameworks.common import Training
 from experiments.frameworks.experiment import flag
 from experiments.training.processes import warn
-from experiments.training.run_folder import CHECKPOINTS, CONFIG, WEIGHTS, environment
+from experiments.training.run_folder import CHECKPOINTS, CONFIG, WEIGHTS, package_versions
 from experiments.training.settings import RunSettings, System
 from jax_resnet.checkpoint import CheckpointError, Checkpoints, DamagedError, Restored
 
-AGREE_EVERY = 16  # steps between two looks at the clock of process 0, with several processes
 NUMERIC_PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+DATA_FACTS = {"class_names": "classes", "mean": "mean", "std": "deviation", "image_size": "picture size"}
 
 
 class Progress(NamedTuple):
     """Where a run stands, beside the state; all of it is JSON.
 
-    epoch: epochs that have ended and are logged.
-    meter: `Meter.facts` of the epoch under way.
-    rows: lines of metrics.jsonl.
-    seconds: since the start, without the time between a stop and its restart.
-    best: the best score so far, None before the first.
+    seconds are those since the start, without the time between a stop and its restart.
     """
 
-    epoch: int = 0
-    meter: dict[str, Any] | None = None
-    rows: int = 0
+    epoch: int = 0  # the last that has ended and is logged
+    meter: dict[str, Any] | None = None  # `Meter.facts` of the epoch under way
+    rows: int = 0  # of metrics.jsonl
     seconds: float = 0.0
-    best: float | None = None
-
-    @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> Progress:
-        """Of the facts in a checkpoint."""
-        return cls(**{name: facts[name] for name in cls._fields})
+    best: float | None = None  # score so far
 
 
 class Saver:
-    """Writes a run's checkpoints.
+    """Writes a run's checkpoints; what goes wrong is said, not raised: the run is worth more.
 
     Args:
-      folder: the run's.
-      system: how many are kept, and how often one is written within an epoch.
+      checkpoints: None if none are to be written.
+      system: how often one is written within an epoch.
       facts: about the run, JSON values that are kept in each checkpoint: with them its weights can be used alone.
-      in_jax: other frameworks write none.
       step: of the checkpoint that the run goes on from.
     """
 
     def __init__(
-        self, folder: Path, system: System, facts: Mapping[str, Any], *, in_jax: bool = True, step: int | None = None
+        self, checkpoints: Checkpoints | None, system: System, facts: Mapping[str, Any], step: int | None = None
     ):
-        keep = system.keep if in_jax else 0
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, keep=keep) if keep else None
-        self._every_steps, self._every_minutes = system.checkpoint_steps, system.checkpoint_minutes
-        self._saved, self._facts = step, dict(facts)
-        self._last_step, self._last_time = step or 0, time.monotonic()
+        self.checkpoints, self._system, self._facts = checkpoints, system, dict(facts)
+        self._saved, self._last_step, self._last_time = step, step or 0, time.monotonic()
 
     def due(self, step: int) -> bool:
         """Whether it is time; with several processes the answer is the same in all."""
         if self.checkpoints is None:
             return False
-        if self._every_steps and step - self._last_step >= self._every_steps:
+        every = self._system.checkpoint_steps
+        if every and step - self._last_step >= every:
             return True
-        late = time.monotonic() - self._last_time >= 60 * self._every_minutes
+        late = time.monotonic() - self._last_time >= 60 * self._system.checkpoint_minutes
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return step % AGREE_EVERY == 0 and bool(multihost_utils.broadcast_one_to_all(late))
+            # Process 0's clock counts, and is asked for every 16 steps.
+            late = step % 16 == 0 and bool(multihost_utils.broadcast_one_to_all(late))
         return late
 
-    def save(self, state: Any, progress: Progress, *, score: float | None = None) -> bool:
-        """Begins a checkpoint; what goes wrong is said, not raised: the run is worth more. Returns whether it began."""
+    def save(self, state: Any, progress: Progress, *, score: float | None = None) -> None:
+        """Begins a checkpoint."""
         if self.checkpoints is None:
-            return False
+            return
         step = int(state.step)
         self.wait()  # says of the one before, and not of this one, if it could not be ended
-        try:
-            self.checkpoints.save(step, state, progress._asdict() | self._facts, score=score)
-        except CheckpointError as error:
-            tqdm.write(f"warning: {error}", file=sys.stderr)
-            return False
-        finally:
-            self._last_step, self._last_time = step, time.monotonic()
-        self._saved = step
-        return True
+        if _done(lambda: self.checkpoints.save(step, state, progress._asdict() | self._facts, score=score)):
+            self._saved = step
+        self._last_step, self._last_time = step, time.monotonic()
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of a step was the last to be written, and is on the disk; True if none are wanted."""
@@ -103,41 +85,73 @@ class Saver:
 
     def wait(self) -> bool:
         """Returns when the last checkpoint is on the disk: whether it is."""
-        if self.checkpoints is None:
-            return True
-        try:
-            self.checkpoints.wait()
-        except CheckpointError as error:
-            tqdm.write(f"warning: {error}", file=sys.stderr)
-            return False
-        return True
+        return self.checkpoints is None or _done(self.checkpoints.wait)
 
     def close(self) -> None:
+        self.wait()
         if self.checkpoints is not None:
-            self.wait()
             self.checkpoints.close()
 
 
-def last_good(checkpoints: Checkpoints, template: Any) -> Restored | None:
-    """The last checkpoint that is undamaged, None if there is none; the others are named on stderr.
-
-    Raises:
-      MismatchError: it is of another training.
-    """
-    for path in checkpoints.unfinished():
-        print(f"{path} is half-written: it is not used", file=sys.stderr)
-    for step in reversed(checkpoints.steps()):
-        try:
-            return checkpoints.restore(step, template)
-        except DamagedError as error:
-            print(f"{error}: it is not used", file=sys.stderr)
-    return None
+def _done(action: Callable[[], None]) -> bool:
+    """Does it; whether it could be done."""
+    try:
+        action()
+    except CheckpointError as error:
+        warn(str(error))
+        return False
+    return True
 
 
 def has_checkpoint(system: System) -> bool:
     """Whether the run in --out is resumed from a checkpoint: then nothing else is needed for its weights."""
     folder = (system.out or Path()) / CHECKPOINTS
     return system.resume and any(path.name.isdecimal() for path in folder.glob("*"))
+
+
+def restore_run(settings: RunSettings, training: Training, out: Path, config: dict[str, Any]) -> Restored | None:
+    """The last good checkpoint of the run to go on with, after saying which; None to begin.
+
+    Raises a ValueError if that is another run than the one with this config.json, or not the same in all processes.
+    """
+    restored = None
+    if settings.system.resume:
+        if (out / CONFIG).exists():
+            refuse_other_run(out, json.loads(json.dumps(config)), settings)
+        restored = last_good(out, training.state)
+    refuse_other_processes(config, restored)
+    if restored is not None:
+        ended = restored.facts["epoch"] >= settings.experiment.epochs
+        doing = "nothing is left to train after" if ended else "going on at"
+        print(f"{doing} step {restored.step} with {out / CHECKPOINTS / str(restored.step)}")
+    return restored
+
+
+def last_good(out: Path, template: Any) -> Restored | None:
+    """The last checkpoint of a run that is undamaged, None if there is none; the others are named on stderr.
+
+    Raises a ValueError if it is of another training, or all are damaged.
+    """
+    path = out / CHECKPOINTS
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder")
+    checkpoints = Checkpoints(path)
+    for half in checkpoints.unfinished():
+        print(f"{half} is half-written: it is not used", file=sys.stderr)
+    steps = checkpoints.steps()
+    for step in reversed(steps):
+        try:
+            restored = checkpoints.restore(step, template)
+        except DamagedError as error:
+            print(f"{error}: it is not used", file=sys.stderr)
+            continue
+        if missing := {*Progress._fields, "settings"} - set(restored.facts):
+            raise ValueError(f"{path / str(step)} is not of a run of this program: its facts have no {min(missing)}")
+        return restored
+    if steps:
+        raise ValueError(f"none of the {len(steps)} checkpoints in {path} can be read: move them away to begin anew")
+    print(f"{out} has no complete checkpoint: starting at step 0")
+    return None
 
 
 def refuse_other_processes(config: dict[str, Any], restored: Restored | None) -> None:
@@ -158,13 +172,7 @@ def refuse_other_processes(config: dict[str, Any], restored: Restored | None) ->
 
 
 def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -> None:
-    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions.
-
-    Args:
-      out: the folder, which has a config.json.
-      config: what this run would write there.
-      settings: of this run.
-    """
+    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions."""
     try:
         earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
         there, data = earlier["settings"], earlier["input"]
@@ -172,16 +180,16 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
         raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
     if there.get("keep") == 0:
         raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
-    resumed = has_checkpoint(settings.system)
     different = []
     for field in dataclasses.fields(settings.experiment):
         # A run that was begun before a setting existed was trained at its default.
         earlier_value, value = there.get(field.name, field.default), config["settings"][field.name]
-        if earlier_value != value and not (field.name == "init" and resumed):
+        if earlier_value != value and not (field.name == "init" and has_checkpoint(settings.system)):
             different.append(f"{flag(field.name)} {earlier_value} there, {value} here")
     if not different:
-        facts = {"class_names": "classes", "mean": "mean", "std": "deviation", "image_size": "picture size"}
-        different = [f"the data's {what}" for name, what in facts.items() if data.get(name) != config["input"][name]]
+        different = [
+            f"the data's {what}" for name, what in DATA_FACTS.items() if data.get(name) != config["input"][name]
+        ]
         if earlier.get("data", {}).get("train_used") != config["data"]["train_used"]:
             different.append("the number of training pictures")
     if different:
@@ -190,39 +198,10 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
             f"{out} holds a run with other settings: {'; '.join(different)}. --resume goes on with the same ones; to "
             f"train with these, begin a run in another --out{begin}"
         )
-    now = environment()["versions"]
-    others = [
-        f"{name} {version} then, {now.get(name)} now"
-        for name, version in earlier.get("versions", {}).items()
-        if name in NUMERIC_PACKAGES and now.get(name) != version
-    ]
-    if others:
-        warn(f"not bit for bit as without the break: {', '.join(others)}")
-    if (device := earlier.get("device")) != config["device"]:
-        warn(f"not bit for bit as without the break: it ran on {device}, and goes on on {config['device']}")
-
-
-def restore_run(settings: RunSettings, training: Training, out: Path) -> Restored | None:
-    """The last good checkpoint of the run to go on with, after saying which; None to begin."""
-    if not settings.system.resume:
-        return None
-    path = out / CHECKPOINTS
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is no folder")
-    checkpoints = Checkpoints(path)
-    restored = last_good(checkpoints, training.state)
-    if restored is None:
-        if steps := checkpoints.steps():
-            raise ValueError(
-                f"none of the {len(steps)} checkpoints in {path} can be read: move them away to begin anew"
-            )
-        print(f"{out} has no complete checkpoint: starting at step 0")
-        return None
-    if missing := {*Progress._fields, "settings"} - set(restored.facts):
-        raise ValueError(
-            f"{path / str(restored.step)} is not of a run of this program: its facts have no {min(missing)}"
-        )
-    ended = restored.facts["epoch"] >= settings.experiment.epochs
-    doing = "nothing is left to train after" if ended else "going on at"
-    print(f"{doing} step {restored.step} with {path / str(restored.step)}")
-    return restored
+    then, now = earlier.get("versions", {}), package_versions()
+    changed = [name for name in NUMERIC_PACKAGES if name in then and now.get(name) != then[name]]
+    reasons = [", ".join(f"{name} {then[name]} then, {now.get(name)} now" for name in changed)]
+    if earlier.get("device") != config["device"]:
+        reasons.append(f"it ran on {earlier.get('device')}, and goes on on {config['device']}")
+    for reason in filter(None, reasons):
+        warn(f"not bit for bit as without the break: {reason}")

@@ -7,19 +7,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tyro.conf import OmitArgPrefixes
 
 from experiments.cli import Arch, parse, parse_image_size
-from experiments.frameworks.experiment import (
-    LEARNING_RATES,
-    Experiment,
-    flag,
-    jax_only,
-    require_at_least,
-    require_positive,
-)
+from experiments.frameworks.experiment import LEARNING_RATES, Experiment, flag, is_positive, jax_only, require
 from experiments.from_table import check_types
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
@@ -61,8 +54,9 @@ class System:
 
     def check(self) -> None:
         """Raises a ValueError for values that are out of range or contradict one another."""
-        require_at_least(self, dict(keep=0, checkpoint_steps=1, skip_nonfinite=0, profile=1))
-        require_positive(self, "checkpoint_minutes")
+        require(self, "be at least 0", lambda value: value >= 0, "keep", "skip_nonfinite")
+        require(self, "be at least 1", lambda value: value >= 1, "checkpoint_steps", "profile")
+        require(self, "be positive and finite", is_positive, "checkpoint_minutes")
         if self.devices != "all" and not (self.devices.isdecimal() and int(self.devices)):
             raise ValueError(f"--devices is a number or all, got {self.devices}")
         if self.coordinator is None and (self.process_id is not None or self.num_processes is not None):
@@ -90,22 +84,30 @@ class RunSettings:
         """Raises a ValueError for values that are out of range or contradict one another."""
         self.experiment.check()
         self.system.check()
-        if self.experiment.framework == "jax":
-            return
+        framework = self.experiment.framework
         for part in (self.experiment, self.system):
-            for field in dataclasses.fields(part):
+            for field in dataclasses.fields(part) if framework != "jax" else ():
                 if field.metadata.get("jax_only") and getattr(part, field.name) != field.default:
-                    raise ValueError(f"{flag(field.name)} is for --framework jax, not for {self.experiment.framework}")
+                    raise ValueError(f"{flag(field.name)} is for --framework jax, not for {framework}")
 
-    def replace(self, **changes: Any) -> RunSettings:
-        """These settings but for some, by their names, whichever part they belong to."""
+    def checked(self) -> Self:
+        """These settings, with the optimizer's own learning rate where none is named; raises what `check` raises."""
+        self.check()
+        experiment = self.experiment
+        return self.replace(learning_rate=experiment.learning_rate or LEARNING_RATES[experiment.opt])
+
+    def replace(self, **changes: Any) -> Self:
+        """These settings but for some, by their names, whichever part they belong to.
+
+        Raises:
+          ValueError: for an unknown name.
+        """
         parts = {}
-        for name in ("experiment", "system"):
-            part = getattr(self, name)
+        for name, part in (("experiment", self.experiment), ("system", self.system)):
             own = {field.name: changes.pop(field.name) for field in dataclasses.fields(part) if field.name in changes}
             parts[name] = dataclasses.replace(part, **own)
         if changes:
-            raise TypeError(f"there is no setting {min(changes)}")
+            raise ValueError(f"there is no setting {min(changes)}")
         return dataclasses.replace(self, **parts)
 
     def flat(self) -> dict[str, Any]:
@@ -164,11 +166,11 @@ class CarsExperiment(Experiment):
             raise ValueError("--framework torchvision has BatchNorm: --no-batch-norm is for the others")
         if self.zero_gamma and not self.batch_norm:
             raise ValueError("--zero-gamma is of BatchNorm: pass --no-zero-gamma with --no-batch-norm")
-        if self.classes is not None and self.classes < 2:
-            raise ValueError(f"--classes must be at least 2, got {self.classes}")
-        if self.holdout is not None and not 0 < self.holdout < 1:
-            raise ValueError(f"--holdout must be between 0 and 1, such as 0.1, got {self.holdout}")
-        require_positive(self, "gamma_times_steps")
+        if self.freeze == "backbone" and self.init is None:
+            raise ValueError("--freeze backbone needs --init FILE: drawn weights know nothing of pictures")
+        require(self, "be at least 2", lambda value: value >= 2, "classes")
+        require(self, "be between 0 and 1, such as 0.1", lambda value: 0 < value < 1, "holdout")
+        require(self, "be positive and finite", is_positive, "gamma_times_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +192,6 @@ class Settings(RunSettings):
 
     experiment: OmitArgPrefixes[CarsExperiment] = dataclasses.field(default_factory=CarsExperiment)
     system: OmitArgPrefixes[CarsSystem] = dataclasses.field(default_factory=CarsSystem)
-
-    def check(self) -> None:
-        super().check()
-        if self.experiment.freeze == "backbone" and self.experiment.init is None:
-            raise ValueError("--freeze backbone needs --init FILE: drawn weights know nothing of pictures")
 
 
 PRESETS = {
@@ -235,11 +232,7 @@ def logging_all(settings: RunSettings, compare: str | None) -> RunSettings:
 
 
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Reads the command line; what it does not name comes from the preset.
-
-    Raises:
-      ValueError: for values out of range or that contradict one another.
-    """
+    """Reads the command line; what it does not name comes from the preset. Raises a ValueError for bad values."""
     named = read_ahead(arguments, "preset", "data", "compare", "model")
     if named.model is not None:
         framework = "torchvision" if named.model == "torchvision" else "torch"
@@ -248,14 +241,13 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         raise ValueError("--data is empty: name a folder, or leave it out")
     data = named.data or os.environ.get(DATA_VARIABLE)
     preset = named.preset or ("cars96" if data else "demo")
-    # An unknown preset is refused here.
-    default = logging_all(Settings(PRESETS.get(preset, PRESETS["demo"])), named.compare)
-    settings = parse(Settings, arguments, "cars", default=default)
+    default = Settings(PRESETS.get(preset, PRESETS["demo"]))  # tyro refuses an unknown preset
+    settings = parse(Settings, arguments, "cars", default=logging_all(default, named.compare))
     if preset == "demo" and named.data:
         raise ValueError("--preset demo draws its own cars: leave --data out, or take --preset cars96 or cars224")
     if preset != "demo" and data and settings.system.data is None:
         settings = settings.replace(data=Path(data))
-    return completed(settings)
+    return settings.checked()
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
@@ -270,14 +262,4 @@ def settings_from(values: Mapping[str, Any]) -> Settings:
     settings = Settings(PRESETS[preset])
     for part in (settings.experiment, settings.system):
         check_types(type(part), values)
-    try:
-        return completed(settings.replace(**values))
-    except TypeError as error:
-        raise ValueError(f"experiments.cars has no such setting: {error}") from error
-
-
-def completed(settings: Settings) -> Settings:
-    """The settings, checked and with the optimizer's own learning rate where none is named."""
-    settings.check()
-    experiment = settings.experiment
-    return settings.replace(learning_rate=experiment.learning_rate or LEARNING_RATES[experiment.opt])
+    return settings.replace(**values).checked()

@@ -3,6 +3,10 @@
 Adam, AdaBound and SGD all move a weight by -step · m, m the moving average of its gradients. Adam's step is
 learning_rate / sqrt(v); AdaBound clips that; SGD with learning rate a and momentum b has a / (1 - b) everywhere, since
 its momentum adds up gradients instead of averaging them. In this unit the three can be compared.
+
+Both functions take the moments of any optimizer but SGD after at least one update, the peak learning rate base_lr, and
+AdaBound's settings; for an optimizer without bounds they give those that it would have had. All steps and bounds that
+they return are those before clipping and include base_lr, wherever the schedule is.
 """
 
 from __future__ import annotations
@@ -21,77 +25,60 @@ MOST_SAMPLED = 4096
 _step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
 
-def layer_steps(moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float) -> dict[str, Any]:
-    """The step sizes of the latest update of any optimizer but SGD.
-
-    Args:
-      moments: after at least one update (`experiments.frameworks.jax.moments_of`).
-      base_lr: the peak learning rate, which all steps are given for, wherever the schedule is.
-      final_lr, gamma, b1: AdaBound's settings; for one without bounds they give those it would have had.
+def layer_steps(moments: AdaBoundState, *, base_lr: float, **settings: float) -> dict[str, Any]:
+    """The step sizes of the latest update.
 
     Returns:
       "update" (the count of updates), "lower" and "upper" (the bounds), and "layers": for each kernel its "name", the
-      5th, 50th and 95th percentile of the step before clipping ("low", "median", "high"), and the shares of its
-      entries that are at the bounds ("at_lower", "at_upper"). All steps and bounds include base_lr.
+      5th, 50th and 95th percentile of the step ("low", "median", "high"), and the shares of its entries that are at the
+      bounds ("at_lower", "at_upper").
     """
-    sizes, steps, at_lower, at_upper = _by_name(moments, base_lr, final_lr, gamma, b1)
+    sizes, by_name = _by_name(moments, base_lr, **settings)
     layers = []
-    for name, step in steps.items():
+    for name, (step, at_lower, at_upper) in by_name.items():
         if step.ndim > 1:
             low, median, high = np.percentile(np.asarray(step), [5, 50, 95]) * base_lr
-            shares = {"at_lower": float(at_lower[name]), "at_upper": float(at_upper[name])}
-            layers.append({"name": name, "low": low, "median": median, "high": high} | shares)
-    return {
-        "update": int(moments.count),
-        "lower": float(sizes.lower) * base_lr,
-        "upper": float(sizes.upper) * base_lr,
-        "layers": layers,
-    }
+            layers.append({"name": name, "low": low, "median": median, "high": high})
+            layers[-1] |= {"at_lower": float(at_lower), "at_upper": float(at_upper)}
+    bounds = {"lower": float(sizes.lower) * base_lr, "upper": float(sizes.upper) * base_lr}
+    return {"update": int(moments.count)} | bounds | {"layers": layers}
 
 
-def summarize_steps(
-    moments: AdaBoundState, *, base_lr: float, final_lr: float, gamma: float, b1: float, bounded: bool
-) -> dict[str, float]:
+def summarize_steps(moments: AdaBoundState, *, base_lr: float, bounded: bool, **settings: float) -> dict[str, float]:
     """The steps of the latest update in some numbers, for the row of an epoch.
 
     Args:
-      moments, base_lr, final_lr, gamma, b1: as for `layer_steps`.
       bounded: whether the optimizer clips its steps.
 
     Returns:
-      "step_lower" and "step_upper" (the bounds), "at_lower" and "at_upper" (the shares of all weights whose step
-      before clipping is at or beyond them), and "step/NAME" for each kernel: the median over up to MOST_SAMPLED of its
-      entries, evenly spread, clipped if bounded. Steps and bounds include base_lr, wherever the schedule is; of an
-      optimizer without bounds they are those that AdaBound would have.
+      "step_lower" and "step_upper" (the bounds), "at_lower" and "at_upper" (the shares of all weights whose step is at
+      or beyond them), and "step/NAME" for each kernel: the median over up to MOST_SAMPLED of its entries, evenly
+      spread, clipped if bounded.
     """
-    sizes, steps, at_lower, at_upper = _by_name(moments, base_lr, final_lr, gamma, b1)
-    entries = sum(step.size for step in steps.values())
+    sizes, by_name = _by_name(moments, base_lr, **settings)
+    entries = sum(step.size for step, *_ in by_name.values())
     lower, upper = float(sizes.lower), float(sizes.upper)
-    summary = {
-        "step_lower": lower * base_lr,
-        "step_upper": upper * base_lr,
-        "at_lower": sum(float(at_lower[name]) * step.size for name, step in steps.items()) / entries,
-        "at_upper": sum(float(at_upper[name]) * step.size for name, step in steps.items()) / entries,
-    }
-    for name, step in steps.items():
+    summary = {"step_lower": lower * base_lr, "step_upper": upper * base_lr}
+    for place, name in enumerate(("at_lower", "at_upper"), 1):
+        summary[name] = sum(float(found[place]) * found[0].size for found in by_name.values()) / entries
+    for name, (step, *_) in by_name.items():
         if step.ndim > 1:
             median = float(np.median(np.asarray(step).reshape(-1)[:: -(-step.size // MOST_SAMPLED)]))
-            summary[f"step/{name.removesuffix('.weight')}"] = base_lr * (
-                np.clip(median, lower, upper) if bounded else median
-            )
+            clipped = np.clip(median, lower, upper) if bounded else median
+            summary[f"step/{name.removesuffix('.weight')}"] = base_lr * clipped
     return {name: float(f"{value:.5g}") for name, value in summary.items()}
 
 
 def _by_name(
-    moments: AdaBoundState, base_lr: float, final_lr: float, gamma: float, b1: float
-) -> tuple[StepSizes, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The step sizes; and their steps and shares at the bounds by parameter, in the order of the network."""
-    sizes = _step_sizes(moments, b1=b1, gamma=gamma, final_lr_ratio=final_lr / base_lr)
+    moments: AdaBoundState, base_lr: float, final_lr: float, **settings: float
+) -> tuple[StepSizes, dict[str, tuple[Any, Any, Any]]]:
+    """The step sizes; and of each parameter, in the order of the network, its steps and its shares at the bounds."""
+    sizes = _step_sizes(moments, final_lr_ratio=final_lr / base_lr, **settings)
     steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
-    names = sorted(steps, key=lambda name: [int(p) if p.isdigit() else p for p in _parts(name)])
-    return sizes, {name: steps[name] for name in names}, at_lower, at_upper
+    return sizes, {name: (steps[name], at_lower[name], at_upper[name]) for name in sorted(steps, key=_place)}
 
 
-def _parts(name: str) -> list[str]:
-    """In the order of the network: the stem, the stages, the blocks by number, the dense layer."""
-    return (["0"] if name.startswith("conv1") else ["2"] if name.startswith("fc") else ["1"]) + name.split(".")[:-1]
+def _place(name: str) -> list[int | str]:
+    """In the network: the stem, the stages, the blocks by number, the dense layer."""
+    part = 0 if name.startswith("conv1") else 2 if name.startswith("fc") else 1
+    return [part, *(int(word) if word.isdigit() else word for word in name.split(".")[:-1])]

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_files import NOISE, bad_picture, content, encoded, npz, png
+from bad_files import NOISE, bad_picture, npz
 from bad_inputs import BATTERY, COMMAND_LINE, PAGE, PICTURES, WEIGHT_FILES, Case, page
+from folder_changes import a_picture
+from picture_folders import encoded
 from PIL import Image
 
 import experiments.bench.__main__
@@ -160,7 +162,7 @@ def elsewhere():
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755)  # nobody must get into it, as not into pytest's folders
         npz()(Path(top))
-        bad_picture(content(b""))(Path(top))
+        bad_picture(b"")(Path(top))
         for how in ("process", "nobody"):
             orders, places = [], {}
             for number, case in enumerate(parameter.values[0] for parameter in cases(how)):
@@ -256,9 +258,7 @@ def test_cars_takes_any_name(folder, capsys):
     for split_name in ("train", "test"):
         for name in NAMES:
             directory = data / split_name / name
-            directory.mkdir(parents=True)
-            png(directory / f"{name}.png")
-            png(directory / f"{name} 2.png")
+            a_picture(f"{name}.png", f"{name} 2.png")(directory)
     command = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "4", "--epochs", "1"]
     command += ["--framework", "numpy", "--limit", "4", "--opt", "sgd", "--augmentation", "none"]
     assert cars.main([*command, "--data", str(data), "--out", str(out)]) == 0

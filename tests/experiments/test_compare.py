@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cars, compare
+from experiments import cars, compare, mnist
 from experiments.compare import describe_distances, loss_distances
 from experiments.training.run_folder import UNTESTED, read_metrics
 from experiments.training.settings import DATA_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 TINY = "--arch resnet18 --image-size 32 --limit 48 --batch-size 12 --epochs 1 --keep 0".split()
+ALL = "--compare takes two or more of jax, numpy, torch, torchvision"
 ALONE = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -50,14 +51,21 @@ def test_equal_curves_and_strangers():
     assert [row["step"] for row in only_ends] == [8]
 
 
+def start(names, out, *more, **options):
+    """The command with --compare, in a process of its own."""
+    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", names, "--out", str(out), *more]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=ALONE, **pipes, **options)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The demo in three frameworks, by the command; the folder and what was printed."""
     folder = tmp_path_factory.mktemp("runs") / "compared"
-    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "jax,numpy,torchvision"]
-    done = subprocess.run([*command, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True, env=ALONE)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    process = start("jax,numpy,torchvision", folder)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return folder, printed
 
 
 @pytest.mark.slow
@@ -82,24 +90,27 @@ def test_one_command_trains_in_all_and_compares(compared):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compared")
-def test_earlier_runs_are_kept(compared, capsys):
+def test_earlier_runs_are_kept_and_unknown_ones_named(compared, tmp_path, capsys):
     folder, _ = compared
     assert cars.main([*TINY, "--compare", "torch,jax", "--out", str(folder)]) == 2
     assert f"{folder / 'jax'} holds an earlier run" in capsys.readouterr().err
     assert not (folder / "torch").exists()
+    arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]
+    assert compare.main(arguments) == 2
+    assert "--against adam is none of jax, numpy" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("names", ["jax", "jax,tensorflow", "jax,jax", ""])
-def test_names_that_there_are_not(names, tmp_path, capsys):
-    assert cars.main([*TINY, "--compare", names, "--out", str(tmp_path / "run")]) == 2
-    assert "--compare takes two or more of jax, numpy, torch, torchvision" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_one_cannot_do_is_said_before_any_has_trained(tmp_path, capsys):
-    arguments = [*TINY, "--compare", "jax,torch", "--opt", "adaboundw", "--out", str(tmp_path / "run")]
-    assert cars.main(arguments) == 2
-    assert "--opt adaboundw is in JAX alone" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        *((cars, [*TINY, "--compare", names], ALL) for names in ("jax", "jax,tensorflow", "jax,jax", "")),
+        (mnist, ["--compare", "jax,torchvision"], "takes two or more of jax, numpy, torch, such as"),
+        (cars, [*TINY, "--compare", "jax,torch", "--opt", "adaboundw"], "--opt adaboundw is in JAX alone"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_any_has_trained(program, arguments, message, tmp_path, capsys):
+    assert program.main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -112,49 +123,29 @@ def test_frameworks_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
     assert [settings.experiment.framework for settings in ran] == ["torch", "torchvision", "jax"]
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("compared")
-def test_against_an_unknown_run(compared, tmp_path, capsys):
-    folder, _ = compared
-    arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]
-    assert compare.main(arguments) == 2
-    assert "--against adam is none of jax, numpy" in capsys.readouterr().err
-
-
 def test_one_that_fails_ends_it(tmp_path):
     """Its own message, and its exit code."""
-    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "numpy,jax", "--batch-size", "49"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, env=ALONE
-    )
-    assert done.returncode == 2
-    assert "--batch-size 49 exceeds the 48 training pictures" in done.stderr
-    assert "numpy ended with exit code 2: there is nothing to compare" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = start("numpy,jax", tmp_path / "run", "--batch-size", "49")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "--batch-size 49 exceeds the 48 training pictures" in errors
+    assert "numpy ended with exit code 2: there is nothing to compare" in errors
+    assert "Traceback" not in errors
 
 
 def test_ctrl_c_ends_all_and_compares_what_there_is(tmp_path):
     """In a process group of its own, as a terminal's: the one that is training reports, the others do not begin."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", "numpy,jax", "--epochs", "400"]
-    process = subprocess.Popen(
-        [*command, "--out", str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ALONE,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    heard = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start("numpy,jax", folder, "--epochs", "400", **heard)
     metrics = folder / "numpy" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= 6) and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
     assert (folder / "numpy" / "weights.safetensors").is_file()
     assert (folder / "comparison.png").is_file()
     assert not (folder / "jax").exists()

@@ -96,15 +96,3 @@ def test_the_table(capsys):
     assert lines[-2] == ["fc", "196", "100,548", "100,352"]
     numbers = [[int(cell.replace(",", "")) for cell in line[-2:]] for line in lines[1:]]
     assert numbers[-1] == [sum(column) for column in zip(*numbers[:-1], strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--image-size 20", "--image-size is a side or HEIGHTxWIDTH, each 32 to 4096, got '20'"),
-        ("--num-classes -1", "num_classes must be >= 0 and in_channels >= 1, got -1 and 3"),
-    ],
-)
-def test_mistakes_are_named(arguments, message, capsys):
-    assert describe.main(arguments.split()) == 2
-    assert capsys.readouterr().err == f"error: {message}\n"

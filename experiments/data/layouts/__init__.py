@@ -1,4 +1,8 @@
-"""The layouts in which people have pictures of cars, and where in a folder one of them is."""
+"""The layouts in which people have pictures of cars, and where in a folder one of them is.
+
+The reader of a layout returns None for a folder of another one. Where a part is missing or damaged it raises a
+DataError, which says what and where and what to do.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +62,7 @@ def find_pictures(data_dir: Path) -> PictureFolder:
 
 
 def read_layout(root: Path) -> PictureFolder | None:
-    readers = (by_class, original, tfds, parquet)
-    return next((folder for reader in readers if (folder := reader(root)) is not None), None)
+    return by_class(root) or original(root) or tfds(root) or parquet(root)
 
 
 def folder_levels(data_dir: Path, usual: set[str]) -> Iterator[list[Path]]:
@@ -87,23 +90,20 @@ def inner_folders(directory: Path, usual: set[str]) -> list[str]:
 def describe_content(data_dir: Path) -> str:
     """For a message: what a folder without a layout holds, and what can be done with it."""
     names = sorted(name for name in os.listdir(data_dir) if not is_leftover(name))
-    files = [name for name in names if (data_dir / name).is_file()]
     for suffixes, advice in ADVICE.items():
-        if fitting := [name for name in files if Path(name).suffix.lower() in suffixes]:
+        if fitting := [name for name in names if name.lower().endswith(suffixes) and (data_dir / name).is_file()]:
             return f"it holds {first_few(fitting, 3)}: {advice}"
-    folders = [name for name in folder_names(data_dir) if picture_files(data_dir / name, data_dir, [])]
-    if folders:
-        return f"it has pictures in {first_few(folders, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
-    by_split = [
-        name
-        for name in folder_names(data_dir)
-        if any(
-            splits_in(inner) and picture_files(data_dir / name / inner, data_dir, [])
-            for inner in folder_names(data_dir / name)
-        )
-    ]
+    folders = folder_names(data_dir)
+    if with_pictures := [name for name in folders if picture_files(data_dir / name, data_dir, [])]:
+        return f"it has pictures in {first_few(with_pictures, 3)}, but no train/<Class Name>/ and test/<Class Name>/"
+
+    def holds_splits(name: str) -> bool:
+        inner = [data_dir / name / folder for folder in folder_names(data_dir / name) if splits_in(folder)]
+        return any(picture_files(folder, data_dir, []) for folder in inner)
+
+    by_split = list(filter(holds_splits, folders))
     if len(by_split) > 1:
         return f"{first_few(by_split, 3)} hold train and test each: expected the classes in these, train/{by_split[0]}/"
-    if of_splits := [name for name in folder_names(data_dir) if splits_in(name)]:
+    if of_splits := list(filter(splits_in, folders)):
         return f"{first_few(of_splits, 3)} hold no class folders with files that end as pictures do (.jpg, .png, …)"
     return f"it holds {first_few(names, 5)}" if names else "it is empty"

@@ -6,13 +6,22 @@ import dataclasses
 import os
 from pathlib import Path
 
-from experiments.data.dataset import SPLITS, DataError
+from experiments.data.dataset import DataError
 from experiments.data.layouts import devkit
 from experiments.data.layouts.files import PictureFolder, Stored, folder_of_files, not_pictures, picture_files
-from experiments.data.layouts.names import choose_splits, counted, first_few, folder_names, splits_in, tidy
+from experiments.data.layouts.names import (
+    choose_splits,
+    counted,
+    folder_names,
+    folder_of_each,
+    listing,
+    splits_in,
+    tidy,
+)
 from experiments.data.pictures import printable
 
 EXPECTED = "expected train/<Class Name>/ and test/<Class Name>/"
+HIDDEN = "folder with pictures is", "folders with pictures are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,59 +46,41 @@ def by_class(root: Path) -> PictureFolder | None:
 
     Classes are numbered by their sorted names; one that only train or only test has keeps its number. Boxes come from
     a devkit in `root` if it names every picture, and in the same class; otherwise the pictures are used whole.
-
-    Raises:
-      DataError: one of the splits is missing or there twice, pictures do not lie in class folders, or both splits have
-        the same file.
     """
     found = {name: read_classes(root, name) for name in folder_names(root) if splits_in(name)}
     chosen, notes = choose_splits([name for name, classes in found.items() if classes.pictures], root)
     if not any(chosen.values()):
         return None
-    for split, names in chosen.items():
-        if not names:
-            raise DataError(explain_missing(root, split, found))
-        if len(names) > 1:
-            raise DataError(f"{root} has several folders of {split}, {first_few(names)}: leave one of them there")
-    splits = {split: found[name] for split, (name,) in chosen.items()}
-    if (root / chosen["train"][0]).samefile(root / chosen["test"][0]):
-        raise DataError(f"{root} has one folder for both splits: {chosen['train'][0]} is {chosen['test'][0]}")
+    folders = folder_of_each(root, chosen, lambda split: explain_missing(root, split, found))
+    splits = {split: found[name] for split, name in folders.items()}
     refuse_shared_files(root, splits)
     numbers, class_names = number_classes(root, splits)
     notes += leftover_notes(root, splits)
-    pictures = {split: classes.pictures for split, classes in splits.items()}
-    boxes, why_not = devkit.boxes_of(root, pictures)
+    boxes, why_not = devkit.boxes_of(root, {split: classes.pictures for split, classes in splits.items()})
     if why_not:
         notes.append(f"the devkit's boxes are not used: {why_not}")
-    listing = {
-        split: sorted(
-            (
-                (stored, numbers[split][name], boxes[split][stored.base] if boxes else None)
-                for name, files in pictures[split].items()
-                for stored in files
-            ),
-            key=lambda row: row[1],
-        )
-        for split in SPLITS
+    rows = {
+        split: [
+            (stored, numbers[split][name], boxes[split][stored.base] if boxes else None)
+            for name, files in classes.pictures.items()
+            for stored in files
+        ]
+        for split, classes in splits.items()
     }
-    return folder_of_files("by class", root, class_names, listing, bool(boxes), notes)
+    sorted_rows = {split: sorted(of_split, key=lambda row: row[1]) for split, of_split in rows.items()}
+    return folder_of_files("by class", root, class_names, sorted_rows, bool(boxes), notes)
 
 
 def read_classes(root: Path, name: str) -> Classes:
-    """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/).
-
-    Raises:
-      DataError: the pictures of a class lie a folder deeper.
-    """
+    """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/)."""
     directory = root / name
     inner = folder_names(directory)
     if len(inner) == 1 and splits_in(inner[0]) == splits_in(name) and not is_class(root, name, inner[0]):
-        directory, inner = directory / inner[0], folder_names(directory / inner[0])
-    hidden = [
-        (directory / leftover).relative_to(root).as_posix()
-        for leftover in folder_names(directory, leftovers=True)
-        if picture_files(directory / leftover, root, [])
-    ]
+        directory /= inner[0]
+        inner = folder_names(directory)
+    place = directory.relative_to(root).as_posix()
+    leftovers = folder_names(directory, leftovers=True)
+    hidden = [f"{place}/{leftover}" for leftover in leftovers if picture_files(directory / leftover, root, [])]
     classes = Classes({}, len(picture_files(directory, root, [])), [], [], hidden)
     for of_class in inner:
         if files := picture_files(directory / of_class, root, classes.others):
@@ -101,7 +92,7 @@ def read_classes(root: Path, name: str) -> Classes:
                     f"{directory / of_class} has no pictures itself, but its folder {deeper} has {len(files):,}: "
                     f"{EXPECTED}, and the pictures directly in them"
                 )
-        classes.empty.append((directory / of_class).relative_to(root).as_posix())
+        classes.empty.append(f"{place}/{of_class}")
     return classes
 
 
@@ -131,14 +122,13 @@ def refuse_shared_files(root: Path, splits: dict[str, Classes]) -> None:
 
 
 def explain_missing(root: Path, split: str, found: dict[str, Classes]) -> str:
-    for name, classes in found.items():
-        if split in splits_in(name):
-            loose = ""
-            if classes.loose:
-                lie = counted(classes.loose, "picture lies", "pictures lie")
-                loose = f" ({lie} directly in it, without a class)"
-            return f"{root / name} has no pictures in class folders{loose}: expected {name}/<Class Name>/00001.jpg, …"
-    return f"{root} has no folder {split}/: {EXPECTED}"
+    name = next((name for name in found if split in splits_in(name)), None)
+    if name is None:
+        return f"{root} has no folder {split}/: {EXPECTED}"
+    loose = ""
+    if found[name].loose:
+        loose = f" ({counted(found[name].loose, 'picture lies', 'pictures lie')} directly in it, without a class)"
+    return f"{root / name} has no pictures in class folders{loose}: expected {name}/<Class Name>/00001.jpg, …"
 
 
 def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, dict[str, int]], list[str]]:
@@ -146,9 +136,6 @@ def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, di
 
     Names that differ in outer spaces, in capitals or in how their letters are composed are one class: macOS and
     Windows write them so.
-
-    Raises:
-      DataError: a split has two folders of one class.
     """
     folders = {split: {} for split in splits}  # {what all spellings share: name}
     for split, classes in splits.items():
@@ -162,23 +149,18 @@ def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, di
 
 
 def leftover_notes(root: Path, splits: dict[str, Classes]) -> list[str]:
+    empty, hidden, others = (
+        [name for classes in splits.values() for name in getattr(classes, kind)]
+        for kind in ("empty", "hidden", "others")
+    )
     notes = []
-    empty = [name for classes in splits.values() for name in classes.empty]
     if empty:
-        notes.append(
-            f"{counted(len(empty), 'folder without pictures is no class', 'folders without pictures are no classes')}: "
-            f"{first_few(empty)}"
-        )
-    hidden = [name for classes in splits.values() for name in classes.hidden]
+        notes.append(listing(empty, "folder without pictures is no class", "folders without pictures are no classes"))
     if hidden:
-        notes.append(
-            f"{counted(len(hidden), 'folder with pictures is', 'folders with pictures are')} left out, hidden or named "
-            f"like what systems leave behind: {first_few(hidden)}; rename what is a class"
-        )
-    others = [name for classes in splits.values() for name in sorted(classes.others)]
+        words = (f"{many} left out, hidden or named like what systems leave behind" for many in HIDDEN)
+        notes.append(f"{listing(hidden, *words)}; rename what is a class")
     if others:
         notes.append(not_pictures(root, others))
-    loose = sum(classes.loose for classes in splits.values())
-    if loose:
+    if loose := sum(classes.loose for classes in splits.values()):
         notes.append(f"{counted(loose, 'picture', 'pictures')} in {root} not in a class folder; left out")
     return notes

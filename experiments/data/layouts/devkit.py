@@ -11,14 +11,22 @@ import numpy as np
 from experiments.data.dataset import SPLITS, DataError
 from experiments.data.layouts.files import (
     MISSING,
-    Listing,
     PictureFolder,
+    Row,
     Stored,
     folder_of_files,
     not_pictures,
     picture_files,
 )
-from experiments.data.layouts.names import choose_splits, counted, first_few, folder_names, splits_in, words
+from experiments.data.layouts.names import (
+    choose_splits,
+    first_few,
+    folder_names,
+    folder_of_each,
+    listing,
+    splits_in,
+    words,
+)
 from experiments.data.pictures import Box
 
 META = "cars_meta.mat"
@@ -40,54 +48,42 @@ class Annotation(NamedTuple):
 
 
 def original(root: Path) -> PictureFolder | None:
-    """Reads the pictures that the devkit names, or returns None where no folder is for them.
-
-    Raises:
-      DataError: a part is missing or cannot be read.
-    """
+    """Reads the pictures that the devkit names, or returns None where no folder is for them."""
     others: list[str] = []
     if (directory := root / "car_ims").is_dir():
         path = require(root, JOINT, "car_ims/")
-        class_names = read_class_names(path)
+        class_names, notes = read_class_names(path), []
         annotations = read_annotations(path, len(class_names))
         rows = {split: {name: row for name, row in annotations.items() if row.split == split} for split in SPLITS}
-        directory = directory / "car_ims" if (directory / "car_ims").is_dir() else directory
-        directories, notes = dict.fromkeys(SPLITS, directory), []
+        directories = dict.fromkeys(SPLITS, directory / "car_ims" if (directory / "car_ims").is_dir() else directory)
     else:
         has_devkit = any(find_devkit_file(root, name) for name in (META, *ANNOTATIONS["train"], *ANNOTATIONS["test"]))
         names = [name for name in folder_names(root) if splits_in(name) and (has_devkit or "cars" in words(name))]
         chosen, notes = choose_splits([name for name in names if is_flat(innermost(root / name))], root)
         if not any(chosen.values()):
             return None
-        if unclear := [split for split in SPLITS if len(chosen[split]) != 1]:
-            raise DataError(
-                f"{root} has {first_few(chosen[unclear[0]]) or 'no folder'} for cars_{unclear[0]}/: expected both "
-                "cars_train/ and cars_test/"
-            )
+        missing = "{} has no folder for cars_{}/: expected both cars_train/ and cars_test/"
+        folders = folder_of_each(root, chosen, lambda split: missing.format(root, split))
         class_names = read_class_names(require(root, META))
-        directories = {split: innermost(root / chosen[split][0]) for split in SPLITS}
-        if directories["train"].samefile(directories["test"]):
-            raise DataError(f"{root} has one folder for both splits: {chosen['train'][0]} is {chosen['test'][0]}")
-        rows = {
-            split: read_annotations(require(root, ANNOTATIONS[split][0]), len(class_names), labelled=True)
-            for split in SPLITS
-        }
-    listing: Listing = {}
+        directories = {split: innermost(root / name) for split, name in folders.items()}
+        paths = {split: require(root, ANNOTATIONS[split][0]) for split in SPLITS}
+        rows = {split: read_annotations(path, len(class_names), labelled=True) for split, path in paths.items()}
+    found: dict[str, list[Row]] = {}
     extra: set[str] = set()
     for split, directory in directories.items():
         place = directory.relative_to(root).as_posix()
         files = {stored.base: stored for stored in picture_files(directory, root, others)}
-        listing[split] = [
+        found[split] = [
             (files.get(name, Stored(f"{place}/{name}", MISSING)), row.label, row.box)
             for name, row in rows[split].items()
         ]
         extra |= {stored.name for stored in files.values()}
-    if extra := sorted(extra - {stored.name for listed in listing.values() for stored, _, _ in listed}):
-        many = counted(len(extra), "picture", "pictures")
-        notes.append(f"{many} in {root} without annotation: {first_few(extra)}; left out")
+    if extra := sorted(extra - {stored.name for listed in found.values() for stored, _, _ in listed}):
+        words_for = (f"{many} in {root} without annotation" for many in ("picture", "pictures"))
+        notes.append(f"{listing(extra, *words_for)}; left out")
     if others:
         notes.append(not_pictures(root, set(others)))
-    return folder_of_files("original", root, class_names, listing, True, notes)
+    return folder_of_files("original", root, class_names, found, True, notes)
 
 
 def is_flat(directory: Path) -> bool:
@@ -154,11 +150,7 @@ def require(root: Path, name: str, pictures: str = "cars_train/ or cars_test/") 
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names of cars_meta.mat or cars_annos.mat, in the order of their numbers.
-
-    Raises:
-      DataError: the file cannot be read or holds something else.
-    """
+    """The class names of cars_meta.mat or cars_annos.mat, in the order of their numbers."""
     names = read_mat(path, "class_names").ravel().tolist()
     if not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} has class_names that are not names: is this the devkit's file?")
@@ -166,12 +158,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> dict[str, Annotation]:
-    """Box, label and, where the file has it, split of every file name in an annotation file, in its order.
-
-    Raises:
-      DataError: the file cannot be read, holds something else, has a class that is not 1 to num_classes, or no classes
-        although it is to be labelled.
-    """
+    """Box, label and, where the file has it, split of every file name in an annotation file, in its order."""
     rows = read_mat(path, "annotations")
     fields = rows.dtype.names or ()
     name_field = "relative_im_path" if "relative_im_path" in fields else "fname"
@@ -201,11 +188,7 @@ def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> di
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray:
-    """One variable of a MATLAB file as a one-dimensional array.
-
-    Raises:
-      DataError: the file cannot be read or has no such variable.
-    """
+    """One variable of a MATLAB file as a one-dimensional array."""
     from scipy.io import loadmat  # a fifth of a second that the other layouts need not wait for
 
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from experiments.data.layouts.names import counted, first_few, is_leftover
+from experiments.data.layouts.names import is_leftover, listing
 from experiments.data.pictures import Box, Picture, printable
 
 Version = tuple[int, int, int]  # size, time of modification, time of the last change of any kind, which nobody can set
@@ -26,8 +26,8 @@ class PictureFolder:
     boxes: whether every picture has a box.
     identity: JSON values that differ whenever the pictures, labels or boxes do.
     notes: what a person should know about the folder.
-    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence, which can be pickled, where each can be
-      read without those before it.
+    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence where each can be read without those
+      before it.
     """
 
     layout: str
@@ -51,46 +51,36 @@ class Stored(NamedTuple):
         return self.name.rpartition("/")[2]
 
 
+Row = tuple[Stored, int, Box | None]  # a file with its label and box
+
+
 @dataclasses.dataclass(frozen=True)
 class Files(Sequence[Picture]):
-    """Pictures in files of their own.
-
-    root: the folder that the names start from.
-    rows: name, label and box of each.
-    """
+    """Pictures in files of their own; root: the folder that their names start from."""
 
     root: Path
-    rows: list[tuple[str, int, Box | None]]
+    rows: list[Row]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Picture:
-        name, label, box = self.rows[number]
-        return Picture(printable(name), label, box, self.root / name)
-
-
-Listing = dict[str, list[tuple[Stored, int, Box | None]]]  # of each split the files with their labels and boxes
+        stored, label, box = self.rows[number]
+        return Picture(printable(stored.name), label, box, self.root / stored.name)
 
 
 def folder_of_files(
-    layout: str, root: Path, class_names: Iterable[str], listing: Listing, boxes: bool, notes: Iterable[str]
+    layout: str, root: Path, class_names: Iterable[str], rows: dict[str, list[Row]], boxes: bool, notes: Iterable[str]
 ) -> PictureFolder:
-    """The folder whose splits are the listed files."""
-    files = {
-        split: Files(root, [(stored.name, label, box) for stored, label, box in rows])
-        for split, rows in listing.items()
-    }
+    """The folder whose splits are the files of these rows."""
+    files = {split: Files(root, of_split) for split, of_split in rows.items()}
     return PictureFolder(
         layout=layout,
         directory=root,
         class_names=tuple(map(printable, class_names)),
-        counts={split: len(rows) for split, rows in listing.items()},
+        counts={split: len(of_split) for split, of_split in rows.items()},
         boxes=boxes,
-        identity={
-            split: [[stored.name, *stored.version, label, box] for stored, label, box in rows]
-            for split, rows in listing.items()
-        },
+        identity={split: [[s.name, *s.version, label, box] for s, label, box in rows[split]] for split in rows},
         notes=tuple(notes),
         pictures=files.__getitem__,
     )
@@ -126,10 +116,10 @@ def picture_files(directory: Path, root: Path, others: list[str]) -> list[Stored
     return sorted(files)
 
 
-def not_pictures(root: Path, others: Collection[str]) -> str:
+def not_pictures(root: Path, others: Iterable[str]) -> str:
     """A note on what else lies among the pictures."""
-    are = "is not a picture" if len(others) == 1 else "are not pictures"
-    return f"{counted(len(others), 'entry', 'entries')} of {root} {are}: {first_few(sorted(others))}; left out"
+    words = f"entry of {root} is not a picture", f"entries of {root} are not pictures"
+    return f"{listing(sorted(others), *words)}; left out"
 
 
 def is_folder(entry: os.DirEntry) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from experiments.data.dataset import DataError
@@ -67,6 +67,23 @@ def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str
     return {"train": found["train"], "test": found["test"] or validation}, notes
 
 
+def folder_of_each(root: Path, chosen: dict[str, list[str]], explain_missing: Callable[[str], str]) -> dict[str, str]:
+    """Of the names that `choose_splits` found the one of each split.
+
+    Raises:
+      DataError: there is none, with the words of `explain_missing`, or more than one, or both are one folder.
+    """
+    for split, names in chosen.items():
+        if not names:
+            raise DataError(explain_missing(split))
+        if len(names) > 1:
+            raise DataError(f"{root} has several folders of {split}, {first_few(names)}: leave one of them there")
+    train, test = chosen["train"][0], chosen["test"][0]
+    if (root / train).samefile(root / test):
+        raise DataError(f"{root} has one folder for both splits: {train} is {test}")
+    return {"train": train, "test": test}
+
+
 def is_leftover(name: str) -> bool:
     """Whether a file or folder is hidden, or left by an archiver, a desktop or a server."""
     return name.startswith(".") or name.lower() in LEFTOVERS
@@ -91,3 +108,15 @@ def counted(number: int, one: str, many: str) -> str:
 def first_few(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")
+
+
+def listing(names: Iterable[str], one: str, many: str, limit: int = 10) -> str:
+    """Counts and names: listing(["a", "b"], "class has no pictures", "classes have no pictures")."""
+    names = list(names)
+    return f"{counted(len(names), one, many)}: {first_few(names, limit)}"
+
+
+def missing_package(what: str, error: ImportError, *packages: str) -> str:
+    """A message: what needs it, and the command that installs it."""
+    wanted = " ".join(f'"{package}"' for package in packages)
+    return f"{what} needs a package that is missing ({error}): pip install {wanted}"

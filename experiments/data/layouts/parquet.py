@@ -10,12 +10,11 @@ from pathlib import Path
 
 from experiments.data.dataset import SPLITS, DataError
 from experiments.data.layouts.files import PictureFolder, identity
-from experiments.data.layouts.names import choose_splits, first_few, is_leftover, splits_in
+from experiments.data.layouts.names import choose_splits, first_few, is_leftover, missing_package, splits_in
 from experiments.data.pictures import Picture, printable
 
 PLACES = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-PART = re.compile(r"-(\d{5})-of-(\d{5})")
-NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)\.parquet")  # train_0.parquet, train-part-0.parquet
+NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)(?:-of-(\d{5}).*)?\.parquet")  # train_0.parquet, train-00000-of-00002.parquet
 COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # what browsers and desktops call a second one
 
 
@@ -23,9 +22,6 @@ def parquet(root: Path) -> PictureFolder | None:
     """Reads the files, or returns None where no file's name, with its folder's, claims a split.
 
     Class names are those of the files' metadata, else of the README.md beside them, else the numbers themselves.
-
-    Raises:
-      DataError: pyarrow missing, one of the splits or some of its files missing, or columns missing.
     """
     files, notes = find_files(root)
     if not any(files.values()):
@@ -35,10 +31,7 @@ def parquet(root: Path) -> PictureFolder | None:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"{root} has parquet files, and reading them needs a package that is missing ({error}): "
-            'pip install "pyarrow"'
-        ) from error
+        raise DataError(missing_package(f"{root} has parquet files, and reading them", error, "pyarrow")) from error
     counts, highest, class_names = dict.fromkeys(SPLITS, 0), 0, ()
     for split in SPLITS:
         for path in files[split]:
@@ -83,12 +76,7 @@ def parquet(root: Path) -> PictureFolder | None:
 
 
 def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The parquet files of each split, sorted, and notes.
-
-    Raises:
-      DataError: a file claims two splits, a split's files lie in several folders or are there twice, or the names say
-        that there are more (train-00000-of-00002.parquet) than are there.
-    """
+    """The parquet files of each split, sorted, and notes."""
     paths = (path for place in PLACES for path in root.glob(place) if path.is_file())  # opening a pipe would wait
     names = []
     for name in sorted(path.relative_to(root).as_posix() for path in paths):
@@ -97,43 +85,33 @@ def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
             names.append(name)
     chosen, notes = choose_splits(names, root)
     for split, names in chosen.items():
-        parts = [match and match.groups() for match in map(PART.search, names)]
-        if any(parts):
-            one_set = None not in parts and len({total for _, total in parts}) == 1
-        else:
-            one_set = is_one_set(names)
-        if len({name.rpartition("/")[0] for name in names}) > 1 or not one_set:
-            raise DataError(f"{root} has more than one set of parquet files of {split}, {first_few(names)}: leave one")
-        numbers = collections.Counter(int(part[0]) for part in parts if part)
-        if twice := [number for number, times in numbers.items() if times > 1]:
-            raise DataError(f"{root} has number {twice[0]} of the parquet files of {split} twice: remove one")
-        total = int(parts[0][1]) if numbers else 0
-        if missing := sorted(set(range(total)) - set(numbers)):
-            raise DataError(
-                f"{root} has {len(numbers)} of {total} parquet files of {split}: number {missing[0]} is missing, "
-                "download it"
-            )
+        refuse_several_sets(root, split, names)
     return {split: [root / name for name in names] for split, names in chosen.items()}, notes
 
 
-def is_one_set(names: list[str]) -> bool:
-    """Whether files of one split without "-of-" add up: one, numbered ones, or any but copies in the split's folder."""
-    if len(names) < 2:
-        return True
-    if splits_in(names[0].rpartition("/")[0].rpartition("/")[2]):
-        return not any(map(COPY.search, names))
-    numbered = [match and match.groups() for match in map(NUMBERED.fullmatch, names)]
-    if None in numbered or len({stem for stem, _ in numbered}) > 1:
-        return False
-    return len({int(number) for _, number in numbered}) == len(names)
+def refuse_several_sets(root: Path, split: str, names: list[str]) -> None:
+    """Raises a DataError where a split's files are not one file, all the numbered ones of one name, or a folder's."""
+    parts = [NUMBERED.fullmatch(name) for name in names]
+    kinds = {part and part.group(1, 3) for part in parts}  # folder and name, and how many there are said to be
+    totals = {part[3] for part in parts if part and part[3]}
+    folders = {name.rpartition("/")[0] for name in names}
+    in_own_folder = len(folders) == 1 and splits_in(min(folders).rpartition("/")[2]) and not totals
+    add_up = not any(map(COPY.search, names)) if in_own_folder else len(kinds) == 1 and None not in kinds
+    if len(names) > 1 and not add_up:
+        raise DataError(f"{root} has more than one set of parquet files of {split}, {first_few(names)}: leave one")
+    if in_own_folder:
+        return
+    numbers = collections.Counter(int(part[2]) for part in parts if part)
+    if twice := [number for number, times in numbers.items() if times > 1]:
+        raise DataError(f"{root} has number {twice[0]} of the parquet files of {split} twice: remove one")
+    total = int(max(totals, default=0))
+    if missing := sorted(set(range(total)) - set(numbers)):
+        found = f"{len(numbers)} of {total} parquet files of {split}"
+        raise DataError(f"{root} has {found}: number {missing[0]} is missing, download it")
 
 
 def check_file(path: Path) -> tuple[int, int, tuple[str, ...]]:
-    """Number of rows, highest label and class names (or none) of a file.
-
-    Raises:
-      DataError: it cannot be read, or its columns are not pictures and labels.
-    """
+    """Number of rows, highest label and class names (or none) of a file."""
     import pyarrow.compute
     import pyarrow.parquet
 
@@ -173,13 +151,11 @@ def names_in_readme(root: Path) -> tuple[str, ...]:
 
     Reads lines like `'0': AM General Hummer SUV 2000` below `class_label:` and `names:`.
     """
-    for path in (root / "README.md", root.parent / "README.md"):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            listed = re.search(r"class_label:\s*\n\s*names:\s*\n((?:\s+['\"]?\d+['\"]?:.*\n)+)", text)
-            if listed:
-                lines = re.findall(r"^\s+['\"]?(\d+)['\"]?:\s*(.*?)\s*$", listed[1], re.MULTILINE)
-                names = {int(number): name.strip("'\"") for number, name in lines}
-                if sorted(names) == list(range(len(names))):
-                    return tuple(names[number] for number in range(len(names)))
+    for path in filter(Path.is_file, (root / "README.md", root.parent / "README.md")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if listed := re.search(r"class_label:\s*\n\s*names:\s*\n((?:\s+['\"]?\d+['\"]?:.*\n)+)", text):
+            lines = re.findall(r"^\s+['\"]?(\d+)['\"]?:\s*(.*?)\s*$", listed[1], re.MULTILINE)
+            names = sorted((int(number), name.strip("'\"")) for number, name in lines)
+            if [number for number, _ in names] == list(range(len(names))):
+                return tuple(name for _, name in names)
     return ()

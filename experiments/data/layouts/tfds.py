@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 from experiments.data.dataset import SPLITS, DataError
 from experiments.data.layouts.files import PictureFolder, identity
-from experiments.data.layouts.names import choose_splits
+from experiments.data.layouts.names import choose_splits, missing_package
 from experiments.data.pictures import Box, Picture
 
 AGAIN = "prepare the data set again"
+PACKAGES = "tensorflow-datasets", "array-record"
 
 
 def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder | None:
@@ -23,9 +25,6 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
       root: the folder.
       name: of the data set that must be in it.
       boxes: whether its pictures have boxes.
-
-    Raises:
-      DataError: another data set than that, tensorflow_datasets missing, or files missing or damaged.
     """
     if not (root / "dataset_info.json").is_file():
         return None
@@ -61,23 +60,16 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
         boxes=boxes,
         identity=identity(files),
         notes=tuple(notes),
-        pictures=lambda split: reader(root, chosen[split][0], boxes),
+        pictures=lambda split: reader(root, builder, chosen[split][0], boxes),
     )
 
 
 def open_builder(root: Path) -> Any:
-    """TFDS's description of the folder.
-
-    Raises:
-      DataError: tensorflow_datasets or array_record missing, or not a folder of TFDS.
-    """
+    """TFDS's description of the folder."""
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise DataError(
-            f"{root} was prepared by TFDS, and reading it needs a package that is missing ({error}): "
-            'pip install "tensorflow-datasets" "array-record"'
-        ) from error
+        raise DataError(missing_package(f"{root} was prepared by TFDS, and reading it", error, *PACKAGES)) from error
     try:
         builder = tensorflow_datasets.builder_from_directory(str(root))
         file_format = builder.info.file_format.value
@@ -89,42 +81,44 @@ def open_builder(root: Path) -> Any:
         try:
             importlib.import_module("array_record.python.array_record_module")  # TFDS imports it at the first picture
         except ImportError as error:
-            raise DataError(f'{root} needs a package that is missing ({error}): pip install "array-record"') from error
+            raise DataError(missing_package(str(root), error, PACKAGES[1])) from error
     return builder
 
 
+@dataclasses.dataclass(frozen=True)
 class Records:
-    """The pictures of a split, in the order of the files. Pickled it is the folder's name: it opens the files anew."""
+    """The pictures of a split, in the order of its TFRecord files."""
 
-    def __init__(self, root: Path, split: str, boxes: bool) -> None:
-        self.root, self.split, self.boxes = root, split, boxes
+    root: Path
+    builder: Any
+    split: str
+    boxes: bool
 
     def __iter__(self) -> Iterator[Picture]:
-        """Reads the split's TFRecord files.
-
+        """
         Raises:
           DataError: a file is damaged, or has more or fewer records than dataset_info.json says.
         """
         from grain.experimental import TFRecordIterDataset
 
-        split, features, number = self._builder.info.splits[self.split], self._builder.info.features, -1
+        split, features, number = self.builder.info.splits[self.split], self.builder.info.features, -1
         records = (record for path in split.filepaths for record in TFRecordIterDataset(str(path)))
         try:
             for number, record in enumerate(records):
-                yield self._picture(number, features.deserialize_example_np(record, decoders=self._decoders))
+                yield self.picture(number, features.deserialize_example_np(record, decoders=self.decoders))
         except DataError:
             raise
         except Exception as error:  # grain's and protobuf's own types, and MemoryError where a length is damaged
-            raise self._damaged(number + 1, error) from error
+            raise self.damaged(number + 1, error) from error
         if number + 1 != split.num_examples:
             raise DataError(
                 f"{self.root} holds {number + 1:,} {self.split} pictures, its dataset_info.json says "
                 f"{split.num_examples:,}: {AGAIN}"
             )
 
-    def _picture(self, number: int, example: dict[str, Any]) -> Picture:
+    def picture(self, number: int, example: dict[str, Any]) -> Picture:
         name = f"{self.split} {example['id'].decode() if 'id' in example else number}"
-        label, classes = int(example["label"]), self._builder.info.features["label"].num_classes
+        label, classes = int(example["label"]), self.builder.info.features["label"].num_classes
         if not 0 <= label < classes:
             raise DataError(f"{name} of {self.root} has the label {label}: expected 0 to {classes - 1}")
         if not self.boxes:
@@ -132,22 +126,15 @@ class Records:
         ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
         return Picture(name, label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
 
-    def _damaged(self, count: int, error: Exception) -> DataError:
+    def damaged(self, count: int, error: Exception) -> DataError:
         reason = (str(error) or type(error).__name__).partition(": b'")[0]  # grain shows the bytes
         return DataError(f"{self.root} is damaged after {count:,} {self.split} pictures ({reason}): {AGAIN}")
 
-    @functools.cached_property
-    def _builder(self) -> Any:
-        return open_builder(self.root)
-
     @property
-    def _decoders(self) -> dict[str, Any]:
+    def decoders(self) -> dict[str, Any]:
         import tensorflow_datasets
 
         return {"image": tensorflow_datasets.decode.SkipDecoding()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "split": self.split, "boxes": self.boxes}
 
 
 class ArrayRecords(Records, Sequence[Picture]):
@@ -156,23 +143,22 @@ class ArrayRecords(Records, Sequence[Picture]):
     __iter__ = Sequence.__iter__
 
     def __len__(self) -> int:
-        return self._builder.info.splits[self.split].num_examples
+        return self.builder.info.splits[self.split].num_examples
 
     def __getitem__(self, number: int) -> Picture:
-        """Reads a record.
-
+        """
         Raises:
           DataError: the file is damaged, or has fewer records.
         """
         if not 0 <= number < len(self):
             raise IndexError(number)
         try:
-            return self._picture(number, self._source[number])
+            return self.picture(number, self.source[number])
         except DataError:
             raise
         except Exception as error:  # array_record and protobuf raise types of their own
-            raise self._damaged(number, error) from error
+            raise self.damaged(number, error) from error
 
     @functools.cached_property
-    def _source(self) -> Sequence[dict[str, Any]]:
-        return self._builder.as_data_source(self.split, decoders=self._decoders)
+    def source(self) -> Sequence[dict[str, Any]]:
+        return self.builder.as_data_source(self.split, decoders=self.decoders)

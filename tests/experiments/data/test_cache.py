@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -57,20 +58,13 @@ def test_the_second_start_opens_what_the_first_made(tmp_path):
     assert [path.name for path in (tmp_path / "not" / "yet").iterdir()] == [entry.directory.name]
 
 
-@pytest.mark.parametrize(
-    "other", [{"files": [["a.jpg", 12, 35]], "size": [2, 3]}, {"files": [["a.jpg", 12, 34]], "size": [3, 2]}, {}]
-)
-def test_another_key_is_another_entry(tmp_path, other):
+@pytest.mark.parametrize("other", [{"files": [["a.jpg", 12, 35]], "size": [2, 3]}, KEY | {"size": [3, 2]}, {}, None])
+def test_another_key_or_format_is_another_entry(tmp_path, other, monkeypatch):
     make = Maker()
-    assert load(tmp_path, make).directory != load(tmp_path, make, key=other).directory
-    assert make.calls == 2
-
-
-def test_another_format_is_another_entry(tmp_path, monkeypatch):
-    make = Maker()
-    load(tmp_path, make)
-    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    load(tmp_path, make)
+    first = load(tmp_path, make)
+    if other is None:
+        monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    assert load(tmp_path, make, key=KEY if other is None else other).directory != first.directory
     assert make.calls == 2
 
 
@@ -80,37 +74,31 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "an array cut short": lambda entry: os.truncate(entry / "images.npy", 140),
-    "an empty array": lambda entry: os.truncate(entry / "images.npy", 0),
-    "a pixel changed": lambda entry: flip(entry / "images.npy"),
-    "a label changed": lambda entry: flip(entry / "labels.npy"),
-    "an array missing": lambda entry: (entry / "labels.npy").unlink(),
-    "no description": lambda entry: (entry / "entry.json").unlink(),
-    "half a description": lambda entry: os.truncate(entry / "entry.json", 20),
-    "another description": lambda entry: (entry / "entry.json").write_text("[]"),
-    "an empty folder": lambda entry: [path.unlink() for path in entry.iterdir()],
+DAMAGE = {  # what happens to an entry, what is said of it
+    "an array cut short": (lambda entry: os.truncate(entry / "images.npy", 140), "has 140 bytes, written were 158"),
+    "an empty array": (lambda entry: os.truncate(entry / "images.npy", 0), "has 0 bytes"),
+    "a pixel changed": (lambda entry: flip(entry / "images.npy"), "images.npy is not what was written"),
+    "a label changed": (lambda entry: flip(entry / "labels.npy"), "labels.npy is not what was written"),
+    "an array missing": (lambda entry: (entry / "labels.npy").unlink(), "FileNotFoundError"),
+    "no description": (lambda entry: (entry / "entry.json").unlink(), "FileNotFoundError"),
+    "half a description": (lambda entry: os.truncate(entry / "entry.json", 20), "JSONDecodeError"),
+    "another description": (lambda entry: (entry / "entry.json").write_text("[]"), "TypeError"),
+    "an empty folder": (lambda entry: [path.unlink() for path in entry.iterdir()], "FileNotFoundError"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_made_again_and_said_so(tmp_path, damage):
+@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_made_again_and_said_so(tmp_path, damage, told):
     make = Maker()
     directory = load(tmp_path, make).directory
-    DAMAGE[damage](directory)
+    damage(directory)
     entry = load(tmp_path, make)
     check(entry)
     assert make.calls == 2
     assert len(entry.notes) == 1
-    assert "is made again, it is damaged" in entry.notes[0]
+    assert re.search(f"is made again, it is damaged: .*{told}", entry.notes[0])
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
     assert load(tmp_path, make).notes == ()
-
-
-def test_a_short_file_is_told_by_its_size(tmp_path):
-    directory = load(tmp_path, Maker()).directory
-    os.truncate(directory / "images.npy", 140)
-    assert "images.npy has 140 bytes, written were 158" in load(tmp_path, Maker()).notes[0]
 
 
 def test_of_two_that_make_an_entry_the_first_one_stays(tmp_path):

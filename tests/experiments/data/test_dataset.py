@@ -61,12 +61,6 @@ def test_every_example_and_every_remainder_can_be_drawn():
     assert {tuple(np.bincount(subset.labels)) for subset in subsets} == {(1, 2), (2, 1)}
 
 
-@pytest.mark.parametrize("count", [0, -1, 7])
-def test_more_than_there_are_is_refused(count):
-    with pytest.raises(ValueError, match=f"cannot draw {count} examples of 6: ask for 1 to 6"):
-        balanced_subset(split_of([3, 3]), count, seed=0)
-
-
 def dataset_of(counts):
     train = split_of(counts)
     names = tuple(f"picture {i}" for i in range(len(train)))
@@ -88,9 +82,6 @@ def test_drawn_classes_are_always_the_same():
         assert len(split) == sum(whole.class_names[label] in few.class_names for label in original.labels)
     assert few.train.names == tuple(f"picture {i}" for i in few.train.images.ravel())
     assert draw_classes(whole, 6).class_names == whole.class_names
-    for count in (0, 7):
-        with pytest.raises(ValueError, match=f"cannot draw {count} of 6 classes"):
-            draw_classes(whole, count)
 
 
 def test_a_part_of_the_test_pictures_is_balanced_and_in_the_title():
@@ -100,8 +91,6 @@ def test_a_part_of_the_test_pictures_is_balanced_and_in_the_title():
     assert part.title == "pictures, 7 test pictures"
     assert part.train is whole.train
     np.testing.assert_array_equal(part.test.images, limit_test(whole, 7).test.images)
-    with pytest.raises(ValueError, match="cannot draw 34 examples of 33"):
-        limit_test(whole, 34)
 
 
 def test_what_is_held_out_is_not_trained_on():
@@ -115,8 +104,22 @@ def test_what_is_held_out_is_not_trained_on():
     np.testing.assert_array_equal(whole.train.labels[held.test.images.ravel()], held.test.labels)
     np.testing.assert_array_equal(hold_out(whole, 0.1).test.images, held.test.images)
     assert held.title == "pictures, 5 of the training pictures held out"
-    with pytest.raises(ValueError, match="cannot hold out 90% of class 0: it has 2 training pictures"):
-        hold_out(whole, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("take", "message"),
+    [
+        (lambda whole: balanced_subset(whole.train, 0, seed=0), "cannot draw 0 examples of 12: ask for 1 to 12"),
+        (lambda whole: balanced_subset(whole.train, -1, seed=0), "cannot draw -1 examples"),
+        (lambda whole: limit_test(whole, 13), "cannot draw 13 examples of 12"),
+        (lambda whole: draw_classes(whole, 0), "cannot draw 0 of 2 classes"),
+        (lambda whole: draw_classes(whole, 3), "cannot draw 3 of 2 classes"),
+        (lambda whole: hold_out(whole, 0.9), "cannot hold out 90% of class 0: it has 2 training pictures"),
+    ],
+)
+def test_more_than_there_is_is_refused(take, message):
+    with pytest.raises(ValueError, match=message):
+        take(dataset_of([2, 10]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 4, 3), (300, 70, 71, 3)])
@@ -136,11 +139,3 @@ def test_channel_statistics_of_a_constant_are_exactly_so():
     mean, deviation = channel_statistics(np.full((7, 3, 3, 2), 51, np.uint8))
     assert mean.tolist() == [0.2, 0.2]
     assert deviation.tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    "images", [np.zeros((2, 3, 3), np.uint8), np.zeros((2, 3, 3, 1), np.float32), np.zeros((0, 3, 3, 1), np.uint8)]
-)
-def test_channel_statistics_refuse_other_arrays(images):
-    with pytest.raises(ValueError, match=r"images must be \(N, H, W, C\) uint8"):
-        channel_statistics(images)

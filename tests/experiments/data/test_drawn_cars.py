@@ -83,28 +83,7 @@ def test_draw_car_depends_on_its_generator_only(class_name):
     assert (first != other).any()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image_size": (31, 64)}, "height must be at least 32, got 31"),
-        ({"image_size": (64, 16)}, "width must be at least 32, got 16"),
-        ({"train_count": 0}, "train_count must be at least 1, got 0"),
-        ({"test_count": -2}, "test_count must be at least 1, got -2"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-    ],
-)
-def test_bad_arguments(change, message):
-    arguments = {"image_size": (32, 32), "train_count": 6, "test_count": 6, "grey": True, "seed": 0}
-    with pytest.raises(ValueError, match=message):
-        drawn_cars(**(arguments | change))
-
-
-def test_unknown_class():
-    with pytest.raises(ValueError, match=r"class_name must be one of sedan, .*, got 'tank'"):
-        draw_car("tank", (64, 64), np.random.default_rng(0))
-
-
-# --- What gives a class away, and what does not ----------------------------------------------------------------------
+# What gives a class away, and what does not.
 
 
 def test_mean_colour_does_not_predict_the_class(cars):

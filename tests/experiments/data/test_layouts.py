@@ -1,7 +1,6 @@
 """Tiny folders of every layout, as people bring them and spoilt. More refusals are in bad_inputs.py."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
+from folder_changes import a_file, a_picture, changed, cut, linked, moved, removed
 from picture_folders import (
     CLASSES,
     HUGGINGFACE,
@@ -24,11 +23,11 @@ from picture_folders import (
     make_original,
     make_parquet,
     make_tfds,
+    make_with_devkit,
     photographs,
-    whole,
+    save_annotations,
     write_parquet,
 )
-from PIL import Image
 
 from experiments.data import stanford_cars
 from experiments.data.dataset import DataError
@@ -47,51 +46,36 @@ def make_joint(root, **changes):
             fields = {"relative_im_path": name, "test": int(split == "test")} | row
             del fields["fname"]
             rows.append(fields | (changes if not rows else {}))
-    table = np.array([tuple(row.values()) for row in rows], [(field, object) for field in rows[0]])
-    names = np.array(CLASSES, object).reshape(1, -1)
-    scipy.io.savemat(root / "cars_annos.mat", {"annotations": table.reshape(1, -1), "class_names": names})
+    save_annotations(root / "cars_annos.mat", rows, class_names=np.array(CLASSES, object).reshape(1, -1))
 
 
 def in_folder(make, *path, **options):
     return lambda root: make(root.joinpath(*path), **options)
 
 
-TFDS_LAYOUT, PARQUET_LAYOUT = "TFDS cars196 ({})", "Hugging Face parquet"
-LAYOUTS = {  # the layout's name, whether boxes are used, and what makes the folder
-    "by class": ("by class", False, make_by_class),
-    "by class, Kaggle": ("by class", False, in_folder(make_by_class, "car_data", "car_data")),
-    "by class with a devkit": (
-        "by class",
-        True,
-        lambda root: (make_by_class(root, cut=whole), make_devkit(root / "devkit")),
-    ),
-    "original": ("original", True, make_original),
-    "original, everything at the top": ("original", True, in_folder(make_original, devkit=".")),
-    "original, torchvision": ("original", True, in_folder(make_original, "stanford_cars", test_annotations=".")),
-    "original, Kaggle": ("original", True, in_folder(make_original, devkit="car_devkit/devkit", nested=True)),
-    "original, car_ims": ("original", True, make_joint),
-    "TFDS, tfrecord": (TFDS_LAYOUT.format("tfrecord"), True, make_tfds),
-    "TFDS, array_record": (
-        TFDS_LAYOUT.format("array_record"),
-        True,
-        in_folder(make_tfds, "cars196", "2.1.0", file_format="array_record"),
-    ),
-    "parquet": (PARQUET_LAYOUT, False, make_parquet),
-    "parquet in data": (PARQUET_LAYOUT, False, in_folder(make_parquet, "data")),
-    "parquet, a folder per split": (
-        PARQUET_LAYOUT,
-        False,
-        in_folder(make_parquet, pattern="{split}/0000{part}.parquet"),
-    ),
-    "parquet, names in the README": (PARQUET_LAYOUT, False, in_folder(make_parquet, names="readme")),
+LAYOUTS = {  # the layout's name and what is special; what makes the folder
+    "by class": make_by_class,
+    "by class, Kaggle": in_folder(make_by_class, "car_data", "car_data"),
+    "by class, with a devkit": make_with_devkit,
+    "original": make_original,
+    "original, everything at the top": in_folder(make_original, devkit="."),
+    "original, torchvision": in_folder(make_original, "stanford_cars", test_annotations="."),
+    "original, Kaggle": in_folder(make_original, devkit="car_devkit/devkit", nested=True),
+    "original, car_ims": make_joint,
+    "TFDS cars196 (tfrecord)": make_tfds,
+    "TFDS cars196 (array_record)": in_folder(make_tfds, "cars196", "2.1.0", file_format="array_record"),
+    "Hugging Face parquet": make_parquet,
+    "Hugging Face parquet, in data": in_folder(make_parquet, "data"),
+    "Hugging Face parquet, a folder per split": in_folder(make_parquet, pattern="{split}/0000{part}.parquet"),
+    "Hugging Face parquet, names in the README": in_folder(make_parquet, names="readme"),
 }
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
     """The boxes are noise on black: one pixel off, and all of them differ."""
-    layout, boxes, make = LAYOUTS[case]
-    make(tmp_path / "found")
+    layout = case.partition(",")[0]
+    LAYOUTS[case](tmp_path / "found")
     dataset = load(tmp_path / "found", tmp_path)
     for split in LABELS:
         cars = list(photographs(split))
@@ -102,7 +86,8 @@ def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
         np.testing.assert_array_equal(decoded.images, np.stack([crop(photograph) for _, _, photograph in cars]))
         assert (decoded.labels.dtype, decoded.images.dtype) == (np.int32, np.uint8)
     assert dataset.class_names == (tuple(map(folder_name, range(3))) if layout == "by class" else CLASSES)
-    assert (dataset.source["layout"], dataset.source["boxes"]) == (layout, boxes)
+    assert dataset.source["layout"] == layout
+    assert dataset.source["boxes"] == (layout.startswith(("original", "TFDS")) or "devkit" in case)
     assert (dataset.source["train"], dataset.source["test"], dataset.source["classes"]) == (4, 3, 3)
     assert json.loads(json.dumps(dataset.source)) == dataset.source
     printed = capsys.readouterr().err
@@ -147,64 +132,6 @@ def test_splits_are_words(names, train, test, note):
     assert bool(note) == bool(notes)
 
 
-def renamed(make, **names):
-    """The folder with its splits under other names; a name with / moves it."""
-
-    def made(root):
-        make(root)
-        for split, name in names.items():
-            (root / split).rename(root / "moved")
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / "moved").rename(root / name)
-
-    return made
-
-
-def changed(make, *changes):
-    return lambda root: (make(root), *(change(root) for change in changes))
-
-
-def a_picture(*names):
-    """Puts noise of a picture's own under these names."""
-
-    def change(root):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng(list(name.encode())).integers(0, 256, (9, 9, 3), np.uint8)
-            Image.fromarray(noise).save(root / name, "PNG")
-
-    return change
-
-
-def a_file(*names, content=b"\0\5\26\7"):
-    def change(root):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(content)
-
-    return change
-
-
-def moved(old, new):
-    return lambda root: ((root / new).parent.mkdir(parents=True, exist_ok=True), (root / old).rename(root / new))
-
-
-def linked(name, target):
-    def change(root):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        os.symlink(root / target, root / name)
-
-    return change
-
-
-def removed(*names):
-    def change(root):
-        for name in names:
-            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
-
-    return change
-
-
 def hub_cache(root):
     """Two snapshots, whose files are links without a suffix into blobs/."""
     repository = root / "hub" / "datasets--x--stanford_cars"
@@ -213,67 +140,58 @@ def hub_cache(root):
         for number, path in enumerate(sorted((repository / "blobs").glob("*.parquet"))):
             blob = repository / "blobs" / f"{snapshot}{number}"
             blob.write_bytes(path.read_bytes())
-            linked(f"snapshots/{snapshot}/data/{path.name}", f"blobs/{blob.name}")(repository)
+            linked(f"snapshots/{snapshot}/data/{path.name}", f"../../../blobs/{blob.name}")(repository)
     removed(*(f"blobs/{path.name}" for path in (repository / "blobs").glob("*.parquet")))(repository)
     a_file("refs/main", content=b"1new\n")(repository)
 
 
 AUDI, RAM, SMART = map(folder_name, range(3))
-LEFT = (
-    ".ipynb_checkpoints",
-    "__MACOSX",
-    "@eaDir",
-    ".Trash-0",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-)
+LEFT = ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-0", "$RECYCLE.BIN", "System Volume Information", "lost+found"
 PARTS = {split: [f"{split}-0000{part}-of-00002.parquet" for part in (0, 1)] for split in LABELS}
-TFDS_TRAIN = "cars196-train.tfrecord-00000-of-00001"
+TFDS_TRAIN, TFDS_TEST = (f"cars196-{split}.tfrecord-00000-of-00001" for split in LABELS)
 NO_LAYOUT = "in no layout that this program knows: "
 
 
-def with_validation_for_test(root):
-    info = json.loads((make_tfds(root) / "dataset_info.json").read_text())
-    info["splits"][1]["name"] = "validation"
-    (root / "dataset_info.json").write_text(json.dumps(info))
-    moved(TFDS_TRAIN.replace("train", "test"), TFDS_TRAIN.replace("train", "validation"))(root)
+def split_of_tfds(number, **facts):
+    """Other facts of a split in dataset_info.json."""
+
+    def change(root):
+        info = json.loads((root / "dataset_info.json").read_text())
+        info["splits"][number] |= facts
+        (root / "dataset_info.json").write_text(json.dumps(info))
+
+    return change
 
 
-# What people bring -> (what makes it, what is noted about it); all of it is the four train and three test pictures.
+# What people bring: what makes it, what is done to it, what is noted about it. All of it is the same seven pictures.
 TAKEN = {
-    "Train and Test": (renamed(make_by_class, train="Train", test="Test"), ""),
-    "TRAINING and TESTING": (renamed(make_by_class, train="TRAINING", test="TESTING"), ""),
-    "cars_train and cars_test by class": (renamed(make_by_class, train="cars_train", test="cars_test"), ""),
-    "valid for test": (renamed(make_by_class, test="valid"), "valid is used for the test"),
-    "train, test and val": (changed(make_by_class, a_picture(f"val/{AUDI}/1.png")), "val in .* is left out"),
-    "train in train": (renamed(make_by_class, train="train/train", test="test/Test"), ""),
-    "contest and latest beside them": (changed(make_by_class, a_picture("contest/a/1.png", "latest/b/2.png")), ""),
+    "Train and Test": (make_by_class, moved("train", "Train"), moved("test", "Test"), ""),
+    "cars_train and cars_test by class": (make_by_class, moved("train", "cars_train"), moved("test", "cars_test"), ""),
+    "valid for test": (make_by_class, moved("test", "valid"), "valid is used for the test"),
+    "train, test and val": (make_by_class, a_picture(f"val/{AUDI}/1.png"), "val in .* is left out"),
+    "train in train": (make_by_class, moved("train", "x/train"), moved("test", "test2/Test"), moved("x", "train"), ""),
+    "contest and latest beside them": (make_by_class, a_picture("contest/a/1.png", "latest/b/2.png"), ""),
     "leftovers": (
-        changed(
-            make_by_class,
-            *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
-            a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
-            a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
-            removed(*(f"train/{name}/a.png" for name in LEFT)),
-        ),
+        make_by_class,
+        *(a_picture(f"{place}{name}/a.png") for name in LEFT for place in ("", "train/", f"test/{SMART}/")),
+        a_picture("train/@eaDir/Audi/00000.png/SYNOPHOTO_THUMB_M.png"),
+        a_file(f"train/{AUDI}/Thumbs.db", f"train/{AUDI}/._00001.png", "test/.DS_Store", "train/desktop.ini"),
+        removed(*(f"train/{name}/a.png" for name in LEFT)),
         "",
     ),
     "classes named like leftovers": (
-        changed(make_by_class, a_picture("train/.NET/1.png", "test/.NET/2.png", "test/Recycler/3.png")),
+        make_by_class,
+        a_picture("train/.NET/1.png", "test/.NET/2.png", "test/Recycler/3.png"),
         "3 folders with pictures are left out, .*: train/.NET, test/.NET, test/Recycler; rename",
     ),
     "folders without pictures": (
-        changed(make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef")),
+        make_by_class, a_file("train/old/notes.txt", "test/Škoda/1.nef"),
         r"2 folders without pictures are no classes: train/old, test/Škoda.*\n2 entries of .* are not pictures",
     ),
-    "a picture beside the classes": (changed(make_by_class, a_picture("train/1.png")), "1 picture .* not in a class"),
-    "spaces around a class's name": (changed(make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} ")), ""),
-    "another case": (changed(make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}")), ""),
-    "links for classes": (
-        changed(make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "store/a")),
-        "",
-    ),
+    "a picture beside the classes": (make_by_class, a_picture("train/1.png"), "1 picture .* not in a class"),
+    "spaces around a class's name": (make_by_class, moved(f"train/{AUDI}", f"train/{AUDI} "), ""),
+    "another case": (make_by_class, moved(f"test/{AUDI}", f"test/{AUDI.upper()}"), ""),
+    "links for classes": (make_by_class, moved(f"train/{AUDI}", "store/a"), linked(f"train/{AUDI}", "../store/a"), ""),
     "by class in folders of any name": (in_folder(make_by_class, "some", "where [v1] 100%", "Škoda"), ""),
     "by class, unpacked twice": (in_folder(make_by_class, "archive (1)", "stanford-car-dataset-by-classes-folder"), ""),
     "beside other data sets": (
@@ -284,21 +202,24 @@ TAKEN = {
         lambda root: [make_tfds(root / "cars196" / version) for version in ("2.1.0", "2.10.0", "2.9.0")],
         "",
     ),
-    "TFDS with a validation split": (with_validation_for_test, "for the test"),
-    "TFDS without class names": (changed(make_tfds, removed("label.labels.txt")), "they are called by number"),
+    "TFDS with a validation split": (
+        make_tfds, split_of_tfds(1, name="validation"), moved(TFDS_TEST, TFDS_TEST.replace("test", "validation")),
+        "for the test",
+    ),
+    "TFDS without class names": (make_tfds, removed("label.labels.txt"), "they are called by number"),
     "Hugging Face's cache": (hub_cache, ""),
     "latest-train.parquet": (in_folder(make_parquet, pattern="latest-{split}-0000{part}-of-00002.parquet"), ""),
     "parquet, train_0": (in_folder(make_parquet, pattern="{split}_{part}.parquet"), ""),
     "parquet, part-0": (in_folder(make_parquet, pattern="data/{split}-part-{part}.parquet"), ""),
-    "leftovers beside parquet": (changed(make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet")), ""),
-    "a picture without annotation": (changed(make_original, a_picture("cars_train/9.png")), "without annotation: "),
+    "leftovers beside parquet": (make_parquet, a_file("._train.parquet", "__MACOSX/test.parquet"), ""),
+    "a picture without annotation": (make_original, a_picture("cars_train/9.png"), "without annotation: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TAKEN)
 def test_what_people_bring_is_taken_for_what_it_is(tmp_path, case):
-    make, note = TAKEN[case]
-    make(tmp_path / "found")
+    *changes, note = TAKEN[case]
+    changed(*changes)(tmp_path / "found")
     dataset = load(tmp_path / "found", tmp_path)
     assert np.bincount(dataset.train.labels).tolist() == [2, 1, 1]
     assert np.bincount(dataset.test.labels).tolist() == [1, 1, 1]
@@ -326,41 +247,33 @@ def test_a_class_may_be_named_like_a_split(tmp_path, name):
     assert load(tmp_path, tmp_path).class_names == tuple(sorted((name, "other")))
 
 
-def fewer_records_than_promised(root):
-    info = json.loads((root / "dataset_info.json").read_text())
-    info["splits"][0]["shardLengths"] = ["5"]
-    (root / "dataset_info.json").write_text(json.dumps(info))
-
-
-def cut(name, size):
-    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:size])
-
-
 def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
 
-# What is wrong -> (what makes it, what the message says); more in bad_inputs.py.
+# What is wrong: what makes it, what is done to it, what the message says; more in bad_inputs.py.
 REFUSED = {
-    "by class: no train": (changed(make_by_class, removed("train")), "has no folder train/"),
     "by class: one folder for both": (
-        changed(make_by_class, removed("test"), linked("test", "train")),
+        make_by_class, removed("test"), linked("test", "train"),
         "one folder for both splits: train is test",
     ),
     "by class: a class linked into the test": (
-        changed(make_by_class, removed(f"test/{AUDI}"), linked(f"test/{AUDI}", f"train/{AUDI}")),
+        make_by_class,
+        removed(f"test/{AUDI}"),
+        linked(f"test/{AUDI}", f"../train/{AUDI}"),
         f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/00001.png",
     ),
     "by class: a picture linked into the test": (
-        changed(make_by_class, linked(f"test/{AUDI}/9.png", f"train/{AUDI}/00001.png")),
+        make_by_class,
+        linked(f"test/{AUDI}/9.png", f"../../train/{AUDI}/00001.png"),
         f"one file in both splits: train/{AUDI}/00001.png is test/{AUDI}/9.png",
     ),
     "original: one folder for both": (
-        changed(make_original, removed("cars_test"), linked("cars_test", "cars_train")),
+        make_original, removed("cars_test"), linked("cars_test", "cars_train"),
         "one folder for both splits: cars_train is cars_test",
     ),
     "by class: a class twice": (
-        changed(make_by_class, a_picture(f"train/{AUDI.lower()} /7.png")),
+        make_by_class, a_picture(f"train/{AUDI.lower()} /7.png"),
         "in train, one class in two spellings: join them",
     ),
     "by class: a devkit that is none": (
@@ -371,60 +284,50 @@ REFUSED = {
         lambda root: [make_by_class(root / name) for name in ("cars_small", "cars_large")],
         "has 2 sets of pictures: give one of .*cars_large, .*cars_small",
     ),
-    "original: no cars_test": (changed(make_original, removed("cars_test")), "no folder for cars_test/: expected both"),
-    "original: no train annotations": (
-        changed(make_original, removed("devkit/cars_train_annos.mat")),
-        "no cars_train_annos.mat",
-    ),
+    "original: no cars_test": (make_original, removed("cars_test"), "no folder for cars_test/: expected both"),
     "original: no test labels": (
-        changed(make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat")),
+        make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat"),
         r"no cars_test_annos_withlabels.mat.*\(cars_test_annos.mat is there, but has no classes\)",
     ),
-    "car_ims: no annotations": (changed(make_joint, removed("cars_annos.mat")), "has car_ims/ but no cars_annos.mat"),
+    "car_ims: no annotations": (make_joint, removed("cars_annos.mat"), "has car_ims/ but no cars_annos.mat"),
     "car_ims: a picture twice": (in_folder(make_joint, relative_im_path="car_ims/000002.png"), "names a picture twice"),
-    "car_ims: a picture elsewhere": (in_folder(make_joint, relative_im_path="../1.png"), "does not name a file"),
     "TFDS: another data set": (in_folder(make_tfds, name="flowers"), "'flowers'.*expected 'cars196'"),
-    "TFDS: an old one": (changed(make_tfds, removed("features.json")), "no features.json: an old TFDS prepared it"),
+    "TFDS: an old one": (make_tfds, removed("features.json"), "no features.json: an old TFDS prepared it"),
     "TFDS: no features of their own": (
-        changed(make_tfds, a_file("features.json", content=b"{")),
+        make_tfds, a_file("features.json", content=b"{"),
         "cannot be read as a TFDS data set",
     ),
-    "TFDS: a missing file": (changed(make_tfds, removed(TFDS_TRAIN)), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
-    "TFDS: a truncated file": (changed(make_tfds, cut(TFDS_TRAIN, -30)), "is damaged after 3 train pictures"),
-    "TFDS: a file without its last byte": (changed(make_tfds, cut(TFDS_TRAIN, -1)), "is damaged after 3 train"),
-    "TFDS: a file that ends in a header": (changed(make_tfds, cut(TFDS_TRAIN, 5)), "is damaged after 0 train pictures"),
-    "TFDS: another file": (changed(make_tfds, a_file(TFDS_TRAIN, content=b"x" * 100)), "damaged after 0 train"),
+    "TFDS: a missing file": (make_tfds, removed(TFDS_TRAIN), f"1 of 2 files .* missing, first {TFDS_TRAIN}"),
+    "TFDS: a truncated file": (make_tfds, cut(TFDS_TRAIN, -30), "is damaged after 3 train pictures"),
+    "TFDS: a file that ends in a header": (make_tfds, cut(TFDS_TRAIN, 5), "is damaged after 0 train pictures"),
     "TFDS: an array_record that is none": (
-        changed(
-            in_folder(make_tfds, file_format="array_record"),
-            a_file(TFDS_TRAIN.replace("tfrecord", "array_record"), content=b"x" * 100),
-        ),
+        in_folder(make_tfds, file_format="array_record"),
+        a_file(TFDS_TRAIN.replace("tfrecord", "array_record"), content=b"x" * 100),
         "is damaged after 0 train pictures",
     ),
     "TFDS: fewer records than promised": (
-        changed(make_tfds, fewer_records_than_promised),
+        make_tfds, split_of_tfds(0, shardLengths=["5"]),
         "holds 4 train pictures, its dataset_info.json says 5",
     ),
-    "parquet: no test": (changed(make_parquet, removed(*PARTS["test"])), "none of the split 'test'"),
-    "parquet: a missing file": (changed(make_parquet, removed(PARTS["test"][0])), "1 of 2 .* of test: number 0 is"),
+    "parquet: no test": (make_parquet, removed(*PARTS["test"]), "none of the split 'test'"),
+    "parquet: a missing file": (make_parquet, removed(PARTS["test"][0]), "1 of 2 .* of test: number 0 is"),
     "parquet: a file twice": (
-        changed(make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet"))),
+        make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet")),
         "has number 0 of the parquet files of test twice",
     ),
-    "parquet: two sets": (changed(make_parquet, a_file("test.parquet")), "more than one set of parquet files of test"),
+    "parquet: two sets": (make_parquet, a_file("test.parquet"), "more than one set of parquet files of test"),
     "parquet: a second download": (
-        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet")),
+        in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet"),
         r"more than one set of parquet files of train, train \(1\).parquet, train.parquet: leave one",
     ),
     "parquet: a second download in the split's folder": (
-        changed(in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet")),
+        in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet"),
         r"more than one set .* of train, train/0.parquet, train/1 \(1\).parquet, train/1.parquet",
     ),
     "parquet: a smaller set": (
-        changed(in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet")),
+        in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet"),
         "more than one set of parquet files of train, train.parquet, train_small.parquet: leave one",
     ),
-    "parquet: a file of both splits": (changed(make_parquet, a_file("train-test.parquet")), "says train and test"),
     "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
     "parquet: other columns": (parquet_with({"picture": 1}), r"no column 'image' but \['picture'\]"),
     "parquet: a label out of range": (
@@ -435,21 +338,19 @@ REFUSED = {
         parquet_with({"image": {"bytes": b""}, "label": 0}, {"image": {"bytes": b""}, "label": None}),
         "column 'label' must be whole numbers without gaps",
     ),
-    "no layout: no classes": (a_picture("train/1.png", "test/2.png"), f"{NO_LAYOUT}it has pictures in test, train, "),
     "no layout: classes first": (
         a_picture("Audi/train/1.png", "Audi/test/2.png", "BMW/train/3.png"),
         f"{NO_LAYOUT}Audi, BMW hold train and test each: expected the classes in these, train/Audi/",
     ),
     "no layout: an archive": (a_file("archive.zip"), f"{NO_LAYOUT}it holds archive.zip: unpack it"),
-    "no layout: Arrow": (a_file("train/data-0.arrow", "state.arrow"), "it holds state.arrow: write it as parquet"),
     "no layout: no suffixes": (a_file("train/Audi/1", "test/Audi/1"), f"{NO_LAYOUT}test, train hold no class folders"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_explained_in_a_few_lines(tmp_path, case):
-    make, message = REFUSED[case]
-    make(tmp_path / "found")
+    *changes, message = REFUSED[case]
+    changed(*changes)(tmp_path / "found")
     with pytest.raises(DataError, match=message) as raised:
         load(tmp_path / "found", tmp_path)
     assert str(raised.value).count("\n") < 10
@@ -516,8 +417,7 @@ def numbered_anew(root):
     ],
 )
 def test_a_devkit_that_does_not_fit_is_not_used(tmp_path, change, reason):
-    root = make_by_class(tmp_path / "found", cut=whole)
-    make_devkit(root / "devkit")
+    root = make_with_devkit(tmp_path / "found")
     change(root)
     dataset = load(root, tmp_path)
     assert dataset.source["boxes"] is False

@@ -1,11 +1,10 @@
 """One picture at a time: what Pillow may hand over, boxes, and files that are no pictures."""
 
 import dataclasses
-import io
-import zlib
 
 import numpy as np
 import pytest
+from picture_folders import encoded, png_file
 from PIL import Image
 
 from experiments.data.pictures import (
@@ -14,24 +13,15 @@ from experiments.data.pictures import (
     Decoding,
     Failure,
     Picture,
-    clip,
     decode,
     decode_many,
     decode_or_explain,
-    decode_with_remarks,
-    in_pixels,
-    widen,
+    edges_of,
 )
 from experiments.data.rgb import COLOURS
 
-WHOLE = Decoding((4, 6), grey=False, margin=None)
+WHOLE, GREY = (Decoding((4, 6), grey=grey, margin=None) for grey in (False, True))
 RED = (200, 40, 30)
-
-
-def encoded(image, file_format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def sixteen_bits(value):
@@ -70,23 +60,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_gives_its_colours(kind):
-    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too."""
-    data, expected = KINDS[kind]
-    pixels = decode(data, None, WHOLE)
-    assert pixels.shape == (4, 6, 3)
-    assert pixels.dtype == np.uint8
-    np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(expected, (4, 6, 3)), atol=2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_grey_is_the_luminance_of_the_colours(kind):
-    """ITU-R 601's weights; two levels as above."""
-    data, expected = KINDS[kind]
-    pixels = decode(data, None, Decoding((4, 6), grey=True, margin=None))
-    assert pixels.shape == (4, 6, 1)
-    np.testing.assert_allclose(pixels.astype(int), np.dot(expected, (0.299, 0.587, 0.114)), atol=2)
+@pytest.mark.parametrize(("data", "expected"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_picture_gives_its_colours_and_their_luminance(data, expected):
+    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too. Grey has ITU-R 601's weights."""
+    for decoding, colour in ((WHOLE, expected), (GREY, [np.dot(expected, (0.299, 0.587, 0.114))])):
+        pixels = decode(data, None, decoding).pixels
+        assert pixels.shape == decoding.shape
+        assert pixels.dtype == np.uint8
+        np.testing.assert_allclose(pixels.astype(int), np.broadcast_to(colour, decoding.shape), atol=2)
 
 
 def test_a_note_of_the_cameras_orientation_is_left_alone():
@@ -95,7 +76,7 @@ def test_a_note_of_the_cameras_orientation_is_left_alone():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     data = encoded(Image.fromarray(pixels), exif=exif)
-    decoded = decode(data, None, Decoding((8, 12), grey=False, margin=None))
+    decoded = decode(data, None, Decoding((8, 12), grey=False, margin=None)).pixels
     np.testing.assert_array_equal(decoded, pixels)
 
 
@@ -103,7 +84,7 @@ def test_the_aspect_ratio_is_not_kept():
     """Left half black, right half white stays so, whatever the size: nothing is cut off or padded."""
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 20:] = 255
-    decoded = decode(encoded(Image.fromarray(pixels)), None, Decoding((20, 8), grey=True, margin=None))
+    decoded = decode(encoded(Image.fromarray(pixels)), None, Decoding((20, 8), grey=True, margin=None)).pixels
     assert decoded.shape == (20, 8, 1)
     np.testing.assert_array_equal(decoded[:, 0], 0)
     np.testing.assert_array_equal(decoded[:, 7], 255)
@@ -115,7 +96,7 @@ def test_fine_patterns_become_their_mean():
     """A resize that picks pixels, in place of weighing them, would give black or white."""
     checkerboard = np.indices((60, 60)).sum(0) % 2 * np.uint8(255)
     data = encoded(Image.fromarray(checkerboard.astype(np.uint8)))
-    decoded = decode(data, None, Decoding((6, 6), grey=True, margin=None))
+    decoded = decode(data, None, Decoding((6, 6), grey=True, margin=None)).pixels
     np.testing.assert_allclose(decoded.astype(int), 127.5, atol=3)
 
 
@@ -133,7 +114,7 @@ EDGES = {
 @pytest.mark.parametrize("case", EDGES)
 def test_crop_edges(case):
     box, margin, expected = EDGES[case]
-    assert widen(clip(in_pixels(box, 40, 30), 40, 30), margin, 40, 30) == expected
+    assert edges_of(box, margin, 40, 30) == (expected, "outside" in case)
 
 
 @pytest.mark.parametrize(
@@ -151,37 +132,31 @@ def test_crop_edges(case):
 )
 def test_a_box_outside_its_picture_is_refused(box):
     with pytest.raises(BoxOutside, match="in a picture of 40x30"):
-        clip(in_pixels(box, 40, 30), 40, 30)
+        edges_of(box, 0, 40, 30)
 
 
 def test_a_picture_is_cut_before_it_is_resized():
     """Nothing of the surroundings may bleed in at the edges."""
     pixels = np.zeros((30, 40, 3), np.uint8)
     pixels[2:22, 4:24] = 255
-    decoded = decode(encoded(Image.fromarray(pixels)), Box(5, 3, 24, 22), Decoding((7, 9), grey=False, margin=0))
+    decoded = decode(encoded(Image.fromarray(pixels)), Box(5, 3, 24, 22), Decoding((7, 9), grey=False, margin=0)).pixels
     np.testing.assert_array_equal(decoded, 255)
 
 
-def colours_of_12_bits(bits=12):
-    """A PNG of 16 bits for each colour, which Pillow does not write."""
-
-    def chunk(kind, content):
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
-    rows = (b"\0" + (2**bits - 1).to_bytes(2, "big") * 3 * 8) * 8
-    header = (8).to_bytes(4, "big") * 2 + b"\x10\2\0\0\0"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def colours_of(bits):
+    """A PNG of 16 bits for each colour, the highest value of these bits in all pixels."""
+    return png_file(8, b"\x10\2\0\0\0", (b"\0" + (2**bits - 1).to_bytes(2, "big") * 3 * 8) * 8)
 
 
 def test_16_bit_colours_of_fewer_bits_are_refused_where_the_set_has_no_others():
     """Pillow keeps the upper 8: they would be nearly black without a word."""
-    first = decode_with_remarks(colours_of_12_bits(), None, WHOLE)
+    first = decode(colours_of(12), None, WHOLE)
     assert (first.kind, first.highest) == (COLOURS, 4095)
     failure = decode_or_explain(
-        Picture("1.png", 0, None, colours_of_12_bits()), dataclasses.replace(WHOLE, white=((COLOURS, 4095),))
+        Picture("1.png", 0, None, colours_of(12)), dataclasses.replace(WHOLE, white=((COLOURS, 4095),))
     )
     assert failure.reason.startswith("colours of 16 bits of which only 12 are used")
-    bright = decode(colours_of_12_bits(16), None, dataclasses.replace(WHOLE, white=((COLOURS, 65535),)))
+    bright = decode(colours_of(16), None, dataclasses.replace(WHOLE, white=((COLOURS, 65535),))).pixels
     np.testing.assert_array_equal(bright, 255)
 
 
@@ -213,7 +188,7 @@ def test_what_is_no_picture_is_explained(case):
 
 def test_a_missing_file_is_explained(tmp_path):
     failure = decode_or_explain(Picture("1.jpg", 0, None, tmp_path / "1.jpg"), WHOLE)
-    assert failure == Failure("1.jpg", "missing", "No such file or directory")
+    assert failure == Failure("1.jpg", "picture", "No such file or directory")
 
 
 def test_many_pictures_come_in_order_with_the_bad_ones_among_them():

@@ -20,7 +20,7 @@ from experiments.study.ledger import Ledger
 from experiments.study.protocol import read_protocol
 
 PROTOCOLS = Path(study.__file__).parent.parent / "protocols"
-ALL_EPOCHS = 2 * (3 * 2 + 2 * 3)  # that SMALL trains
+ONE_CORE = SMALL.replace("[settings]", "cores = 1\n[settings]")
 
 
 @pytest.fixture
@@ -37,30 +37,41 @@ def out(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Trains nothing; returns the file with a line for each epoch that was trained."""
+    """Trains nothing, with cores for this test alone; returns the file with a line for each epoch that was trained."""
     log = tmp_path / "log.txt"
     monkeypatch.setattr(worker, "CARS", (sys.executable, str(FAKE)))
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.05)
     monkeypatch.setenv("FAKE_CARS_LOG", str(log))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     return log
+
+
+def epochs(trials):
+    """That are trained: two contestants, two epochs a trial, three a final run."""
+    return 2 * (trials * 2 + 2 * 3)
 
 
 def run(protocol, out, *more):
     return study.main([str(protocol), "--out", str(out), *more])
 
 
-def trials(out, *, contestant=None, stage=None):
+def trials(out, contestant=None, stage=None):
     with open(out / "trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return [r for r in rows if contestant in (None, r["contestant"]) and stage in (None, r["stage"])]
 
 
-def change_last_row(run_folder, **values):
+def values(rows, column):
+    return {row[column] for row in rows}
+
+
+def change_last_row(run_folder, **changes):
     """Changes the row of the last epoch in a run's metrics."""
     path = run_folder / "metrics.jsonl"
     *lines, last = path.read_text().splitlines()
-    path.write_text("\n".join([*lines, json.dumps(json.loads(last) | values)]) + "\n")
+    path.write_text("\n".join([*lines, json.dumps(json.loads(last) | changes)]) + "\n")
 
 
 def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
@@ -68,16 +79,16 @@ def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
     assert run(protocol, out) == 0
     rows = trials(out)
     assert len(rows) == 2 * (3 + 2)
-    assert {row["state"] for row in rows} == {"done"}
+    assert values(rows, "state") == {"done"}
     rates = []
     for name in ("Adam", "AdaBound"):
-        tuned, final = (trials(out, contestant=name, stage=stage) for stage in ("tuning", "final"))
+        tuned, final = (trials(out, name, stage) for stage in ("tuning", "final"))
         rates.append([row["learning_rate"] for row in tuned])
         best = max(tuned, key=lambda row: float(row["top1"]))
-        assert {row["learning_rate"] for row in final} == {best["learning_rate"]}
+        assert values(final, "learning_rate") == {best["learning_rate"]}
         assert [row["seed"] for row in final] == ["4", "5"]
-        assert {row["epochs"] for row in final} == {"3"}
-        assert {row["block"] for row in tuned + final} == {name}
+        assert values(final, "epochs") == {"3"}
+        assert values(tuned + final, "block") == {name}
         assert all("--holdout" in row["command"] for row in tuned)
         assert not any("--holdout" in row["command"] for row in final)
     assert rates[0] == rates[1]  # both draw the same ones
@@ -87,6 +98,16 @@ def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
     assert not list(out.glob("*/*/checkpoints"))
     assert not [path for path in out.glob("**/*") if path.is_file() and str(tmp_path) in path.read_text()]
     assert "10 of 10 runs" in capsys.readouterr().out
+    # What a worker leaves that is killed between a run's end and the removal of its large files; the journal of an
+    # earlier version is ignored.
+    folder = out / "adam" / "seed-4"
+    (folder / "checkpoints").mkdir()
+    (folder / "weights.safetensors").write_text("large")
+    (out / "journal.log").write_text('{"op_code": 4, "wor')
+    assert run(protocol, out) == 0
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "weights.safetensors").exists()
+    check_trained_once(fake)
 
 
 def test_settings_and_places_reach_the_runs(protocol, fake, out):
@@ -95,8 +116,8 @@ def test_settings_and_places_reach_the_runs(protocol, fake, out):
     second = '[[contestants]]\nname = "second"\nseeds = [9]\nsettings = { opt = "adam" }\n'
     protocol.write_text(text.replace("[report]", second + 'tuned_as = { contestant = "Adam", place = 2 }\n[report]'))
     assert run(protocol, out) == 0
-    ranked = sorted(trials(out, contestant="Adam", stage="tuning"), key=lambda row: -float(row["top1"]))
-    (row,) = trials(out, contestant="second")
+    ranked = sorted(trials(out, "Adam", "tuning"), key=lambda row: -float(row["top1"]))
+    (row,) = trials(out, "second")
     assert (row["learning_rate"], row["momentum"]) == (ranked[1]["learning_rate"], ranked[1]["momentum"])
     assert (row["seed"], row["state"], row["best_epoch"]) == ("9", "done", "3.0")
     folder = out / row["folder"]
@@ -111,15 +132,25 @@ def test_tuning_may_choose_by_the_loss(protocol, fake, out, capsys):
     by_loss = SMALL.replace("holdout = 0.1", 'holdout = 0.1\nchoose_by = "loss"')
     protocol.write_text(by_loss)
     assert run(protocol, out, "--runs", "6") == 0
-    worst = min(trials(out, contestant="Adam", stage="tuning"), key=lambda row: float(row["top1"]))
+    worst = min(trials(out, "Adam", "tuning"), key=lambda row: float(row["top1"]))
     change_last_row(out / worst["folder"], test_loss=0.1)
     protocol.write_text(SMALL)
     assert run(protocol, out) == 2  # no other way to choose once trials have been seen
     assert "choose_by" in capsys.readouterr().err
     protocol.write_text(by_loss)
     assert run(protocol, out) == 0
-    final = trials(out, contestant="Adam", stage="final")
-    assert {row["learning_rate"] for row in final} == {worst["learning_rate"]}
+    assert values(trials(out, "Adam", "final"), "learning_rate") == {worst["learning_rate"]}
+
+
+def test_a_test_loss_that_is_no_number_is_a_result(protocol, fake, out):
+    """The last update may spoil what is tested afterwards: the run ends, and does not win by its loss."""
+    assert run(protocol, out, "--runs", "6") == 0
+    for number, loss in enumerate((None, 2.0, 1.0)):  # three that are equal but for their loss
+        change_last_row(out / "adam" / f"tuning-{number:03}", test_top1=0.9, test_loss=loss)
+    assert run(protocol, out) == 0
+    tuned = trials(out, "Adam", "tuning")
+    assert [row["loss"] for row in tuned] == ["nan", "2.0", "1.0"]
+    assert values(trials(out, "Adam", "final"), "learning_rate") == {tuned[2]["learning_rate"]}
 
 
 def test_in_pieces_it_is_the_same(protocol, fake, out, tmp_path):
@@ -128,7 +159,7 @@ def test_in_pieces_it_is_the_same(protocol, fake, out, tmp_path):
     assert run(protocol, whole) == 0
     for runs in (1, 3, 2, 100, 100):
         assert run(protocol, out, "--runs", str(runs)) == 0
-    assert len(fake.read_text().splitlines()) == 2 * ALL_EPOCHS
+    assert len(fake.read_text().splitlines()) == 2 * epochs(trials=3)
     assert trials(out) == trials(whole)
 
 
@@ -150,48 +181,35 @@ def wait_for(found, seconds=60):
         time.sleep(0.02)
 
 
-def check_trained_once(fake):
+def check_trained_once(fake, trials=3):
     lines = fake.read_text().splitlines()
-    assert len(lines) == len(set(lines)) == ALL_EPOCHS
+    assert len(lines) == len(set(lines)) == epochs(trials)
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the worker alone", "its training too"])
-def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group):
+def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group, capsys):
     """SIGKILL while a run trains: the next worker goes on with that very run, and no epoch is trained twice."""
-    process = start(protocol, out, seconds=0.3)
-    wait_for(lambda: fake.exists() and len(fake.read_text().splitlines()) >= 3)
+    protocol.write_text(SMALL.replace("trials = 3", "trials = 1"))
+    process = start(protocol, out, seconds=1)
+    wait_for(lambda: fake.exists() and fake.read_text())
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()  # its child trains on; the run is not begun a second time meanwhile
     process.wait()
     assert run(protocol, out) == 0
-    check_trained_once(fake)
-    assert {row["state"] for row in trials(out)} == {"done"}
+    assert ("waiting for other workers" in capsys.readouterr().out) != whole_group
+    check_trained_once(fake, trials=1)
+    assert values(trials(out), "state") == {"done"}
 
 
-def test_what_a_killed_worker_left_is_tidied(protocol, fake, out):
-    """SIGKILL between a run's end and the removal of its large files; the journal of an earlier version is ignored."""
-    assert run(protocol, out) == 0
-    folder = out / "adam" / "seed-4"
-    (folder / "checkpoints").mkdir()
-    (folder / "weights.safetensors").write_text("large")
-    (out / "journal.log").write_text('{"op_code": 4, "wor')
-    assert run(protocol, out) == 0
-    assert not (folder / "checkpoints").exists()
-    assert not (folder / "weights.safetensors").exists()
-    check_trained_once(fake)
-
-
-def test_two_workers_share_the_runs_and_have_cores_of_their_own(protocol, fake, out, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+def test_two_workers_share_the_runs_and_have_cores_of_their_own(protocol, fake, out):
     bound = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
-    protocol.write_text(SMALL.replace("[settings]", "cores = 1\n[settings]") if bound else SMALL)
+    protocol.write_text(ONE_CORE if bound else SMALL)
     workers = [start(protocol, out, seconds=0.2) for _ in range(2)]
     assert [process.wait(120) for process in workers] == [0, 0]
     check_trained_once(fake)
-    assert {row["state"] for row in trials(out)} == {"done"}
+    assert values(trials(out), "state") == {"done"}
     if bound:
         used = [json.loads(path.read_text())["cores"] for path in out.glob("*/*/config.json")]
         assert {len(cores) for cores in used} == {1}
@@ -199,10 +217,8 @@ def test_two_workers_share_the_runs_and_have_cores_of_their_own(protocol, fake, 
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
-def test_without_free_cores_it_says_so(protocol, fake, out, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    protocol.write_text(SMALL.replace("[settings]", "cores = 1\n[settings]"))
+def test_without_free_cores_it_says_so(protocol, fake, out, capsys):
+    protocol.write_text(ONE_CORE)
     all_cores = os.sched_getaffinity(0)
     with own_cores(len(all_cores)):
         assert run(protocol, out) == 2
@@ -213,19 +229,21 @@ def test_without_free_cores_it_says_so(protocol, fake, out, tmp_path, monkeypatc
 
 
 def test_the_plan_is_printed_and_leaves_nothing_behind(protocol, fake, out, capsys):
-    protocol.write_text(SMALL.replace("[settings]", "cores = 1\n[settings]"))
+    protocol.write_text(ONE_CORE)
     for runs, said in (
-        (0, ["10 runs, 0 of them ended", "is not known before a run of each network has ended"]),
-        (1, ["10 runs, 1 of them ended", "by the runs that have ended"]),
-        (9, ["10 runs, 10 of them ended", "nothing is left to run"]),
+        (0, ["0 of 10 runs", "is not known before a run of each network has ended", "0.8 or 0.9"]),
+        (1, ["1 of 10 runs", "left with"]),
+        (9, ["10 of 10 runs", "nothing is left to run"]),
     ):
         assert not runs or run(protocol, out, "--runs", str(runs)) == 0
         before = sorted(out.rglob("*"))
         capsys.readouterr()
         assert run(protocol, out, "--dry-run") == 0
         plan = capsys.readouterr().out
-        assert all(text in plan for text in said)
+        assert all(text in plan for text in [*said, "nothing was trained"])
         assert sorted(out.rglob("*")) == before
+        if runs == 1:  # commands are known as soon as the settings are
+            assert [row["command"] != "" for row in trials(out)] == [row["stage"] == "tuning" for row in trials(out)]
 
 
 def test_sigterm_stops_the_training_and_the_worker(protocol, fake, out):
@@ -239,11 +257,11 @@ def test_a_training_that_diverges_is_a_result(protocol, fake, out):
     """It is listed with its reason; a contestant whose trials all fail has no final runs, and the rest goes on."""
     protocol.write_text(SMALL.replace("low = 1e-4, high = 1e-1", "low = 10.0, high = 100.0", 1))
     assert run(protocol, out) == 0
-    tuned, final = (trials(out, contestant="Adam", stage=stage) for stage in ("tuning", "final"))
+    tuned, final = (trials(out, "Adam", stage) for stage in ("tuning", "final"))
     assert [row["state"] for row in tuned] == ["failed"] * 3
-    assert {row["error"] for row in tuned} == {"the loss is nan at step 3; the checkpoint is in checkpoints"}
+    assert values(tuned, "error") == {"the loss is nan at step 3; the checkpoint is in checkpoints"}
     assert {(row["state"], row["command"]) for row in final} == {("open", "")}
-    assert [row["state"] for row in trials(out, contestant="AdaBound")] == ["done"] * 5
+    assert [row["state"] for row in trials(out, "AdaBound")] == ["done"] * 5
 
 
 @pytest.mark.parametrize(
@@ -260,22 +278,6 @@ def test_a_training_that_cannot_be_run_is_none(protocol, fake, out, capsys, old,
         assert run(protocol, out, "--runs", "1") == 1
         assert said in capsys.readouterr().err
     assert not any(of_study.ended for of_study in Ledger(read_protocol(protocol), out).runs())
-
-
-def test_a_test_loss_that_is_no_number_is_a_result(protocol, fake, out):
-    """The last update may spoil what is tested afterwards: the run ends, and does not win by its loss."""
-    assert run(protocol, out, "--runs", "6") == 0
-    for number, loss in enumerate((None, 2.0, 1.0)):  # three that are equal but for their loss
-        change_last_row(out / "adam" / f"tuning-{number:03}", test_top1=0.9, test_loss=loss)
-    assert run(protocol, out) == 0
-    tuned, final = (trials(out, contestant="Adam", stage=stage) for stage in ("tuning", "final"))
-    assert [row["loss"] for row in tuned] == ["nan", "2.0", "1.0"]
-    assert {row["learning_rate"] for row in final} == {tuned[2]["learning_rate"]}
-
-
-def test_commands_are_known_as_soon_as_the_settings_are(protocol, fake, out):
-    assert run(protocol, out, "--runs", "1") == 0
-    assert [row["command"] != "" for row in trials(out)] == [row["stage"] == "tuning" for row in trials(out)]
 
 
 def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, out, capsys):
@@ -339,7 +341,7 @@ def test_a_real_study_on_drawn_cars(tmp_path, out, capfd):
     process.terminate()
     assert process.wait(120) == 128 + signal.SIGTERM
     assert run(path, out) == 0
-    assert {row["state"] for row in trials(out)} == {"done"}
+    assert values(trials(out), "state") == {"done"}
     capfd.readouterr()
     assert run(path, out, "--dry-run") == 0
-    assert "4 runs, 4 of them ended" in capfd.readouterr().out
+    assert "4 of 4 runs" in capfd.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,128 +14,102 @@ from experiments.data.dataset import Dataset, Split
 from experiments.frameworks.common import Training
 from experiments.frameworks.experiment import Experiment
 from experiments.machine import jax_device, numpy_device, processor
-from experiments.training.loop import DivergedError, Loop, evaluate
+from experiments.training.loop import DivergedError, Loop
 from experiments.training.meter import macro_f1
 from experiments.training.plots import plot_curves
 from experiments.training.processes import Stopped, StopRequest
 from experiments.training.run_folder import RunFolder, earlier_run, ends_epoch, read_metrics
 from experiments.training.saving import Progress, Saver
-from experiments.training.settings import System
+from experiments.training.settings import RunSettings, System
 
 
 def split(n):
     return Split(np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1), np.arange(n, dtype=np.int32) % 3)
 
 
-class State:
-    step = 0
-    params = batch_stats = None
+def run(tmp_path, losses, *, array=np.asarray, interrupt_at=None, number=signal.SIGINT, **changes):
+    """Trains a fake network whose losses are given. It takes classes 0 and 1 for what they are and class 2 for class 1;
+    in tests it is always right. Its metrics are made by `array`.
 
-
-class Report(list):
-    """Collects the results that it is given."""
-
-    def observe(self, state):
-        return {}
-
-    def write(self, state, results):
-        self.append(results)
-
-
-def right_eval_step(params, batch_stats, images, labels):
-    return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
-
-
-def run(
-    tmp_path, losses, *, epochs=2, log_every=2, test_every=1, interrupt_at=None, array=np.asarray, number=signal.SIGINT
-):
-    """Trains a fake network whose losses are given; returns what ended it, its reports and its rows.
-
-    It takes classes 0 and 1 for what they are and class 2 for class 1. Its metrics are made by `array`.
+    Returns:
+      what ended it, the test results of each report, the rows, and the pictures of each batch.
     """
-    reports, losses = Report(), iter(losses)
-    seen = []
+    found = SimpleNamespace(reports=[], trained=[], tested=[])
+    losses = iter(losses)
 
     def train_step(state, images, labels):
-        seen.append(images.reshape(-1).tolist())
-        if len(seen) == interrupt_at:
+        found.trained.append(images.reshape(-1).tolist())
+        if len(found.trained) == interrupt_at:
             signal.raise_signal(number)
         prediction = np.minimum(labels, 1)
         metrics = {"loss": next(losses), "top1": (prediction == labels).mean(), "prediction": prediction}
         return state, {name: array(value) for name, value in metrics.items()}
 
-    dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
-    folder, saver = RunFolder(tmp_path / "run"), Saver(tmp_path / "run", System(keep=0), {})
-    experiment = Experiment(epochs=epochs, batch_size=3, log_every=log_every, test_every=test_every)
-    training = Training("numpy", State(), train_step, right_eval_step, {}, arrays=None, moments=None)
-    ended_by = Loop(experiment, dataset, training, folder, saver, reports, Progress()).run()
-    folder.close()
-    return ended_by, reports, read_metrics(tmp_path / "run"), seen
-
-
-def test_evaluation_covers_the_last_partial_batch():
-    shapes = []
-
     def eval_step(params, batch_stats, images, labels):
-        shapes.append(images.shape)
-        return right_eval_step(params, batch_stats, images, labels)
+        found.tested.append(images.shape)
+        return {"loss": labels * 0.5, "prediction": labels, "confidence": labels * 0.1, "top5": labels >= 0}
 
-    data = split(7)
-    results = evaluate(eval_step, None, None, data, 3)
-    np.testing.assert_array_equal(results["prediction"], data.labels)
-    assert set(shapes) == {(3, 1, 1, 1)}
+    dataset = Dataset("numbers", ("a", "b", "c"), split(10), split(7), {})
+    folder = RunFolder(tmp_path / "run")
+    settings = RunSettings(Experiment(epochs=2, batch_size=3, log_every=2), System(keep=0)).replace(**changes)
+    state = SimpleNamespace(step=0, params=None, batch_stats=None)
+    training = Training("numpy", state, train_step, eval_step, {}, arrays=None, moments=None)
+    report = SimpleNamespace(observe=lambda state: {}, write=lambda state, results: found.reports.append(results))
+    saver = Saver(None, settings.system, {})
+    found.ended_by = Loop(settings, dataset, training, folder, saver, report, Progress()).run()
+    folder.close()
+    found.rows = read_metrics(tmp_path / "run")
+    return found
 
 
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_rows_of_a_run(array, tmp_path):
     """Metrics in NumPy, which have been computed, and in JAX, which are read a step later."""
-    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
-    assert ended_by is None
-    assert len(reports) == 1  # at the end; the run is shorter than the time between two
+    found = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
+    rows, seen = found.rows, found.trained
+    assert found.ended_by is None
+    assert len(found.reports) == 1  # at the end; the run is shorter than the time between two
     assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
     assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
     for row, batches in zip(rows, (seen[:2], seen[:3], seen[3:5], seen[3:6]), strict=True):
         labels = np.concatenate(batches) % 3
         assert row["train_top1"] == pytest.approx((labels < 2).mean())
         assert row["train_macro_f1"] == pytest.approx(macro_f1(labels, np.minimum(labels, 1)))
+    assert 0 < rows[0]["train_macro_f1"] < 1
     ends = [row for row in rows if "test_loss" in row]
     assert [row["step"] for row in ends] == [3, 6]
-    assert 0 < rows[0]["train_macro_f1"] < 1
     labels = split(7).labels
     assert ends[0]["test_loss"] == pytest.approx(float(np.mean(labels * 0.5)))
     assert (ends[0]["test_top1"], ends[0]["test_top5"], ends[0]["test_macro_f1"]) == (1, 1, 1)
     assert all(row["images_per_second"] > 0 and row["seconds"] >= 0 for row in rows)
+    # The last batch of a test is filled up.
+    np.testing.assert_array_equal(found.reports[0]["prediction"], labels)
+    assert set(found.tested) == {(3, 1, 1, 1)}
 
 
 def test_some_epochs_are_not_tested(tmp_path):
     """Their row holds the epoch's means and says that it ends one; the last epoch is tested in any case."""
-    _, reports, rows, _ = run(tmp_path, range(12, 0, -1), epochs=4, test_every=3)
-    ends = [row for row in rows if ends_epoch(row)]
+    found = run(tmp_path, range(12, 0, -1), epochs=4, test_every=3)
+    ends = [row for row in found.rows if ends_epoch(row)]
     assert [row["epoch"] for row in ends] == [1, 2, 3, 4]
     assert ["test_top1" in row for row in ends] == [False, False, True, True]
     assert [row["train_loss"] for row in ends] == [11, 8, 5, 2]
-    assert len(rows) - len(ends) == 4  # a row within each epoch, as without --test-every
-    assert reports[-1] is not None
-    plot_curves(tmp_path / "curves.png", rows, "a run")
+    assert len(found.rows) - len(ends) == 4  # a row within each epoch, as without --test-every
+    assert found.reports[-1] is not None
+    plot_curves(tmp_path / "curves.png", found.rows, "a run")
 
 
+@pytest.mark.parametrize(("interrupt_at", "tested"), [(2, []), (5, [3])], ids=["in the first epoch", "in the second"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_a_report(number, tmp_path):
+def test_a_signal_ends_with_a_report(number, interrupt_at, tested, tmp_path):
     """The step under way ends first (its state is what is reported), then nothing more is run."""
     before = signal.getsignal(number)
-    ended_by, reports, rows, seen = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=5, number=number)
-    assert ended_by == number
-    assert len(seen) == 5
+    found = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=interrupt_at, number=number)
+    assert found.ended_by == number
+    assert len(found.trained) == interrupt_at
     assert signal.getsignal(number) is before
-    assert len(reports) == 1
-    assert reports[0] is not None
-    assert [row["step"] for row in rows if "test_loss" in row] == [3]
-
-
-def test_ctrl_c_in_the_first_epoch_reports_without_test_results(tmp_path):
-    ended_by, reports, _, _ = run(tmp_path, [6.0, 5.0], interrupt_at=2)
-    assert ended_by == signal.SIGINT
-    assert reports == [None]
+    assert [results is not None for results in found.reports] == [bool(tested)]
+    assert [row["step"] for row in found.rows if "test_loss" in row] == tested
 
 
 def test_the_same_signal_once_more_acts_at_once():
@@ -155,12 +130,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         run(tmp_path, [6.0, 5.0, 4.0, 3.0, float("nan"), 1.0])
 
 
-def test_an_earlier_run_is_found_and_replaced(tmp_path):
+def test_a_folder_keeps_its_configuration_until_the_next_run(tmp_path):
     assert earlier_run(tmp_path / "not" / "there") == []
     folder = RunFolder(tmp_path)
-    folder.write_config({"a": 1})
+    folder.write_config({"a": "é"})
     folder.log({"step": 1, "train_loss": 0.5})
     folder.close()
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["a"] == "é"
+    assert {"jax", "numpy", "optax", "python"} <= set(config["versions"])
+    assert "git_commit" in config
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "notes.txt").touch()
     assert {"config.json", "metrics.jsonl", "weights.safetensors"} <= {file.name for file in earlier_run(tmp_path)}
@@ -170,16 +149,6 @@ def test_an_earlier_run_is_found_and_replaced(tmp_path):
     assert (tmp_path / "notes.txt").exists()
     with pytest.raises(ValueError, match=r"cannot be written: .*notes.txt is a file"):
         earlier_run(tmp_path / "notes.txt" / "run")
-
-
-def test_config_names_versions_and_commit(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.write_config({"a": "é"})
-    folder.close()
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert config["a"] == "é"
-    assert {"jax", "numpy", "optax", "python"} <= set(config["versions"])
-    assert "git_commit" in config
 
 
 def test_devices_are_plain_values():

@@ -26,10 +26,11 @@ FLAGS = (
 )
 
 
-def start(data, out, *arguments, program="mnist", flags=""):
-    command = [sys.executable, "-m", f"experiments.{program}", *arguments, "--out", str(out), "--log-every", "1"]
+def start(data, out, arguments, *more, flags=""):
+    """experiments.mnist in a process of its own."""
+    command = [sys.executable, "-m", "experiments.mnist", *arguments.split(), *more, "--data", str(data)]
     return subprocess.Popen(
-        command + (["--data", str(data)] if data else []),
+        [*command, "--framework", "jax", "--limit", "48", "--batch-size", "16", "--out", str(out), "--log-every", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,17 +45,19 @@ def finish(process, code=0, timeout=900):
     return printed
 
 
-def free_port():
+@pytest.fixture
+def digits(tmp_path):
+    noisy_digits(tmp_path, seed=0, train=48, test=10)
+    return tmp_path / "digits"
+
+
+def together(data, out, arguments):
+    """Two processes of one training."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def together(data, out, *arguments):
-    """Two processes of one training."""
-    port = free_port()
-    shared = (*arguments, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2")
-    return [start(data, out, *shared, "--process-id", str(number), flags=FLAGS) for number in (0, 1)]
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    shared = f"{arguments} --coordinator {address} --num-processes 2"
+    return [start(data, out, f"{shared} --process-id {number}", flags=FLAGS) for number in (0, 1)]
 
 
 def distance(one, other):
@@ -66,26 +69,11 @@ def distance(one, other):
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_train_as_one(tmp_path):
+def test_two_processes_of_four_devices_train_as_one(digits, tmp_path):
     """ResNet-18 in float64, six steps: parameters, statistics, moments, metrics; the reports are written once."""
-    noisy_digits(tmp_path, seed=0, train=48, test=10)
-    run = (
-        "--framework",
-        "jax",
-        "--model",
-        "resnet18",
-        "--limit",
-        "48",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "2",
-        "--precision",
-        "float64",
-    )
-    finish(start(tmp_path / "digits", tmp_path / "one", *run))
-    first, second = together(tmp_path / "digits", tmp_path / "two", *run)
-    printed = [finish(process) for process in (first, second)]
+    run = "--model resnet18 --epochs 2 --precision float64"
+    finish(start(digits, tmp_path / "one", run))
+    printed = [finish(process) for process in together(digits, tmp_path / "two", run)]
     assert "top-1 of 10 test pictures after 2 of 2 epochs" in printed[0]
     assert "top-1" not in printed[1]
     assert distance(tmp_path / "two", tmp_path / "one") < 1e-9
@@ -93,43 +81,40 @@ def test_two_processes_of_four_devices_train_as_one(tmp_path):
         assert ours["step"] == theirs["step"]
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-9)
         assert ours["train_macro_f1"] == theirs["train_macro_f1"]
-    printed = finish(start(tmp_path / "digits", tmp_path / "two", *run, "--resume"))
+    printed = finish(start(digits, tmp_path / "two", run, "--resume"))
     assert "warning: not bit for bit as without the break: it ran on" in printed
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_with_a_checkpoint(tmp_path):
-    noisy_digits(tmp_path, seed=0, train=48, test=10)
-    run = ("--framework", "jax", "--model", "resnet18", "--limit", "48", "--batch-size", "16", "--epochs", "500")
-    processes = together(tmp_path / "digits", tmp_path / "two", *run)
-    wait_for_rows(processes[0], tmp_path / "two", 3)
-    processes[1].send_signal(signal.SIGTERM)
-    for process in processes:
-        finish(process, code=128 + signal.SIGTERM, timeout=300)
-    checkpoints = Checkpoints(tmp_path / "two" / CHECKPOINTS)
-    assert checkpoints.steps()[-1] == read_metrics(tmp_path / "two")[-1]["step"]
-    checkpoints.read(checkpoints.steps()[-1])
+def stop_by_sigterm(processes, number, out):
+    """After three rows, by one of the processes: what the first has printed; a checkpoint of the current step is there.
 
-
-def wait_for_rows(process, out, count, timeout=600):
-    end = time.monotonic() + timeout
-    while soak.rows(out) < count:
-        assert process.poll() is None, process.communicate()[0]
+    Within 30 seconds, where one process trains.
+    """
+    end = time.monotonic() + 600
+    while soak.rows(out) < 3:
+        assert processes[0].poll() is None, processes[0].communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(tmp_path):
-    out = tmp_path / "run"
-    arguments = ("--arch", "resnet18", "--image-size", "32", "--limit", "96", "--batch-size", "16", "--epochs", "500")
-    process = start(None, out, *arguments, program="cars")
-    wait_for_rows(process, out, 2)
     sent = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    printed = finish(process, code=128 + signal.SIGTERM)
-    assert time.monotonic() - sent < 30
+    processes[number].send_signal(signal.SIGTERM)
+    printed = [finish(process, code=128 + signal.SIGTERM, timeout=300) for process in processes]
+    assert len(processes) > 1 or time.monotonic() - sent < 30
+    checkpoints = Checkpoints(out / CHECKPOINTS)
+    assert checkpoints.steps()[-1] == read_metrics(out)[-1]["step"]
+    checkpoints.read(checkpoints.steps()[-1])
+    return printed[0]
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_with_a_checkpoint(digits, tmp_path):
+    out = tmp_path / "two"
+    stop_by_sigterm(together(digits, out, "--model resnet18 --epochs 500"), 1, out)
+
+
+def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(digits, tmp_path):
+    out = tmp_path / "run"
+    printed = stop_by_sigterm([start(digits, out, "--model cnn --epochs 5000")], 0, out)
     assert f"stopped by SIGTERM: the same command with --out {out} --resume goes on" in printed
-    assert Checkpoints(out / CHECKPOINTS).steps()[-1] == read_metrics(out)[-1]["step"]
 
 
 @pytest.mark.slow

@@ -27,36 +27,32 @@ def settings_for(out, **changes):
     return RunSettings(experiment, System(out=out, keep=3, checkpoint_steps=2)).replace(**changes)
 
 
-def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoiled=()):
+def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoiled=(), **parts):
     """Runs the tiny training; sends itself a signal in a step, or in a batch of a test. Returns what ended it.
 
-    In the spoiled steps the pictures are not numbers.
+    In the spoiled steps the pictures are not numbers. Parts replace those of the training.
     """
-    data = tiny_network.dataset()
-    training = tiny_network.training(settings, data, spoiled=spoiled)
-    calls = {"train": 0, "test": 0}
 
-    def train_step(state, images, labels):
-        calls["train"] += 1
-        if calls["train"] == kill_at:
-            signal.raise_signal(number)
-        return training.train_step(state, images, labels)
+    def prepare(settings, data):
+        training = tiny_network.training(settings, data, spoiled=spoiled)
+        calls = {"train": 0, "test": 0}
 
-    def eval_step(*arguments):
-        calls["test"] += 1
-        if calls["test"] == in_test:
-            signal.raise_signal(number)
-        return training.eval_step(*arguments)
+        def killed(name, step, at):
+            def call(*arguments):
+                calls[name] += 1
+                if calls[name] == at:
+                    signal.raise_signal(number)
+                return step(*arguments)
 
-    train_step.lower = training.train_step.lower
-    description = {"class_names": list(data.class_names), "mean": [0.0], "std": [1.0], "image_size": [8, 8]}
-    return train_and_report(
-        settings,
-        data,
-        training._replace(train_step=train_step, eval_step=eval_step),
-        title="tiny",
-        description=description,
-    )
+            return call
+
+        train_step = killed("train", training.train_step, kill_at)
+        train_step.lower = training.train_step.lower
+        description = {"class_names": list(data.class_names), "mean": [0.0], "std": [1.0], "image_size": [8, 8]}
+        eval_step = killed("test", training.eval_step, in_test)
+        return training._replace(train_step=train_step, eval_step=eval_step, **parts), description
+
+    return train_and_report(settings, tiny_network.dataset(), "tiny", prepare)
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +64,21 @@ def quiet(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("kill_at", [1, 4, 5, 6, 13, 15])
-def test_stopped_and_gone_on_is_the_run_left_alone(kill_at, quiet, tmp_path, capsys):
-    """In the first step, at and around the end of an epoch, in the last step of all."""
-    out = tmp_path / "run"
-    assert train(settings_for(out), kill_at=kill_at) == signal.SIGTERM
-    assert Checkpoints(out / CHECKPOINTS).steps()[-1] == kill_at  # of the current step, due or not
+@pytest.mark.parametrize(
+    "moment",
+    [*({"kill_at": step} for step in (1, 4, 5, 6, 13, 15)), {"in_test": 5}],
+    ids=lambda moment: " ".join(f"{name}-{number}" for name, number in moment.items()),
+)
+def test_stopped_and_gone_on_is_the_run_left_alone(moment, quiet, tmp_path, capsys):
+    """In the first step, at and around the end of an epoch, in the last step of all; and in the second test of the
+    first epoch, that of the averages: after all its steps, before its row."""
+    out, step = tmp_path / "run", moment.get("kill_at", 5)
+    assert train(settings_for(out), **moment) == signal.SIGTERM
+    assert Checkpoints(out / CHECKPOINTS).steps()[-1] == step  # the current one, due or not
+    assert any("test_loss" in row for row in read_metrics(out)) == (step > 5)
     assert "--resume goes on" in capsys.readouterr().out
     assert train(settings_for(out, resume=True)) is None
-    assert f"going on at step {kill_at}" in capsys.readouterr().out
-    assert differences(quiet, out) == []
-
-
-def test_stopped_in_a_test_it_is_tested_again(quiet, tmp_path):
-    """In the second test of the first epoch, that of the averages: after all its steps, before its row."""
-    out = tmp_path / "run"
-    assert train(settings_for(out), in_test=5) == signal.SIGTERM
-    assert not any("test_loss" in row for row in read_metrics(out))
-    assert train(settings_for(out, resume=True)) is None
+    assert f"going on at step {step}" in capsys.readouterr().out
     assert differences(quiet, out) == []
 
 
@@ -111,97 +104,90 @@ def test_a_difference_would_be_seen(quiet, tmp_path):
     assert differences(quiet, copy) == [f"metrics.jsonl, step {rows[3]['step']}"]
 
 
-def stopped(tmp_path, quiet, keep_last):
-    """A run killed by SIGKILL, as far as files go: the first checkpoints of the quiet one, all of its metrics."""
-    out = tmp_path / "run"
-    shutil.copytree(quiet, out)
-    for step in Checkpoints(out / CHECKPOINTS).steps()[keep_last:]:
-        shutil.rmtree(out / CHECKPOINTS / str(step))
-    with open(out / METRICS, "a", encoding="utf-8") as file:
-        file.write('{"step": 99, "tr')
-    return out
+@pytest.fixture
+def stopped(quiet, tmp_path):
+    """Makes a run killed by SIGKILL, as far as files go: the first checkpoints of the quiet one, all of its metrics."""
+
+    def stop(keep_last):
+        out = tmp_path / "run"
+        shutil.copytree(quiet, out)
+        for step in Checkpoints(out / CHECKPOINTS).steps()[keep_last:]:
+            shutil.rmtree(out / CHECKPOINTS / str(step))
+        with open(out / METRICS, "a", encoding="utf-8") as file:
+            file.write('{"step": 99, "tr')
+        return out
+
+    return stop
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(quiet, tmp_path):
-    out = stopped(tmp_path, quiet, keep_last=1)
-    assert train(settings_for(out, resume=True)) is None
+@pytest.mark.parametrize(
+    ("keep_last", "changes", "said"),
+    [
+        (1, {}, "going on at step"),
+        (1, {"keep": 1, "checkpoint_steps": 3}, "going on at step"),
+        (0, {}, "run has no complete checkpoint: starting at step 0"),
+        (9, {}, f"nothing is left to train after step {STEPS}"),
+    ],
+    ids=["metrics are cut back", "settings that change no result", "without a checkpoint", "ended"],
+)
+def test_what_a_kill_has_left_goes_on(keep_last, changes, said, quiet, stopped, capsys):
+    out = stopped(keep_last)
+    assert train(settings_for(out, resume=True, **changes), kill_at=1 if keep_last == 9 else None) is None
+    assert said in capsys.readouterr().out
     assert differences(quiet, out) == []
 
 
-def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quiet, tmp_path, capsys):
-    out = stopped(tmp_path, quiet, keep_last=3)
+def test_resuming_nothing_begins(quiet, tmp_path):
+    assert train(settings_for(tmp_path / "new", resume=True)) is None
+    assert differences(quiet, tmp_path / "new") == []
+
+
+def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quiet, stopped, capsys):
+    out = stopped(3)
     folder = out / CHECKPOINTS
     *_, before, last = Checkpoints(folder).steps()
     (folder / f"{last + 1}.unfinished").mkdir()
     file = folder / str(last) / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
+    config = json.loads((out / "config.json").read_text())
+    config["versions"]["jax"] = "0.0.1"
+    (out / "config.json").write_text(json.dumps(config))
     assert train(settings_for(out, resume=True)) is None
     printed = capsys.readouterr()
     assert f"{folder / f'{last + 1}.unfinished'} is half-written: it is not used" in printed.err
     assert f"{folder / str(last)} is damaged: " in printed.err
     assert f"going on at step {before}" in printed.out, printed.err
+    assert "warning: not bit for bit as without the break: jax 0.0.1 then" in printed.err
     assert differences(quiet, out) == []
 
 
-def test_checkpoints_of_an_earlier_version_are_refused(quiet, tmp_path):
-    out = stopped(tmp_path, quiet, keep_last=2)
+def by_orbax(out):
     (out / CHECKPOINTS / "99").mkdir()
     (out / CHECKPOINTS / "99" / "_CHECKPOINT_METADATA").touch()
-    with pytest.raises(ValueError, match=r"99 was written by orbax, in an earlier version"):
-        train(settings_for(out, resume=True))
 
 
-def test_without_a_complete_checkpoint_it_begins(quiet, tmp_path, capsys):
-    out = stopped(tmp_path, quiet, keep_last=0)
-    assert train(settings_for(out, resume=True)) is None
-    assert f"{out} has no complete checkpoint: starting at step 0" in capsys.readouterr().out
-    assert differences(quiet, out) == []
-    assert train(settings_for(tmp_path / "new", resume=True)) is None
-    assert differences(quiet, tmp_path / "new") == []
-
-
-def test_a_run_that_has_ended_stays_as_it_is(quiet, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(quiet, out)
-    assert train(settings_for(out, resume=True), kill_at=1) is None  # no step, or it would be killed
-    assert differences(quiet, out) == []
-
-
-def test_other_settings_are_named(quiet, tmp_path):
-    out = stopped(tmp_path, quiet, keep_last=1)
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (by_orbax, {}, "99 was written by orbax, in an earlier version"),
+        (
+            lambda out: None,
+            {"epochs": 4, "batch_size": 10},
+            "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume goes on with the same "
+            "ones; to train with these, begin a run in another --out$",
+        ),
+        (lambda out: (out / "config.json").write_text("{"), {}, "config.json cannot be read .*what run this was"),
+        (lambda out: (out / METRICS).write_text(""), {}, r"has 0 lines, and had \d+ at the checkpoint: it was changed"),
+    ],
+    ids=["an earlier version", "other settings", "half a config.json", "changed metrics"],
+)
+def test_what_cannot_go_on_is_refused(change, settings, message, stopped):
+    out = stopped(2)
+    change(out)
     before = (out / METRICS).read_bytes()
-    message = (
-        "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume goes on with the same ones; "
-        "to train with these, begin a run in another --out$"
-    )
     with pytest.raises(ValueError, match=message):
-        train(settings_for(out, resume=True, epochs=4, batch_size=10))
-    (out / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json cannot be read .*cannot know what run this was"):
-        train(settings_for(out, resume=True))
+        train(settings_for(out, resume=True, **settings))
     assert (out / METRICS).read_bytes() == before
-
-
-def test_settings_that_change_no_result_may_differ(quiet, tmp_path):
-    out = stopped(tmp_path, quiet, keep_last=1)
-    assert train(settings_for(out, resume=True, keep=1, checkpoint_steps=3)) is None
-    assert differences(quiet, out) == []
-
-
-def test_other_versions_are_warned_of(quiet, tmp_path, capsys):
-    out = stopped(tmp_path, quiet, keep_last=1)
-    config = json.loads((out / "config.json").read_text())
-    config["versions"]["jax"] = "0.0.1"
-    (out / "config.json").write_text(json.dumps(config))
-    train(settings_for(out, resume=True))
-    assert "warning: not bit for bit as without the break: jax 0.0.1 then" in capsys.readouterr().err
-
-
-def test_changed_metrics_are_refused(quiet, tmp_path):
-    out = stopped(tmp_path, quiet, keep_last=3)
-    (out / METRICS).write_text("")
-    with pytest.raises(ValueError, match=r"metrics.jsonl has 0 lines, and had \d+ at the checkpoint: it was changed"):
-        train(settings_for(out, resume=True))
 
 
 def test_what_is_not_finite_ends_the_run_with_the_state_from_before(quiet, tmp_path):
@@ -229,7 +215,7 @@ def test_what_is_not_finite_is_left_out_up_to_a_limit(tmp_path):
     assert [row.get("skipped") for row in ends] == [None, 1, 1]
     assert all(np.isfinite(row["train_loss"]) for row in ends)
     with pytest.raises(DivergedError, match="at step 13"):
-        train(settings_for(tmp_path / "other", skip_nonfinite=2), spoiled=[8, 11, 13])
+        train(settings_for(tmp_path / "other", skip_nonfinite=2), spoiled=[8, 11, 13], search=lambda *batch: [])
 
 
 def test_a_disk_that_is_full_is_said_and_the_run_goes_on(quiet, tmp_path, capsys, monkeypatch):
@@ -259,22 +245,3 @@ def test_dry_run_touches_nothing(tmp_path, capsys):
     assert "checkpoints of" in printed
     assert "nothing was trained" in printed
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"resume": True, "out": None}, "--resume needs --out"),
-        ({"resume": True, "overwrite": True}, "choose one"),
-        ({"resume": True, "keep": 0}, "--keep 0 writes none"),
-        ({"ema": 1.0}, "--ema must be between 0 and 1"),
-        ({"accumulate": 4}, "--batch-size 6 must be a multiple of --accumulate 4"),
-        ({"devices": "two"}, "--devices is a number or all"),
-        ({"process_id": 1}, "need --coordinator"),
-        ({"checkpoint_minutes": 0.0}, "--checkpoint-minutes must be positive"),
-        ({"framework": "numpy", "ema": 0.9}, "--ema is for --framework jax, not for numpy"),
-    ],
-)
-def test_settings_that_cannot_be(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        settings_for(tmp_path).replace(**{"checkpoint_steps": None, "ema": None} | changes).check()
