@@ -84,7 +84,7 @@ def test_metadata(tree, tmp_path):
 
 
 def test_layout_is_torchvisions(tree, tmp_path):
-    """Its counts of batches are no weights. Files are JAX's byte for byte, and tests/jax_resnet has PyTorch load those."""
+    """Its counts of batches are no weights. Files are those of JAX, which PyTorch loads in tests/jax_resnet."""
     arrays = weights.to_torch(*tree)
     assert arrays["layer2.0.downsample.0.weight"].shape == (128, 64, 1, 1)
     assert arrays["bn1.running_var"].shape == (64,)
