@@ -1,4 +1,4 @@
-"""Checks a backward pass by running the forward pass.
+"""Checks a backward pass with finite differences of the forward pass.
 
 >>> import numpy as np
 >>> def square(x):
@@ -24,19 +24,20 @@ STEP = 1e-6
 
 
 def check_vjp(function: Callable[..., tuple[Any, Callable]], *arrays: Array, tolerance: float = 1e-6) -> None:
-    """Compares a function's vjp with central differences, along random directions u and for a random weighting w.
+    """Compares a function's vjp with central differences, for a random output gradient w and random directions u.
 
-    <w, f(x + h·u) - f(x - h·u)> / 2h must be <vjp(w), u>, for each of the arrays by itself, in float64. Two random
-    vectors see every entry at once, so that a check costs two runs for each array, however large it is.
+    For each array x, <w, f(x + h·u) - f(x - h·u)> / 2h must equal <vjp(w), u>, in float64 with h = 1e-6. The other
+    arrays stay fixed. u and w involve all entries at once, so the check of an array of any size costs two runs.
 
     Args:
       function: as in `numpy_ref.layers`: arrays -> (y, vjp), or ((y, ...), vjp) where only y has a gradient. Bind
-        settings and labels with functools.partial. It must be smooth within 1e-6 of the arrays: no ReLU at 0, no tie.
-      arrays: what y depends on; vjp returns a tuple with the gradient of each, in this order.
-      tolerance: how far the two may be apart, as a share of the gradient's length.
+        settings and labels with functools.partial. The function must be smooth between x - h·u and x + h·u, where each
+        entry of u is standard normal: no ReLU input near 0, no near tie in a max-pool.
+      arrays: the inputs of y. vjp returns a tuple with one gradient per array, in this order.
+      tolerance: the allowed difference relative to the gradient's norm. An estimate of the rounding error is added.
 
     Raises:
-      AssertionError: names the first array whose gradient is wrong, has another shape, or is missing.
+      AssertionError: names the first array whose gradient is wrong, has a wrong shape, or is missing.
     """
     rng = np.random.default_rng(0)
     arrays = [np.asarray(array, np.float64) for array in arrays]
@@ -55,7 +56,7 @@ def check_vjp(function: Callable[..., tuple[Any, Callable]], *arrays: Array, tol
         u = rng.standard_normal(array.shape)
         ahead, behind = (first_output(*arrays[:i], array + h * u, *arrays[i + 1 :]) for h in (STEP, -STEP))
         numeric, analytic = np.vdot(w, ahead - behind) / (2 * STEP), np.vdot(gradient, u)
-        if not abs(numeric - analytic) <= tolerance * np.linalg.norm(gradient) + rounding:  # nan is wrong too
+        if not abs(numeric - analytic) <= tolerance * np.linalg.norm(gradient) + rounding:  # also true for nan
             raise AssertionError(
                 f"gradient {i}, {array.shape}, is wrong: in a random direction the output changes by {numeric:.5g}, "
                 f"the vjp says {analytic:.5g}"

@@ -1,4 +1,4 @@
-"""What a ResNet is made of: the table of the paper (He et al. 2015, arXiv:1512.03385, table 1) as data."""
+"""The architectures in table 1 of the ResNet paper (He et al. 2015, arXiv:1512.03385) as data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-Tree = dict[str, Any]  # a nested dict, here of shapes, elsewhere of arrays
+Tree = dict[str, Any]  # a nested dict, of shapes in this module and of arrays elsewhere
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 
@@ -18,11 +18,11 @@ class ResNetConfig:
     Attributes:
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, and a 1x1 with four times the width).
       stage_sizes: the number of blocks in each of the four stages.
-      num_classes: the number of logits; 0 leaves the dense layer out, and the logits are the pooled vector.
+      num_classes: the number of logits. 0 removes the dense layer; the logits are then the pooled vector.
       in_channels: the channels of the images, 3 for RGB, 1 for grey.
-      stride_in: the convolution of a bottleneck that has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
-        its first 1x1 (v1, the paper). A basic block always has it in its first 3x3.
-      batch_norm: False leaves every BatchNorm out and gives the convolutions a bias.
+      stride_in: which convolution of a bottleneck applies the block's stride: "conv2", the 3x3 (v1.5, torchvision), or
+        "conv1", the first 1x1 (v1, the paper). In a basic block, the first 3x3 always applies the stride.
+      batch_norm: False removes every BatchNorm and gives the convolutions a bias.
       zero_gamma: whether `init` sets the weight of each block's last BatchNorm to 0 (Goyal et al. 2017,
         arXiv:1706.02677, section 5.1).
     """
@@ -44,44 +44,44 @@ class ResNetConfig:
             raise ValueError(f"stage_sizes must be four numbers >= 1, got {self.stage_sizes}")
         if self.num_classes < 0 or self.in_channels < 1:
             raise ValueError(
-                f"num_classes must be >= 0 and in_channels >= 1, got {self.num_classes}, {self.in_channels}"
+                f"num_classes must be >= 0 and in_channels >= 1, got {self.num_classes} and {self.in_channels}"
             )
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNetConfig:
-    """ResNet-18; options as for `ResNetConfig`."""
+    """ResNet-18. The options are those of `ResNetConfig`."""
     return ResNetConfig("basic", (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNetConfig:
-    """ResNet-34; options as for `ResNetConfig`."""
+    """ResNet-34. The options are those of `ResNetConfig`."""
     return ResNetConfig("basic", (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNetConfig:
-    """ResNet-50; options as for `ResNetConfig`."""
+    """ResNet-50. The options are those of `ResNetConfig`."""
     return ResNetConfig("bottleneck", (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNetConfig:
-    """ResNet-101; options as for `ResNetConfig`."""
+    """ResNet-101. The options are those of `ResNetConfig`."""
     return ResNetConfig("bottleneck", (3, 4, 23, 3), num_classes, in_channels, **options)
 
 
 def resnet152(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNetConfig:
-    """ResNet-152; options as for `ResNetConfig`."""
+    """ResNet-152. The options are those of `ResNetConfig`."""
     return ResNetConfig("bottleneck", (3, 8, 36, 3), num_classes, in_channels, **options)
 
 
 def blocks(config: ResNetConfig) -> Iterator[tuple[str, str, int]]:
-    """The residual blocks in their order: stage ("layer3"), number in it ("10"), stride."""
+    """Yields stage ("layer3"), number within the stage ("10") and stride of each residual block, in execution order."""
     for stage, count in enumerate(config.stage_sizes, start=1):
         for number in range(count):
             yield f"layer{stage}", str(number), 2 if stage > 1 and number == 0 else 1
 
 
 def convolutions(config: ResNetConfig, width: int, stride: int) -> list[tuple[int, int, int]]:
-    """The convolutions of a residual block: size of the kernel, number of filters, stride."""
+    """Returns (kernel size, number of filters, stride) of each convolution in a residual block."""
     if config.block == "basic":
         return [(3, width, stride), (3, width, 1)]
     first, second = (stride, 1) if config.stride_in == "conv1" else (1, stride)
@@ -89,7 +89,7 @@ def convolutions(config: ResNetConfig, width: int, stride: int) -> list[tuple[in
 
 
 def shapes(config: ResNetConfig) -> tuple[Tree, Tree]:
-    """The shapes of all parameters and running statistics: nested dicts of tuples, as `init` fills them."""
+    """Returns the shapes of params and batch_stats as nested dicts of tuples."""
 
     def add(params: Tree, stats: Tree, conv: str, norm: str, size: int, channels: int, filters: int) -> None:
         params[conv] = {"weight": (size, size, channels, filters)}

@@ -1,7 +1,7 @@
-"""2-D convolution in plain NumPy, three times with one meaning.
+"""2-D convolution in plain NumPy, as three functions with the same result.
 
-Read `conv2d_loops` first, which is the definition; `conv2d_unfolded` says it as one matrix product; `conv2d` is the one
-to use, which does that in blocks and keeps no copy of its input.
+Read `conv2d_loops` first: it is the definition. `conv2d_unfolded` computes one matrix product. `conv2d` is the function
+to use: it computes this product in blocks and keeps no copy of its input.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from numpy import ndarray as Array
 
 Vjp = Callable[..., tuple[Any, ...]]
 
-# A block of unfolded images should stay in a core's cache, yet feed the matrix product with enough rows.
+# A block of unfolded images should fit into a core's cache and still give the matrix product enough rows.
 BLOCK_BYTES, BLOCK_ROWS = 2**20, 256
 
 
 def conv2d_loops(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
 ) -> tuple[Array, Vjp]:
-    """2-D cross-correlation by its definition, in loops; arguments and results as `conv2d`. Slow: to be read.
+    """2-D cross-correlation by its definition, in slow loops. Arguments and results are those of `conv2d`.
 
     y[n, i, j, k] = bias[k] + sum over u, v, c of x[n, s·i + u - p, s·j + v - p, c] · weight[u, v, c, k], where x is 0
-    outside of the image. Each product x·weight in that sum gives dy·weight to dx and dy·x to dweight.
+    outside the image. Each product x·weight in this sum adds dy·weight to dx and dy·x to dweight.
     """
     _check_conv2d(x, weight, bias, stride, padding)
     out_h, out_w = output_size(x, weight.shape, stride, padding)
     dtype = np.result_type(x, weight)
 
     def products() -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """The index into y, x and weight of every product that the definition sums."""
+        """Yields the indices into y, x and weight of every product in the sum."""
         kh, kw, channels, filters = weight.shape
         for n, i, j, k in itertools.product(range(len(x)), range(out_h), range(out_w), range(filters)):
             for u, v in itertools.product(range(kh), range(kw)):
@@ -58,11 +58,11 @@ def conv2d_loops(
 def conv2d_unfolded(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
 ) -> tuple[Array, Vjp]:
-    """2-D cross-correlation as one matrix product (im2col); arguments and results as `conv2d`.
+    """2-D cross-correlation as one matrix product (im2col). Arguments and results are those of `conv2d`.
 
-    Each output pixel sees a patch of x. With all patches as rows, y = patches·weight is a dense layer, and so is its
-    gradient; dx adds up what overlapping patches say of the same pixel. The patches, kept for the gradient, take kh·kw
-    times the memory of x (at stride 1).
+    Each output pixel depends on one patch of x. With the patches as rows, y = patches·weight is a dense layer and has
+    the gradient of a dense layer. dx sums the gradients of all patches that contain a pixel. The vjp keeps the patches,
+    which need kh·kw times the memory of x at stride 1.
     """
     _check_conv2d(x, weight, bias, stride, padding)
     kh, kw, _, filters = weight.shape
@@ -82,10 +82,10 @@ def conv2d_unfolded(
 def conv2d(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int = 1, padding: int = 0
 ) -> tuple[Array, Vjp]:
-    """2-D cross-correlation, `conv2d_unfolded` a block of images at a time; nothing but x and weight is kept.
+    """2-D cross-correlation: `conv2d_unfolded` on one block of images at a time.
 
-    A block's patches stay in the cache, and unfolding them again in the backward pass takes about as long as reading
-    them all back from memory would.
+    The vjp keeps only the arguments and unfolds each block again. The patches of a block fit into the cache, so this
+    takes about as long as reading stored patches from memory.
 
     Args:
       x: (N, H, W, C) float.
@@ -95,10 +95,11 @@ def conv2d(
       padding: p, zeros added on each of the four sides.
 
     Returns:
-      y, (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), and vjp: dy like y -> (dx, dweight, dbias).
+      y, (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), and vjp: dy (y's shape) -> (dx, dweight, dbias).
 
     Raises:
-      ValueError: for arrays of other ranks, channels that do not fit, or a kernel larger than the padded image.
+      ValueError: if x is empty or not float, an array has a wrong rank or number of channels, the kernel is larger than
+        the padded image, stride < 1 or padding < 0.
     """
     _check_conv2d(x, weight, bias, stride, padding)
     dtype = np.result_type(x, weight)
@@ -111,9 +112,9 @@ def conv2d(
 
 
 def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
-    """A dense layer of each pixel: there is nothing to unfold."""
+    """Applies one dense layer to every pixel, without unfolding."""
     matrix = weight[0, 0]
-    pixels = x[:, ::stride, ::stride]  # a view: as rows it is x itself at stride 1, and else a copy, not to be kept
+    pixels = x[:, ::stride, ::stride]  # a view; the vjp does not keep its rows, which are a copy if stride > 1
 
     def vjp(dy: Array) -> tuple[Array, Array]:
         rows, dy_rows = pixels.reshape(-1, x.shape[3]), dy.reshape(-1, matrix.shape[1])
@@ -149,13 +150,13 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
 
 
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The patches that a kernel sees (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
+    """Returns a kernel's patches (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
     ((_, patches),) = unfolded_blocks(x, kh, kw, stride, padding, images=len(x))
     return patches
 
 
 def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The gradient of `unfold`: each pixel of the (N, H, W, C) images receives the sum of its copies in the patches."""
+    """The gradient of `unfold`: each pixel of images with this shape (N, H, W, C) is the sum of its patch entries."""
     n, h, w, channels = shape
     x = np.zeros((n, h + 2 * padding, w + 2 * padding, channels), patches.dtype)
     copies = patches.reshape(n, *output_size(x, (kh, kw), stride, 0), kh * kw, channels)
@@ -167,14 +168,14 @@ def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, 
 def unfolded_blocks(
     x: Array, kh: int, kw: int, stride: int, padding: int, images: int | None = None
 ) -> Iterator[tuple[slice, Array]]:
-    """The patches of some images at a time: which images, and (images·H'·W', kh·kw·C), valid until the next block."""
+    """Yields a slice of the images and its patches, (images·H'·W', kh·kw·C). The next block overwrites the patches."""
     n, h, w, channels = x.shape
     out_h, out_w = output_size(x, (kh, kw), stride, padding)
     rows = max(BLOCK_ROWS, BLOCK_BYTES // (kh * kw * channels * x.itemsize))
     images = images or min(n, -(-rows // (out_h * out_w)))
     padded = np.zeros((images, h + 2 * padding, w + 2 * padding, channels), x.dtype)
     patches = np.empty((images, out_h, out_w, kh, kw, channels), x.dtype)
-    # The same memory seen as patches: moving by one in H' or W' is moving by the stride in the image.
+    # A view of `padded` as patches: one step along H' or W' moves by `stride` pixels in the image.
     step_n, step_h, step_w, step_c = padded.strides
     strides = (step_n, stride * step_h, stride * step_w, step_h, step_w, step_c)
     windows = np.ndarray(patches.shape, x.dtype, padded, strides=strides)
@@ -187,7 +188,7 @@ def unfolded_blocks(
 
 
 def taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
-    """For each tap (u, v) of a kernel, row-major, the values of padded images that it meets: views (N, H', W', C)."""
+    """For each kernel tap, row-major, returns a view (N, H', W', C) of the pixels of padded x that the tap reads."""
     out_h, out_w = output_size(x, (kh, kw), stride, 0)
     return [
         x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
@@ -196,7 +197,7 @@ def taps(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
 
 
 def output_size(x: Array, window: tuple[int, ...], stride: int, padding: int) -> tuple[int, int]:
-    """H' and W' for images (N, H, W, C) under a window of (height, width, ...)."""
+    """Returns H' and W' for images (N, H, W, C) and a window (height, width, ...)."""
     return (x.shape[1] + 2 * padding - window[0]) // stride + 1, (x.shape[2] + 2 * padding - window[1]) // stride + 1
 
 
@@ -209,7 +210,7 @@ def _bias_gradient(bias: Array | None, dy: Array) -> Array | None:
 
 
 def check_images(layer: str, x: Array) -> None:
-    """Raises a ValueError that names the layer unless x is (N, H, W, C) float, with N >= 1."""
+    """Raises a ValueError with the layer's name unless x is (N, H, W, C) float with N >= 1."""
     if x.ndim != 4 or not len(x) or not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{layer}: x must be (N, H, W, C) float with N >= 1, got {x.shape} {x.dtype}")
 
@@ -218,7 +219,8 @@ def _check_conv2d(x: Array, weight: Array, bias: Array | None, stride: int, padd
     check_images("conv2d", x)
     if weight.ndim != 4 or weight.shape[2] != x.shape[3]:
         raise ValueError(
-            f"conv2d: weight must be (kh, kw, C, K) and x (N, H, W, C) with one C, got {weight.shape} and {x.shape}"
+            f"conv2d: weight must be (kh, kw, C, K) and x (N, H, W, C), with the same C, "
+            f"got {weight.shape} and {x.shape}"
         )
     if stride < 1 or padding < 0:
         raise ValueError(f"conv2d: stride must be >= 1 and padding >= 0, got stride {stride}, padding {padding}")

@@ -1,12 +1,13 @@
 """The layers of a ResNet in plain NumPy, each with its gradient right below it.
 
-Every function here returns (outputs, vjp). `vjp` (vector-Jacobian product) is the backward pass: it takes the gradient
-of a scalar with respect to the output and returns, always as a tuple, its gradients with respect to the array arguments
-in their order, None for an absent bias. Functions are pure: nothing that goes in is changed, and a vjp can be called as
-often as one likes. Images are NHWC, convolution kernels HWIO, dense kernels (in, out); float32 and float64.
+Every function in this module returns (outputs, vjp). `vjp` (vector-Jacobian product) is the backward pass. Its argument
+is the gradient of a scalar with respect to the output. It always returns a tuple: the gradients with respect to the
+array arguments, in order. The gradient of an absent bias is None; labels and running statistics have no entry.
+Functions do not change their arguments, and a vjp can be called more than once. Images are NHWC, convolution kernels
+HWIO, dense kernels (in, out). Arrays are float32 or float64.
 
-There are three convolutions with one meaning. Read `conv2d_loops` first, which is the definition; `conv2d_unfolded`
-says it as one matrix product; `conv2d` is the one to use, which does that in blocks and keeps no copy of its input.
+Three functions compute the same convolution. Read `conv2d_loops` first: it is the definition. `conv2d_unfolded`
+computes one matrix product. `conv2d` is the function to use: it computes this product in blocks.
 
 >>> import numpy as np
 >>> y, vjp = dense(np.ones((2, 3)), np.full((3, 1), 0.5))
@@ -53,31 +54,30 @@ def batch_norm(
 ) -> tuple[tuple[Array, Array, Array], Vjp]:
     """Batch normalization over all axes but the last (Ioffe & Szegedy 2015), as PyTorch computes it.
 
-    y = (x - mean) / sqrt(var + eps) · weight + bias, in training with the batch's mean and biased variance, in
-    evaluation with the running ones, which training moves by `momentum` towards the batch's mean and its unbiased
-    variance (n / (n - 1)).
+    y = (x - mean) / sqrt(var + eps) · weight + bias. Training normalizes with the batch's mean and biased variance,
+    evaluation with the running mean and variance. Training moves the running statistics by the share `momentum` towards
+    the batch's mean and unbiased variance (the biased variance times n / (n - 1)).
 
     Args:
       x: (..., C) float.
       weight, bias: (C,), gamma and beta.
       running_mean, running_var: (C,).
-      train: whether to use, and follow, the batch's own statistics.
-      momentum: the share of the new statistics in the running ones.
+      train: whether to normalize with the batch's statistics and update the running statistics.
+      momentum: the weight of the batch's statistics in the new running statistics.
       eps: added to the variance.
 
     Returns:
-      (y, new running mean, new running variance), and vjp: dy like y -> (dx, dweight, dbias). The running values carry
-      no gradient.
+      (y, new running mean, new running variance), and vjp: dy (y's shape) -> (dx, dweight, dbias).
 
     Raises:
-      ValueError: for vectors that do not fit the channels, or in training with one value per channel.
+      ValueError: if a vector is not (C,), or in training with one value per channel.
     """
     _check_batch_norm(x, weight, bias, running_mean, running_var, train)
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     new_mean, new_var = running_mean, running_var
     if train:
-        # NumPy adds rows one by one: in float32 that would cost digits where |mean| >> deviation.
+        # NumPy adds rows one by one. In float32 this loses digits if |mean| >> deviation.
         mean = rows.mean(0, dtype=np.float64).astype(x.dtype)
         centred = rows - mean
         var = (centred * centred).mean(0)
@@ -93,7 +93,7 @@ def batch_norm(
         dbias = dy.sum(0)
         dweight = (dy * centred).sum(0) * inverse_deviation
         if train:
-            # x moves the batch's mean and deviation too. What of dy would only shift or scale the batch has no effect.
+            # BatchNorm undoes any shift or scaling of the batch, so dy loses its components along these directions.
             dy = dy - dbias / n - centred * (inverse_deviation * dweight / n)
         dx = dy * (weight * inverse_deviation)
         return dx.reshape(x.shape), dweight, dbias
@@ -102,30 +102,30 @@ def batch_norm(
 
 
 def relu(x: Array) -> tuple[Array, Vjp]:
-    """max(x, 0), with gradient 0 at 0. Any shape; vjp: dy -> (dx,)."""
+    """max(x, 0) for any shape, with gradient 0 at 0. vjp: dy -> (dx,)."""
     y = np.maximum(x, 0)
     return y, lambda dy: (np.where(y > 0, dy, 0),)
 
 
 def sigmoid(x: Array) -> tuple[Array, Vjp]:
-    """1 / (1 + exp(-x)), without overflow. Any shape; vjp: dy -> (dx,)."""
+    """1 / (1 + exp(-x)) for any shape, without overflow. vjp: dy -> (dx,)."""
     decay = np.exp(-np.abs(x))
     y = np.where(x >= 0, 1, decay) / (1 + decay)
     return y, lambda dy: (dy * decay / (1 + decay) ** 2,)
 
 
 def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) -> tuple[Array, Vjp]:
-    """The largest value in each window; the border is padded with -inf, a tie's gradient goes to the first position.
+    """The largest value in each window. The padding is -inf; in a tie, the first position gets the gradient.
 
     Args:
       x: (N, H, W, C) float.
-      window, stride, padding: for both axes; padding at most window // 2.
+      window, stride, padding: for both axes; padding is at most window // 2.
 
     Returns:
-      y, (N, (H + 2·padding - window) // stride + 1, the same of W, C), and vjp: dy like y -> (dx,).
+      y, (N, (H + 2·padding - window) // stride + 1, the same for W, C), and vjp: dy (y's shape) -> (dx,).
 
     Raises:
-      ValueError: for other ranks, a padding over half the window, or a window that does not fit.
+      ValueError: if x has a wrong rank or type or is empty, an option is out of range, or the window does not fit.
     """
     _check_max_pool(x, window, stride, padding)
     n, h, w, channels = x.shape
@@ -139,7 +139,7 @@ def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) ->
 
     def vjp(dy: Array) -> tuple[Array]:
         dx = np.zeros(padded.shape, y.dtype)
-        waiting = np.ones(y.shape, bool)  # for the first tap that equals the maximum
+        waiting = np.ones(y.shape, bool)  # True until a tap equals the maximum
         for tap, dtap in zip(taps(padded, window, window, stride), taps(dx, window, window, stride), strict=True):
             takes = waiting & (tap == y)
             dtap += dy * takes
@@ -150,7 +150,7 @@ def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) ->
 
 
 def global_avg_pool(x: Array) -> tuple[Array, Vjp]:
-    """The mean over height and width, (N, H, W, C) -> (N, C); vjp: dy (N, C) -> (dx,)."""
+    """The mean over height and width, (N, H, W, C) -> (N, C). vjp: dy (N, C) -> (dx,)."""
     check_images("global_avg_pool", x)
     _, h, w, _ = x.shape
 
@@ -161,7 +161,7 @@ def global_avg_pool(x: Array) -> tuple[Array, Vjp]:
 
 
 def flatten(x: Array) -> tuple[Array, Vjp]:
-    """(N, ...) -> (N, product of the rest), for images in the order height, width, channel; vjp: dy -> (dx,)."""
+    """(N, ...) -> (N, product of the rest), for images in the order height, width, channel. vjp: dy -> (dx,)."""
     return x.reshape(len(x), -1), lambda dy: (dy.reshape(x.shape),)
 
 
@@ -177,7 +177,7 @@ def dense(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Vj
       y, (N, K), and vjp: dy (N, K) -> (dx, dweight, dbias).
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: if the shapes do not fit.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
         raise ValueError(f"dense: x must be (N, C) and weight (C, K), got {x.shape} and {weight.shape}")
@@ -192,17 +192,17 @@ def dense(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Vj
 
 
 def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Vjp]:
-    """-log softmax(logits)[label] per example, stable for any finite logits.
+    """-log softmax(logits)[label] of each example, stable for any finite logits.
 
     Args:
       logits: (N, K) float.
       labels: (N,) integer class numbers from 0 to K - 1.
 
     Returns:
-      losses, (N,), of which the caller takes the mean, and vjp: dlosses (N,) -> (dlogits,).
+      losses, (N,), and vjp: dlosses (N,) -> (dlogits,). The caller takes the mean of the losses.
 
     Raises:
-      ValueError: for shapes that do not fit or labels that are not class numbers.
+      ValueError: if the shapes do not fit or a label is not a class number.
     """
     _check_labels(logits, labels)
     shifted = logits - logits.max(1, keepdims=True)
@@ -219,16 +219,16 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Vjp]:
 
 
 def sequential(x: Array, *steps: tuple[Any, ...]) -> tuple[Array, Vjp]:
-    """Runs layers one after the other: the chain rule.
+    """Runs layers one after the other. Its vjp is the chain rule.
 
     Args:
       x: the input of the first layer.
-      steps: (layer, *arrays) each: a function (x, *arrays) -> (output, vjp), with its weights. Settings such as the
-        stride are bound by functools.partial.
+      steps: one (layer, *arrays) per layer, where layer is a function (x, *arrays) -> (output, vjp). Bind settings such
+        as the stride with functools.partial. Layers with several outputs, such as batch_norm, do not work.
 
     Returns:
-      the last output, and vjp: its gradient -> (dx, gradients of the first layer's arrays, of the second's, ...), where
-      the gradients of a layer's arrays are a tuple.
+      the last output, and vjp: dy (the output's shape) -> (dx, *gradients). Each entry of gradients is the tuple of the
+      gradients of one layer's arrays.
 
     >>> y, vjp = sequential(np.ones((1, 2)), (dense, np.ones((2, 3))), (relu,))
     >>> dx, (dweight,), () = vjp(np.ones((1, 3)))
@@ -264,7 +264,7 @@ def _check_max_pool(x: Array, window: int, stride: int, padding: int) -> None:
     check_images("max_pool", x)
     if window < 1 or not 0 <= padding <= window // 2 or stride < 1:
         raise ValueError(
-            f"max_pool: window and stride must be >= 1 and padding within 0 and window // 2, "
+            f"max_pool: window and stride must be >= 1 and padding between 0 and window // 2, "
             f"got window {window}, stride {stride}, padding {padding}"
         )
     if min(output_size(x, (window, window), stride, padding)) < 1:
@@ -279,6 +279,6 @@ def _check_labels(logits: Array, labels: Array) -> None:
         )
     if labels.size and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
         raise ValueError(
-            f"softmax_cross_entropy: labels must be within 0 and {logits.shape[1] - 1}, "
+            f"softmax_cross_entropy: labels must be between 0 and {logits.shape[1] - 1}, "
             f"got {labels.min()} to {labels.max()}"
         )

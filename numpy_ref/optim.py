@@ -1,7 +1,7 @@
 r"""SGD, Adam, AdamW, AdaBound and AMSBound, one formula each, on nested dicts of arrays.
 
-An optimizer is optax's pair of pure functions: init makes a state of zeros from the parameters, update turns gradients
-and state into updates and the next state. Nothing that is passed in is changed:
+An optimizer is a pair of pure functions, as in optax. `init` returns a state of zeros for the parameters. `update`
+turns gradients and a state into updates and the next state. No function changes its arguments:
 
 >>> import numpy as np
 >>> from numpy_ref import optim
@@ -15,9 +15,9 @@ and state into updates and the next state. Nothing that is passed in is changed:
 >>> print(params["fc"]["weight"].round(3))
 [ 0.702 -1.701]
 
-In the formulas g is the gradient, p the parameter and t the number of the update, from 1; the learning rate α is a
-number, or a schedule, which is read at the number of updates made so far, t - 1. Moments are kept and formulas computed
-in at least float32 (in float16 a decay of 0.999 changes nothing); updates have the gradients' dtype.
+In the formulas, g is the gradient, p the parameter and t the number of the update, starting at 1. The learning rate α
+is a number or a schedule. A schedule is called with the number of updates made so far, t - 1. Moments and formulas use
+at least float32, because g² of a small g underflows in float16. Updates have the gradients' dtype.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ Schedule = Callable[[int], float]
 
 
 class GradientTransformation(NamedTuple):
-    """An optimizer; :func:`apply_updates` adds the updates to the parameters."""
+    """An optimizer. :func:`apply_updates` adds its updates to the parameters."""
 
     init: Callable[[Tree], Any]  # params -> state
     update: Callable[..., tuple[Tree, Any]]  # (grads, state, params=None) -> (updates, state)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """params + updates, new arrays in the parameters' dtypes."""
+    """Returns params + updates as new arrays with the parameters' dtypes."""
     return _tree_map(lambda p, u: np.asarray(p + u, np.asarray(p).dtype), params, updates)
 
 
 def add_decayed_weights(
     optimizer: GradientTransformation, weight_decay: float, mask: Tree | Callable[[Tree], Tree] | None = None
 ) -> GradientTransformation:
-    """The optimizer with an L2 penalty: it is given g + weight_decay · p in the place of g.
+    """Adds an L2 penalty: the returned optimizer passes g + weight_decay · p instead of g to the given optimizer.
 
     Args:
-      optimizer: any of those here; its state stays what it is.
-      weight_decay: Strength of the penalty; unless it is 0, update needs the parameters.
-      mask: Nested dict of bools like the parameters, or a function from them to it: which parameters decay.
+      optimizer: Any optimizer of this module. Its state has the same form as before.
+      weight_decay: Strength of the penalty. Unless it is 0, update needs params.
+      mask: Which parameters decay: a nested dict of bools like params, or a function from params to such a dict.
     """
 
     def update(grads, state, params=None):
@@ -77,18 +77,18 @@ class SgdState(NamedTuple):
 def sgd(
     learning_rate: float | Schedule, momentum: float = 0.0, nesterov: bool = False, dampening: float = 0.0
 ) -> GradientTransformation:
-    r"""Stochastic gradient descent with a momentum buffer, which starts at 0.
+    r"""Stochastic gradient descent with a momentum buffer that starts at 0.
 
     .. math::
 
       b_t &= \text{momentum} \cdot b_{t-1} + (1 - \text{dampening}) \, g_t \\
       u_t &= -\alpha_t b_t \qquad \text{with Nesterov's momentum} \quad -\alpha_t (g_t + \text{momentum} \cdot b_t)
 
-    With a dampening that equals momentum the buffer is the moving average of the gradients, which AdaBound ends with.
-    torch differs in the first update: it takes the first gradient into the buffer undampened.
+    If dampening equals momentum, the buffer is the moving average of the gradients. AdaBound converges to this SGD.
+    In torch the first update differs: the first gradient enters the buffer without dampening.
 
     Raises:
-      ValueError: momentum is negative; or nesterov without momentum or with dampening, which torch refuses too.
+      ValueError: momentum is negative, or nesterov is used without momentum or with dampening (torch raises this too).
     """
     _check_ranges(momentum=momentum)
     if nesterov and (momentum == 0 or dampening != 0):
@@ -126,7 +126,7 @@ class AdamState(NamedTuple):
 def adam(
     learning_rate: float | Schedule, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
 ) -> GradientTransformation:
-    r"""Adam: the moving average of g over the root of that of g², both corrected for their start at 0.
+    r"""Adam: the moving average of g divided by the root of the moving average of g², both corrected for starting at 0.
 
     .. math::
 
@@ -136,7 +136,7 @@ def adam(
     Args:
       learning_rate: α, a number or a schedule.
       b1, b2: β₁ and β₂, the decay rates of the moments, in [0, 1).
-      eps, eps_root: ε and, under the root, ε̄; >= 0.
+      eps, eps_root: ε and, under the root, ε̄. Both are >= 0.
 
     Raises:
       ValueError: b1, b2, eps or eps_root is out of range.
@@ -161,8 +161,8 @@ def adamw(
 
     Args:
       learning_rate, b1, b2, eps, eps_root: As for :func:`adam`.
-      weight_decay: Strength of the decay; unless it is 0, update needs the parameters.
-      mask: Nested dict of bools like the parameters, or a function from them to it: which parameters decay.
+      weight_decay: Strength of the decay. Unless it is 0, update needs params.
+      mask: Which parameters decay: a nested dict of bools like params, or a function from params to such a dict.
 
     Raises:
       ValueError: As for :func:`adam`.
@@ -219,7 +219,7 @@ def adabound(
     eps_root: float = 0.0,
     amsbound: bool = False,
 ) -> GradientTransformation:
-    r"""AdaBound: Adam whose step sizes are clipped into bounds that close around the one of SGD.
+    r"""AdaBound: Adam with step sizes clipped to bounds that converge to the step size of SGD.
 
     .. math::
 
@@ -230,19 +230,18 @@ def adabound(
 
     Args:
       learning_rate: α, a number or a schedule.
-      final_lr: The learning rate of the SGD at the end, as long as learning_rate is base_lr; else in proportion.
+      final_lr: The learning rate of SGD at the end if learning_rate equals base_lr. It scales with learning_rate.
       b1, b2: β₁ and β₂, the decay rates of the moments, in [0, 1).
-      eps, eps_root: ε and, under the root, ε̄; >= 0.
-      gamma: γ, how fast the bounds close, > 0; at t = 1 / γ they are a factor of 2 from their limit.
-      base_lr: The learning rate that final_lr belongs to; by default learning_rate, or the schedule's value at 0. To be
-        passed when that is 0 (a warm-up: pass its peak) or when learning_rate is an array.
-      weight_decay: Strength of an L2 penalty: weight_decay · p is added to g. Unless it is 0, update needs the
-        parameters.
-      mask: Nested dict of bools like the parameters, or a function from them to it: which parameters decay.
-      amsbound: Whether to use the largest v so far in the place of v.
+      eps, eps_root: ε and, under the root, ε̄. Both are >= 0.
+      gamma: γ, how fast the bounds converge, > 0. At t = 1 / γ they are a factor of 2 from their limit.
+      base_lr: The learning rate that final_lr belongs to, by default learning_rate or the schedule's value at 0. Pass
+        it if this default is 0 (for a warm-up, pass the peak) or if learning_rate is an array.
+      weight_decay: Strength of an L2 penalty: weight_decay · p is added to g. Unless it is 0, update needs params.
+      mask: Which parameters decay: a nested dict of bools like params, or a function from params to such a dict.
+      amsbound: Whether to use the largest v so far instead of v.
 
     Raises:
-      ValueError: base_lr is needed and missing, or a number is out of range.
+      ValueError: base_lr is required and missing, or a number is out of range.
 
     References:
       Luo et al., `Adaptive Gradient Methods with Dynamic Bound of Learning Rate
@@ -258,7 +257,7 @@ def adabound(
         t = state.count + 1
         rate = _learning_rate(learning_rate, state.count)
         correction = math.sqrt(_one_minus_power(b2, t)) / _one_minus_power(b1, t)
-        width = 1 + 1 / (gamma * t)  # (γt + 1) / γt, which for an infinite γ would be ∞ / ∞
+        width = 1 + 1 / (gamma * t)  # (γt + 1) / γt, without its ∞ / ∞ for an infinite γ
         lower, upper = ratio / width, ratio * width
 
         def rule(g, p, m, v, v_max=None):
@@ -266,7 +265,7 @@ def adabound(
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * g**2
             v_max = np.maximum(v_max, v) if amsbound else v
-            with np.errstate(divide="ignore"):  # where v and ε are 0 the step is infinite, and clipped
+            with np.errstate(divide="ignore"):  # v = ε = 0 gives an infinite step; clip bounds it
                 step = correction / (np.sqrt(v_max + eps_root) + eps)
             return -rate * np.clip(step, lower, upper) * m, m, v, v_max
 
@@ -281,7 +280,7 @@ def adabound(
 amsbound = functools.partial(adabound, amsbound=True)
 
 
-# What they share.
+# Shared by all optimizers.
 
 
 def _check_ranges(**hyperparameters):
@@ -301,33 +300,33 @@ def _learning_rate(learning_rate, count):
 
 
 def _base_lr(learning_rate, base_lr):
-    """The learning rate that final_lr belongs to; never inferred from an array, which may be another the next time."""
+    """Returns the learning rate that final_lr belongs to. An array gives none, because its value may change."""
     is_inferred = base_lr is None
     if is_inferred:
         base_lr = float(learning_rate(0)) if callable(learning_rate) else learning_rate
     if not isinstance(base_lr, (int, float)) or not base_lr > 0:
         raise ValueError(
-            f"base_lr must be a number > 0, {'the learning rate starts as' if is_inferred else 'got'} {base_lr!r}: "
-            "pass base_lr, the learning rate that final_lr belongs to (of a warm-up its peak), for example base_lr=1e-3"
+            f"base_lr must be a number > 0, got {base_lr!r}{' from learning_rate' if is_inferred else ''}: "
+            "pass base_lr, the learning rate that final_lr belongs to (for a warm-up, its peak), such as base_lr=1e-3"
         )
     return float(base_lr)
 
 
 def _one_minus_power(b, t):
-    """1 - b^t; by expm1, since subtracting 0.999 from 1 costs three digits."""
+    """1 - b^t by expm1, because the subtraction 1 - 0.999 loses three digits."""
     return -math.expm1(t * math.log(b)) if b else 1.0
 
 
 def _decayed(grads, params, weight_decay, mask):
-    """Tree like the gradients: the parameters that decay, and zeros in the place of the others."""
+    """Returns a tree like the gradients: the parameters that decay, and zeros for the other parameters."""
 
     def zeros(x):
-        return np.broadcast_to(np.zeros((), np.asarray(x).dtype), np.shape(x))  # one number, whatever the shape
+        return np.broadcast_to(np.zeros((), np.asarray(x).dtype), np.shape(x))  # stores only one number
 
     if weight_decay == 0:
         return _tree_map(zeros, grads)
     if params is None:
-        raise ValueError(f"weight_decay is {weight_decay}: pass the parameters too, update(grads, state, params)")
+        raise ValueError(f"weight_decay is {weight_decay}: pass the parameters too, as update(grads, state, params)")
     mask = mask(params) if callable(mask) else mask
     return params if mask is None else _tree_map(lambda p, decays: p if decays else zeros(p), params, mask)
 
@@ -339,7 +338,7 @@ def _zeros_like(params):
 def _widened(x):
     x = np.asarray(x)
     if np.iscomplexobj(x):
-        raise TypeError(f"these optimizers take real parameters and gradients, got {x.dtype}")
+        raise TypeError(f"parameters and gradients must be real, got {x.dtype}")
     return x.astype(np.promote_types(x.dtype, np.float32), copy=False)
 
 
@@ -347,17 +346,17 @@ def _elementwise(rule, inputs, moments):
     """Applies rule(g, ..., *moments) -> (update, *new moments) to each parameter's arrays, in at least float32.
 
     Args:
-      inputs: Trees, the gradients first.
+      inputs: Trees; the first tree is the gradients.
       moments: Trees with the same names and shapes.
 
     Returns:
-      [updates, *new moments], trees in the gradients' and the moments' dtypes.
+      [updates, *new moments]: trees with the gradients' dtypes and the moments' dtypes.
     """
 
     def apply(*arrays):
         shapes = [np.shape(array) for array in arrays]
         if len(set(shapes)) > 1:
-            raise ValueError(f"a gradient, its parameter and their moments must have one shape, got {shapes}")
+            raise ValueError(f"a gradient, its parameter and its moments must have the same shape, got {shapes}")
         dtypes = [np.asarray(array).dtype for array in (arrays[0], *arrays[len(inputs) :])]
         results = rule(*map(_widened, arrays))
         return [np.asarray(result, dtype) for result, dtype in zip(results, dtypes, strict=False)]
@@ -366,11 +365,12 @@ def _elementwise(rule, inputs, moments):
     return [_tree_map(lambda arrays, i=i: arrays[i], results) for i in range(1 + len(moments))]
 
 
-def _tree_map(function, *trees, path="the root"):
-    """Applies function to the leaves of trees of the same structure."""
+def _tree_map(function, *trees, path=()):
+    """Applies function to the leaves of trees with the same structure. path has the keys that lead to these trees."""
     names = [sorted(tree) if isinstance(tree, Mapping) else "an array" for tree in trees]
     if any(other != names[0] for other in names):
-        raise ValueError(f"trees must have the same names, at {path} they have {' and '.join(map(str, names))}")
+        place, found = ".".join(map(str, path)) or "the root", " and ".join(map(str, names))
+        raise ValueError(f"trees must have the same names, but at {place} they have {found}")
     if isinstance(trees[0], Mapping):
-        return {name: _tree_map(function, *(tree[name] for tree in trees), path=name) for name in trees[0]}
+        return {name: _tree_map(function, *(tree[name] for tree in trees), path=(*path, name)) for name in trees[0]}
     return function(*trees)

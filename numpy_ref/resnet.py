@@ -1,8 +1,9 @@
-"""ResNet-18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385), built from `numpy_ref.layers` and nothing else.
+"""ResNet-18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385), built only from `numpy_ref.layers`.
 
-Read it from `apply` down. Every part of the network returns its output and a `vjp`, which takes the gradient of that
-output and returns (dparams, dx): the gradients of the part's parameters, as a dict like params, and of its input.
-`numpy_ref.fast` computes the same numbers several times faster.
+Read this module from `apply` down. A part of the network without running statistics returns (output, vjp); a part that
+may have them returns ((output, new running statistics), vjp). The vjp takes the gradient of the output and returns
+(dparams, dx). dparams holds the gradients of the part's parameters in a dict like params; dx is the gradient of its
+input. `numpy_ref.fast` computes the same numbers several times faster.
 
 A network is a `ResNetConfig` and two nested dicts of arrays, `params` and `batch_stats`. Their paths joined by "." are
 torchvision's keys: `params["layer1"]["0"]["conv1"]["weight"]` is `layer1.0.conv1.weight`.
@@ -46,12 +47,12 @@ Vjp = Callable[[Array], tuple[Tree, Array]]  # dy -> (dparams, dx)
 
 
 class Output(NamedTuple):
-    """What `apply` returns beside its vjp.
+    """The result of `apply`, next to the vjp.
 
     logits: (N, num_classes), before any softmax.
-    batch_stats: the running statistics after this batch (in evaluation those that were passed in).
+    batch_stats: the running statistics after this batch. Evaluation returns the arrays that were passed in.
     activations: {} or, with return_activations, {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first
-      block, each block's output, and the pooled vector. The vjp reads them too: copy one before you change it.
+      block, each block's output, and the pooled vector. The vjp reads these arrays: copy an array before you change it.
     """
 
     logits: Array
@@ -74,14 +75,15 @@ def apply(
       config: the architecture that params and batch_stats were made for.
       params, batch_stats: nested dicts as `init` returns them.
       images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
-      train: True normalizes with the batch's statistics and updates the running ones.
-      return_activations: fill Output.activations.
+      train: whether to normalize with the batch's statistics and update the running statistics.
+      return_activations: whether to fill Output.activations.
 
     Returns:
       Output(logits, batch_stats, activations), and vjp: dlogits (N, num_classes) -> (dparams, dimages).
 
     Raises:
-      ValueError: for images of another rank, type, size or number of channels, or parameters of another network.
+      ValueError: if images have a wrong rank, type, size or number of channels, if params or batch_stats do not fit
+        config, or in training with one value per channel.
     """
     check(config, params, batch_stats, images)
     (x, new_stats), vjp_stem = stem(params, batch_stats, images, train=train)
@@ -109,7 +111,7 @@ def apply(
 
 
 def stem(params: Tree, batch_stats: Tree, images: Array, *, train: bool) -> tuple[tuple[Array, Tree], Vjp]:
-    """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2; returns as `conv_norm`."""
+    """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2. Returns the same as `conv_norm`."""
     (x, new_stats), vjp_conv = conv_norm_relu(params, batch_stats, "conv1", "bn1", images, 2, train=train)
     x, vjp_pool = layers.max_pool(x)
     return (x, new_stats), lambda dx: vjp_conv(*vjp_pool(dx))
@@ -118,13 +120,13 @@ def stem(params: Tree, batch_stats: Tree, images: Array, *, train: bool) -> tupl
 def residual_block(
     config: ResNetConfig, params: Tree, batch_stats: Tree, x: Array, stride: int, *, train: bool
 ) -> tuple[tuple[Array, Tree], Vjp]:
-    """relu(branch(x) + shortcut(x)); the shortcut is x itself or, where shapes differ, its 1x1 projection.
+    """relu(branch(x) + shortcut(x)). The shortcut is x itself, or a 1x1 projection of x if the shapes differ.
 
     Args:
-      config: the kind of block, and where a bottleneck has its stride.
-      params, batch_stats: of this block: {"conv1", "bn1", ..., "downsample"}.
+      config: sets the kind of block and which convolution of a bottleneck applies the stride.
+      params, batch_stats: the dicts of this block, {"conv1", "bn1", ..., "downsample"}.
       x: (N, H, W, C).
-      stride: of the block.
+      stride: the block's stride.
       train: as in `apply`.
 
     Returns:
@@ -143,20 +145,20 @@ def residual_block(
     y, vjp_sum = layers.relu(y + shortcut)
 
     def vjp(dy: Array) -> tuple[Tree, Array]:
-        (dsum,) = vjp_sum(dy)  # a sum hands its gradient to both of its terms
+        (dsum,) = vjp_sum(dy)  # both terms of a sum receive its gradient
         dparams, dbranch, dshortcut = {}, dsum, dsum
         for vjp_layer in reversed(vjps):
             dlayer, dbranch = vjp_layer(dbranch)
             dparams |= dlayer
         if vjp_shortcut is not None:
             dparams["downsample"], dshortcut = vjp_shortcut(dsum)
-        return dparams, dbranch + dshortcut  # x went both ways, so its gradients add
+        return dparams, dbranch + dshortcut  # x feeds branch and shortcut, so the gradients add up
 
     return (y, new_stats), vjp
 
 
 def conv_norm_relu(*arguments: Any, train: bool) -> tuple[tuple[Array, Tree], Vjp]:
-    """`conv_norm` followed by a ReLU; arguments and results are the same."""
+    """`conv_norm` followed by a ReLU. Arguments and results are those of `conv_norm`."""
     (y, new_stats), vjp_norm = conv_norm(*arguments, train=train)
     y, vjp_relu = layers.relu(y)
     return (y, new_stats), lambda dy: vjp_norm(*vjp_relu(dy))
@@ -165,7 +167,7 @@ def conv_norm_relu(*arguments: Any, train: bool) -> tuple[tuple[Array, Tree], Vj
 def conv_norm(
     params: Tree, batch_stats: Tree, conv: str, norm: str, x: Array, stride: int, *, train: bool
 ) -> tuple[tuple[Array, Tree], Vjp]:
-    """A convolution and the BatchNorm after it, params[conv] and params[norm]; without the latter just the convolution.
+    """The convolution params[conv], followed by the BatchNorm params[norm] if params has this key.
 
     Returns:
       (y, the new running statistics {norm: ...}), and vjp: dy -> ({conv: ..., norm: ...}, dx).
@@ -190,7 +192,7 @@ def conv_norm(
 
 
 def head(params: Tree, x: Array) -> tuple[Array, Vjp]:
-    """The dense layer, or nothing where there is none: logits, and vjp: dlogits -> (dparams, dx)."""
+    """The dense layer. Without "fc" in params, the logits are x. Returns logits, and vjp: dlogits -> (dparams, dx)."""
     if "fc" not in params:
         return x, lambda dlogits: ({}, dlogits)
     logits, vjp_dense = layers.dense(x, **params["fc"])
@@ -203,23 +205,24 @@ def head(params: Tree, x: Array) -> tuple[Array, Vjp]:
 
 
 def init(config: ResNetConfig, rng: np.random.Generator, dtype: Any = np.float32) -> tuple[Tree, Tree]:
-    """Draws the parameters and the first running statistics of a network.
+    """Draws the initial parameters and running statistics of a network.
 
-    Convolutions are normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out), BatchNorm
-    weights 1 and biases 0, the dense layer uniform within 1/sqrt(in), as PyTorch's Linear. Without BatchNorm that
-    explodes with depth: there convolutions are PyTorch's default, uniform within 1/sqrt(kh·kw·C), their biases too.
+    Convolutions are normal with standard deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, fan-out).
+    BatchNorm weights are 1 and biases 0. A dense layer (C, K) is uniform in ±1/sqrt(C), as PyTorch's Linear. Without
+    BatchNorm, activations would grow exponentially with depth, so convolutions and their biases are then uniform in
+    ±1/sqrt(kh·kw·C), PyTorch's default.
 
     Args:
       config: the architecture.
       rng: a NumPy random generator.
-      dtype: of all arrays, np.float32 or np.float64.
+      dtype: the dtype of all arrays, np.float32 or np.float64.
 
     Returns:
       params and batch_stats, nested dicts; batch_stats is {} without BatchNorm.
     """
 
     def draw(tree: Tree) -> Tree:
-        """Arrays for a tree of shapes; names and ranks tell which layer they are of."""
+        """Returns arrays for a tree of shapes. Names and ranks identify the kind of layer."""
         if "weight" not in tree and "running_var" not in tree:
             return {name: draw(subtree) for name, subtree in tree.items()}
         if "running_var" in tree or len(tree["weight"]) == 1:
@@ -240,7 +243,7 @@ def init(config: ResNetConfig, rng: np.random.Generator, dtype: Any = np.float32
 
 
 def check(config: ResNetConfig, params: Mapping[str, Any], batch_stats: Mapping[str, Any], images: Array) -> None:
-    """Raises a ValueError for images that do not fit, or names the first array that is missing or does not fit."""
+    """Raises a ValueError if images, the keys of a dict (the message lists them) or an array's shape do not fit."""
     if images.ndim != 4 or images.shape[3] != config.in_channels or not len(images):
         hint = ": is this NCHW?" if images.ndim == 4 and images.shape[1] == config.in_channels else ""
         raise ValueError(
@@ -255,10 +258,10 @@ def check(config: ResNetConfig, params: Mapping[str, Any], batch_stats: Mapping[
     def check_tree(given: Any, expected: Any, name: str) -> None:
         if isinstance(expected, tuple):
             if np.shape(given) != expected:
-                raise ValueError(f"{name} must be {expected} for {config}, got {np.shape(given)}")
+                raise ValueError(f"{name} must have the shape {expected} for {config}, got {np.shape(given)}")
         elif not isinstance(given, Mapping) or set(given) != set(expected):
             found = sorted(given) if isinstance(given, Mapping) else type(given).__name__
-            raise ValueError(f"{name} must have {sorted(expected)} for {config}, got {found}")
+            raise ValueError(f"{name} must have the keys {sorted(expected)} for {config}, got {found}")
         else:
             for key, value in expected.items():
                 check_tree(given[key], value, f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""One training step, one evaluation step, and the state they pass on: `jax_resnet.train` in NumPy.
+"""A training step, an evaluation step and the training state: `jax_resnet.train` in NumPy.
 
 >>> from numpy_ref import optim
 >>> config, optimizer = resnet.resnet18(num_classes=10, in_channels=1), optim.adam(1e-3)
@@ -24,7 +24,7 @@ Apply = Callable[..., tuple[resnet.Output, layers.Vjp]]
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: the count of steps, params, batch_stats and the optimizer's state."""
+    """Everything that a step changes: the step count, params, batch_stats and the optimizer's state."""
 
     step: int
     params: Any
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 def create_train_state(
     params: Any, batch_stats: Any, optimizer: GradientTransformation, *, freeze_backbone: bool = False
 ) -> TrainState:
-    """The state before the first step; freeze_backbone as for `make_train_step`."""
+    """Returns the state before the first step. Pass the same freeze_backbone as to `make_train_step`."""
     return TrainState(0, params, batch_stats, optimizer.init(_trained_part(params, freeze_backbone)))
 
 
@@ -44,7 +44,7 @@ def _trained_part(params: Any, freeze_backbone: bool) -> Any:
 
 
 def smoothed_cross_entropy(logits: Array, labels: Array, label_smoothing: float) -> tuple[Array, layers.Vjp]:
-    """The cross-entropy with a target of 1 - s for the label and s / K for each of the K classes on top.
+    """Cross-entropy whose target is s / K for each of the K classes, plus 1 - s for the label.
 
     Args:
       logits: (N, K) float.
@@ -58,7 +58,7 @@ def smoothed_cross_entropy(logits: Array, labels: Array, label_smoothing: float)
     if not label_smoothing:
         return losses, vjp_label
     s = label_smoothing
-    # The mean over all classes of -log softmax is the label's own plus how far its logit is above the mean.
+    # The mean of -log softmax over all classes is -log softmax of the label + (the label's logit - the mean logit).
     above = np.take_along_axis(logits, labels[:, None], 1)[:, 0] - logits.mean(1)
 
     def vjp(dlosses: Array) -> tuple[Array]:
@@ -85,16 +85,17 @@ def make_train_step(
     Args:
       config: the architecture.
       optimizer: one of `numpy_ref.optim`.
-      label_smoothing: the share of the target spread over all classes.
+      label_smoothing: the share of the target that is spread over all classes.
       preprocess: (images, step) -> float images.
-      apply: the network, `resnet.apply` or another function of that form.
-      freeze_backbone: train the dense layer "fc" alone, which is given the activation "pool"; the rest runs as in
-        evaluation, and its running statistics stay.
+      apply: the network, `resnet.apply` or a function with the same arguments and results.
+      freeze_backbone: whether to train only the dense layer "fc", whose input is the activation "pool". The network
+        then runs in evaluation mode and keeps its running statistics.
 
     Returns:
-      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int; metrics, of
-      the batch before the update, are "loss" and "top1" (the share of right answers), scalars, and "prediction", (N,).
-      The state that goes in stays as it is. Numbers that overflow become inf or nan in silence: look at the loss.
+      step(state, images, labels) -> (state, metrics). images are the input of `preprocess`; labels are (N,) int.
+      metrics has the scalars "loss" and "top1" (the share of correct predictions) and "prediction", (N,), all from
+      before the update. The step does not change its arguments. Overflow gives inf or nan without a warning, so check
+      the loss.
     """
 
     forward = _forward_head if freeze_backbone else _forward
@@ -117,13 +118,13 @@ def make_train_step(
 
 
 def _forward(apply: Apply, config: Any, state: TrainState, images: Array) -> tuple[resnet.Output, Callable]:
-    """The output in training, and vjp: dlogits -> gradients of all parameters."""
+    """Returns the output in training mode, and vjp: dlogits -> gradients of all parameters."""
     out, vjp = apply(config, state.params, state.batch_stats, images, train=True)
     return out, lambda dlogits: vjp(dlogits)[0]
 
 
 def _forward_head(apply: Apply, config: Any, state: TrainState, images: Array) -> tuple[resnet.Output, Callable]:
-    """The output in evaluation, and vjp: dlogits -> gradients of the dense layer; none go further back."""
+    """Returns the output in evaluation mode, and vjp: dlogits -> gradients of the dense layer only."""
     out, _ = apply(config, state.params, state.batch_stats, images, train=False, return_activations=True)
     _, vjp_dense = layers.dense(out.activations["pool"], **state.params["fc"])
 
@@ -137,18 +138,18 @@ def _forward_head(apply: Apply, config: Any, state: TrainState, images: Array) -
 def make_eval_step(
     config: Any, *, preprocess: Callable[[Array], Array] = lambda images: images, apply: Apply = resnet.apply
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """Builds the evaluation step; arguments as for `make_train_step`, but `preprocess` takes images alone.
+    """Builds the evaluation step. Arguments are those of `make_train_step`, but `preprocess` takes only images.
 
     Returns:
-      step(params, batch_stats, images, labels) -> per example, each (N,): "loss", "prediction", "confidence" (the
-      prediction's probability) and "top5" (whether the label is among the five largest logits, or all if there are
-      fewer).
+      step(params, batch_stats, images, labels) -> a dict of arrays (N,): "loss", "prediction", "confidence" (the
+      prediction's probability) and "top5" (whether the label has one of the five largest logits). With at most five
+      classes, "top5" is always true.
     """
 
     @np.errstate(over="ignore", invalid="ignore")
     def step(params: Any, batch_stats: Any, images: Array, labels: Array) -> dict[str, Array]:
         out, _ = apply(config, params, batch_stats, preprocess(images), train=False)
-        best = np.argsort(-out.logits, axis=1, kind="stable")[:, :5]  # stable: of equal logits the first one wins
+        best = np.argsort(-out.logits, axis=1, kind="stable")[:, :5]  # stable: the first of equal logits comes first
         losses, _ = layers.softmax_cross_entropy(out.logits, labels)
         least_losses, _ = layers.softmax_cross_entropy(out.logits, best[:, 0])
         return {

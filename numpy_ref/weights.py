@@ -1,8 +1,8 @@
-"""Weight files without JAX: torchvision's names and layout in .npz and .safetensors, the same as jax_resnet.weights'.
+"""Weight files in .npz and .safetensors with torchvision's names and layout, as in jax_resnet.weights but without JAX.
 
-A file is a flat {name: array}. A name is a path in the nested dicts, joined by "."; what differs is the layout:
+A file maps names to arrays. A name is the path in the nested dicts, joined by ".". The layouts differ:
 
-    here                     in a file
+    nested dicts             file
     kernel (kh, kw, C, K)    (K, C, kh, kw)
     dense (in, out)          (out, in)
 """
@@ -20,15 +20,15 @@ import safetensors.numpy
 from numpy_ref.config import ResNetConfig, Tree, shapes
 
 SUFFIXES = (".safetensors", ".npz")
-FILE_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by rank: where a file's axes are in an array of the tree
-TREE_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}  # and the other way round
+FILE_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}  # by rank: the transposition from the nested dicts to a file
+TREE_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}  # and from a file to the nested dicts
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """torchvision's names and layout -> (params, batch_stats), nested dicts of contiguous arrays of the same dtypes.
+    """torchvision's names and layout -> (params, batch_stats), nested dicts of contiguous arrays with the same dtypes.
 
     Args:
-      state_dict: {name: array}, anything that NumPy takes. Batch counts (num_batches_tracked) are left out.
+      state_dict: {name: array or anything that np.asarray converts}. Batch counts (num_batches_tracked) are dropped.
     """
     params: Tree = {}
     batch_stats: Tree = {}
@@ -59,15 +59,15 @@ def save(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a .safetensors or .npz file, aside first and then renamed, so that no half file is ever seen.
+    """Writes a .safetensors or .npz file. A temporary file is renamed at the end, so path never holds a partial file.
 
     Args:
-      path: its suffix is the format.
+      path: its suffix sets the format.
       params, batch_stats: nested dicts.
-      metadata: text by name, for .safetensors only.
+      metadata: {name: text}, only for .safetensors.
 
     Raises:
-      ValueError: for another suffix, or metadata in a format that has none.
+      ValueError: if the suffix is unknown, or if an .npz file is given metadata.
     """
     path = _checked(path)
     if metadata and path.suffix.lower() == ".npz":
@@ -86,19 +86,19 @@ def save(
 
 
 def load(path: str | os.PathLike, config: ResNetConfig) -> tuple[Tree, Tree]:
-    """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
+    """Reads a file into (params, batch_stats). Names and shapes must fit the network, and all values must be finite.
 
     Args:
       path: a .safetensors or .npz file with torchvision's names and layout.
       config: the network.
 
     Returns:
-      params and batch_stats, nested dicts of arrays of the file's dtypes.
+      params and batch_stats, nested dicts of arrays with the file's dtypes.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for another suffix, a file that cannot be read, or one list of all that is missing, unexpected,
-        misshapen or not finite.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if the suffix is unknown, the file cannot be read, an array is missing, unexpected, not finite or of a
+        wrong shape, or a running variance is negative. The message lists all such arrays.
     """
     arrays = {name: value for name, value in _read(_checked(path)).items() if not _is_batch_count(name)}
     expected = {name: _file_shape(shape) for tree in shapes(config) for name, shape in _leaves(tree)}
@@ -116,19 +116,19 @@ def load(path: str | os.PathLike, config: ResNetConfig) -> tuple[Tree, Tree]:
         elif name.endswith("running_var") and (count := np.count_nonzero(value < 0)):
             problems.append(f"{name}: {count:,} of {value.size:,} variances are negative")
     if problems:
-        raise ValueError(f"{path} does not fit {config}, {len(problems)} times:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{path} does not fit {config}, {len(problems)} problems:\n  " + "\n  ".join(problems))
     return from_torch(arrays)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
-        raise FileNotFoundError(f"no weight file {path}")
+        raise FileNotFoundError(f"there is no weight file {path}")
     try:
         if path.suffix.lower() == ".safetensors":
             return safetensors.numpy.load_file(path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except Exception as error:  # the readers raise a dozen types for a damaged file
+    except Exception as error:  # damaged files raise many types of errors
         raise ValueError(f"{path} is not a readable {path.suffix} file: {error}") from error
 
 
@@ -148,7 +148,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_batch_count(name: str) -> bool:
-    return name.rpartition(".")[2] == "num_batches_tracked"  # torch counts, nothing here needs it
+    return name.rpartition(".")[2] == "num_batches_tracked"  # PyTorch's counts, which nothing here reads
 
 
 def _transposed(value: np.ndarray, axes_by_rank: Mapping[int, tuple[int, ...]]) -> np.ndarray:

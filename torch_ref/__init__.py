@@ -1,6 +1,6 @@
-"""ResNets, AdaBound and a training step in plain PyTorch, the third implementation to check the others against.
+"""ResNets, AdaBound and a training step in plain PyTorch, to check the JAX and NumPy implementations against.
 
-`torch_ref.resnet` has the networks, whose state_dict is torchvision's, `torch_ref.adabound` the optimizer,
-`torch_ref.train` the steps. Importing this package imports none of them; they need torch
-(`pip install -e ".[torch]"`) and nothing else.
+`torch_ref.resnet` has the networks, with torchvision's state_dict, `torch_ref.adabound` the optimizer, and
+`torch_ref.train` the training and evaluation steps. The package itself imports none of these modules. They need only
+torch (`pip install -e ".[torch]"`).
 """

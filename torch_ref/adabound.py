@@ -1,6 +1,7 @@
 r"""AdaBound and AMSBound (Luo et al., ICLR 2019, https://openreview.net/forum?id=Bkg3g2R9FX) for PyTorch.
 
-With t counted from 1 for each parameter, for every entry, whose gradient (plus weight_decay · parameter) is g:
+Each entry of a parameter changes by u. g is the entry's gradient plus weight_decay times the entry, and t counts the
+parameter's updates from 1:
 
 .. math::
 
@@ -9,10 +10,10 @@ With t counted from 1 for each parameter, for every entry, whose gradient (plus 
   u_t &= -\alpha_t \cdot \mathrm{clip}\left(s_t, r \tfrac{\gamma t}{\gamma t + 1}, r \tfrac{\gamma t + 1}{\gamma t}
          \right) \cdot m_t, \qquad r = \text{final\_lr} / \text{base\_lr}
 
-AMSBound has the largest v so far in the place of v. :math:`\alpha_t` is the group's learning rate at that step, which a
-scheduler may change; base_lr is the one with which the group was added. These are the rules of the authors' code
-(https://github.com/Luolc/AdaBound), except that base_lr is kept in the group: theirs is lost with groups that are added
-later and is not in the state_dict.
+AMSBound uses the largest v so far instead of v. :math:`\alpha_t` is the current learning rate of the group, which a
+scheduler may change. base_lr is by default the learning rate with which the group was added. The formulas are those of
+the authors' code (https://github.com/Luolc/AdaBound). This module keeps base_lr in the group. The authors' code has no
+base_lr for groups that are added later and does not save base_lr in the state_dict.
 """
 
 import itertools
@@ -29,10 +30,9 @@ GROUP_OPTIONS = ("lr", "base_lr", "betas", "final_lr", "gamma", "eps", "weight_d
 
 
 class AdaBound(Optimizer):
-    """Starts as Adam with learning rate lr, ends as SGD with momentum and learning rate final_lr.
+    """Starts as Adam with learning rate lr and ends as SGD with momentum and learning rate final_lr.
 
-    Moments are kept and steps computed in at least float32, whatever the parameters' dtype (in bfloat16 a decay of
-    0.999 is none at all).
+    Moments and steps use at least float32 for all parameter dtypes, because a decay of 0.999 rounds to 1 in bfloat16.
 
     Examples:
       >>> weight = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
@@ -61,21 +61,21 @@ class AdaBound(Optimizer):
         *,
         foreach: bool | None = None,
     ):
-        """Takes what torch's optimizers take.
+        """Creates the optimizer.
 
         Args:
-          params: parameters, named parameters, or dicts of them with options of their own: any argument below but
-            foreach, and base_lr, the learning rate that final_lr belongs to (by default the group's lr; to be passed
-            where that is 0).
+          params: parameters, named parameters, or groups: dicts of parameters with their own options. A group may set
+            any argument below except foreach, and base_lr, the learning rate that final_lr belongs to. The default of
+            base_lr is the group's lr. Pass base_lr if lr is 0.
           lr: the learning rate.
           betas: the decay rates of the two moments, in [0, 1).
-          final_lr: the learning rate of the SGD at the end, as long as lr is base_lr; else in proportion.
-          gamma: how fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
+          final_lr: the learning rate of SGD at the end if lr equals base_lr. It scales with lr.
+          gamma: how fast the bounds converge, > 0. At t = 1 / gamma they are a factor of 2 from their limit.
           eps: added to the root of the second moment.
           weight_decay: strength of an L2 penalty: weight_decay · parameter is added to the gradient.
           amsbound: whether to use the largest second moment so far, as AMSBound does.
-          foreach: whether one kernel updates many parameters, which takes more memory. By default on CUDA only: there
-            the time goes into launching kernels; on a CPU, where it goes into memory, parameter by parameter is faster.
+          foreach: whether one kernel updates many parameters, which needs more memory. By default only on CUDA, where
+            kernel launches take most of the time. On a CPU, memory access dominates, so separate updates are faster.
 
         Raises:
           ValueError: an option is out of range.
@@ -93,31 +93,34 @@ class AdaBound(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Adds parameters with options of their own; what is not given is as the optimizer was made with.
+        """Adds parameters with their own options. The optimizer's defaults replace missing options.
 
         Raises:
           ValueError: an option is out of range.
         """
         group = {**self.defaults, **param_group}
-        group.setdefault("base_lr", float(group["lr"]))  # a copy: schedulers change a learning rate's tensor in place
+        group.setdefault("base_lr", float(group["lr"]))  # float copies: schedulers change lr tensors in place
         _check_options(group)
         super().add_param_group(group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from the state of an optimizer with the same groups, bit for bit.
+        """Loads the state of an optimizer with the same groups, to continue bit for bit.
 
         Raises:
-          ValueError: the groups differ in number or size, or lack options, as those of other optimizers do.
+          ValueError: the groups differ in number or size, or a group lacks one of AdaBound's options.
         """
         for number, group in enumerate(state_dict["param_groups"]):
             missing = [option for option in GROUP_OPTIONS if option not in group]
             if missing:
+                hint = "is this the state_dict of another optimizer?"
+                if missing == ["base_lr"]:
+                    hint = "for the authors' AdaBound, add base_lr, the initial lr of the group"
                 raise ValueError(
-                    f"the state_dict's param_groups[{number}] must have AdaBound's options, there is no "
-                    f"{', '.join(missing)}: if it is of another AdaBound, add base_lr, the lr it began with"
+                    f"param_groups[{number}] of the state_dict must have {', '.join(GROUP_OPTIONS)}, but lacks "
+                    f"{', '.join(missing)}: {hint}"
                 )
         super().load_state_dict(state_dict)
-        # torch rounds the moments to the parameters' dtype, and shares those that it need not round.
+        # torch casts the moments to the parameters' dtype and shares moments that already have it: copy the originals.
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, param in zip(saved, params, strict=True):
@@ -136,7 +139,7 @@ class AdaBound(Optimizer):
           What the closure returned, or None.
 
         Raises:
-          TypeError: a gradient is sparse or complex; then no parameter is changed.
+          TypeError: a gradient is sparse or complex. In this case step changes no parameter.
         """
         loss = None
         if closure is not None:
@@ -144,7 +147,7 @@ class AdaBound(Optimizer):
                 loss = closure()
         self._check_gradients()
         for group in self.param_groups:
-            alike = defaultdict(list)  # one list: the same number of updates so far, and what foreach needs to be fast
+            alike = defaultdict(list)  # by number of updates, and by device and dtype for foreach
             for param in group["params"]:
                 if param.grad is not None:
                     state = self.state[param] or self._first_state(param, group)
@@ -178,7 +181,7 @@ class AdaBound(Optimizer):
 
 
 class AMSBound(AdaBound):
-    """AdaBound with the largest second moment so far in the place of the present one; its arguments."""
+    """AdaBound with the largest second moment so far. Takes AdaBound's arguments except amsbound."""
 
     def __init__(
         self,
@@ -196,7 +199,7 @@ class AMSBound(AdaBound):
 
 
 def _update(params: list[Tensor], states: list[dict[str, Any]], group: Mapping[str, Any], t: int) -> None:
-    """Update number t of these parameters, one after the other."""
+    """Applies update number t to these parameters, one after the other."""
     (beta1, beta2), eps = group["betas"], group["eps"]
     dtype = _wide_dtype(params[0])
     correction, least, most = _correction_and_limits(group, t, dtype)
@@ -214,7 +217,7 @@ def _update(params: list[Tensor], states: list[dict[str, Any]], group: Mapping[s
 
 
 def _update_together(params: list[Tensor], states: list[dict[str, Any]], group: Mapping[str, Any], t: int) -> None:
-    """`_update` for parameters of one device and dtype, operation after operation."""
+    """`_update` with one call per operation for all parameters, which must have the same device and dtype."""
     (beta1, beta2), eps = group["betas"], group["eps"]
     dtype = _wide_dtype(params[0])
     correction, least, most = _correction_and_limits(group, t, dtype)
@@ -238,10 +241,10 @@ def _update_together(params: list[Tensor], states: list[dict[str, Any]], group: 
 
 
 def _correction_and_limits(group: Mapping[str, Any], t: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """The correction of the moments' bias, and limits of the denominator.
+    """Returns the bias correction of the moments and the limits of the denominator.
 
-    With correction c and denominator d, clip(c / d, lower, upper) · m is c · m / clip(d, c / upper, c / lower), which
-    passes fewer times over memory.
+    For correction c and denominator d, clip(c / d, lower, upper) · m equals c · m / clip(d, c / upper, c / lower). The
+    second form makes fewer passes over memory.
     """
     beta1, beta2 = group["betas"]
     correction = math.sqrt(_one_minus_power(beta2, t)) / _one_minus_power(beta1, t)
@@ -275,6 +278,6 @@ def _check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be {expected}, got {value}")
     if not group["base_lr"] > 0:
         raise ValueError(
-            f"base_lr must be > 0, got {group['base_lr']}: it is the learning rate that final_lr belongs to, by "
-            'default lr; pass it in a group, {"params": ..., "lr": 0.0, "base_lr": 1e-3}'
+            f"base_lr, by default lr, must be > 0, got {group['base_lr']}: pass the learning rate that final_lr "
+            'belongs to as base_lr in a group, {"params": ..., "lr": 0.0, "base_lr": 1e-3}'
         )

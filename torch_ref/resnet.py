@@ -1,8 +1,8 @@
 """ResNet-18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385) as a PyTorch module.
 
-In the standard settings the state_dict has torchvision's keys, order and shapes, so that weights move both ways with
-`load_state_dict(..., strict=True)`, and from the same seed the same weights are drawn. Layouts are PyTorch's: images
-(N, C, H, W), kernels (K, C, kh, kw).
+With the default options, the state_dict has torchvision's keys, order and shapes. `load_state_dict(..., strict=True)`
+therefore works in both directions. The same seed gives the same weights as in torchvision. Layouts are PyTorch's:
+images (N, C, H, W), kernels (K, C, kh, kw).
 
 >>> import torch
 >>> model = resnet18(num_classes=10, in_channels=1).eval()
@@ -22,12 +22,12 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the first has the stride."""
+    """Two 3x3 convolutions and a shortcut. The first convolution applies the stride."""
 
     expansion = 1
 
     def __init__(self, in_channels: int, width: int, stride: int, stride_in: str, batch_norm: bool):
-        del stride_in  # it tells the convolutions of a bottleneck apart
+        del stride_in  # only a bottleneck uses it
         super().__init__()
         self.conv1 = _conv(in_channels, width, 3, stride, batch_norm)
         self.bn1 = _norm(width, batch_norm)
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1x1, 3x3 and 1x1, the last with four times the width, beside a shortcut."""
+    """1x1, 3x3 and 1x1 convolutions, the last with four times the width, and a shortcut."""
 
     expansion = 4
 
@@ -68,11 +68,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network; `resnet18` ... `resnet152` make one.
+    """A residual network. `resnet18` ... `resnet152` create the standard networks.
 
-    Convolutions start normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out),
-    BatchNorm's weights as 1 and biases as 0, the dense layer as torch's Linear. Without BatchNorm that explodes with
-    depth: there convolutions keep torch's own start, and have a bias.
+    Initial convolutions are normal with standard deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852,
+    fan-out). BatchNorm weights are 1 and biases 0. The dense layer is torch's Linear. Without BatchNorm, activations
+    would grow exponentially with depth, so convolutions then keep torch's own initial values. They also have a bias.
     """
 
     def __init__(
@@ -85,27 +85,27 @@ class ResNet(nn.Module):
         batch_norm: bool = True,
         zero_gamma: bool = False,
     ):
-        """Makes the network and draws its weights from torch's global generator.
+        """Creates the network and draws its weights from torch's global generator.
 
         Args:
           block: BasicBlock or Bottleneck.
           stage_sizes: the number of blocks in each of the four stages.
           num_classes: the number of logits.
           in_channels: the channels of the images, 3 for RGB, 1 for grey.
-          stride_in: which convolution of a bottleneck has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
-            its first 1x1 (v1, the paper).
-          batch_norm: False leaves every BatchNorm out and gives the convolutions a bias, for the ablation.
-          zero_gamma: whether the weight of each block's last BatchNorm starts as 0, so that every block starts as its
-            shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+          stride_in: which convolution of a bottleneck applies the block's stride: "conv2", the 3x3 (v1.5, torchvision),
+            or "conv1", the first 1x1 (v1, the paper).
+          batch_norm: False removes every BatchNorm and gives the convolutions a bias, for ablations.
+          zero_gamma: whether the weight of each block's last BatchNorm is initially 0. Every block then computes only
+            its shortcut at first (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 
         Raises:
-          ValueError: for another stride_in, or num_classes or in_channels below 1.
+          ValueError: if stride_in is unknown, or num_classes or in_channels is below 1.
         """
         super().__init__()
         if stride_in not in ("conv1", "conv2"):
             raise ValueError(f'stride_in must be "conv2" (v1.5) or "conv1" (v1), got {stride_in!r}')
         if num_classes < 1 or in_channels < 1:
-            raise ValueError(f"num_classes and in_channels must be >= 1, got {num_classes}, {in_channels}")
+            raise ValueError(f"num_classes and in_channels must be >= 1, got {num_classes} and {in_channels}")
         channels = STAGE_WIDTHS[0]
         self.conv1 = _conv(in_channels, channels, 7, 2, batch_norm)
         self.bn1 = _norm(channels, batch_norm)
@@ -131,16 +131,16 @@ class ResNet(nn.Module):
 
         Args:
           images: (N, in_channels, H, W) float, H and W at least 32, normalized by the caller.
-          return_activations: whether to return what is between the layers too.
+          return_activations: whether to return the activations too.
 
         Returns:
-          The logits, (N, num_classes), before any softmax. With return_activations a pair of them and of {"stem",
-          "layer1.0", ..., "layer4.2", "pool"}: the input of the first block, each block's output (N, C, h, w), and the
-          pooled vector (N, C).
+          logits, (N, num_classes), before any softmax, or with return_activations (logits, activations). activations is
+          {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first block, each block's output (N, C, h, w),
+          and the pooled vector (N, C).
 
         Raises:
-          ValueError: for images of another rank, type, size or number of channels; in training, from BatchNorm, for a
-            batch with one value per channel.
+          ValueError: if images have a wrong rank, type, size or number of channels, or from BatchNorm in training with
+            one value per channel.
         """
         self._check_images(images)
         activations = {}
@@ -189,7 +189,7 @@ def _norm(channels: int, batch_norm: bool) -> nn.Module:
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, batch_norm: bool) -> nn.Sequential | None:
-    """A projection where a block changes the shape; None where the shortcut is the input itself."""
+    """Returns a projection if the block changes the shape, or None if the shortcut is the input itself."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(_conv(in_channels, out_channels, 1, stride, batch_norm), _norm(out_channels, batch_norm))

@@ -1,6 +1,6 @@
-"""One training step, one evaluation step, and the state they pass on: `jax_resnet.train` in PyTorch.
+"""A training step, an evaluation step and the training state: `jax_resnet.train` in PyTorch.
 
-Module and optimizer are PyTorch's own, so any nn.Module will do that maps images (N, C, H, W) to logits.
+The model can be any nn.Module that maps images (N, C, H, W) to logits, with any optimizer of torch.
 
 >>> from torch_ref import resnet
 >>> model = resnet.resnet18(num_classes=10, in_channels=1)
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: the count of steps and, in place, the module's parameters and buffers by name, and the
-    optimizer, which holds its own state."""
+    """Everything that a step changes: the step count, the module's parameters and buffers by name, and the optimizer,
+    which holds its own state. All but the step count change in place."""
 
     step: int
     params: dict[str, Tensor]
@@ -31,12 +31,12 @@ class TrainState(NamedTuple):
 
 
 def create_train_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return TrainState(0, dict(model.named_parameters()), dict(model.named_buffers()), optimizer)
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Leaves the dense layer "fc" alone to be trained; see `make_train_step`."""
+    """Freezes all parameters except those of the dense layer "fc". Call this before `make_train_step`."""
     for name, param in model.named_parameters():
         param.requires_grad_(name.startswith("fc."))
 
@@ -52,17 +52,17 @@ def make_train_step(
     """Builds the training step.
 
     Args:
-      model: the network; one with frozen parameters (requires_grad False) runs as in evaluation, and its running
-        statistics stay.
-      optimizer: of its parameters.
-      learning_rate: a schedule, set in all groups before each update; None leaves the optimizer's.
-      label_smoothing: the share of the target spread over all classes.
-      preprocess: (images, step) -> images (N, C, H, W) of the module's dtype and on its device.
+      model: the network. If any parameter is frozen at this call (requires_grad=False), the network runs in evaluation
+        mode and keeps its running statistics.
+      optimizer: an optimizer of the model's parameters.
+      learning_rate: a schedule, step -> learning rate, for all parameter groups. None keeps the optimizer's rates.
+      label_smoothing: the share of the target that is spread over all classes.
+      preprocess: (images, step) -> images (N, C, H, W) with the module's dtype and device.
 
     Returns:
-      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int64; metrics, of
-      the batch before the update, are "loss" and "top1" (the share of right answers), scalars, and "prediction", (N,).
-      The state that goes in is changed.
+      step(state, images, labels) -> (state, metrics). images are the input of `preprocess`; labels are (N,) int64.
+      metrics has the scalars "loss" and "top1" (the share of correct predictions) and "prediction", (N,), all from
+      before the update. The step changes the tensors and the optimizer of its argument state.
     """
     train = all(param.requires_grad for param in model.parameters())
 
@@ -86,12 +86,12 @@ def make_train_step(
 def make_eval_step(
     model: nn.Module, *, preprocess: Callable[[Any], Tensor] = lambda images: images
 ) -> Callable[[Any, Any, Any, Tensor], dict[str, Tensor]]:
-    """Builds the evaluation step; arguments as for `make_train_step`, but `preprocess` takes images alone.
+    """Builds the evaluation step. Arguments are those of `make_train_step`, but `preprocess` takes only images.
 
     Returns:
-      step(params, batch_stats, images, labels) -> per example, each (N,): "loss", "prediction", "confidence" (the
-      prediction's probability) and "top5" (whether the label is among the five largest logits, or all if there are
-      fewer).
+      step(params, batch_stats, images, labels) -> a dict of tensors (N,): "loss", "prediction", "confidence" (the
+      prediction's probability) and "top5" (whether the label has one of the five largest logits). With at most five
+      classes, "top5" is always true.
     """
 
     @torch.inference_mode()

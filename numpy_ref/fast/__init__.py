@@ -1,4 +1,4 @@
-"""`numpy_ref.resnet` at speed: the same functions, to be called in the same way.
+"""The functions of `numpy_ref.resnet`, several times faster and called in the same way.
 
 >>> import numpy as np
 >>> from numpy_ref import fast

@@ -1,12 +1,13 @@
-"""What follows a convolution in a ResNet, in one go: BatchNorm, the residual sum and ReLU.
+"""The operations after a convolution in a ResNet, computed together: BatchNorm, the residual sum and ReLU.
 
-`batch_norm_relu` computes what these layers of `numpy_ref.layers` compute; the tests hold it to them:
+`batch_norm_relu` computes the same as these layers of `numpy_ref.layers`, and a test compares both:
 
     (y, mean, var), vjp_norm = batch_norm(x, weight, bias, running_mean, running_var, train=train)
     y, vjp_relu = relu(y + shortcut)
 
-Each of their lines reads an activation from memory and writes another, which takes longer than the arithmetic. Here all
-steps are done to one block of rows while it is in the cache, and into memory that is there already.
+Each operation of these layers reads an activation from memory and writes a new one, which takes longer than the
+arithmetic. `batch_norm_relu` runs several operations on one block of rows while the block is in the cache. To allocate
+fewer arrays, it overwrites x in training and dy in the backward pass.
 """
 
 from __future__ import annotations
@@ -36,25 +37,28 @@ def batch_norm_relu(
     eps: float = 1e-5,
     gather: Gather = alone,
 ) -> tuple[tuple[Array, Array, Array], Vjp]:
-    """relu(batch_norm(x) + shortcut), which takes over the memory of x, and its vjp that of dy.
+    """relu(batch_norm(x) + shortcut). Training overwrites x with shifted values, and the vjp overwrites dy.
 
     Args:
-      x: (N, H, W, C) float; overwritten.
+      x: (N, H, W, C) float. The vjp reads x again, so do not use or change it after the call.
       weight, bias, running_mean, running_var, train, momentum, eps: as in `layers.batch_norm`.
-      shortcut: like x, or None to add nothing.
-      relu: False leaves the ReLU out.
-      gather: collects a value from all threads that share a batch (see `threads`): statistics are those of the whole
-        batch, gradients of weight and bias those of the images here.
+      shortcut: an array with the shape of x, or None.
+      relu: whether to apply ReLU.
+      gather: collects a value from all threads that share a batch (see `threads`). Statistics are those of the whole
+        batch; the gradients of weight and bias are sums over this thread's images.
 
     Returns:
-      (y, new running mean, new running variance), and vjp: dy like y, overwritten -> (dx, dweight, dbias, dshortcut),
-      where dshortcut, None without a shortcut, is in the memory of dy.
+      (y, new running mean, new running variance), and vjp: dy (y's shape) -> (dx, dweight, dbias, dshortcut). dshortcut
+      uses the memory of dy; without a shortcut it is None, and dx uses the memory of dy.
+
+    Raises:
+      ValueError: in training with one value per channel.
     """
     x = np.ascontiguousarray(x)
     n, dtype = x.size // x.shape[-1], x.dtype
     new_mean, new_var = running_mean, running_var
     if train:
-        # Both moments in one pass, around one value of each channel: around 0 they cancel where |mean| >> deviation.
+        # One pass for both moments. Subtracting each channel's first value avoids cancellation if |mean| >> deviation.
         origin = x.reshape(-1, x.shape[-1])[0].copy()
         first, second = np.zeros_like(origin), np.zeros_like(origin)
         for block, scratch in _blocks(x):
@@ -69,7 +73,7 @@ def batch_norm_relu(
         var = sum(squares + count * (part_mean - mean) ** 2 for count, part_mean, squares in parts) / n
         new_mean = (1 - momentum) * running_mean + momentum * mean
         new_var = (1 - momentum) * running_var + momentum * (n / (n - 1)) * var
-        mean = mean - origin  # of x as it is now
+        mean = mean - origin  # the mean of x after its shift by -origin
     else:
         mean, var = running_mean.astype(dtype), running_var
     inverse_deviation = (1 / np.sqrt(var + eps)).astype(dtype)
@@ -82,7 +86,7 @@ def batch_norm_relu(
         if shortcut is not None:
             y_block += shortcut_block
         if relu:
-            np.clip(y_block, 0, np.inf, out=y_block)  # as maximum(y, 0), in less than half the time
+            np.clip(y_block, 0, np.inf, out=y_block)  # np.maximum(y, 0) takes more than twice as long
 
     def vjp(dy: Array) -> tuple[Array, Array, Array, Array | None]:
         dy = np.ascontiguousarray(dy)
@@ -93,7 +97,7 @@ def batch_norm_relu(
             dbias += _column_sums(dy_block)
             dweight += _column_sums(np.multiply(dy_block, x_block, out=scratch))
         dweight = (dweight - mean * dbias) * inverse_deviation
-        # layers.batch_norm's dx as scale · dy + slope · x + offset
+        # dx of layers.batch_norm, written as scale · dy + slope · x + offset.
         all_dbias, all_dweight = (sum(of_parts) for of_parts in zip(*gather((dbias, dweight)), strict=True))
         slope = -scale * inverse_deviation * all_dweight / n
         offset = -scale * all_dbias / n - slope * mean
@@ -109,9 +113,9 @@ def batch_norm_relu(
 
 
 def add_relu(x: Array, shortcut: Array | None = None, *, relu: bool = True) -> tuple[Array, Vjp]:
-    """relu(x + shortcut) in the memory of x, for a network without BatchNorm; vjp: dy, overwritten -> (dx, dshortcut).
+    """relu(x + shortcut) in the memory of x, for a network without BatchNorm. vjp: dy -> (dx, dshortcut).
 
-    Arguments as for `batch_norm_relu`; dx and dshortcut are the same array.
+    Arguments are those of `batch_norm_relu`. dx and dshortcut are both dy, which the vjp overwrites.
     """
     if shortcut is not None:
         x += shortcut
@@ -126,12 +130,12 @@ def add_relu(x: Array, shortcut: Array | None = None, *, relu: bool = True) -> t
 
 
 def _column_sums(block: Array) -> Array:
-    """block.sum(0) as a matrix product: BLAS is twice as fast."""
+    """block.sum(0) as a matrix product, because BLAS is twice as fast."""
     return np.ones(len(block), block.dtype) @ block
 
 
 def _blocks(*arrays: Array | None) -> Iterator[tuple[Array, ...]]:
-    """Some pixels at a time, (pixels, C): views of each array (None of None), and scratch memory of that shape."""
+    """Yields views (pixels, C) of some pixels of each array (None for None), and scratch memory of the same shape."""
     channels = arrays[0].shape[-1]
     rows = [None if array is None else array.reshape(-1, channels) for array in arrays]
     count = max(1, BLOCK_BYTES // rows[0][0].nbytes)

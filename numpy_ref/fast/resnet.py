@@ -1,13 +1,13 @@
-"""The network of `numpy_ref.resnet` at speed.
+"""The network of `numpy_ref.resnet`, made faster in three ways.
 
-- `threads` gives each core a part of the batch. The parts meet in BatchNorm.
-- `fused` does BatchNorm, the residual sum and ReLU in one go, in blocks that fit into the cache and in memory that is
-  already there.
-- A training step can leave out the gradient of the images, which no update needs.
+- `threads` gives each core a part of the batch. The parts exchange statistics in BatchNorm.
+- `fused` computes BatchNorm, the residual sum and ReLU together, in blocks that fit into the cache, and overwrites
+  arrays instead of allocating new ones where this is possible.
+- A training step can skip the gradient of the images, which no update needs.
 
-What limits it: three quarters of a training step are matrix products, as fast as NumPy's BLAS makes them. The rest
-touches memory, where NumPy has a pass for each operation and compiled code has one for all. Each thread also makes a
-gradient of all weights, and the two are added.
+Three quarters of a training step are matrix products, whose speed depends on NumPy's BLAS. The other quarter is limited
+by memory: NumPy makes one pass over an array per operation, and compiled code makes one pass for all operations. Each
+thread also computes a gradient of all weights, and these gradients must be added.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ def apply(
       config: the architecture that params and batch_stats were made for.
       params, batch_stats: nested dicts as `init` returns them.
       images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
-      train: True normalizes with the batch's statistics and updates the running ones.
-      return_activations: fill Output.activations.
-      image_gradient: False saves time: the dimages that vjp returns is None.
-      threads: that share the batch, at most one for two images [default: one per core].
+      train: whether to normalize with the batch's statistics and update the running statistics.
+      return_activations: whether to fill Output.activations.
+      image_gradient: False saves time; vjp then returns None for dimages.
+      threads: the maximum number of threads, limited to half the number of images [default: one per core].
 
     Returns:
-      Output(logits, batch_stats, activations), and vjp: dlogits (N, num_classes) -> (dparams, dimages), dparams a
+      Output(logits, batch_stats, activations), and vjp: dlogits (N, num_classes) -> (dparams, dimages). dparams is a
       nested dict like params.
 
     Raises:
-      ValueError: for images of another rank, type, size or number of channels, or parameters of another network.
+      ValueError: if images have a wrong rank, type, size or number of channels, if params or batch_stats do not fit
+        config, if threads < 1, or in training with one value per channel.
     """
     check(config, params, batch_stats, images)
     if threads is not None and threads < 1:
@@ -82,7 +83,7 @@ def apply(
 
 
 def _layers(tree: Tree) -> Iterator[dict[str, Array]]:
-    """The dicts of arrays in a tree, in an order that its names alone decide."""
+    """Yields the dicts of arrays in a tree, in the order of the sorted keys."""
     if all(isinstance(value, dict) for value in tree.values()):
         for name in sorted(tree):
             yield from _layers(tree[name])
@@ -107,7 +108,7 @@ def _apply(
     image_gradient: bool,
     gather: Gather,
 ) -> tuple[Output, Vjp]:
-    """`apply` to the images of one thread."""
+    """`apply` for the images of one thread."""
     (x, new_stats), vjp_stem = stem(
         params, batch_stats, images, train=train, image_gradient=image_gradient, gather=gather
     )
@@ -167,18 +168,18 @@ def residual_block(
     train: bool,
     gather: Gather = alone,
 ) -> tuple[tuple[Array, Tree], Vjp]:
-    """relu(branch(x) + shortcut(x)); the shortcut is x itself or, where shapes differ, its 1x1 projection.
+    """relu(branch(x) + shortcut(x)). The shortcut is x itself, or a 1x1 projection of x if the shapes differ.
 
     Args:
-      config: says where a bottleneck has its stride.
-      params, batch_stats: of this block: {"conv1", "bn1", ..., "downsample"}.
+      config: sets the kind of block and which convolution of a bottleneck applies the stride.
+      params, batch_stats: the dicts of this block, {"conv1", "bn1", ..., "downsample"}.
       x: (N, H, W, C).
-      stride: of the block.
+      stride: the block's stride.
       train: as in `apply`.
-      gather: of the threads that share the batch (see `numpy_ref.fast.threads`).
+      gather: collects a value from all threads that share the batch (see `numpy_ref.fast.threads`).
 
     Returns:
-      (the output (N, H', W', C'), the new running statistics), and vjp: dy, overwritten -> (dparams, dx).
+      (the output (N, H', W', C'), the new running statistics), and vjp: dy -> (dparams, dx). The vjp overwrites dy.
     """
     convs = convolutions(config, params["conv1"]["weight"].shape[3], stride)
     names = [(f"conv{i}", f"bn{i}", conv_stride) for i, (_, _, conv_stride) in enumerate(convs, start=1)]
@@ -224,11 +225,11 @@ def _conv_norm_relu(
     conv2d: Callable = layers.conv2d,
     gather: Gather = alone,
 ) -> tuple[Array, Tree, Vjp]:
-    """relu(norm(conv(x)) + shortcut), the norm only where params has one.
+    """relu(norm(conv(x)) + shortcut). Without params[norm] there is no normalization.
 
     Returns:
-      y, the new running statistics {norm: ...}, and vjp: dy, overwritten -> ({conv: ..., norm: ...}, dx), and dshortcut
-      where there is a shortcut.
+      y, the new running statistics {norm: ...}, and vjp: dy -> ({conv: ..., norm: ...}, dx). With a shortcut, vjp also
+      returns dshortcut. The vjp overwrites dy.
     """
     kernel = params[conv]["weight"]
     y, vjp_conv = conv2d(x, kernel, params[conv].get("bias"), stride=stride, padding=len(kernel) // 2)
@@ -258,7 +259,7 @@ def _conv_norm_relu(
 def conv2d_of_images(
     x: Array, weight: Array, bias: Array | None = None, *, stride: int, padding: int
 ) -> tuple[Array, Vjp]:
-    """`layers.conv2d` whose vjp returns None in place of dx. Folding the stem's dx takes as long as a large layer."""
+    """`layers.conv2d` whose vjp returns None for dx. Computing dx of the stem takes as long as a large layer."""
     y, _ = layers.conv2d(x, weight, bias, stride=stride, padding=padding)
     kh, kw, _, filters = weight.shape
 

@@ -1,8 +1,8 @@
-"""Sharing a batch among threads: each runs the whole network on its images and meets the others in BatchNorm.
+"""Shares a batch among threads. Each thread runs the whole network on its images and exchanges values in BatchNorm.
 
-NumPy itself uses the second core for matrix products alone, and each product then fetches from the other core's cache
-what was computed there. A thread that keeps its images keeps them in its cache, and NumPy lets threads run at the same
-time inside its functions.
+NumPy itself uses several cores only for matrix products, and each core then fetches data from the other cores' caches.
+Here each thread works on the same images in every layer, so their data stay in one core's cache. Threads run in
+parallel because NumPy functions release Python's global lock.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Gather = Callable[[Any], list[Any]]
 
 
 def alone(value: Any) -> list[Any]:
-    """What `gather` is for a batch that is in one piece."""
+    """The gather function of a batch that is not shared."""
     return [value]
 
 
 class Team:
-    """Threads that work on the same thing at the same time.
+    """Threads that run at the same time and exchange values.
 
-    gathers: for each thread a function gather(value) -> the values of all threads, in their order, once all have called
-      it. All threads must call it equally often.
+    gathers: one function gather(value) per thread. It waits until all threads have called theirs and returns the values
+      of all threads, in thread order. All threads must make the same number of calls.
     """
 
-    _one_at_a_time = threading.Lock()  # for all teams: they share the cores, and BLAS has one setting for the process
+    _one_at_a_time = threading.Lock()  # one for all teams, which share the cores and BLAS's setting for the process
 
     def __init__(self, size: int):
         self._barrier = threading.Barrier(size)
-        # Two rounds of values: who is ahead writes the next round while others still read this one.
+        # Two lists, used in turn: a fast thread may write the next round's values while others still read this round's.
         self._values: list[list[Any]] = [[None] * size, [None] * size]
         self._rounds = [0] * size
         self.gathers: list[Gather] = [self._make_gather(number) for number in range(size)]
@@ -52,26 +52,26 @@ class Team:
         return gather
 
     def run(self, functions: list[Callable[[], Any]]) -> list[Any]:
-        """Runs one function in each thread, each with BLAS on one core; returns their results, raises their errors."""
+        """Runs one function per thread, each with BLAS on one core. Returns their results or raises their error."""
 
         def guarded(function: Callable[[], Any]) -> Any:
             try:
                 return function()
             except BaseException:
-                self._barrier.abort()  # or the others would wait forever
+                self._barrier.abort()  # otherwise the other threads would wait forever
                 raise
 
         with self._one_at_a_time, _blas().limit(limits=1, user_api="blas"):
             self._barrier.reset()  # an earlier run may have failed
             self._rounds = [0] * len(self.gathers)
-            # In the caller's context, which holds what np.errstate has set.
+            # Each function runs in a copy of the caller's context, which includes the settings of np.errstate.
             contexts = [contextvars.copy_context() for _ in functions]
             futures = [
                 _pool(len(functions)).submit(context.run, guarded, function)
                 for context, function in zip(contexts, functions, strict=True)
             ]
             errors = [error for future in futures if (error := future.exception())]
-            # The others' errors only say that one has left.
+            # A BrokenBarrierError only says that another thread failed, so it is sorted to the end.
             for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
                 raise error
             return [future.result() for future in futures]
@@ -84,9 +84,9 @@ def cores() -> int:
 
 @functools.cache
 def _pool(size: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(size, "numpy_ref")  # kept: malloc gives new threads new memory to start from
+    return ThreadPoolExecutor(size, "numpy_ref")  # cached, because malloc gives new threads new memory
 
 
 @functools.cache
 def _blas() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through all loaded libraries, so once
+    return ThreadpoolController()  # cached, because it searches all loaded libraries

@@ -268,7 +268,7 @@ VECTOR = np.zeros(3)
 BAD_CALLS = {
     "conv2d rank": (layers.conv2d, (IMAGE[0], IMAGE), {}, "must be .N, H, W, C. float"),
     "conv2d integers": (layers.conv2d, (IMAGE.astype(int), IMAGE), {}, "int64"),
-    "conv2d channels": (layers.conv2d, (IMAGE, np.zeros((1, 1, 2, 3))), {}, "with one C, got .1, 1, 2, 3."),
+    "conv2d channels": (layers.conv2d, (IMAGE, np.zeros((1, 1, 2, 3))), {}, "with the same C, got .1, 1, 2, 3."),
     "conv2d stride": (layers.conv2d, (IMAGE, np.zeros((1, 1, 3, 3))), dict(stride=0), "stride must be >= 1"),
     "conv2d kernel": (layers.conv2d, (IMAGE, np.zeros((5, 5, 3, 3))), {}, "does not fit"),
     "conv2d bias": (layers.conv2d, (IMAGE, np.zeros((1, 1, 3, 2)), VECTOR), {}, r"bias must be \(2,\)"),
@@ -278,15 +278,15 @@ BAD_CALLS = {
     "batch_norm one": (layers.batch_norm, (IMAGE[:1, :1, :1], *[VECTOR] * 4), dict(train=True), "more than one value"),
     "max_pool nothing": (layers.max_pool, (IMAGE,), dict(window=0, padding=0), "must be >= 1"),
     "conv2d no images": (layers.conv2d, (IMAGE[:0], np.zeros((1, 1, 3, 3))), {}, "N >= 1"),
-    "max_pool padding": (layers.max_pool, (IMAGE,), dict(padding=2), "window // 2"),
+    "max_pool padding": (layers.max_pool, (IMAGE,), dict(padding=2), "between 0 and window // 2"),
     "max_pool window": (layers.max_pool, (IMAGE,), dict(window=9, padding=0), "does not fit"),
     "global_avg_pool": (layers.global_avg_pool, (VECTOR,), {}, "must be .N, H, W, C. float"),
     "dense": (layers.dense, (np.zeros((2, 3)), np.zeros((2, 3))), {}, "dense: x must be"),
     "dense bias": (layers.dense, (np.zeros((2, 3)), np.zeros((3, 2)), VECTOR), {}, r"bias must be \(2,\)"),
     "labels shape": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.zeros(3, int)), {}, "labels"),
     "labels type": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.zeros(2)), {}, "integers"),
-    "labels range": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, 3])), {}, "within 0 and 2"),
-    "labels negative": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, -1])), {}, "within 0 and 2"),
+    "labels range": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, 3])), {}, "between 0 and 2"),
+    "labels negative": (layers.softmax_cross_entropy, (np.zeros((2, 3)), np.array([0, -1])), {}, "between 0 and 2"),
 }
 
 

@@ -204,8 +204,11 @@ def test_bad_input_is_named(module):
     without = {name: value for name, value in params.items() if name != "layer3"}
     for bad, message in [
         (without, "layer3"),
-        (params | {"fc": params["fc"] | {"weight": np.zeros((512, 4))}}, r"fc.weight must be \(512, 5\)"),
-        (params | {"fc": {"weight": params["fc"]["weight"]}}, "params.fc must have .'bias', 'weight'."),
+        (params | {"fc": params["fc"] | {"weight": np.zeros((512, 4))}}, r"fc.weight must have the shape \(512, 5\)"),
+        (
+            params | {"fc": {"weight": params["fc"]["weight"]}},
+            "params.fc must have the keys .'bias', 'weight'. for .*, got .'weight'.",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             apply(bad, batch_stats, images)

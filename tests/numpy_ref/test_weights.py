@@ -127,7 +127,7 @@ def test_all_that_does_not_fit_is_listed_once(suffix, tree, tmp_path):
     with pytest.raises(ValueError, match="does not fit") as error:
         weights.load(path, CONFIG)
     first, *problems = str(error.value).splitlines()
-    assert first == f"{path} does not fit {CONFIG}, 6 times:"
+    assert first == f"{path} does not fit {CONFIG}, 6 problems:"
     assert sorted(problem.strip() for problem in problems) == [
         "fc.weight: expected (5, 512), the file has (512, 5)",
         "layer1.0.conv1.weight: expected (64, 64, 3, 3), the file has (3, 3, 64, 64)",
@@ -139,7 +139,7 @@ def test_all_that_does_not_fit_is_listed_once(suffix, tree, tmp_path):
 
 
 def test_bad_files_are_named(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"there is no weight file .*none\.npz"):
         weights.load(tmp_path / "none.npz", CONFIG)
     for call in (lambda path: weights.load(path, CONFIG), lambda path: weights.save(path, *tree)):
         with pytest.raises(ValueError, match=r"weight files end in \.safetensors or \.npz, got .*a\.txt"):

@@ -215,8 +215,8 @@ def test_bad_images(images, message):
 
 BAD_OPTIONS = [
     ({"stride_in": "conv3"}, r'stride_in must be "conv2" \(v1.5\) or "conv1" \(v1\), got \'conv3\''),
-    ({"num_classes": 0}, "must be >= 1, got 0, 3"),
-    ({"in_channels": 0}, "must be >= 1, got 1000, 0"),
+    ({"num_classes": 0}, "must be >= 1, got 0 and 3"),
+    ({"in_channels": 0}, "must be >= 1, got 1000 and 0"),
 ]
 
 
