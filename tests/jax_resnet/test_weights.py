@@ -184,22 +184,21 @@ def published_keys(depths, per_block):
 
 
 @every_suffix
-@pytest.mark.parametrize(
-    ("name", "depths", "per_block"), [("resnet18", (2, 2, 2, 2), 2), ("resnet50", (3, 4, 6, 3), 3)]
-)
-def test_hugging_faces_names(suffix, name, depths, per_block, tmp_path):
-    config = getattr(resnet, name)(num_classes=2)
-    shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    tree = jax.tree.map(lambda spec: rng.uniform(size=spec.shape).astype(np.float16), shapes)
+def test_hugging_faces_names(suffix, tree, tmp_path):
+    """As published, and there and back."""
     path = tmp_path / f"a{suffix}"
     weights.save(path, *tree, names="huggingface")
-    written = state_dict_of(path)
-    assert written.keys() == published_keys(depths, per_block)
+    assert state_dict_of(path).keys() == published_keys((2, 2, 2, 2), per_block=2)
+    same(weights.load(path, CONFIG), tree)
+    same(weights.from_torch(weights.read_arrays(path)), tree)
     if suffix == ".safetensors":  # transformers refuses a file without it
         assert weights.read_file(path).metadata == {"format": "pt"}
-    same(weights.from_torch(weights.read_arrays(path)), tree)
-    same(weights.load(path, config), jax.tree.map(lambda a: a.astype(np.float32), tree))
+
+
+def test_hugging_faces_names_of_bottlenecks():
+    shapes = jax.eval_shape(lambda: resnet.init(resnet.resnet50(), jax.random.key(0)))
+    arrays = weights.to_torch(*jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), shapes))
+    assert naming.to_hugging_face(arrays).keys() == published_keys((3, 4, 6, 3), per_block=3)
 
 
 BOTTLENECKS = resnet.ResNetConfig("bottleneck", (2, 1, 1, 1), num_classes=5, stride_in="conv1")
