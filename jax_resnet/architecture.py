@@ -1,4 +1,4 @@
-"""What a ResNet is made of: its configuration, the five known ones, and their convolutions and blocks in order."""
+"""The architecture of a ResNet: its configuration, the five standard ones, and their blocks in execution order."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = [
     "stem",
 ]
 
-MIN_SIZE = 32  # pixels of height and width
+MIN_SIZE = 32  # the smallest height and width of images, in pixels
 STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the 3x3 convolutions in each stage
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-    """The architecture: a static argument of jit.
+    """The architecture. It can be a static argument of jit.
 
     Attributes:
       block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with four times the width at its end).
       stage_sizes: the number of blocks in each of the four stages; a list becomes a tuple.
       num_classes: the number of logits. 0 leaves the dense layer out; logits are then the pooled vector (as in timm).
       in_channels: the channels of the images, 3 for RGB, 1 for grey.
-      stride_in: which convolution of a bottleneck has the stride: "conv2", its 3x3 (v1.5, torchvision), or "conv1",
-        its first 1x1 (v1, the paper). A basic block has it in its first 3x3 either way.
-      batch_norm: False leaves every BatchNorm out and gives the convolutions a bias, for the ablation.
+      stride_in: the convolution of a bottleneck that applies the stride: "conv2", the 3x3 (v1.5, torchvision), or
+        "conv1", the first 1x1 (v1, the paper). A basic block always applies the stride in its first 3x3.
+      batch_norm: False removes every BatchNorm and gives the convolutions a bias, for ablations.
       zero_gamma: whether `init` sets the weight of each block's last BatchNorm to 0, so that every block starts as its
         shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-      batch_norm_eps: what each BatchNorm adds to the variance.
-      batch_norm_momentum: the share of a batch's statistics in the new running ones (PyTorch's momentum; flax and Keras
-        call 1 - it momentum).
+      batch_norm_eps: the number that each BatchNorm adds to the variance.
+      batch_norm_momentum: the weight of a batch's statistics in the new running statistics, as in PyTorch. The momentum
+        of flax and Keras is 1 - batch_norm_momentum.
     """
 
     block: Literal["basic", "bottleneck"]
@@ -69,7 +69,7 @@ class ResNetConfig:
             )
         if not 0 < self.batch_norm_eps or not 0 <= self.batch_norm_momentum <= 1:
             raise ValueError(
-                "batch_norm_eps must be > 0 and batch_norm_momentum within 0 and 1, "
+                "batch_norm_eps must be > 0 and batch_norm_momentum between 0 and 1, "
                 f"got {self.batch_norm_eps} and {self.batch_norm_momentum}"
             )
 
@@ -180,7 +180,7 @@ def resnet152(
 
 
 class Conv(NamedTuple):
-    """A convolution with the BatchNorm behind it: their names, the kernel's size, channels in and out, stride."""
+    """A convolution and the BatchNorm after it: their names, the kernel's size, input and output channels, stride."""
 
     name: str
     norm: str
@@ -191,7 +191,7 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A residual block: its name ("layer3.10"), its convolutions, and the one in its shortcut or None."""
+    """A residual block: its name ("layer3.10"), its convolutions, and the shortcut's convolution or None."""
 
     name: str
     convs: tuple[Conv, ...]
@@ -204,9 +204,9 @@ def stem(config: ResNetConfig) -> Conv:
 
 
 def blocks(config: ResNetConfig) -> Iterator[Block]:
-    """The residual blocks from the stem to the head.
+    """The residual blocks in execution order.
 
-    Walk these, never the dict of parameters: jit sorts its keys as strings, and "10" comes before "2".
+    Do not iterate over the dict of parameters instead: jit sorts its keys as strings, and "10" comes before "2".
     """
     channels = STAGE_WIDTHS[0]
     for stage, (width, count) in enumerate(zip(STAGE_WIDTHS, config.stage_sizes, strict=True), start=1):

@@ -1,8 +1,10 @@
-"""Checkpoints of a training: a thread writes each aside and renames it, so that a kill never damages an earlier one.
+"""Checkpoints of a training run. A thread writes each one under a temporary name and then renames it.
 
-A checkpoint is the folder <folder>/<step>. Its state.safetensors holds the arrays of the state under their paths
-("params.layer1.0.conv1.weight", "opt_state.0.mu.fc.bias"). Its record.json holds facts, JSON values of the caller's,
-the score, and the shape, type and CRC-32 of each array: a file system may return other bytes than were written.
+A process that is killed while it writes therefore never damages an earlier checkpoint.
+
+A checkpoint is the folder <folder>/<step>. The file state.safetensors holds the arrays of the state under their paths
+("params.layer1.0.conv1.weight", "opt_state.0.mu.fc.bias"). The file record.json holds the caller's facts (JSON values),
+the score, and the shape, type and CRC-32 of each array. The checksum reveals a file that changed on the disk.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import safetensors.numpy
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
 
 STATE, RECORD = "state.safetensors", "record.json"
-UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written, or deleted
+UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written or deleted
 
 
 class CheckpointError(RuntimeError):
@@ -32,15 +34,15 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was written."""
+    """A file of a checkpoint is missing or differs from what was written."""
 
 
 class MismatchError(ValueError):
-    """A checkpoint is of another training, whose names, shapes or types differ, or of another format."""
+    """A checkpoint belongs to another training, whose names, shapes or types differ, or has another format."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held: the steps done, the state in NumPy arrays, the facts."""
+    """The contents of a checkpoint: the number of steps done, the state in NumPy arrays, and the facts."""
 
     step: int
     state: Any
@@ -48,11 +50,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run. With several processes each makes one and calls the same methods; process 0 writes.
+    """The checkpoints of a run.
+
+    With several processes, each one makes a Checkpoints and calls the same methods, and process 0 alone writes.
 
     Args:
-      folder: made if it is not there; all processes must see the same.
-      keep: how many of the last ones stay, at least 1; the one with the best score stays besides.
+      folder: the first `save` creates it; all processes must see the same folder.
+      keep: the number of latest checkpoints to keep, at least 1. The checkpoint with the best score also stays.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
@@ -63,18 +67,18 @@ class Checkpoints:
         self._pending: tuple[int, Future] | None = None
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any], *, score: float | None = None) -> None:
-        """Begins to write a checkpoint; returns when the arrays are copied, and they may be changed or donated.
+        """Starts to write a checkpoint. Returns when the arrays are copied: the caller may then change or donate them.
 
         Args:
-          step: the steps done; the name. An undamaged checkpoint of this step stays and takes the score: the same steps
-            make the same state.
+          step: the number of steps done, which is the checkpoint's name. If an undamaged checkpoint of this step
+            exists, it stays and takes only the new score: the new state and the new facts are dropped.
           state: a tree of arrays, each whole on this process.
-          facts: JSON values; they may be changed afterwards, too.
-          score: larger is better; a checkpoint without one cannot be the best.
+          facts: JSON values; the caller may change them afterwards.
+          score: larger is better; None keeps this checkpoint from being the best.
 
         Raises:
-          CheckpointError: this one cannot be begun, or the one before could not be ended. Earlier ones are as they
-            were, and the next call may succeed.
+          CheckpointError: this checkpoint cannot be started, or writing the one before failed. Earlier checkpoints are
+            unchanged, and the next call may succeed.
         """
         self.wait()
         if jax.process_index() > 0:
@@ -89,23 +93,23 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._write, step, arrays, facts, score)
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is complete on the disk.
+        """Returns when the last checkpoint is written and has its final name (the disk may still hold it in a cache).
 
         Raises:
-          CheckpointError: it could not be ended.
+          CheckpointError: writing the checkpoint failed.
         """
         if self._pending is None:
             return
         step, written = self._pending
         try:
             written.result()
-        except Exception as error:  # safetensors' are of its own type
+        except Exception as error:  # safetensors raises a type of its own
             self._pending = None
             raise self._failed(step, error) from error
         self._pending = None
 
     def close(self) -> None:
-        """Waits like `wait`, raises like it, and ends the thread."""
+        """Does what `wait` does, and ends the thread."""
         try:
             self.wait()
         finally:
@@ -114,11 +118,11 @@ class Checkpoints:
                 self._writer = None
 
     def unfinished(self) -> list[Path]:
-        """What a process that was killed while writing has left; the next `save` removes it."""
+        """The folders that a process left when it was killed while writing; the next `save` removes them."""
         return sorted(self.folder.glob(f"*{UNFINISHED}"))
 
     def steps(self) -> list[int]:
-        """The steps of all that have a complete name, the last one last; whether they are damaged is not known."""
+        """The steps of all checkpoints with a final name, in ascending order. Some may be damaged."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir())
@@ -127,12 +131,13 @@ class Checkpoints:
         """Reads a checkpoint and checks every byte.
 
         Args:
-          step: its name.
-          template: a tree of arrays with the structure, shapes and types that are expected.
+          step: the checkpoint's name.
+          template: a tree of arrays with the expected structure, shapes and types.
 
         Raises:
-          MismatchError: it is undamaged, and of another structure, shape or type, or an earlier version wrote it.
-          DamagedError: a part is missing or not what was written.
+          MismatchError: the record is undamaged but has another structure, shape or type, or an earlier version wrote
+            the checkpoint. The arrays are not read.
+          DamagedError: a file is missing or differs from what was written.
         """
         expected = {name: [list(np.shape(leaf)), str(leaf.dtype)] for name, leaf in _named_leaves(template)}
         record = self._record(step)
@@ -141,7 +146,7 @@ class Checkpoints:
             names = sorted(expected.keys() | written.keys())
             different = [name for name in names if expected.get(name) != written.get(name)]
             raise MismatchError(
-                f"{self.folder / str(step)} is of another training: {len(different)} arrays differ, the first is "
+                f"{self.folder / str(step)} belongs to another training: {len(different)} arrays differ, the first is "
                 f"{different[0]}: {_describe(written.get(different[0]))} there, "
                 f"{_describe(expected.get(different[0]))} here"
             )
@@ -150,11 +155,11 @@ class Checkpoints:
         return Restored(step, jax.tree.unflatten(jax.tree.structure(template), leaves), record["facts"])
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The arrays of a checkpoint, {"params.conv1.weight": …}, and its facts.
+        """Returns the arrays of a checkpoint, {"params.conv1.weight": …}, and its facts.
 
         Raises:
-          MismatchError: an earlier version wrote it.
-          DamagedError: a part is missing or not what was written.
+          MismatchError: an earlier version wrote the checkpoint.
+          DamagedError: a file is missing or differs from what was written.
         """
         record = self._record(step)
         return self._arrays(step, record), record["facts"]
@@ -172,7 +177,7 @@ class Checkpoints:
             except (DamagedError, MismatchError):
                 self._remove(step)
         aside.mkdir()
-        # NumPy's own types alone: bfloat16 and the like as unsigned integers.
+        # The file holds NumPy's own types only: bfloat16 and similar types are stored as unsigned integers.
         plain = {name: a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a for name, a in arrays.items()}
         safetensors.numpy.save_file(plain, aside / STATE)
         written = {name: [list(a.shape), str(a.dtype), _crc(a)] for name, a in arrays.items()}
@@ -181,7 +186,7 @@ class Checkpoints:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        """Keeps the last ones and the best, the first of them if scores are equal."""
+        """Keeps the latest checkpoints and the one with the best score, the earliest if several have it."""
         steps = self.steps()
         scores = {step: score for step in steps if (score := self._score(step)) is not None}
         best = max(scores, key=scores.__getitem__, default=None)
@@ -203,8 +208,8 @@ class Checkpoints:
         path = self.folder / str(step)
         if (path / "_CHECKPOINT_METADATA").exists():
             raise MismatchError(
-                f"{path} was written by orbax, in an earlier version of this program: go on with that version, or "
-                "begin the run anew"
+                f"{path} was written by orbax, in an earlier version of this program: continue with that version, or "
+                "start the run again"
             )
         try:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
@@ -212,7 +217,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         if crc != _crc_of_json(record):
-            raise DamagedError(f"{path} is damaged: its record is not what was written")
+            raise DamagedError(f"{path} is damaged: {RECORD} differs from what was written")
         return record
 
     def _arrays(self, step: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -220,19 +225,19 @@ class Checkpoints:
         try:
             stored = safetensors.numpy.load_file(path / STATE)
             arrays = {name: stored[name].view(np.dtype(dtype)) for name, (_, dtype, _) in record["arrays"].items()}
-        except Exception as error:  # of several types
+        except Exception as error:  # the libraries raise several types
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         for name, (shape, _, crc) in record["arrays"].items():
             if list(arrays[name].shape) != shape or _crc(arrays[name]) != crc:
-                raise DamagedError(f"{path} is damaged: {name} is not what was written")
+                raise DamagedError(f"{path} is damaged: {name} differs from what was written")
         return arrays
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
-        """Removes what was half-written, to free the disk."""
+        """Removes the unfinished checkpoint, to free the disk, and returns the error to raise."""
         for path in self.unfinished():
             shutil.rmtree(path, ignore_errors=True)
         last = self.steps()
-        kept = f"the last good one is {self.folder / str(last[-1])}" if last else "there is no earlier one"
+        kept = f"the latest complete one is {self.folder / str(last[-1])}" if last else "there is no earlier one"
         return CheckpointError(f"the checkpoint of step {step} could not be written ({_reason(error)}); {kept}")
 
 
@@ -243,7 +248,7 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """[("opt_state.0.mu.fc.bias", leaf), …] in the order of jax.tree.leaves."""
+    """Returns [("opt_state.0.mu.fc.bias", leaf), …] in the order of jax.tree.leaves."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -263,7 +268,7 @@ def _describe(what: list[Any] | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, if it is the cause: safetensors, written in Rust, has it as a number in its message."""
+    """The operating system's reason if there is one: safetensors puts the system's error number into its message."""
     if code := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:

@@ -1,22 +1,23 @@
-"""All that exists for XLA's CPU backend: forms of layers that are faster there, with their thresholds.
+"""Forms of layers that are faster on XLA's CPU backend, and the sizes from which each form is used.
 
-XLA:CPU is slow where other backends are not. Its convolutions and their gradients run on one core or leave the fast
-library outside a range of sizes, it merges what is computed twice and keeps the result, and it fuses a chain of sums
-into every later use. The gain of each form, as new over old time of a training step or of the layer
-(docs/speed-notes.md has machines and sizes):
+XLA:CPU is slow where other backends are not. Outside a range of sizes, its convolutions and their gradients run on one
+core or without its fast library. XLA:CPU merges equal computations and keeps their result in memory. It also fuses a
+chain of sums into every later use. The forms below gave the following (docs/speed-notes.md names machines and sizes).
+Ratios are new over old time:
 
-- a weight's gradient as a matrix product: training 0.77 to 0.88; by rows of the kernel and turned: 0.81 to 0.94
-- XLA's own convolution up to 128 channels in inference: without it ResNet-18 takes 1.08
-- max-pooling's gradient by phases of the stride: 1.6 ms of 7.3 (32 of 32x32x64)
-- Winograd's form in inference, as slices: 0.98 to 1.00
-- `once_known`: the temporary memory of a training step of ResNet-101 falls from 348 to 148 MB (8 of 96x96)
+- the weight's gradient as a matrix product: 0.77 to 0.88 of a training step
+- unfolded patches for every convolution, with the weight's gradient by rows of the kernel: 0.81 to 0.94 of a step
+- XLA's own convolution up to 128 channels in inference: 0.93 for ResNet-18
+- max-pooling's gradient by phases of the stride: 0.22 of the layer, from 7.3 to 1.6 ms (32 images of 32x32x64)
+- Winograd's form in inference with tiles as slices: 0.98 to 1.00
+- `once_known`: the temporary memory of a training step of ResNet-101 falls from 348 to 148 MB (8 images of 96x96)
 
-To leave all of it out, set `jax_resnet.cpu.ENABLED = False` before anything is traced, or call `jax.clear_caches()`
-after it. Then a CPU runs what a GPU or TPU runs, and the results differ by rounding alone. (`recomputed`, which is what
-remat uses everywhere, stays.)
+To turn these forms off, set `jax_resnet.cpu.ENABLED = False` before anything is traced, or call `jax.clear_caches()`
+afterwards. A CPU then runs the code for GPUs and TPUs, and the results differ by rounding alone. `recomputed` stays on,
+because remat uses it on every backend.
 
-Static shapes and types decide between forms. Where a symbolic dimension (`jax.export`) would decide, the form is the
-one that needs no such decision.
+Static shapes and types choose the form. Where the choice would depend on a symbolic dimension (`jax.export`), the code
+takes the form that works for every size.
 """
 
 from __future__ import annotations
@@ -46,34 +47,34 @@ __all__ = [
 
 ENABLED = True
 
-MIN_DIRECT = 4  # pixels of height and width from which XLA's own convolution is fast: 2x2 under 3x3 is 60 times slower
-MAX_DIRECT = 128  # channels up to which it is faster than unfolding: it packs the kernel in each call
-MIN_CHANNELS_BY_ROW = 16  # channels from which the weight's gradient is faster row by row: 1.6 of 2.4 ms at 32
-MIN_ROWS_TURNED = 512  # positions from which xᵀ·dy is faster as (dyᵀ·x)ᵀ, where dy has fewer columns than x
-MIN_CHANNELS_WINOGRAD = 16  # channels from which Winograd's form is tried
-# Multiplications per pair of channels from which Winograd's form pays for its transforms: 128 channels are what XLA's
-# own convolution is best at.
+MIN_DIRECT = 4  # XLA's own convolution needs this height and width: 3x3 kernels on 2x2 images are 60 times slower
+MAX_DIRECT = 128  # with more channels unfolding is faster: XLA's convolution packs the kernel in each call
+MIN_CHANNELS_BY_ROW = 16  # from here on the weight's gradient is faster row by row: 1.6 instead of 2.4 ms at 32
+MIN_ROWS_TURNED = 512  # from this many rows on, xᵀ·dy is faster as (dyᵀ·x)ᵀ if dy has fewer columns than x
+MIN_CHANNELS_WINOGRAD = 16  # Winograd's form needs at least these channels
+# Winograd's form pays for its transforms if it saves this many multiplications per pair of channels. The second number
+# is for 128 channels, where XLA's own convolution is fastest.
 MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
 
-# F(2x2, 3x3) of Winograd's minimal filtering (Lavin & Gray, 2016): y = Aᵀ((G g Gᵀ) ∘ (Bᵀ d B))A for tiles d of 4x4
-# values that overlap by two.
+# Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray, 2016): y = Aᵀ((G g Gᵀ) ∘ (Bᵀ d B))A for tiles d of 4x4 values
+# that overlap by two.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def choose(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """cpu(*operands) on a CPU, default(*operands) elsewhere; chosen when the program is lowered."""
+    """Returns cpu(*operands) on a CPU and default(*operands) elsewhere. Lowering the program makes the choice."""
     if not ENABLED:
         return default(*operands)
     return lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 def conv2d(direct: Callable[[Array, Array], Array], x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """A convolution where no gradient is asked for, in the form that is fastest by itself.
+    """Convolves without gradients, in the form that is fastest for these sizes.
 
     Args:
-      direct: (x, weight) -> the same by XLA's own convolution.
+      direct: (x, weight) -> y, XLA's own convolution.
       x: (N, H, W, C) float.
-      weight: (kh, kw, C, K), of the same type.
+      weight: (kh, kw, C, K), in the type of x.
       stride, padding: as for `jax_resnet.layers.conv2d`.
     """
     if _winograd_pays(x, weight, stride, padding):
@@ -84,7 +85,7 @@ def conv2d(direct: Callable[[Array, Array], Array], x: Array, weight: Array, *, 
 
 
 def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """A convolution as one product, patches times kernel: the form for training, where the others gain nothing."""
+    """Convolves by one matrix product, patches times kernel. Training uses this form; the others gain nothing there."""
     kh, kw, _, k = weight.shape
     patches = _unfold(x, kh, kw, stride, padding)
     y = _product(patches.reshape(-1, patches.shape[3]), weight.reshape(-1, k), 1, 0)
@@ -92,17 +93,17 @@ def unfolded(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
 
 
 def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: int) -> tuple[Array, Array]:
-    """The gradients of x and weight, from that of the convolution's result."""
+    """Computes dx and dweight of a convolution from dy."""
     kh, kw, c, k = weight.shape
     if max(kh, kw) > 1:
-        x = once_known(dy, x)  # or patches, copies of x, would be made in the forward pass and kept until here
+        x = once_known(dy, x)  # otherwise XLA makes the patches in the forward pass and keeps them until here
     rows = dy.reshape(-1, k)
     dpatches = _product(rows, weight.reshape(-1, k), 1, 1).reshape(*dy.shape[:3], kh * kw * c)
     dx = _fold(dpatches, x, kh, kw, stride, padding)
     if c < MIN_CHANNELS_BY_ROW:
         patches = _unfold(x, kh, kw, stride, padding)
         return dx, _product_over_rows(patches, rows).astype(weight.dtype).reshape(weight.shape)
-    # A row of the kernel at a time: unfolded across alone there is 1/kh of the patches, which caches may hold.
+    # One row of the kernel at a time: unfolding along the width alone makes 1/kh of the patches, which may fit a cache.
     across = _side_by_side(_pad(x, padding), 2, kw, stride)
     last = stride * (dy.shape[1] - 1)
     of_rows = [_product_over_rows(lax.slice_in_dim(across, u, u + last + 1, stride, 1), rows) for u in range(kh)]
@@ -110,17 +111,18 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
 
 
 def _product_over_rows(x: Array, dy: Array) -> Array:
-    """xᵀ·dy, (..., C) and (rows, K) -> (C, K)."""
+    """Returns xᵀ·dy, (C, K), for x (..., C) and dy (rows, K)."""
     x = x.reshape(-1, x.shape[-1])
     if x.shape[1] <= dy.shape[1] or not at_least(dy.shape[0], MIN_ROWS_TURNED):
         return _product(x, dy, 0, 0)
-    # The library transposes its left side: the smaller one, then. Without a barrier XLA turns the product around again.
+    # The library transposes the left operand, so the smaller one goes there. The barrier keeps XLA from swapping them.
     return lax.optimization_barrier(_product(dy, x, 0, 0)).T
 
 
 def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """The sum of products over an axis of each of two matrices, in at least float32."""
-    # To bfloat16 at once XLA:CPU multiplies in float32; the processor's own products (amx_bf16) are summed in float32.
+    """The sum of products over one axis of each matrix, in at least float32."""
+    # For a bfloat16 result XLA:CPU converts the operands to float32 first. With a float32 result the processor
+    # multiplies bfloat16 itself (amx_bf16).
     summed_in = jnp.promote_types(a.dtype, jnp.float32)
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=summed_in)
 
@@ -131,11 +133,11 @@ def _direct_pays(x: Array, weight: Array) -> bool:
 
 
 def once_known(late: Array, x: Array) -> Array:
-    """Returns x, made to depend on `late`: XLA:CPU cannot compute anything from it before `late` is known.
+    """Returns x, made to depend on `late`: XLA:CPU can use the result only after it has computed `late`.
 
-    So it cannot merge a computation in the backward pass with the same one in the forward pass, and keep its result.
-    `lax.optimization_barrier` is not enough, because XLA:CPU removes it before it merges. On a CPU this is x + 0, where
-    the 0 is the smallest normal number if the first entry of `late` is a nan. Elsewhere it is x itself.
+    XLA:CPU then cannot merge a computation of the backward pass with an equal one of the forward pass, whose result it
+    would keep. `lax.optimization_barrier` is not enough: XLA:CPU removes barriers before it merges. On a CPU the result
+    is x + 0, or x + the smallest normal number if the first entry of `late` is nan. On other backends it is x.
     """
     if below(late.size, 1):
         return x
@@ -147,12 +149,12 @@ def once_known(late: Array, x: Array) -> Array:
 
 
 def _unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The patches that a kernel sees (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), taps row-major, channels last."""
+    """Unfolds into patches (im2col): (N, H, W, C) -> (N, H', W', kh·kw·C), in the order of the kernel's rows."""
     return _side_by_side(_side_by_side(_pad(x, padding), 2, kw, stride), 1, kh, stride)
 
 
 def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The transpose of `_unfold`, like x: each value gets the sum of what its copies got, all of them in one pass."""
+    """The transpose of `_unfold`: sums the gradients of all copies of each value of x, in one pass. Shaped like x."""
 
     def unfold_by_taps(x):
         return jnp.concatenate(_taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
@@ -162,7 +164,7 @@ def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int
 
 
 def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> list[Array]:
-    """For each tap (u, v) of a kernel, row-major, the values it meets: kh·kw arrays (N, out_h, out_w, C)."""
+    """For each tap, a position (u, v) in the kernel, the inputs it multiplies: kh·kw arrays (N, out_h, out_w, C)."""
     return [
         x[:, u : u + stride * (out_h - 1) + 1 : stride, v : v + stride * (out_w - 1) + 1 : stride]
         for u in range(kh)
@@ -171,24 +173,24 @@ def _taps(x: Array, kh: int, kw: int, stride: int, out_h: int, out_w: int) -> li
 
 
 def _side_by_side(x: Array, axis: int, size: int, stride: int) -> Array:
-    """From every stride-th place along an axis on, `size` values, together in the last axis: C becomes size·C."""
+    """Windows of `size` values along an axis, one every `stride` values, joined in the last axis: C becomes size·C."""
     end = x.shape[axis] - size + 1
     stacked = jnp.stack([lax.slice_in_dim(x, u, u + end, stride, axis) for u in range(size)], axis=3)
     return stacked.reshape(*stacked.shape[:3], size * x.shape[3])
 
 
 def _pad(x: Array, padding: int, value: float = 0) -> Array:
-    """x with so many pixels more on each of the four sides."""
+    """Adds `padding` pixels of a value on each of the four sides."""
     if not padding:
         return x
-    # Not by jnp.pad, which XLA fuses, with all that x is computed from, into what copies it, once for each copy.
+    # XLA would fuse jnp.pad, and the computation of x with it, into each operation that copies the padded image.
     n, h, w, c = x.shape
     side, above = (jnp.full(shape, value, x.dtype) for shape in ((n, h, padding, c), (n, padding, w + 2 * padding, c)))
     return jnp.concatenate([above, jnp.concatenate([side, x, side], 2), above], 1)
 
 
 def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
-    """Whether Winograd's form is the faster one: transforms cost time, and in half precision their sums are coarse."""
+    """Whether to use Winograd's form: its transforms cost time, and in half precision their sums are inaccurate."""
     if weight.shape[:2] != (3, 3) or (stride, padding) != (1, 1) or min(weight.shape[2:]) < MIN_CHANNELS_WINOGRAD:
         return False
     n, h, w, _ = x.shape
@@ -197,22 +199,22 @@ def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
 
 
 def _winograd(x: Array, weight: Array) -> Array:
-    """conv2d of 3x3 kernels, stride 1, padding 1."""
+    """Convolves with 3x3 kernels, stride 1 and padding 1."""
     n, h, w, c = x.shape
     k = weight.shape[3]
     kernels = (np.kron(G, G).astype(weight.dtype) @ weight.reshape(9, c * k)).reshape(16, c, k)
     tiles = _tiles(x)
     y = jnp.einsum("tpc,tck->tpk", tiles.reshape(16, -1, c), kernels).reshape(*tiles.shape[:5], k)
-    for axis in range(2):  # Aᵀ y A: (2, 2, N, tiles down, tiles across, K)
+    for axis in range(2):  # Aᵀ y A: (2, 2, N, rows of tiles, columns of tiles, K)
         m = [lax.index_in_dim(y, i, axis, keepdims=False) for i in range(4)]
         y = jnp.stack([m[0] + m[1] + m[2], m[1] - m[2] - m[3]], axis)
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(n, 2 * y.shape[3], 2 * y.shape[4], k)[:, :h, :w]
 
 
 def _tiles(x: Array) -> Array:
-    """Bᵀ d B of each tile: (4, 4, N, tiles down, tiles across, C)."""
-    x = _pad(x, 2)[:, 1:, 1:]  # one before; one behind, and one more for tiles that stick out
-    for axis, size in enumerate(x.shape[1:3]):  # the fours go to the front, so the pixels' axes are 1 and then 3
+    """Computes Bᵀ d B of each tile d: (4, 4, N, rows of tiles, columns of tiles, C)."""
+    x = _pad(x, 2)[:, 1:, 1:]  # one pixel before the image and two after: odd sizes need the second
+    for axis, size in enumerate(x.shape[1:3]):  # each new axis of 4 goes to the front: height is axis 1, width axis 3
         count = (size - 2) // 2
         d = [lax.slice_in_dim(x, i, i + 2 * count - 1, 2, 2 * axis + 1) for i in range(4)]
         x = jnp.stack([d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]], axis)
@@ -220,7 +222,7 @@ def _tiles(x: Array) -> Array:
 
 
 def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, padding: int) -> tuple[Array]:
-    """The gradient of x, from dy, that of y = max_pool(x): a value gets those of the windows whose first maximum it is.
+    """Computes dx of y = max_pool(x): each value of x sums the dy of the windows in which it is the first maximum.
 
     Args:
       x: (N, H, W, C).
@@ -229,13 +231,13 @@ def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, pad
     """
     n, _, _, c = x.shape
     padded = _pad(x, padding, -jnp.inf)
-    nowhere = window * window  # the number of no tap
+    nowhere = window * window  # taps are numbered from 0, so no tap has this number
     first = jnp.full(y.shape, nowhere, jnp.int16 if nowhere < 2**15 else jnp.int32)
     for tap, value in reversed(list(enumerate(_taps(padded, window, window, stride, *y.shape[1:3])))):
         first = jnp.where(value == y, tap, first)
-    # Row stride·q + r of the padded picture is row stride·t + r of window q - t, for each t that fits. So all values of
-    # a phase (r of their rows, s of their columns) are in the same places of their windows.
-    before = (window - 1) // stride  # windows that begin before a value's own and hold it
+    # Row stride·q + r of the padded image is row stride·t + r of window q - t, for each t that fits. So all values with
+    # the same phase (r, s) of row and column have the same positions in their windows.
+    before = (window - 1) // stride  # the largest such t
     rows, columns = (-(-size // stride) for size in padded.shape[1:3])
     around = (
         (0, 0),
@@ -259,26 +261,26 @@ def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, pad
 
 
 def moments(rows: Array) -> tuple[Array, Array]:
-    """The mean and the biased variance of each column, in two passes: XLA:CPU materializes the squares either way."""
+    """The mean and biased variance of each column, in two passes. XLA:CPU materializes the squares in one pass, too."""
     mean = rows.mean(0)
     centred = rows - mean
     return mean, (centred * centred).mean(0)
 
 
 def materialize(x: Array) -> Array:
-    """x, computed once. XLA:CPU would fuse a chain of residual sums into each later use and recompute it there."""
+    """Returns x, computed once. Without this XLA:CPU fuses a chain of residual sums into each use and recomputes it."""
     return choose(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A block that is run again for its gradients, so that only its input is kept.
+    """Wraps a block so that the backward pass runs it again, and only the block's inputs are kept.
 
-    In place of jax.checkpoint, which saves nothing on a CPU: XLA:CPU merges its second run with the first.
+    jax.checkpoint would save no memory on a CPU, because XLA:CPU merges the second run with the first.
     """
     again = jax.custom_vjp(run)
 
     def forward(*inputs):
-        y, _ = jax.vjp(run, *inputs)  # in the forms of training, as the second run: run(*inputs) takes other ones
+        y, _ = jax.vjp(run, *inputs)  # like the second run in the forms for training: run(*inputs) takes others
         return y, inputs
 
     def backward(inputs, cotangents):

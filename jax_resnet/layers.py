@@ -1,12 +1,12 @@
 """The layers of a ResNet as pure functions of arrays.
 
-Images are NHWC, convolution kernels HWIO, dense kernels (in, out). Nothing here holds state and nothing is jitted: the
-caller does both. The mathematics is PyTorch's: padding is explicit and symmetric, BatchNorm normalizes with the biased
-variance and keeps the unbiased one, a tie in a max-pool belongs to the first position, ReLU has gradient 0 at 0.
+Images are NHWC, convolution kernels HWIO, dense kernels (in, out). The caller holds the state and calls `jax.jit`. The
+mathematics is PyTorch's. Padding is explicit and symmetric. BatchNorm normalizes with the biased variance and keeps the
+unbiased variance. In a max-pool window with equal maxima the first one gets the gradient. ReLU has gradient 0 at 0.
 
-On a CPU some layers have a second form, in `jax_resnet.cpu`, that computes the same thing faster. Gradients are written
-out as `jax.custom_vjp`: reverse mode works to any order, and forward mode over reverse mode (Hessian-vector products,
-`jax.hessian`); forward mode alone (`jax.jvp` of a layer) does not.
+On a CPU some layers take a faster form with the same result up to rounding (`jax_resnet.cpu`). conv2d, batch_norm in
+training, relu and max_pool define their gradients by `jax.custom_vjp`. For these, reverse mode works to any order, and
+so does forward mode over reverse mode (Hessian-vector products, `jax.hessian`). Forward mode alone (`jax.jvp`) fails.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 
       weight: (kh, kw, C, K).
       bias: (K,) or None.
       stride: s, for both axes.
-      padding: p, zeros added on each of the four sides.
+      padding: p, the number of zeros added on each of the four sides.
 
     Returns:
-      (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), in the type that x and weight promote to.
+      y, (N, (H + 2p - kh) // s + 1, (W + 2p - kw) // s + 1, K), in the type that x and weight promote to.
 
     Raises:
-      ValueError: for arrays of other ranks, channels that do not fit, or a kernel larger than the padded image.
+      ValueError: an array has the wrong rank, the channels differ, stride or padding is out of range, or the kernel is
+        larger than the padded image.
     """
     _check_images("conv2d", x)
     if weight.ndim != 4 or weight.shape[2] != x.shape[3]:
@@ -70,7 +71,7 @@ def conv2d(x: Array, weight: Array, bias: Array | None = None, *, stride: int = 
 
 
 def _convolve(x: Array, weight: Array, *, stride: int, padding: int) -> Array:
-    """XLA's own convolution: cuDNN on a GPU, the matrix unit on a TPU."""
+    """XLA's own convolution, which runs cuDNN on a GPU and the matrix unit on a TPU."""
     around = [(padding, padding)] * 2
     return lax.conv_general_dilated(x, weight, (stride,) * 2, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -111,23 +112,24 @@ def batch_norm(
 ) -> tuple[Array, Array, Array]:
     """Batch normalization over all axes but the last (Ioffe & Szegedy 2015), as PyTorch computes it.
 
-    In training y = (x - mean) / sqrt(var + eps) · weight + bias with the batch's mean and biased variance; the running
-    values move by `momentum` towards the batch's mean and its unbiased variance (n / (n - 1)). In evaluation the
-    running values take the batch's place. The running values carry no gradient.
+    In training y = (x - mean) / sqrt(var + eps) · weight + bias with the batch's mean and biased variance. The running
+    statistics move by `momentum` towards the batch's mean and its unbiased variance (n / (n - 1) times the biased one).
+    No gradient flows from the new running statistics into x. In evaluation the running statistics normalize x.
 
     Args:
       x: (..., C) float.
       weight, bias: (C,), gamma and beta.
       running_mean, running_var: (C,), at least float32.
-      train: whether to use, and follow, the batch's own statistics.
-      momentum: the share of the new statistics in the running ones.
+      train: whether to normalize with the batch's statistics and update the running ones.
+      momentum: the weight of the batch's statistics in the new running statistics.
       eps: added to the variance.
 
     Returns:
-      y like x, the new running mean and the new running variance, (C,). The statistics are taken in at least float32.
+      y like x, the new running mean and the new running variance, each (C,). Statistics are computed in at least
+      float32.
 
     Raises:
-      ValueError: for vectors that do not fit the channels, or in training with one value per channel.
+      ValueError: a vector does not fit the channels, or x has one value per channel in training.
     """
     for name, value in dict(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var).items():
         if value.shape != x.shape[-1:]:
@@ -166,7 +168,7 @@ def _normalize_fwd(
 
 def _moments(rows: Array) -> tuple[Array, Array]:
     """The mean and the biased variance of each column."""
-    # Shifted by a value of the channel, or the moments cancel where |mean| >> deviation.
+    # Subtracting one value of the channel avoids cancellation in the variance where |mean| >> deviation.
     shift = rows[0]
     shifted = rows - shift
     mean_shifted = shifted.mean(0)
@@ -177,9 +179,13 @@ def _moments(rows: Array) -> tuple[Array, Array]:
 def _normalize_bwd(
     eps: float, residuals: tuple[Array, Array, Array, Array], cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
-    """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)): the batch's mean and scale carry no gradient."""
+    """dx = weight / deviation · (dy - mean(dy) - x̂ · mean(dy · x̂)), with x̂ the normalized x.
+
+    The formula differentiates through the batch's mean and variance. Cotangents of the returned mean and variance are
+    ignored, because `batch_norm` stops their gradients.
+    """
     x, weight, mean, inverse_deviation = residuals
-    # Or XLA:CPU would keep x - mean from the forward pass on, besides x.
+    # Without this XLA:CPU would keep both x and x - mean in memory from the forward pass on.
     x = cpu.once_known(cotangents[0], x)
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
     dy = _at_least_float32(cotangents[0].reshape(rows.shape))
@@ -201,12 +207,12 @@ def relu(x: Array) -> Array:
 
 
 def _positive_part(x: Array) -> Array:
-    return jnp.where(x < 0, 0, x)  # not jnp.maximum, which loses a nan in some of XLA's fusions on a CPU
+    return jnp.where(x < 0, 0, x)  # jnp.maximum loses a nan in some of XLA's fusions on a CPU
 
 
 def _relu_fwd(x: Array) -> tuple[Array, Array]:
     y = _positive_part(x)
-    return y, y  # y is kept by the next layer anyway, x and a mask would be two arrays more
+    return y, y  # the next layer keeps y anyway, whereas x or a mask would be one more array
 
 
 def _relu_bwd(y: Array, dy: Array) -> tuple[Array]:
@@ -222,22 +228,23 @@ def sigmoid(x: Array) -> Array:
 
 
 def max_pool(x: Array, *, window: int = 3, stride: int = 2, padding: int = 1) -> Array:
-    """The largest value in each window; the border is padded with -inf, a tie's gradient goes to the first position.
+    """The largest value in each window. The padding is -inf; among equal maxima the first one gets the gradient.
 
     Args:
       x: (N, H, W, C) float.
       window, stride, padding: for both axes; padding at most window // 2.
 
     Returns:
-      (N, (H + 2·padding - window) // stride + 1, the same of W, C).
+      y, (N, (H + 2·padding - window) // stride + 1, (W + 2·padding - window) // stride + 1, C).
 
     Raises:
-      ValueError: for other ranks, a padding over half the window, or a window that does not fit.
+      ValueError: x is not (N, H, W, C) float, padding exceeds half the window, stride is less than 1, or a window does
+        not fit into the padded image.
     """
     _check_images("max_pool", x)
     if not 0 <= padding <= window // 2 or stride < 1:
         raise ValueError(
-            f"max_pool: padding must be within 0 and window // 2 and stride >= 1, "
+            f"max_pool: padding must be between 0 and window // 2 and stride >= 1, "
             f"got window {window}, stride {stride}, padding {padding}"
         )
     if any(below(size + 2 * padding, window) for size in x.shape[1:3]):
@@ -270,13 +277,13 @@ _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 def global_avg_pool(x: Array) -> Array:
-    """The mean over height and width, (N, H, W, C) -> (N, C), taken in at least float32."""
+    """The mean over height and width, (N, H, W, C) -> (N, C), computed in at least float32."""
     _check_images("global_avg_pool", x)
     return _at_least_float32(x).mean((1, 2)).astype(x.dtype)
 
 
 def flatten(x: Array) -> Array:
-    """(N, ...) -> (N, product of the rest), row-major: for images in the order height, width, channel."""
+    """Reshapes (N, ...) to (N, product of the other sizes), row-major: images in the order height, width, channel."""
     return x.reshape(x.shape[0], -1)
 
 
@@ -284,7 +291,7 @@ def dense(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Affine map y = x·W + b: x (N, C), weight (C, K), bias (K,) or None -> (N, K).
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: the shapes do not fit.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[0]:
         raise ValueError(f"dense: x must be (N, C) and weight (C, K), got {x.shape} and {weight.shape}")
@@ -299,13 +306,13 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     Args:
       logits: (N, K) float.
-      labels: (N,) integer class numbers from 0 to K - 1; traced values cannot be checked: others give nonsense.
+      labels: (N,) integer class numbers from 0 to K - 1. Values are not checked; others give meaningless losses.
 
     Returns:
-      (N,) losses; the caller takes the mean.
+      losses, (N,). The caller takes the mean.
 
     Raises:
-      ValueError: for shapes that do not fit or labels that are not integers.
+      ValueError: the shapes do not fit, or labels are not integers.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How torchvision, Hugging Face and Keras call the layers of a ResNet, and what else differs in their files."""
+"""The names of a ResNet's layers in torchvision, Hugging Face and Keras, and other differences between their files."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ __all__ = [
     "with_counts",
 ]
 
-COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; nothing here needs it
+COUNT = "num_batches_tracked"  # torch counts batches in each BatchNorm; this package does not use the count
 STATISTICS = ("running_mean", "running_var")
 LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-KERAS_EPS = 1.001e-5  # of its BatchNorm; ours is 1e-5
-# The layers of a block in the order of keras.applications: files of this kind are loaded by order.
+KERAS_EPS = 1.001e-5  # eps of BatchNorm in Keras; the default here is 1e-5
+# The layers of a block in the order of keras.applications, which loads a file's arrays by their order.
 _KERAS_ORDER = ("conv1", "bn1", "conv2", "bn2", "downsample.0", "conv3", "downsample.1", "bn3")
 
 
 class Naming(NamedTuple):
     """How a library names the layers.
 
-    title: whose names they are.
-    theirs: torchvision's name -> theirs, below the prefix.
+    title: the library.
+    theirs: torchvision's name -> the library's name, both without a prefix.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Naming(NamedTuple):
 
 
 def _sequential(name: str) -> str:
-    """nn.Sequential(*resnet.children()): by number, ReLU, pooling and flattening counted."""
+    """The name in nn.Sequential(*resnet.children()), which numbers all modules: ReLU, pooling and flattening too."""
     first, _, rest = name.partition(".")
     return f"{dict(zip(LAYERS, (0, 1, 4, 5, 6, 7, 9), strict=True))[first]}.{rest}"
 
@@ -85,7 +85,7 @@ NAMINGS = (TORCHVISION, Naming("nn.Sequential", _sequential), HUGGING_FACE, KERA
 
 @functools.cache
 def torchvision_names(naming: Naming) -> dict[str, str]:
-    """{their name: torchvision's} of the largest network."""
+    """Returns {a library's name: torchvision's name} for all arrays that one of the five networks may have."""
     fields = ("weight", "bias", "running_mean", "running_var", COUNT)
     inner = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample.0", "downsample.1")
     blocks = [f"layer{stage}.{block}.{layer}" for stage in range(1, 5) for block in range(36) for layer in inner]
@@ -94,25 +94,25 @@ def torchvision_names(naming: Naming) -> dict[str, str]:
 
 
 def with_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with a batch count of 0 for each BatchNorm that has none, as a state_dict of torch has them."""
+    """Adds a batch count of 0 for each BatchNorm without one, because torch's state_dict has batch counts."""
     norms = [name.rpartition(".")[0] for name in arrays if name.endswith(f".{STATISTICS[0]}")]
     return {f"{norm}.{COUNT}": np.zeros((), np.int64) for norm in norms} | dict(arrays)
 
 
 def to_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """torchvision's names -> those of transformers' ResNetForImageClassification, batch counts included."""
+    """Renames torchvision's names to those of transformers' ResNetForImageClassification. Adds missing batch counts."""
     theirs = {HUGGING_FACE.theirs(name): array for name, array in with_counts(arrays).items()}
     return {name if name.startswith("classifier.") else f"resnet.{name}": array for name, array in theirs.items()}
 
 
 def to_keras(arrays: Mapping[str, np.ndarray], eps: float) -> dict[str, np.ndarray]:
-    """torchvision's names and layout -> those of keras.applications' ResNet50, in its order; inverse of `from_keras`.
+    """Converts torchvision's names and layout into those of keras.applications, in its order.
 
-    Its convolutions have biases, which are 0 here. Batch counts are left out.
+    Keras' convolutions have biases; they become 0. Batch counts are left out. `from_keras` reverses the rest.
 
     Args:
-      arrays: of a network with bottleneck blocks and BatchNorm.
-      eps: what each BatchNorm adds to the variance; the difference from Keras' is added to the variances.
+      arrays: {torchvision's name: array} of a network with bottleneck blocks and BatchNorm.
+      eps: the eps of the network's BatchNorms. Its difference from Keras' eps is added to the variances.
     """
     blocks = sorted({(int(m[1]), int(m[2])) for name in arrays if (m := re.match(r"layer(\d)\.(\d+)\.", name))})
     inner = [f"layer{stage}.{block}.{layer}" for stage, block in blocks for layer in _KERAS_ORDER]
@@ -131,16 +131,17 @@ def to_keras(arrays: Mapping[str, np.ndarray], eps: float) -> dict[str, np.ndarr
 
 
 def _shifted(variance: np.ndarray, by: float) -> np.ndarray:
-    """variance + by, rounded so that taking it away again leaves no number below 0."""
+    """Returns variance + by, rounded so that subtracting `by` again gives no negative number."""
     shifted = (variance.astype(np.float64) + by).astype(variance.dtype)
     below = (variance >= 0) & (shifted.astype(np.float64) - by < 0)
     return np.where(below, np.nextafter(shifted, np.ones_like(shifted)), shifted)
 
 
 def from_keras(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keras' layout, biases of convolutions and eps -> torchvision's, which computes the same in evaluation.
+    """Converts arrays in Keras' layout, under torchvision's names, into a network that computes the same in evaluation.
 
-    A bias is taken from the mean of the BatchNorm behind it; the difference of eps is added to the variance.
+    The bias of a convolution is subtracted from the running mean of the BatchNorm after it. The difference between
+    Keras' eps and 1e-5 is added to the running variance.
     """
     new = {}
     for name, array in arrays.items():

@@ -1,6 +1,6 @@
 """ResNet-18, 34, 50, 101 and 152 (He et al. 2015, arXiv:1512.03385) as data and one pure function.
 
-A network is a `ResNetConfig` (static, hashable) and two nested dicts of arrays, `params` and `batch_stats`, whose paths
+A network is a `ResNetConfig` (static, hashable) and two nested dicts of arrays, `params` and `batch_stats`. Their paths
 joined by "." are torchvision's keys: `params["layer1"]["0"]["conv1"]["weight"]` is `layer1.0.conv1.weight`.
 
 >>> import jax, jax.numpy as jnp
@@ -66,9 +66,9 @@ class Output(NamedTuple):
     """What `apply` returns.
 
     logits: (N, num_classes), before any softmax; with num_classes=0 the pooled vector, (N, 512) or (N, 2048).
-    batch_stats: the running statistics after this batch (in evaluation those that were passed in).
-    activations: {} or, with return_activations, {"stem", "layer1.0", ..., "layer4.2", "pool"}: the input of the first
-      block, each block's output, and the pooled vector.
+    batch_stats: the running statistics after this batch; in evaluation they are unchanged.
+    activations: {}, or with return_activations the input of the first block ("stem"), each block's output ("layer1.0",
+      ..., "layer4.2") and the pooled vector ("pool").
     """
 
     logits: Array
@@ -77,20 +77,20 @@ class Output(NamedTuple):
 
 
 def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Draws the parameters and the first running statistics of a network.
+    """Draws the parameters and the initial running statistics of a network.
 
-    Convolutions are normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out), BatchNorm
-    weights 1 and biases 0, the dense layer uniform within 1/sqrt(in), as PyTorch's Linear. Without BatchNorm that
-    explodes with depth: there convolutions are PyTorch's default, uniform within 1/sqrt(kh·kw·C), their biases too.
+    Convolutions are normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out). BatchNorm
+    weights are 1 and biases 0. The dense layer is uniform within ±1/sqrt(in), as PyTorch's Linear. Without BatchNorm
+    activations would explode with depth, so convolutions and their biases then take PyTorch's default, uniform within
+    ±1/sqrt(kh·kw·C).
 
     Args:
       config: the architecture.
       key: a JAX random key.
-      dtype: of all arrays, promoted to at least float32; JAX's default float type if None.
+      dtype: the type of all arrays, promoted to at least float32; None takes JAX's default float type.
 
     Returns:
-      params and batch_stats, nested dicts; batch_stats is {} without BatchNorm, and params has no "fc" with
-      num_classes=0.
+      params and batch_stats, nested dicts. Without BatchNorm batch_stats is {}; with num_classes=0 params has no "fc".
     """
     dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
     params: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
 
 
 def init_dense(config: ResNetConfig, key: Array, dtype: Any = None) -> dict[str, Array]:
-    """Draws the dense layer alone: {"weight": (features, num_classes), "bias": (num_classes,)}."""
+    """Draws only the dense layer: {"weight": (features, num_classes), "bias": (num_classes,)}."""
     features = feature_channels(config)
     weight_key, bias_key = jax.random.split(key)
     dtype = jnp.promote_types(jnp.zeros((), dtype).dtype, jnp.float32)
@@ -141,9 +141,10 @@ _uniform = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
 
 
 def _draw(sample: Callable[..., Array], scale: float, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """scale * sample(key, shape, dtype), cut from a power of two: each size is a program, which XLA compiles for long.
+    """Returns scale * sample(key, shape, dtype), cut from a draw whose size is a power of two.
 
-    Entry i of a draw depends on the key and on i alone, so that these are the numbers of the shape itself.
+    XLA compiles a separate program for each size, which is slow; powers of two need few. Entry i of a draw depends on
+    the key and on i alone, so the result is the same as that of a draw with this shape.
     """
     size = math.prod(shape)
     return _cut(sample(key, (1 << (size - 1).bit_length(),), dtype), scale, shape)
@@ -168,20 +169,20 @@ def apply(
     """Runs the network on a batch.
 
     Args:
-      config: the architecture that params and batch_stats were made for.
+      config: the architecture of params and batch_stats.
       params, batch_stats: nested dicts as `init` returns them.
       images: (N, H, W, in_channels) float, H and W at least 32, normalized by the caller.
-      train: True normalizes with the batch's statistics and updates the running ones.
-      dtype: the type of images, kernels and activations (jnp.bfloat16, say); None keeps the given ones. BatchNorm's
-        statistics, the pooled vector and the logits stay at least float32.
-      remat: recompute each block in the backward pass instead of keeping what is inside it: less memory, more time.
-      return_activations: fill Output.activations.
+      train: True normalizes with the batch's statistics and updates the running statistics.
+      dtype: the type of images, kernels and activations, such as jnp.bfloat16; None keeps the types of the arrays.
+        BatchNorm's statistics, the pooled vector and the logits stay at least float32.
+      remat: whether to recompute each block in the backward pass. This takes less memory and more time.
+      return_activations: whether to fill Output.activations.
 
     Returns:
       Output(logits, batch_stats, activations).
 
     Raises:
-      ValueError: for images of another rank, type, size or number of channels, or parameters of another network.
+      ValueError: images have the wrong rank, type, size or number of channels, or the parameters do not fit config.
     """
     _check_images(config, images)
     weights = flatten_dict(dict(params), sep=".")
@@ -215,7 +216,7 @@ def _conv_norm(
     train: bool,
     dtype: Any,
 ) -> tuple[Array, dict[str, Array]]:
-    """A convolution with its BatchNorm, and the running statistics after it."""
+    """Applies a convolution and its BatchNorm. Returns the result and the new running statistics."""
     kernel = weights[f"{conv.name}.weight"]
     kernel = kernel.astype(dtype or jnp.result_type(x, kernel))
     bias = None if config.batch_norm else weights[f"{conv.name}.bias"].astype(kernel.dtype)
@@ -235,7 +236,7 @@ def _conv_norm(
     return y, dict(zip(names, running, strict=True))
 
 
-# Under jit, with names that do not say which block it is, so that equal blocks are traced and lowered once.
+# The jit and the names without the block's prefix let JAX trace and lower equal blocks once.
 @functools.partial(jax.jit, static_argnames=("config", "convs", "projection", "train", "dtype"))
 def _residual(
     config: ResNetConfig,
@@ -246,7 +247,7 @@ def _residual(
     stats: Mapping[str, Array],
     **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
-    """A residual block, and the running statistics after it."""
+    """Applies a residual block. Returns the result and the new running statistics."""
     shortcut, new_stats = _conv_norm(config, projection, x, weights, stats, **options) if projection else (x, {})
     for conv in convs:
         x, update = _conv_norm(config, conv, x, weights, stats, **options)
@@ -257,7 +258,7 @@ def _residual(
 
 
 def _without_prefix(block: Block) -> tuple[tuple[Conv, ...], Conv | None]:
-    """The convolutions of a block and of its shortcut, named as within it: "conv1", "downsample.0"."""
+    """The convolutions of a block and its shortcut, with names relative to the block: "conv1", "downsample.0"."""
 
     def bare(conv: Conv) -> Conv:
         name, norm = (text.removeprefix(f"{block.name}.") for text in (conv.name, conv.norm))
@@ -267,7 +268,7 @@ def _without_prefix(block: Block) -> tuple[tuple[Conv, ...], Conv | None]:
 
 
 def _below(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    """Those of a block, named as within it."""
+    """The arrays below a prefix, with names relative to it."""
     return {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
 
 
@@ -281,9 +282,9 @@ def _check_names(config: ResNetConfig, weights: Mapping[str, Array], stats: Mapp
         running = [f"{conv.norm}.running_mean", f"{conv.norm}.running_var"] if config.batch_norm else []
         missing = [name for name in names if name not in weights] + [name for name in running if name not in stats]
         if missing:
-            raise ValueError(f"params and batch_stats must be those of {config}: there is no {missing[0]!r}")
+            raise ValueError(f"params and batch_stats do not fit {config}: there is no {missing[0]!r}")
     if config.num_classes and not {"fc.weight", "fc.bias"} <= weights.keys():
-        raise ValueError(f"params and batch_stats must be those of {config}: there is no dense layer 'fc'")
+        raise ValueError(f"params and batch_stats do not fit {config}: there is no dense layer 'fc'")
 
 
 def _check_images(config: ResNetConfig, images: Array) -> None:

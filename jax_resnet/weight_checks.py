@@ -1,4 +1,4 @@
-"""Tells which ResNet the arrays of a file are of, and what in them does not fit."""
+"""Recognizes which ResNet the arrays of a file belong to, and lists what does not fit a given network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax_resnet.weight_files import to_torch_layout
 __all__ = ["ARCHITECTURES", "check_arrays", "describe", "diagnosis", "recognize"]
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-_LISTED = 8  # of the differences between a file and a network
+_LISTED = 8  # how many differences between a file and a network a message lists
 _NEW_HEAD = 'training with --init draws a new one, as head="new" does in Python'
 
 
@@ -29,16 +29,17 @@ def check_arrays(
     config: resnet.ResNetConfig,
     path: str | os.PathLike,
 ) -> None:
-    """Checks the arrays of a file against a network; batch counts may be there or not.
+    """Checks the arrays of a file against a network. Batch counts are optional.
 
     Args:
       arrays: {torchvision's name: array in torchvision's layout}.
       config: the network.
-      path: for the message.
+      path: the file's name for the message.
 
     Raises:
-      ValueError: if they are of another network, of which the message says the kind; or with a list of what is missing
-        or unexpected, of another shape, no float, not finite, or a negative variance.
+      ValueError: the arrays do not fit. The message names the other network that they belong to, if it is recognized.
+        Otherwise it lists arrays that are missing, unexpected, of the wrong shape, not float or not finite, and
+        negative variances.
     """
     expected = _shapes(config)
     arrays = {name: value for name, value in arrays.items() if name.rpartition(".")[2] != COUNT}
@@ -76,27 +77,27 @@ def _missing_hint(name: str, arrays: Mapping[str, np.ndarray]) -> str:
 def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> str:
     if name.startswith("fc.") and given and given[1:] == expected[1:]:
         if name == "fc.bias" and "fc.weight" in arrays and arrays["fc.weight"].shape[:1] != given:
-            return " (not of the same number of classes as the file's fc.weight)"
-        return f" (another number of classes: {_NEW_HEAD})"
+            return " (a different number of classes from the file's fc.weight)"
+        return f" (a different number of classes: {_NEW_HEAD})"
     if name == "conv1.weight" and given == (expected[0], 3, *expected[2:]) and expected[1] == 1:
-        return ' (a stem for colour: training with --init sums it, as stem="grey" does in Python)'
+        return ' (a stem for colour: training with --init sums its channels, as stem="grey" does in Python)'
     return " (transposed?)" if sorted(given) == sorted(expected) else ""
 
 
 def recognize(arrays: Mapping[str, np.ndarray], arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
-    """Tells from names and shapes what network weights are for; whether everything fits is for `check_arrays`.
+    """Recognizes by names and shapes which network weights belong to. `check_arrays` checks whether all of them fit.
 
-    Where a bottleneck has its stride (stride_in) cannot be told from weights: it is torchvision's in what is returned.
+    Weights do not show which convolution of a bottleneck applies the stride: stride_in is always torchvision's.
 
     Args:
-      arrays: {torchvision's name: array in torchvision's layout}; without a dense layer there are 0 classes.
-      arch: the architecture if it is known: then it is not looked for.
+      arrays: {torchvision's name: array in torchvision's layout}; without a dense layer num_classes is 0.
+      arch: the name of the architecture, if it is known; None looks for one that fits.
 
     Returns:
-      its name and its configuration.
+      the name and the configuration of the network.
 
     Raises:
-      ValueError: that says what other kind of network this is, or that a part is missing.
+      ValueError: the weights belong to another kind of network, which the message names, or a part is missing.
     """
     if other := _other_network(arrays):
         raise ValueError(f"holds {other}: not supported")
@@ -117,7 +118,7 @@ def recognize(arrays: Mapping[str, np.ndarray], arch: str | None = None) -> tupl
 
 
 def describe(config: resnet.ResNetConfig) -> str:
-    """A network in words: "a resnet18 with 5 classes and 3 channels"."""
+    """Describes a network: "a resnet18 with 5 classes and 3 channels"."""
     shapes = {(c.block, c.stage_sizes): name for name in ARCHITECTURES if (c := getattr(resnet, name)())}
     name = shapes.get((config.block, config.stage_sizes), f"ResNet of {config.stage_sizes} {config.block} blocks")
     plain = "" if config.batch_norm else ", without BatchNorm"
@@ -126,7 +127,7 @@ def describe(config: resnet.ResNetConfig) -> str:
 
 
 def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:
-    """What else the arrays are of, if that is all that is wrong."""
+    """Says which other network the arrays belong to; None if they fit config's blocks or none is known."""
     if "layer1.0.conv1.weight" not in arrays:
         return None
     try:
@@ -145,7 +146,7 @@ def _block_and_stages(arrays: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
 
 
 def _other_network(arrays: Mapping[str, np.ndarray]) -> str | None:
-    """What relative of the five ResNets these weights are for, None if they may be for one of them."""
+    """Names the variant of a ResNet that these weights belong to; None if they may fit one of the five ResNets here."""
     shapes = {name: array.shape for name, array in arrays.items()}
     stem, block = shapes.get("conv1.weight"), shapes.get("layer1.0.conv1.weight", ())
     middle = shapes.get("layer1.0.conv2.weight", ())
@@ -154,13 +155,13 @@ def _other_network(arrays: Mapping[str, np.ndarray]) -> str | None:
     if arrays["layer1.0.conv1.weight"].dtype.kind in "iu" or any(name.endswith("zero_point") for name in arrays):
         return "a quantized network"
     if any(name.endswith(("weight_orig", "weight_g", "weight_v")) or "parametrizations" in name for name in arrays):
-        return "weights in two parts, as pruning and weight normalization have them"
+        return "weights in two parts, as pruning and weight normalization save them"
     if any(re.search(r"(^|\.)(se|eca|attn|cbam|gc)\b|^fc\d$|se_module", name) for name in inner):
         return f"a ResNet with attention in its blocks ({strange[0]})"
     if stem is None:
         return "a ResNet with another stem (ResNet-C or D, or an unusual name)"
     if len(stem) != 4 or len(block) != 4:
-        return f"no ResNet: kernels of the shapes {stem} and {block}"
+        return f"no ResNet: its first kernels have the shapes {stem} and {block}"
     if stem[2:] != (7, 7) and stem[:2] != (7, 7):
         return f"a ResNet with a stem of {stem[2]}x{stem[3]}, as for small pictures"
     if len(shapes.get("layer2.0.downsample.1.weight", ())) == 4:
@@ -168,9 +169,9 @@ def _other_network(arrays: Mapping[str, np.ndarray]) -> str | None:
     if len(middle) == 4 and "layer1.0.conv3.weight" in arrays and middle[1] < middle[0] and middle[2:] == (3, 3):
         return f"a ResNeXt, with {middle[0] // middle[1]} groups in its convolutions"
     if block[0] != 64 and block[2:] in ((1, 1), (3, 3)):
-        return f"a ResNet of another width, {block[0]} in place of 64 in its first block"
+        return f"a ResNet of another width: {block[0]} instead of 64 channels in its first block"
     if "bn1.weight" in arrays and not any(name.endswith(STATISTICS) for name in arrays):
-        return "a ResNet without running statistics: with GroupNorm, or an average of the parameters alone"
+        return "a ResNet without running statistics (GroupNorm, or moving averages of the parameters alone)"
     if strange:
         return f"a ResNet with {strange[0]} in its blocks"
     return None
@@ -178,7 +179,7 @@ def _other_network(arrays: Mapping[str, np.ndarray]) -> str | None:
 
 @functools.cache
 def _shapes(config: resnet.ResNetConfig) -> dict[str, tuple[int, ...]]:
-    """{torchvision's name: shape in torchvision's layout}."""
+    """Returns {torchvision's name: shape in torchvision's layout}."""
     trees = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
     empty = jax.tree.map(lambda spec: np.broadcast_to(np.float32(0), spec.shape), trees)
     return {name: to_torch_layout(array).shape for tree in empty for name, array in flatten_dict(tree, sep=".").items()}

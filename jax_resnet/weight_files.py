@@ -1,7 +1,7 @@
-"""Reads untrusted weight files: {name: array}, whatever wrote them. Executes nothing and bounds the memory.
+"""Reads untrusted weight files of several libraries into {name: array}. Executes nothing and bounds the memory.
 
-The format is known by the first bytes, not by the suffix. Nested entries become dotted names. What the names mean is
-the subject of `weight_names`.
+The first bytes select the format; the suffix does not matter. Nested entries become dotted names, which `weight_names`
+interprets.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ __all__ = [
     "to_tree_layout",
 ]
 
-_MAX_BYTES = 2**34  # of all arrays together; those of ResNet-152 and of Adam, in float64, are 1.5e9
-_MAX_LEAVES, _MAX_DEPTH = 10**6, 16  # of nested entries, which can refer to one another
-# What a folder is read by, in this order: Hugging Face's names, a run's.
-INDEX = ".index.json"  # which says what is in which of several files
+_MAX_BYTES = 2**34  # of all arrays together; ResNet-152 with Adam's state has 1.5e9 in float64
+_MAX_INDEX = 2**24  # bytes of an index file
+_MAX_LEAVES, _MAX_DEPTH = 10**6, 16  # of nested entries, which may contain one another
+# Files to look for in a folder, in this order: Hugging Face's names, then the name in a training run.
+INDEX = ".index.json"  # such a file says which of several weight files holds which array
 FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
                 "weights.safetensors")  # fmt: skip
 AGAIN = "copy or download it again"
-_SIGNATURES = {  # of what people have under the name of a weight file
+_SIGNATURES = {  # the first bytes of other files that get mistaken for weight files
     b"": f"it is empty: {AGAIN}",
     b"version https://git-lfs": "it is a pointer of git-lfs: run `git lfs pull`",
     b"<!doctype": "it is a web page: download the file itself",
@@ -55,19 +56,20 @@ _SIGNATURES = {  # of what people have under the name of a weight file
     b"\xfd7zxz": "it is compressed: unxz it",
     b"7z\xbc\xaf": "it is a 7z archive: unpack it",
     b"rar!": "it is a RAR archive: unpack it",
-    bytes(16): f"it begins with zeros alone: {AGAIN}",
+    bytes(16): f"its first bytes are all zero: {AGAIN}",
 }
-_KERAS_VARIABLES = {2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}  # by their number
+# {number of variables in a Keras layer: their names}
+_KERAS_VARIABLES = {2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
 
 
 class Contents(NamedTuple):
     """What a file holds.
 
-    arrays: {dotted name: array}; an `unpickling.Tensor` where an array has not been made yet.
-    others: the dotted names of all else, such as "epoch".
-    metadata: text by name, of a .safetensors file.
-    path: of a folder, the file or the checkpoint that was read.
-    notes: which checkpoint of a run was read, if later ones are damaged.
+    arrays: {dotted name: array}; in place of an array an `unpickling.Tensor`, whose method `array()` makes it.
+    others: the dotted names of all other entries, such as "epoch".
+    metadata: {name: text} of a .safetensors file.
+    path: the file or the checkpoint that was read, if a folder was given.
+    notes: the checkpoint of a run that was read, if later ones are damaged.
     """
 
     arrays: dict[str, Any]
@@ -78,12 +80,12 @@ class Contents(NamedTuple):
 
 
 def read_contents(path: Path) -> Contents:
-    """The arrays of a file or of a folder of files, under the names that they have there.
+    """Reads the arrays of a file or of a folder of files, under their names in the file.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for what is no file (a pipe is not opened), cannot be read, would unpack to more than 16 GiB, or is a
-        pickle of more than data.
+      FileNotFoundError: there is no such file.
+      ValueError: path is a pipe or device (neither is opened), or the file cannot be read, would unpack to more than 16
+        GiB, or is a pickle with more than data.
     """
     if path.is_dir():
         return _read_folder(path)
@@ -99,7 +101,7 @@ def read_contents(path: Path) -> Contents:
             return _read(path, start, file)
     except (Unreadable, unpickling.RefusedError) as error:
         raise ValueError(f"{path} {error}") from error
-    except Exception as error:  # the readers raise a dozen types for a damaged file
+    except Exception as error:  # for a damaged file the readers raise a dozen types
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         reason = _known(start) or f"{first_sentence(error)}; {AGAIN}"
@@ -107,11 +109,11 @@ def read_contents(path: Path) -> Contents:
 
 
 class Unreadable(ValueError):
-    """A file is whole, and no weight file: the message goes on after its name."""
+    """A file that is no weight file, or one that is not supported. The message continues after the file's name."""
 
 
 def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
-    # The length of its header comes first, and may begin like a pickle.
+    # A .safetensors file begins with the length of its header, whose bytes may look like the start of a pickle.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size:
         return _read_safetensors(path)
     if start.startswith(b"PK\3\4"):
@@ -122,8 +124,8 @@ def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
         return _read_tar(file)
     if start[:1] == b"\x80" and start[1:2] <= b"\5":
         return _flat(unpickling.read_stream(file))
-    if start.lstrip().startswith(b"{") and b'"weight_map"' in path.read_bytes()[: 2**24]:
-        return _read_shards(path)
+    if start.lstrip().startswith(b"{") and b'"weight_map"' in (index := file.read(_MAX_INDEX)):
+        return _read_shards(path, index)
     if start[8:9] == b"{":
         return _read_safetensors(path)
     raise Unreadable(f"is not a readable weight file: {_known(start) or f'its format is not known: {AGAIN}'}")
@@ -139,7 +141,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 
 def _read_zip(file: BinaryIO) -> Contents:
-    """NumPy's .npz, PyTorch's since 1.6 and Keras' .keras are zip archives."""
+    """Reads a zip archive: NumPy's .npz, Keras' .keras, or PyTorch's format since 1.6."""
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         refuse_bombs(sum(member.file_size for member in archive.infolist()))
@@ -153,7 +155,7 @@ def _read_zip(file: BinaryIO) -> Contents:
         if pickles := [name for name in names if re.fullmatch(r"([^/]*/)?data\.pkl", name)]:
             return _flat(unpickling.read_zip(archive, pickles[0].removesuffix("data.pkl")))
     if not all(name.endswith(".npy") for name in names):
-        raise Unreadable(f"is an archive of {_some(names)}: unpack it, and name a weight file of it")
+        raise Unreadable(f"is an archive of {_some(names)}: unpack it and name a weight file from it")
     file.seek(0)
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -166,9 +168,9 @@ def _read_zip(file: BinaryIO) -> Contents:
         raise
     if raw := [name for name, array in contents.items() if array.dtype.kind == "V"]:
         size = contents[raw[0]].dtype.itemsize
-        what = {1: "float8", 2: "bfloat16"}.get(size, "a type that NumPy has not")
+        what = {1: "float8", 2: "bfloat16"}.get(size, "a type that NumPy does not have")
         raise Unreadable(
-            f"is refused: {len(raw)} arrays, such as {raw[0]}, are raw bytes, {size} a value: NumPy has saved {what} "
+            f"is refused: {len(raw)} arrays, such as {raw[0]}, are raw bytes, {size} per value: NumPy saved {what} "
             "without its type. Save it as .safetensors, or as float32"
         )
     return _flat(contents)
@@ -179,11 +181,11 @@ def _read_tar(file: BinaryIO) -> Contents:
         names = archive.getnames()
         if {"pickle", "storages", "tensors"} <= {name.removeprefix("./") for name in names}:
             return _flat(unpickling.read_tar(archive))
-    raise Unreadable(f"is an archive of {_some(names)}: unpack it, and name a weight file of it")
+    raise Unreadable(f"is an archive of {_some(names)}: unpack it and name a weight file from it")
 
 
 def _read_hdf5(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Keras' names are made {layer}.{variable}, whatever group they are in; in others "/" becomes "."."""
+    """Names arrays {layer}.{variable} in a file of Keras, whatever their group; in other files "/" becomes "."."""
     try:
         import h5py
     except ImportError as error:
@@ -200,7 +202,7 @@ def _read_hdf5(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _keras_name(name: str, item: Any) -> str | None:
-    """{layer}.{variable} of a variable of Keras, None for another array."""
+    """Returns {layer}.{variable} for a variable of a Keras layer, None for another array."""
     path = name.split("/")
     variable = path[-1].split(":")[0]
     if len(path) > 1 and path[-2] == "vars" and variable.isdecimal():  # Keras 3
@@ -212,7 +214,7 @@ def _keras_name(name: str, item: Any) -> str | None:
 
 
 def _hdf5_arrays(group: Any, h5py: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """(path, data set) of what is in the file itself: links, external and virtual data lead to other files."""
+    """Yields (path, data set) of the numbers in the file itself. Skips links and refuses data in other files."""
     for name in group:
         if depth < _MAX_DEPTH and isinstance(group.get(name, getlink=True), h5py.HardLink):
             item = group[name]
@@ -224,9 +226,9 @@ def _hdf5_arrays(group: Any, h5py: Any, prefix: str = "", depth: int = 0) -> Ite
                 yield prefix + name, item
 
 
-def _read_shards(path: Path) -> Contents:
-    """A file of Hugging Face's that says which of several others holds which array."""
-    parts = json.loads(path.read_bytes())["weight_map"]
+def _read_shards(path: Path, index: bytes) -> Contents:
+    """Reads the files that Hugging Face's index names: it says which file holds which array."""
+    parts = json.loads(index)["weight_map"]
     arrays: dict[str, Any] = {}
     for name in sorted({str(name) for name in parts.values()}):
         if Path(name).name != name:
@@ -238,7 +240,7 @@ def _read_shards(path: Path) -> Contents:
 
 
 def _read_folder(path: Path) -> Contents:
-    """A folder of Hugging Face's or of a training run, or one of that run's checkpoints."""
+    """Reads a folder of Hugging Face or of a training run, or a checkpoint of a run."""
     for name in FOLDER_FILES:
         if (path / name).is_file():
             return read_contents(path / name)._replace(path=path / name)
@@ -254,7 +256,7 @@ def _read_folder(path: Path) -> Contents:
         except DamagedError as error:
             damaged.append(str(error))
             continue
-        notes = (f"checkpoint {step} was read; passed over: {'; '.join(damaged)}",) if damaged else ()
+        notes = (f"checkpoint {step} was read, because {'; '.join(damaged)}",) if damaged else ()
         return contents._replace(path=folder / str(step), notes=notes)
     if damaged:
         raise ValueError(damaged[-1])
@@ -264,7 +266,7 @@ def _read_folder(path: Path) -> Contents:
 
 
 def _of_run(arrays: Mapping[str, np.ndarray]) -> Contents:
-    """A checkpoint of jax_resnet.train: parameters and statistics together, in torchvision's layout, and averages."""
+    """The parameters, statistics and moving averages in a checkpoint of `jax_resnet.train`, in torchvision's layout."""
     ours = {}
     for name, array in arrays.items():
         if match := re.fullmatch(r"(ema\.)?(?:params|batch_stats)\.(.+)", name):
@@ -306,14 +308,16 @@ def _leaves(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, 
 
 
 def refuse_bombs(size: int) -> None:
-    """Raises an Unreadable for so many bytes that they would fill the memory: a zip archive, or a torch tensor without
-    strides, of a few bytes can stand for any number of them."""
+    """Raises Unreadable if arrays of `size` bytes would fill the memory.
+
+    A small file can stand for any number of bytes: a zip archive, or a torch tensor whose strides are 0.
+    """
     if size > _MAX_BYTES:
-        raise Unreadable(f"is refused: it would unpack to {size / 1e9:,.0f} GB, which no ResNet needs")
+        raise Unreadable(f"is refused: it would unpack to {size / 2**30:,.0f} GiB, and no ResNet needs that much")
 
 
 def _known(start: bytes) -> str | None:
-    """What a file that cannot be read is instead and what to do, if its first bytes tell it."""
+    """What kind of file this is and what to do with it, if its first bytes show that it is no weight file."""
     seen = start.strip().lower()
     for signature, what in _SIGNATURES.items():
         if seen.startswith(signature) if signature else not start:

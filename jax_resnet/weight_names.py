@@ -1,8 +1,8 @@
-"""Finds a ResNet among the arrays of a file, whatever surrounds it and whichever library has named it.
+"""Finds the ResNet among the arrays of a file, under any prefix and under the names of several libraries.
 
-A network is found by the first kernel of its first block, `layer1.0.conv1.weight` in torchvision's names. What stands
-before it in that name is its prefix: the entry of a checkpoint, the attribute of a module. All that has another prefix
-is left out: an optimizer, a loss, a teacher.
+The search looks for the first kernel of the first block, `layer1.0.conv1.weight` in torchvision's names. The part of
+the array's name before this is the prefix of the network, such as an entry of a checkpoint or an attribute of a module.
+Arrays with another prefix are left out: an optimizer, a loss, a teacher network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jax_resnet.weight_files import refuse_bombs
 
 __all__ = ["Found", "find"]
 
-_WRAPPERS = {  # components that a wrapped module has in its names: DataParallel, torch.compile, FSDP, Opacus
+_WRAPPERS = {  # name components that wrappers of modules add: DataParallel, torch.compile, FSDP, Opacus
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_module",
 }  # fmt: skip
-_TRAINED = ("state_dict", "model", "model_state_dict")  # entries of checkpoints: the network that was trained
+_TRAINED = ("state_dict", "model", "model_state_dict")  # checkpoints hold the trained network in one of these entries
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)", re.IGNORECASE)
-# What may stand beside the layers of a network that has no prefix, and the dense layer among it.
+# Arrays with such names may lie beside the layers without being part of the ResNet. One may be the dense layer.
 _BESIDE = re.compile(
     "criterion|loss|queue|metric|acc|auc|n_averaged|optim|proj|predict|mlp|prototype|head|classif|linear|logit|fc",
     re.IGNORECASE,
@@ -37,12 +37,12 @@ _BLOCK = "layer1.0.conv1.weight"
 class Found(NamedTuple):
     """A network in a file.
 
-    arrays: {torchvision's name: array in torchvision's layout}, and what is unexpected under its own name.
-    prefix: what stood before each name, say "state_dict.module.".
-    naming: whose names they were.
-    left_out: what else there is, arrays or not.
-    head: the dense layer's name there; None if there is none, or it is not a single one.
-    notes: sentences for the user, of what was left out and changes what the network expects.
+    arrays: {torchvision's name: array in torchvision's layout}; unexpected arrays keep the names of the file.
+    prefix: the prefix of the names in the file, such as "state_dict.module.".
+    naming: the library that the names in the file come from.
+    left_out: the names of everything else in the file, arrays or not.
+    head: the file's name of the dense layer; None if the file has none, or a head of several layers.
+    notes: sentences for the user about arrays that were left out although the network depends on them.
     """
 
     arrays: dict[str, np.ndarray]
@@ -54,16 +54,16 @@ class Found(NamedTuple):
 
 
 def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = None) -> Found:
-    """Finds the one network in a file; of several the trained one, not its average.
+    """Finds the network in a file. Of several networks it takes the trained one, not the moving average of its weights.
 
     Args:
-      arrays: {name: array}; of those that are needed `array()` is called, where they have it.
-      others: names of what is not an array.
-      entry: a part of the prefix, which says which network to take: "teacher", "state_dict_ema".
+      arrays: {name: array}, NumPy arrays or objects whose method `array()` returns one. Only the network's are called.
+      others: the names of entries that are not arrays.
+      entry: a part of the prefix of the network to take, such as "teacher" or "state_dict_ema".
 
     Raises:
-      ValueError: there is none, or several, or none of that entry; an array of it is sparse, quantized or the like. The
-        message goes on after the file's name.
+      ValueError: the file has no network, several, or none with this entry, or one of the network's arrays is sparse,
+        quantized or another special tensor. The message continues a sentence that begins with the file's name.
     """
     originals = _without_wrappers(arrays)
     networks = {prefix: naming for prefix, naming in _networks(originals)}
@@ -107,14 +107,14 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         tuple(_summary([*left_out, *others], shown[chosen])),
         head,
         tuple(
-            f"{mean} and {std} were left out: the network expects pictures that are normalized by them"
+            f"{mean} and {std} were left out: normalize the pictures with them before the network"
             for mean, std in normalization
         ),
     )
 
 
 def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
-    """{name without the components of wrapped modules: the name itself}; both are the same where two would be one."""
+    """Returns {name without the components in _WRAPPERS: name}. Names that would become equal stay as they are."""
     bare: dict[str, list[str]] = {}
     for name in names:
         bare.setdefault(".".join(part for part in name.split(".") if part not in _WRAPPERS), []).append(name)
@@ -122,7 +122,7 @@ def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
 
 
 def _networks(names: Iterable[str]) -> Iterator[tuple[str, Naming]]:
-    """Prefix and naming of each network."""
+    """The prefix and the naming of each network."""
     for name in names:
         for naming in NAMINGS:
             block = naming.theirs(_BLOCK)
@@ -131,14 +131,14 @@ def _networks(names: Iterable[str]) -> Iterator[tuple[str, Naming]]:
 
 
 def _with_wrappers(prefix: str, naming: Naming, originals: Mapping[str, str]) -> str:
-    """The prefix as it is in the file; "" if there are wrappers behind it too."""
+    """The prefix as the file has it, with wrappers; "" if wrappers also lie inside the names of the layers."""
     block = naming.theirs(_BLOCK)
     original = originals[prefix + block]
     return original.removesuffix(block) if original.endswith(block) else ""
 
 
 def _choose(shown: Mapping[str, str], entry: str | None) -> str | None:
-    """One of the prefixes, {prefix: as it is in the file}; None if there are none."""
+    """Chooses a network from {prefix: prefix as the file has it} and returns its prefix; None if there are none."""
     prefixes = list(shown)
     there = ", ".join(shown[prefix].removesuffix(".") or "the file itself" for prefix in prefixes)
     if entry is not None:
@@ -154,9 +154,9 @@ def _choose(shown: Mapping[str, str], entry: str | None) -> str | None:
 
 
 def _find_head(arrays: Mapping[str, Any], *scopes: Mapping[str, str]) -> tuple[str | None, dict[str, str]]:
-    """The name of the dense layer, and {"fc.weight": name there, "fc.bias": name there}.
+    """Returns the file's name of the dense layer, and {"fc.weight": name in the file, "fc.bias": name in the file}.
 
-    It is called fc, or stands alone in a module that is called a head, and takes what a ResNet gives.
+    The dense layer is called fc, or is the only layer of a module named like a head and has 512 or 2048 inputs.
     """
     for scope in scopes:
         modules: dict[str, list[str]] = {}
@@ -183,10 +183,10 @@ def _find_head(arrays: Mapping[str, Any], *scopes: Mapping[str, str]) -> tuple[s
 def _normalizations(
     arrays: Mapping[str, Any], originals: Mapping[str, str], prefix: str, elsewhere: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    """The names of mean and deviation by which a file's model normalizes pictures before its network.
+    """The names of the mean and the deviation with which the model in the file normalizes pictures before the network.
 
-    They stand in a module beside the network, or beside one that it is in, normalize.mean and normalize.std, and have
-    one number a channel.
+    They are in a module beside the network or beside a module that holds the network, such as normalize.mean and
+    normalize.std. Each has one number, or one per channel.
     """
     for name, mean in originals.items():
         std = originals.get(re.sub(r"mean$", "std", name), mean)
@@ -202,7 +202,7 @@ def _normalizations(
 
 
 def _unexpected(name: str, array: Any) -> bool:
-    """Whether an array beside the layers may be a part of the network; a count or a loss is none."""
+    """Whether an array beside the layers may be a part of the network. A count or an array of a loss is not."""
     return bool(array.shape) and jnp.issubdtype(array.dtype, jnp.floating) and not _BESIDE.search(name.split(".")[0])
 
 
@@ -212,12 +212,14 @@ def _made(name: str, array: Any) -> np.ndarray:
     try:
         return array.array()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"has tensors that are no plain arrays: {name} is {error}") from error
+        raise ValueError(f"has tensors that are not plain arrays: {name} is {error}") from error
 
 
 def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
-    """Names by their first component that is not in the prefix; the whole name of what is alone there; a number with
-    what is in it."""
+    """Groups names by the first component that differs from the prefix, and describes each group.
+
+    A group of one entry gets its whole name. A group with a number for a name gets its first members in brackets.
+    """
     groups: dict[str, list[str]] = {}
     path = prefix.split(".")
     for name in names:

@@ -1,4 +1,4 @@
-"""The settings that timm and Hugging Face put beside a weight file, and what of them a plain ResNet must have."""
+"""The settings that timm and Hugging Face put beside a weight file, and the values that a plain ResNet must have."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ __all__ = ["SETTINGS_FILES", "check_settings", "of_backbone", "settings_beside"]
 
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 
-# Arguments of timm's networks that change nothing in evaluation, or only shapes, which the arrays tell.
+# Arguments of timm's networks that change nothing in evaluation except shapes, which the arrays show.
 _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_init_last", "pretrained"}
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
-    """The JSON of a folder of Hugging Face's, and of the run that a checkpoint is of."""
+    """Reads the settings of the folder of Hugging Face, or of the training run, that path is in; {} for other files.
+
+    Raises:
+      ValueError: a settings file cannot be read.
+    """
     if path.is_file() and path.name not in FOLDER_FILES:
         return {}
     folder = path.parent if path.is_file() else path.parent.parent
@@ -28,21 +32,27 @@ def settings_beside(path: Path) -> dict[str, Any]:
     for name in SETTINGS_FILES:
         if (folder / name).is_file():
             try:
-                settings |= json.loads((folder / name).read_bytes()[: 2**24])
+                with (folder / name).open("rb") as file:
+                    settings |= json.loads(file.read(2**24))  # a larger file is cut and refused
             except (OSError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / name} cannot be read: {error}") from error
     return settings
 
 
 def of_backbone(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What Hugging Face's settings say of the ResNet: a detector has the settings of its backbone in its own."""
+    """The part of Hugging Face's settings about the ResNet: a detector nests the settings of its backbone."""
     if isinstance(backbone := settings.get("backbone_config"), Mapping):
         return backbone
     return settings if "resnet" in str(settings.get("model_type", "resnet")) else {}
 
 
 def check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Refuses settings of timm's and Hugging Face's that change what a network computes, and not its arrays."""
+    """Raises a ValueError for settings that change what a network computes without changing its arrays.
+
+    Args:
+      settings: timm's or Hugging Face's, as `settings_beside` returns them.
+      path: the weight file's name for the message.
+    """
     plain = [getattr(resnet, name)() for name in ARCHITECTURES]
     of_hugging_face: dict[str, list[Any]] = {
         "hidden_act": ["relu"],
@@ -56,7 +66,7 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
     wrong = [name for name, known in of_hugging_face.items() if name in backbone and backbone[name] not in known]
     problems = [f"{name} {backbone[name]!r}" for name in wrong]
     both = {**settings, **backbone}
-    for name in ("architecture", "backbone"):  # behind the point is timm's name of the training
+    for name in ("architecture", "backbone"):  # after the dot timm names the training recipe
         if name in both and str(both[name] or "resnet18").removeprefix("tv_").split(".")[0] not in ARCHITECTURES:
             problems.append(f"{name} {both[name]!r}")
     plain_values: dict[str, list[Any]] = {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}
@@ -68,5 +78,5 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
         problems.append(f"model_args {arguments!r}")
     if problems:
         raise ValueError(
-            f"{path} is refused: the config.json beside it says {'; '.join(problems)[:300]}, which is no plain ResNet"
+            f"{path} is refused: the config.json beside it says {'; '.join(problems)[:300]}. This is no plain ResNet"
         )

@@ -1,11 +1,12 @@
-"""Weights between this tree and files that torchvision and timm load as they are.
+"""Reads and writes weight files, in the format that torchvision and timm load without conversion.
 
-A file holds torchvision's names and layout: kernels (out, in, kh, kw), dense weights (out, in). The tree holds the same
-names as paths, kernels (kh, kw, in, out), dense weights (in, out). Moving is a transpose per array.
+A file has torchvision's names and layout: kernels (out, in, kh, kw), dense weights (out, in). The trees params and
+batch_stats have the same names as paths, kernels (kh, kw, in, out) and dense weights (in, out). So a conversion
+transposes each array.
 
-Any file that people have is read: by its content, whatever it is called; the network in it is found, whatever surrounds
-it; names of Hugging Face and Keras become torchvision's, and are written on request. Only writing .pth and .pt files
-needs PyTorch.
+Reading recognizes the format of a file by its content, finds the ResNet under any prefix, and turns the names of
+Hugging Face and Keras into torchvision's (`read_file` lists the formats). Writing can use the names of either. Only
+writing .pth and .pt files needs PyTorch.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ __all__ = [
 class WeightFile(NamedTuple):
     """What `read_file` found.
 
-    path: of the file, or of the checkpoint of a run, on this machine.
-    arrays: {torchvision's name: array in torchvision's layout}, batch counts (num_batches_tracked) included.
-    prefix: what stood before every name, "state_dict.module.", "" if nothing.
-    naming: whose names they were: "torchvision", "Hugging Face", "Keras", "nn.Sequential".
-    head: what the dense layer was called, None if there is none or it is not a single layer.
-    left_out: the names of what else the file holds, such as the state of an optimizer.
-    metadata: text by name, of a .safetensors file.
-    settings: what config.json and preprocessor_config.json beside the file say, of a folder of Hugging Face's or a run.
-    stride_in: where a bottleneck has its stride, if the file tells it; else None.
-    notes: sentences for the user: a damaged checkpoint that was passed over, a normalization that was left out.
+    path: the path, on this machine, of the file or of a run's checkpoint.
+    arrays: {torchvision's name: array in torchvision's layout}, with batch counts (num_batches_tracked).
+    prefix: the prefix of all names in the file, such as "state_dict.module."; "" if they have none.
+    naming: the library that the names in the file come from: "torchvision", "Hugging Face", "Keras", "nn.Sequential".
+    head: the file's name of the dense layer; None if the file has none, or a head of several layers.
+    left_out: the names of the file's other entries, such as the state of an optimizer.
+    metadata: {name: text} of a .safetensors file.
+    settings: config.json and preprocessor_config.json, merged, from a folder of Hugging Face or a training run.
+    stride_in: the convolution of a bottleneck that applies the stride; None if the file does not say.
+    notes: sentences for the user, for example about a damaged checkpoint or a normalization that was left out.
     """
 
     path: Path
@@ -73,10 +74,10 @@ class WeightFile(NamedTuple):
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """torchvision's keys and layout -> (params, batch_stats), nested dicts of NumPy arrays of the same dtypes.
+    """Converts torchvision's keys and layout into (params, batch_stats), nested dicts of NumPy arrays of equal dtypes.
 
     Args:
-      state_dict: {key: array}, anything that NumPy takes, or tensors on any device.
+      state_dict: {key: array}. An array is anything that NumPy converts, or a PyTorch tensor on any device.
     """
     params: dict[str, Any] = {}
     batch_stats: dict[str, Any] = {}
@@ -88,7 +89,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def to_torch(params: Mapping[str, Any], batch_stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """(params, batch_stats) -> {torchvision's key: array in torchvision's layout}, contiguous."""
+    """Converts (params, batch_stats) into {torchvision's key: contiguous array in torchvision's layout}."""
     flat = flatten_dict(dict(params), sep=".") | flatten_dict(dict(batch_stats), sep=".")
     return {name: np.ascontiguousarray(to_torch_layout(np.asarray(value))) for name, value in flat.items()}
 
@@ -102,19 +103,19 @@ def save(
     config: resnet.ResNetConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a weight file, aside first and then renamed, so that no half file is ever seen.
+    """Writes a weight file under a temporary name and then renames it, so that no reader sees half a file.
 
     Args:
-      path: its suffix is the format: .safetensors, .npz, .pth or .pt; .h5 for Keras.
+      path: the suffix selects the format: .safetensors, .npz, .pth or .pt; .h5 for Keras.
       params, batch_stats: nested dicts.
-      names: "torchvision" (timm's too), "huggingface" (ResNetForImageClassification of transformers) or "keras"
-        (ResNet50, ResNet101 and ResNet152 of keras.applications); None for what the suffix says.
-      config: the network, which Keras' names need: see `weight_writing.write_arrays`.
-      metadata: text by name, for .safetensors only.
+      names: "torchvision" (also timm's names), "huggingface" (ResNetForImageClassification of transformers) or "keras"
+        (ResNet50, ResNet101 and ResNet152 of keras.applications). None means "keras" for .h5, else "torchvision".
+      config: the network; Keras' names need it, see `weight_writing.write_arrays`.
+      metadata: {name: text}, for .safetensors only.
 
     Raises:
-      ValueError: for another suffix, what the format or the other library cannot hold (metadata, bfloat16 in .npz, a
-        stride in "conv2" in Keras), or a suffix of PyTorch's or Keras' where torch or h5py is missing.
+      ValueError: the suffix is unknown; or the format or the other library cannot hold the network (metadata, bfloat16
+        in .npz, stride_in="conv2" in Keras); or torch or h5py, which the suffix needs, is missing.
     """
     write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
 
@@ -128,22 +129,22 @@ def load(
     key: jax.Array | None = None,
     entry: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a file into (params, batch_stats) for a network; every name and shape must fit, every value be finite.
+    """Reads a file into (params, batch_stats) of a network. All names and shapes must fit and all values be finite.
 
     Args:
-      path: a file, a folder or a name of Hugging Face's hub, as `read_file` takes it.
-      config: the network; with num_classes=0 the file's dense layer is left aside.
-      head: "new" leaves the file's dense layer aside and draws one for config.num_classes with `key`.
-      stem: "grey" sums a stem for three channels into one for one channel, if that is what config has.
+      path: a file, a folder or a name on Hugging Face's hub, as for `read_file`.
+      config: the network; num_classes=0 ignores the file's dense layer.
+      head: "new" ignores the file's dense layer and draws one for config.num_classes with `key`.
+      stem: "grey" sums the three input channels of the file's stem into one, if config has one channel.
       key: a JAX random key, for head="new".
-      entry: which network to take, see `read_file`.
+      entry: the network to take, see `read_file`.
 
     Returns:
-      params and batch_stats, nested dicts of NumPy arrays of the file's dtypes; float16 and bfloat16 become float32.
+      params and batch_stats, nested dicts of NumPy arrays in the file's dtypes; float16 and bfloat16 become float32.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for a file that cannot be read (see `read_file`) or does not fit (see `check_arrays`).
+      FileNotFoundError: there is no such file.
+      ValueError: the file cannot be read (see `read_file`) or does not fit the network (see `check_arrays`).
     """
     if head not in ("strict", "new") or stem not in ("strict", "grey"):
         raise ValueError(f'head is "strict" or "new", stem "strict" or "grey", got {head!r} and {stem!r}')
@@ -158,21 +159,21 @@ def fit(
     stem: Literal["strict", "grey"] = "strict",
     key: jax.Array | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`load` for a file that has been read."""
+    """Does what `load` does, for a file that `read_file` has read."""
     if file.stride_in not in (None, config.stride_in) and config.block == "bottleneck":
         raise ValueError(
-            f"{file.path} is of a ResNet whose blocks have their stride in {file.stride_in}, which changes what it "
-            f"computes: pass a configuration with stride_in={file.stride_in!r} in Python; --init has none"
+            f"{file.path} holds a ResNet whose blocks apply their stride in {file.stride_in}, and config.stride_in is "
+            f"{config.stride_in}: pass a configuration with stride_in={file.stride_in!r} in Python (--init cannot)"
         )
     if file.naming == "Keras" and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
-        raise ValueError(f"{file.path}: Keras' eps is in its variances already: leave batch_norm_eps at its default")
+        raise ValueError(f"{file.path}: its variances already include Keras' eps: leave batch_norm_eps at its default")
     arrays = {
         name: array.astype(np.promote_types(array.dtype, np.float32), copy=False)
         if jnp.issubdtype(array.dtype, jnp.floating)
         else array
         for name, array in file.arrays.items()
     }
-    if other := diagnosis(arrays, config):  # of the file as it is, before its ends are changed
+    if other := diagnosis(arrays, config):  # before the dense layer and the stem are changed
         raise ValueError(f"{file.path} {other}")
     if head == "new" or config.num_classes == 0:
         arrays = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
@@ -188,8 +189,10 @@ def fit(
 
 
 def recognize_file(file: WeightFile, arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
-    """The name and the configuration of the network in a file, see `weight_checks.recognize`; with the stride, if the
-    file tells it."""
+    """Returns the name and the configuration of the network in a file, as `weight_checks.recognize` does.
+
+    The configuration has the file's stride_in if the file says where the stride is.
+    """
     try:
         arch, config = recognize(file.arrays, arch)
     except ValueError as error:
@@ -198,27 +201,27 @@ def recognize_file(file: WeightFile, arch: str | None = None) -> tuple[str, resn
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a weight file under torchvision's names, {name: array}; see `read_file`."""
+    """Returns the arrays of a weight file, {torchvision's name: array in torchvision's layout}; see `read_file`."""
     return read_file(path).arrays
 
 
 def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
-    """Reads the ResNet in a weight file, whatever wrote it and whatever else is in it.
+    """Reads the ResNet in a weight file and leaves out other entries.
 
-    Formats are known by the content: .safetensors, .npz, PyTorch's three, pickles of NumPy arrays, and HDF5 (Keras).
-    The names may be torchvision's, Hugging Face's or Keras', with any prefix.
+    The content selects the format: .safetensors, .npz, PyTorch's three formats, pickles of NumPy arrays, or HDF5
+    (Keras). The names may be torchvision's, Hugging Face's or Keras', with any prefix.
 
     Args:
-      path: a file; a folder of Hugging Face's or of a training run; a checkpoint of a run, run/checkpoints/5; or
+      path: a file; a folder of Hugging Face or of a training run; a run's checkpoint, such as run/checkpoints/5; or
         "hf:owner/name" on Hugging Face's hub, see `hub.fetch`.
-      entry: which network to take where there are several, by a part of its prefix: "model_ema", "teacher". Without it
-        the trained one is taken ("state_dict", "model" or "model_state_dict"), not its average.
+      entry: a part of the prefix of the network to take, such as "model_ema" or "teacher". None takes the trained
+        network ("state_dict", "model" or "model_state_dict"), not the moving average of its weights.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for what is no file (a pipe is not opened), a file that cannot be read or would unpack to more than 16
-        GiB, a pickle that is more than data (it is refused, since reading it would run code), no ResNet, or several; or
-        if the config.json beside it is of a network that computes something else with such weights.
+      FileNotFoundError: there is no such file.
+      ValueError: path is a pipe or device (neither is opened); the file cannot be read, would unpack to more than 16
+        GiB, or is a pickle with more than data, which would run code; it holds no ResNet or several; or the config.json
+        beside the file is that of a network that computes something else with these weights.
     """
     path = hub.fetch(path) if hub.is_name(path) else Path(path)
     contents = read_contents(path)
@@ -243,6 +246,6 @@ def _to_numpy(value: Any) -> np.ndarray:
     if not hasattr(value, "detach"):
         return np.asarray(value)
     tensor = value.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # torch hands no bfloat16 to NumPy; by way of float32 it is exact
+    if str(tensor.dtype) == "torch.bfloat16":  # torch cannot convert bfloat16 to NumPy; through float32 it is exact
         return tensor.float().numpy().astype(jnp.bfloat16)
     return tensor.numpy()

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_a_run_becomes_its_weight_file(tmp_path, capsys):
     (tmp_path / "run/checkpoints/7").mkdir()
     (tmp_path / "run/checkpoints/7/record.json").write_bytes(b"")
     assert run(tmp_path / "run", tmp_path / "older.npz") == 0
-    noted = f"  checkpoint 5 was read; passed over: {tmp_path / 'run/checkpoints/7'} is damaged: "
+    noted = f"  checkpoint 5 was read, because {tmp_path / 'run/checkpoints/7'} is damaged: "
     assert noted in capsys.readouterr().out
 
 

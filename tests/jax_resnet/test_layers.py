@@ -472,7 +472,7 @@ MISTAKES = {
         lambda: layers.batch_norm(X, VECTOR, jnp.ones(4), VECTOR, VECTOR, train=True),
         r"bias must be \(3,\)",
     ),
-    "padding": (lambda: layers.max_pool(X, window=3, padding=2), "padding must be within 0 and window // 2"),
+    "padding": (lambda: layers.max_pool(X, window=3, padding=2), "padding must be between 0 and window // 2"),
     "window": (lambda: layers.max_pool(X, window=9, padding=0), "a window of 9 does not fit"),
     "dense": (lambda: layers.dense(jnp.ones((2, 3)), jnp.ones((4, 5))), r"x must be \(N, C\) and weight \(C, K\)"),
     "labels": (

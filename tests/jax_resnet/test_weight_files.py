@@ -385,7 +385,7 @@ def test_folders(tmp_path):
     contents = weight_files.read_contents(tmp_path / "run")
     assert contents.path.name == "3"
     (note,) = contents.notes
-    assert note.startswith(f"checkpoint 3 was read; passed over: {tmp_path / 'run/checkpoints/12'} is damaged: ")
+    assert note.startswith(f"checkpoint 3 was read, because {tmp_path / 'run/checkpoints/12'} is damaged: ")
     with pytest.raises(ValueError, match="12 is damaged"):
         weight_files.read_contents(tmp_path / "run/checkpoints/12")
 
