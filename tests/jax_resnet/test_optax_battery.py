@@ -22,7 +22,7 @@ BATTERY = Path(optax.__file__).parent / "_src" / "alias_test.py"
 
 
 def battery() -> list[unittest.TestCase]:
-    """Its cases that go over the table of optimizers, with our entries in place of optax's; complex types and several devices aside."""
+    """Its cases that go over the table of optimizers, with our entries for its own; no complex types, no pmap."""
     if not BATTERY.is_file() or importlib.util.find_spec("absl") is None:
         return []
     source, tables = re.subn(r"^_OPTIMIZERS_UNDER_TEST = \(.*?^\)$", "", BATTERY.read_text(), flags=re.M | re.S)
