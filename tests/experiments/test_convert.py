@@ -162,8 +162,9 @@ def test_hugging_faces_names_are_written(path, tmp_path, capsys):
 
 def test_keras_names_are_written(tmp_path, capsys):
     """Of a network with its strides where Keras has them; another one is refused."""
-    config = resnet.resnet50(num_classes=3, stride_in="conv1")
-    tree = resnet.init(config, jax.random.key(0))
+    config, rng = resnet.resnet50(num_classes=3, stride_in="conv1"), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
+    tree = jax.tree.map(lambda spec: rng.random(spec.shape, np.float32), shapes)
     weights.save(tmp_path / "in.safetensors", *tree, metadata={"stride_in": "conv1"})
     assert run(tmp_path / "in.safetensors", tmp_path / "out.h5") == 0
     printed = capsys.readouterr().out.splitlines()
