@@ -14,7 +14,7 @@ __all__ = ["StepSizes", "step_sizes"]
 
 
 class StepSizes(NamedTuple):
-    """What :func:`step_sizes` returns. Steps and bounds do not contain the learning rate: multiply by it."""
+    """What :func:`step_sizes` returns. Multiply steps and bounds by the learning rate."""
 
     step: optax.Params  # tree like the parameters: each entry's step size before it is clipped
     lower: jax.Array  # scalar, the lower bound, which all parameters share

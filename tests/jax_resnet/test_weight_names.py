@@ -157,7 +157,7 @@ NORMALIZING = {  # what a file holds; what is left out, and the two names in the
 def test_a_normalization_that_is_left_out_is_noted(arrays, left_out, noted):
     found = weight_names.find(arrays, ())
     assert (list(found.left_out), found.arrays.keys()) == (left_out, NET.keys())
-    pattern = rf"{noted}[._]mean and {noted}[._]std were left out: the network expects pictures that are normalized by"
+    pattern = rf"{noted}[._]mean and {noted}[._]std were left out: normalize the pictures with them"
     assert len(found.notes) == bool(noted)
     assert all(re.match(pattern, note) for note in found.notes)
 
