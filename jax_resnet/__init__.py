@@ -9,8 +9,8 @@
     out.logits                                                        # (N, 10)
 
 `jax_resnet.layers` has the layers, `jax_resnet.weights` reads and writes weight files, `jax_resnet.adabound` has the
-optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` its checkpoints, `jax_resnet.nnx` a flax.nnx
-module. docs/jax.md shows each in a few lines.
+optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` the checkpoints of a training run, and
+`jax_resnet.nnx` a flax.nnx module. docs/jax.md shows each in a few lines.
 """
 
 import importlib
@@ -35,7 +35,7 @@ _MODULES = ("adabound", "checkpoint", "layers", "nnx", "resnet", "step_sizes", "
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`jax_resnet.weights` and the other modules, imported when they are first used."""
+    """Imports `jax_resnet.weights` and other modules when they are first used."""
     if name in _MODULES:
         return importlib.import_module(f"jax_resnet.{name}")
     raise AttributeError(f"module 'jax_resnet' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""AdaBound (Luo et al., ICLR 2019): Adam whose step sizes are clipped into bounds that close around SGD's."""
+"""AdaBound (Luo et al., ICLR 2019): Adam with clipped step sizes, whose bounds close around the step size of SGD."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _map = functools.partial(jax.tree.map, is_leaf=lambda x: x is None)  # None is a
 class AdaBoundState(NamedTuple):
     """State of :func:`scale_by_adabound`; mu, nu and nu_max are trees like the parameters."""
 
-    count: jax.Array  # type: ignore[assignment]  # int32 scalar, the number of updates made
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar, the number of updates done
     mu: optax.Updates  # first moment, in mu_dtype or the parameters' dtype
     nu: optax.Updates  # second moment, in at least float32
     nu_max: optax.Updates | None  # largest second moment so far; None without AMSBound
@@ -41,14 +41,14 @@ def scale_by_adabound(
 
     Args:
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the second moment, and under the root; eps_root > 0 lets gradients through it.
+      eps, eps_root: Added to the root of the second moment, and under the root. eps_root > 0 keeps derivatives finite.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
       final_lr_ratio: The limit of both bounds, final_lr / base_lr.
-      mu_dtype: dtype of the stored first moment; that of the parameters if None.
+      mu_dtype: dtype of the stored first moment; None takes the parameters' dtype.
       amsbound: Whether to use the largest second moment so far.
 
     Returns:
-      A :class:`optax.GradientTransformation`. Its updates may overflow in float16, those of `adabound` do not.
+      A :class:`optax.GradientTransformation`. Its updates may overflow in float16; updates of `adabound` do not.
     """
     check_range("in [0, 1)", lambda x: 0 <= x < 1, b1=b1, b2=b2)
     check_range("> 0", lambda x: x > 0, gamma=gamma)
@@ -57,7 +57,7 @@ def scale_by_adabound(
     def init_fn(params):
         mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.result_type(mu_dtype or p)), params)
         nu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params)
-        nu_max = optax.tree.zeros_like(nu) if amsbound else None  # not nu itself: a buffer is donated once
+        nu_max = optax.tree.zeros_like(nu) if amsbound else None  # a new tree, because a buffer cannot be donated twice
         return AdaBoundState(jnp.zeros([], jnp.int32), mu, nu, nu_max)
 
     def update_fn(updates, state, params=None):
@@ -68,7 +68,7 @@ def scale_by_adabound(
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsbound else None
         count = optax.safe_increment(state.count)
         t = jnp.asarray(count, jnp.result_type(float))  # float64 under x64
-        width = 1 + 1 / (gamma * t)  # (gamma·t + 1) / (gamma·t), whose terms may overflow to inf / inf
+        width = 1 + 1 / (gamma * t)  # (gamma·t + 1) / (gamma·t) without overflow to inf / inf
         correction = jnp.sqrt(one_minus_power(b2, t)) / one_minus_power(b1, t)
         lower, upper = final_lr_ratio / width, final_lr_ratio * width
 
@@ -102,7 +102,7 @@ def adabound(
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdaBound: starts as Adam with learning_rate, ends as SGD with momentum and final_lr.
 
-    With t counted from 1, for every entry of a parameter, whose gradient is g:
+    Each entry of a parameter, with gradient g, is updated as follows. The update number t starts at 1.
 
     .. math::
 
@@ -110,23 +110,23 @@ def adabound(
       s_t &= \sqrt{1 - \beta_2^t} / (1 - \beta_1^t) / (\sqrt{v_t + \bar\varepsilon} + \varepsilon) \\
       u_t &= -\alpha_t \, \mathrm{clip}(s_t, r \tfrac{\gamma t}{\gamma t + 1}, r \tfrac{\gamma t + 1}{\gamma t}) \, m_t
 
-    Here r is final_lr / base_lr. The learning rate :math:`\alpha_t` is a factor of its own, so that the bounds follow
-    any schedule. All is computed in at least float32 and rounded once, to the gradients' dtype. For bfloat16 parameters
-    pass ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``, which would round b2 to 1.
+    Here r is final_lr / base_lr. The learning rate :math:`\alpha_t` is a separate factor, so the bounds follow any
+    schedule. The update is computed in at least float32 and rounded once, to the gradients' dtype. For bfloat16
+    parameters pass ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``, which else rounds b2 to 1.
 
     Args:
-      learning_rate: A number, or a schedule from the number of updates made (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end, while learning_rate is base_lr, else in proportion; 0.1 if None.
-        Its momentum averages gradients: 0.1 with b1 = 0.9 is SGD at 0.01 where momentum adds them up.
+      learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
+      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
+        Momentum here averages gradients: 0.1 with b1 = 0.9 equals SGD at 0.01 with momentum that sums gradients.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the second moment, and under the root; eps_root > 0 lets gradients through it.
+      eps, eps_root: Added to the root of the second moment, and under the root. eps_root > 0 keeps derivatives finite.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
-      base_lr: The learning rate that final_lr belongs to; learning_rate, or the schedule at 0, if None. For a schedule
-        that starts at 0 or a learning_rate that is an array, as inject_hyperparams passes it, give this or the ratio.
-      final_lr_ratio: final_lr / base_lr, in place of both. A new injected learning_rate then scales the final one too.
+      base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0. Pass
+        base_lr or final_lr_ratio if a schedule starts at 0, or if learning_rate is an array, as in inject_hyperparams.
+      final_lr_ratio: final_lr / base_lr, instead of both. The final rate then scales with an injected learning_rate.
       weight_decay: Strength of an L2 penalty: weight_decay · params is added to the gradient. May be a schedule.
-      mask: A tree of bools, or a function from the parameters to one: where to apply the decay.
-      mu_dtype: dtype of the stored first moment; that of the parameters if None.
+      mask: Where to apply the decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype of the stored first moment; None takes the parameters' dtype.
       amsbound: Whether to use the largest second moment so far.
 
     Returns:
@@ -143,9 +143,9 @@ def adabound(
       Luo et al., `Adaptive Gradient Methods with Dynamic Bound of Learning Rate <https://arxiv.org/abs/1902.09843>`_
 
     .. note::
-      This is the authors' code (https://github.com/Luolc/AdaBound), with the defaults of its optimizer. Their CIFAR-10
-      script differs: weight_decay=5e-4, and the learning rate is divided by 10 after 150 of 200 epochs. The paper's
-      Algorithm 2 corrects no bias, divides the learning rate by the root of t, and has 1 - b2 for gamma.
+      This computes what the authors' code does (https://github.com/Luolc/AdaBound), with the defaults of its optimizer.
+      Their CIFAR-10 script has weight_decay=5e-4 and divides the learning rate by 10 after 150 of 200 epochs. The
+      paper's Algorithm 2 has no bias correction, divides the learning rate by the root of t, and uses 1 - b2 as gamma.
     """
     ratio = final_to_base(learning_rate, final_lr, base_lr, final_lr_ratio)
     return chain_in_float32(
@@ -170,19 +170,19 @@ def amsbound(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSBound: :func:`adabound` with the largest second moment so far in place of the present one.
+    """AMSBound: :func:`adabound` with the largest second moment so far instead of the current one.
 
     Args:
-      learning_rate: A number, or a schedule from the number of updates made (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end, while learning_rate is base_lr, else in proportion; 0.1 if None.
+      learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
+      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
       eps, eps_root: Added to the root of the largest second moment, and under the root.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
-      base_lr: The learning rate that final_lr belongs to; learning_rate, or the schedule at 0, if None.
-      final_lr_ratio: final_lr / base_lr, in place of both.
+      base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0.
+      final_lr_ratio: final_lr / base_lr, instead of both.
       weight_decay: Strength of an L2 penalty: weight_decay · params is added to the gradient. May be a schedule.
-      mask: A tree of bools, or a function from the parameters to one: where to apply the decay.
-      mu_dtype: dtype of the stored first moment; that of the parameters if None.
+      mask: Where to apply the decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype of the stored first moment; None takes the parameters' dtype.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`; its update needs the parameters if weight_decay is not 0.
@@ -216,20 +216,20 @@ def adaboundw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaBound with decoupled weight decay (https://arxiv.org/abs/1711.05101): the decay does not enter the moments.
 
-    The update is that of :func:`adabound` minus learning_rate · weight_decay · params, as in :func:`optax.adamw`. The
-    authors' AdaBoundW does not scale the decay: divide a value that was tuned with it by the learning rate.
+    Subtracts learning_rate · weight_decay · params from the update of :func:`adabound`, as :func:`optax.adamw` does.
+    The authors' AdaBoundW does not multiply by learning_rate: divide a weight_decay tuned for it by learning_rate.
 
     Args:
-      learning_rate: A number, or a schedule from the number of updates made (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end, while learning_rate is base_lr, else in proportion; 0.1 if None.
+      learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
+      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
       eps, eps_root: Added to the root of the second moment, and under the root.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
-      base_lr: The learning rate that final_lr belongs to; learning_rate, or the schedule at 0, if None.
-      final_lr_ratio: final_lr / base_lr, in place of both.
+      base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0.
+      final_lr_ratio: final_lr / base_lr, instead of both.
       weight_decay: Strength of the decay. May be a schedule.
-      mask: A tree of bools, or a function from the parameters to one: where to apply the decay.
-      mu_dtype: dtype of the stored first moment; that of the parameters if None.
+      mask: Where to apply the decay: a tree of bools, or a function from the parameters to such a tree.
+      mu_dtype: dtype of the stored first moment; None takes the parameters' dtype.
       amsbound: Whether to use the largest second moment so far.
 
     Returns:

@@ -52,7 +52,7 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run.
 
-    With several processes, each one makes a Checkpoints and calls the same methods, and process 0 alone writes.
+    With several processes, every process creates this object and calls the same methods. Only process 0 writes.
 
     Args:
       folder: the first `save` creates it; all processes must see the same folder.

@@ -1,7 +1,7 @@
-"""Weights from Hugging Face's hub: "hf:timm/resnet50.a1_in1k". Needs the extra hub.
+"""Downloads weights such as "hf:timm/resnet50.a1_in1k" from Hugging Face's hub. Needs the extra hub.
 
-Files are kept in huggingface_hub's own cache; a file that is there needs no network. HF_ENDPOINT, HF_HOME, HF_TOKEN and
-HF_HUB_OFFLINE hold as they do there.
+Files stay in the cache of huggingface_hub; cached files need no network. The variables HF_ENDPOINT, HF_HOME, HF_TOKEN
+and HF_HUB_OFFLINE have the same effect as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def fetch(name: str | os.PathLike) -> Path:
       name: "hf:owner/name", "hf:owner/name@revision", or either with a file: "hf:owner/name/folder/file.pth".
 
     Returns:
-      the folder, or the file that was named, on this machine.
+      the path on this machine: of the folder, or of the file if `name` has one.
 
     Raises:
-      ValueError: huggingface_hub is missing, the hub cannot be reached, or has no such repository or file.
+      ValueError: huggingface_hub is missing, the hub cannot be reached, or it has no such repository or file.
     """
     match = _NAME.fullmatch(os.fspath(name))
     if match is None:
-        raise ValueError(f"{name} is no name on the hub: expected hf:owner/name, with @revision or /file behind it")
+        raise ValueError(f"{name} is no name on the hub: expected hf:owner/name, with @revision or /file after it")
     try:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -46,7 +46,7 @@ def fetch(name: str | os.PathLike) -> Path:
     offline = False
 
     def download(file: str) -> Path | None:
-        """None if there is no such file, or, without a network, none in the cache."""
+        """Returns None if the hub has no such file, or if the hub cannot be reached and the cache has none."""
         nonlocal offline
         try:
             kept = hf_hub_download(match["repo"], file, revision=match["revision"], local_files_only=offline)

@@ -6,7 +6,7 @@ unbiased variance. In a max-pool window with equal maxima the first one gets the
 
 On a CPU some layers take a faster form with the same result up to rounding (`jax_resnet.cpu`). conv2d, batch_norm in
 training, relu and max_pool define their gradients by `jax.custom_vjp`. For these, reverse mode works to any order, and
-so does forward mode over reverse mode (Hessian-vector products, `jax.hessian`). Forward mode alone (`jax.jvp`) fails.
+so does forward mode over reverse mode (Hessian-vector products, `jax.hessian`). `jax.jvp` by itself fails.
 """
 
 from __future__ import annotations

@@ -100,13 +100,13 @@ def with_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_hugging_face(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames torchvision's names to those of transformers' ResNetForImageClassification. Adds missing batch counts."""
+    """Renames torchvision's names to transformers' (ResNetForImageClassification). Adds missing batch counts."""
     theirs = {HUGGING_FACE.theirs(name): array for name, array in with_counts(arrays).items()}
     return {name if name.startswith("classifier.") else f"resnet.{name}": array for name, array in theirs.items()}
 
 
 def to_keras(arrays: Mapping[str, np.ndarray], eps: float) -> dict[str, np.ndarray]:
-    """Converts torchvision's names and layout into those of keras.applications, in its order.
+    """Converts torchvision's names and layout into those of keras.applications, in Keras' order.
 
     Keras' convolutions have biases; they become 0. Batch counts are left out. `from_keras` reverses the rest.
 

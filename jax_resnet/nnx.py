@@ -6,11 +6,11 @@
 
     config = jr.resnet50()
     model = ResNet(config, jr.weights.load("resnet50.pth", config))    # or ResNet(config, rngs=nnx.Rngs(0))
-    model.eval()                                                    # a new model is in training mode, as all of flax's
+    model.eval()                                                    # a new model starts in training mode, as in flax
     logits = model(images)
     activations = model.features(images)                            # {"stem", "layer1.0", ..., "layer4.2", "pool"}
     again = model.layer4[-1](activations["layer4.1"])               # a block is a module
-    model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # a head of your own; None returns the pooled vector
+    model.fc = nnx.Linear(2048, 196, rngs=nnx.Rngs(0))              # another head; None returns the pooled vector
     jr.weights.save("cars.safetensors", *model.arrays())
 
 Parameters are nnx.Param and running statistics nnx.BatchStat. Their paths joined by "." are torchvision's names.
@@ -34,7 +34,7 @@ __all__ = ["Block", "Dense", "Layer", "ResNet"]
 
 
 class Layer(nnx.Module):
-    """The arrays of a convolution or of a BatchNorm; the block around it computes."""
+    """The arrays of a convolution or of a BatchNorm. The module around the layer computes with them."""
 
     def __init__(self, variables: Mapping[str, nnx.Variable]):
         for name, variable in variables.items():
@@ -52,7 +52,7 @@ class Dense(Layer):
 
 
 class Block(nnx.Module):
-    """A residual block: conv1, bn1, conv2, ..., and downsample, a list of the shortcut's layers, if it has any."""
+    """A residual block: conv1, bn1, conv2, ..., and downsample, the list of the shortcut's layers if there are any."""
 
     def __init__(self, config: resnet.ResNetConfig, block: resnet.Block, variables: Mapping[str, nnx.Variable]):
         self.config = config
@@ -65,7 +65,7 @@ class Block(nnx.Module):
             self.downsample = nnx.List(_layers(variables, "downsample.").values())
 
     def __call__(self, x: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False) -> Array:
-        """The block's output, (N, H', W', C'); arguments and effect as for a call of `ResNet`."""
+        """Returns the block's output, (N, H', W', C'). Arguments and effects are those of `ResNet.__call__`."""
         run = functools.partial(
             resnet._residual,
             self.config,
@@ -80,16 +80,16 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A ResNet: conv1, bn1, the blocks in layer1 to layer4, each an nnx.List, and fc.
+    """A ResNet: conv1, bn1, the nnx.Lists of blocks layer1 to layer4, and fc.
 
     Args:
-      config: the architecture; the attribute of that name.
-      arrays: (params, batch_stats) as `resnet.init` and `weights.load` return them; what is narrower than float32
-        becomes float32.
-      rngs: draws the arrays by `resnet.init` where there are none, with its stream "params".
+      config: the architecture, also an attribute.
+      arrays: (params, batch_stats) as `resnet.init` and `weights.load` return them. float16 and bfloat16 become
+        float32.
+      rngs: draws the arrays by `resnet.init` with its stream "params", if arrays is None.
 
     Raises:
-      ValueError: if there is neither arrays nor rngs, or the arrays are those of another architecture.
+      ValueError: both arrays and rngs are missing, or the arrays do not fit config.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class ResNet(nnx.Module):
         self.fc = Dense(_below(variables, "fc.")) if config.num_classes else None
 
     def __call__(self, images: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False) -> Array:
-        """The logits, (N, num_classes): what fc makes of the pooled vector, or that vector if fc is None.
+        """Returns the logits, (N, num_classes), the output of fc; the pooled vector if fc is None.
 
         Args:
           images: (N, H, W, in_channels) float, normalized.
-          train: whether to normalize with the batch's statistics and to update the running ones in place; None for the
-            mode that model.train() or model.eval() set, training at first.
+          train: whether to normalize with the batch's statistics and to update the running statistics in place. None
+            takes the mode that model.train() or model.eval() set; a new model is in training mode.
           dtype, remat: as for `resnet.apply`.
         """
         pooled = self.features(images, train=train, dtype=dtype, remat=remat)["pool"]
@@ -134,7 +134,10 @@ class ResNet(nnx.Module):
     def features(
         self, images: Array, *, train: bool | None = None, dtype: Any = None, remat: bool = False
     ) -> dict[str, Array]:
-        """The activations by name, {"stem", "layer1.0", ..., "layer4.2", "pool"}; arguments and effect as a call's."""
+        """Returns {name: activation}, with the names "stem", "layer1.0", ..., "layer4.2", "pool".
+
+        Arguments and effects are those of `__call__`.
+        """
         resnet._check_images(self.config, images)
         options = {"train": _in_training(self, train), "dtype": dtype}
         x = images if dtype is None else images.astype(dtype)
@@ -149,24 +152,24 @@ class ResNet(nnx.Module):
         return activations
 
     def arrays(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them.
+        """Returns (params, batch_stats), nested dicts as `resnet.apply` and `weights.save` take them.
 
-        A head of your own is in them under "fc": an nnx.Linear as weight and bias, another module under its own names.
+        "fc" holds the arrays of any head: an nnx.Linear as weight and bias, another module under the module's names.
         """
         trees = (_flat(self, kind) for kind in (nnx.Param, nnx.BatchStat))
         params, batch_stats = ({self._renamed(name): array for name, array in tree.items()} for tree in trees)
         return unflatten_dict(params, sep="."), unflatten_dict(batch_stats, sep=".")
 
     def load(self, arrays: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
-        """Replaces all arrays, of a head of your own too; the inverse of `arrays`.
+        """Replaces all arrays, including those of the head, by trees as `arrays` returns them.
 
         Raises:
-          ValueError: names or shapes are not those of `arrays`, and nothing was replaced.
+          ValueError: names or shapes differ from those of `arrays`. Nothing is replaced then.
         """
         for new, old in zip(arrays, self.arrays(), strict=True):
             new, old = ({name: np.shape(a) for name, a in flatten_dict(dict(t), sep=".").items()} for t in (new, old))
             if wrong := [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]:
-                raise ValueError(f"these are not arrays of the model: {len(wrong)} differ, the first is {min(wrong)}")
+                raise ValueError(f"these arrays do not fit the model: {len(wrong)} differ, the first is {min(wrong)}")
         for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True):
             new = flatten_dict(dict(tree), sep=".")
             _assign(self, {name: _at_least_float32(new[self._renamed(name)]) for name in _flat(self, kind)})
@@ -181,7 +184,7 @@ def _at_least_float32(array: Any) -> Array:
 
 
 def _in_training(module: Block | ResNet, train: bool | None) -> bool:
-    """nnx.Module's own train() and eval() set use_running_average wherever there is one."""
+    """Whether to run in training mode. nnx.Module's train() and eval() set use_running_average."""
     return not module.use_running_average if train is None else train
 
 
@@ -190,13 +193,13 @@ def _below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _layers(variables: Mapping[str, nnx.Variable], prefix: str = "") -> dict[str, Layer]:
-    """{"bn1": its Layer, …} of all variables "bn1.weight", …"""
+    """Returns {"bn1": Layer, …} for the variables "bn1.weight", "bn1.bias", … whose names begin with the prefix."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in variables if name.startswith(prefix))
     return {name: Layer(_below(variables, f"{name}.")) for name in sorted(names)}
 
 
 def _flat(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Array]:
-    """{"downsample.0.weight": array, …} of the variables of a kind."""
+    """Returns {"downsample.0.weight": array, …} of the variables of one kind."""
     state = nnx.to_pure_dict(nnx.state(module, kind))
     return {".".join(map(str, path)): array for path, array in flatten_dict(state).items()}
 

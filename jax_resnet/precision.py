@@ -1,4 +1,4 @@
-"""Optimizers that compute in at least float32, whatever the type of the gradients."""
+"""Helpers for optimizers that compute in at least float32 for gradients of any type."""
 
 import math
 from typing import Any
@@ -12,10 +12,10 @@ __all__ = ["at_least_float32", "chain_in_float32", "one_minus_power", "wide_dtyp
 
 
 def wide_dtype(x: Any) -> jnp.dtype:
-    """float32, or the type of x if that is wider.
+    """Returns float32, or the type of x if the type is wider.
 
     Raises:
-      TypeError: for a complex x.
+      TypeError: x is complex.
     """
     dtype = jnp.promote_types(jnp.result_type(x), jnp.float32)
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -24,14 +24,14 @@ def wide_dtype(x: Any) -> jnp.dtype:
 
 
 def at_least_float32(tree: Any) -> Any:
-    """The same tree, in which float16 and bfloat16 have become float32."""
+    """Converts float16 and bfloat16 leaves of a tree to float32."""
     return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x)), tree)
 
 
 def chain_in_float32(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.chain` whose updates are rounded once, at its end, to the gradients' dtypes.
+    """Returns an `optax.chain` that rounds updates only once, at its end, to the gradients' dtypes.
 
-    In float16 learning_rate · 100 · g may be finite where 100 · g is not.
+    In float16, 100 · g may overflow although learning_rate · 100 · g does not.
     """
     chain = optax.chain(*transforms)
 
@@ -43,7 +43,7 @@ def chain_in_float32(*transforms: optax.GradientTransformation) -> optax.Gradien
 
 
 def one_minus_power(b: ArrayLike, t: jax.Array) -> jax.Array:
-    """1 - b**t without the cancellation of `optax.tree.bias_correction`, which costs half of float32's digits."""
+    """1 - b**t without the cancellation in `optax.tree.bias_correction`, which costs half of float32's digits."""
     if isinstance(b, int | float):
         return -jnp.expm1(t * (math.log(b) if b else -math.inf))
     return -jnp.expm1(t * jnp.log(jnp.asarray(b, t.dtype)))

@@ -144,7 +144,7 @@ def _draw(sample: Callable[..., Array], scale: float, key: Array, shape: tuple[i
     """Returns scale * sample(key, shape, dtype), cut from a draw whose size is a power of two.
 
     XLA compiles a separate program for each size, which is slow; powers of two need few. Entry i of a draw depends on
-    the key and on i alone, so the result is the same as that of a draw with this shape.
+    the key and on i alone, so a direct draw of this shape gives the same numbers.
     """
     size = math.prod(shape)
     return _cut(sample(key, (1 << (size - 1).bit_length(),), dtype), scale, shape)

@@ -1,4 +1,4 @@
-"""The step sizes of an AdaBound update, parameter by parameter: which entries are at a bound."""
+"""The step sizes of an AdaBound update, and the share of each parameter's entries that are at a bound."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ __all__ = ["StepSizes", "step_sizes"]
 
 
 class StepSizes(NamedTuple):
-    """What :func:`step_sizes` returns; multiply steps and bounds by the learning rate."""
+    """What :func:`step_sizes` returns. Multiply steps and bounds by the learning rate."""
 
     step: optax.Params  # tree like the parameters: each entry's step size before it is clipped
     lower: jax.Array  # scalar, the lower bound, which all parameters share
@@ -32,15 +32,15 @@ def step_sizes(
     final_lr_ratio: ArrayLike = 100.0,
     eps_root: ArrayLike = 0.0,
 ) -> StepSizes:
-    """Look at the step sizes of the update that led to a state, parameter by parameter.
+    """Compute the step sizes of the update that led to a state, for each parameter.
 
-    That update was ``-learning_rate * clip(step, lower, upper) * mu``, with the learning_rate of that update: a
-    schedule's value at ``state.count - 1``.
+    The update was ``-learning_rate * clip(step, lower, upper) * mu``. For a schedule, learning_rate is its value at
+    ``state.count - 1``.
 
     Args:
-      state: After at least one update; before that, steps are nan. ``optax.tree.get(opt_state, "AdaBoundState")`` finds
-        it in the state of :func:`adabound`, of a chain or of a wrapper.
-      b1, b2, eps, gamma, eps_root: As the optimizer has them. Whether it is AMSBound follows from the state.
+      state: The state after at least one update; without an update, steps are nan. For the state of :func:`adabound`, a
+        chain or a wrapper, pass ``optax.tree.get(opt_state, "AdaBoundState")``.
+      b1, b2, eps, gamma, eps_root: The optimizer's arguments. The state shows whether the optimizer is AMSBound.
       final_lr_ratio: final_lr / base_lr of the optimizer.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Comparisons of sizes that may be symbolic, as `jax.export.symbolic_shape` makes them; with numbers >= and <.
+"""Comparisons of sizes that may be symbolic (`jax.export.symbolic_shape`). For numbers they are >= and <.
 
-Each says whether something holds for all values of the symbolic dimensions, which are at least 1: where it depends on
-the values the answer is False.
+Symbolic dimensions are at least 1. A comparison is True if it holds for all values of the symbolic dimensions. It is
+False if it depends on their values.
 """
 
 from __future__ import annotations

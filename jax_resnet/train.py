@@ -1,4 +1,4 @@
-"""One jitted training step, one evaluation step, and the state they pass on; on one device or on a mesh of many."""
+"""The jitted training and evaluation steps and the training state, for one device or a mesh of several devices."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Loss = Callable[[Array, Array], Array]
 class TrainState(flax.struct.PyTreeNode):
     """Everything a step changes.
 
-    step: () int32, the steps done.
-    params, batch_stats, opt_state: the network's and the optimizer's.
-    nonfinite: () int32, the steps whose loss or gradients were not finite and which therefore changed nothing.
-    ema: {"params", "batch_stats"}, their exponential moving averages; None without.
-    loss_scale: what the loss is multiplied by for its gradients, see `create_train_state`; None without.
+    step: () int32, the number of steps done.
+    params, batch_stats, opt_state: the arrays of the network and the state of the optimizer.
+    nonfinite: () int32, the number of steps that changed nothing because their loss or gradients were not finite.
+    ema: {"params", "batch_stats"}, the exponential moving averages of both; None without averages.
+    loss_scale: the factor of the loss for float16, see `create_train_state`; None without a factor.
     """
 
     step: Array
@@ -54,7 +54,7 @@ class TrainState(flax.struct.PyTreeNode):
     loss_scale: Any = None
 
 
-# (state, preprocessed images, labels) -> loss, logits, running statistics, gradients of the trained part, loss scale
+# (state, preprocessed images, labels) -> loss, logits, running statistics, gradients of trained parameters, loss scale
 Gradients = Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]
 
 
@@ -72,17 +72,17 @@ def create_train_state(
     Args:
       params, batch_stats: as `resnet.init` and `weights.load` return them.
       optimizer, freeze_backbone: as for `make_train_step`.
-      ema: whether the step has an ema_decay.
-      loss_scale: flax.training.dynamic_scale.DynamicScale(), for activations in float16 (dtype=jnp.float16 of
-        `make_train_step`), whose small gradients would be 0. The step multiplies the loss by its scale and divides the
-        gradients by it. When gradients overflow, the step changes nothing but the scale, which falls; it grows again
-        later. Such a step counts as a step, and not as one that is not finite.
+      ema: whether `make_train_step` gets an ema_decay.
+      loss_scale: flax.training.dynamic_scale.DynamicScale(), if `make_train_step` gets dtype=jnp.float16, in which
+        small gradients would become 0. The step multiplies the loss by the scale and divides the gradients by it. If
+        the gradients overflow, the step only lowers the scale, which grows again later. Such a step counts as done and
+        not as nonfinite.
     """
     trained = _trained_part(params, freeze_backbone)
-    # Copies: the step consumes its state, and could not consume one array twice.
+    # The step donates its state, and one array cannot be donated twice. Hence the copies.
     averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
     nothing = jnp.zeros((), jnp.int32)
-    loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # its numbers are Python's
+    loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # from Python numbers
     return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages, loss_scale)
 
 
@@ -91,7 +91,7 @@ def _trained_part(params: Any, freeze_backbone: bool) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what weight decay applies to: kernels; not biases, not BatchNorm's weights."""
+    """True for the parameters that weight decay applies to: the kernels, but no biases and no BatchNorm weights."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
@@ -108,10 +108,10 @@ def loss_and_logits(
     apply: Apply = resnet.apply,
     **options: Any,
 ) -> tuple[Array, tuple[Array, Any]]:
-    """The mean training loss, and beside it the logits and the new running statistics: for jax.value_and_grad.
+    """The mean training loss, and as auxiliary data for jax.value_and_grad (logits, new running statistics).
 
-    With label smoothing s the target is 1 - s for the label and s / K for each of the K classes on top (Szegedy et al.
-    2016, arXiv:1512.00567).
+    With label smoothing s, each of the K classes has the target s / K, and the label has 1 - s in addition (Szegedy et
+    al. 2016, arXiv:1512.00567).
     """
     out = apply(config, params, batch_stats, images, train=train, **options)
     losses = loss(out.logits, labels)
@@ -122,7 +122,7 @@ def loss_and_logits(
 
 
 def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
-    """Raises a TypeError at once, and not in the first step, for a keyword that apply does not take."""
+    """Raises a TypeError, before the first step, for a keyword that apply does not take."""
     known = list(inspect.signature(apply).parameters.values())[4:]  # after config, params, batch_stats, images
     names = [parameter.name for parameter in known if parameter.name != "train"]
     unknown = [name for name in options if name not in names]
@@ -135,7 +135,7 @@ def _make_gradients(
 ) -> Gradients:
     _refuse_unknown(apply, options)
     if label_smoothing and loss is not layers.softmax_cross_entropy:
-        raise ValueError("label_smoothing is for the default loss: smooth the labels in your own")
+        raise ValueError("label_smoothing is for the default loss: with another loss, smooth the labels there")
 
     options = dict(options, loss=loss, label_smoothing=label_smoothing, train=not freeze_backbone, apply=apply)
 
@@ -156,10 +156,10 @@ def _make_gradients(
 
 
 def _in_parts(gradients: Gradients, parts: int, freeze_backbone: bool) -> Gradients:
-    """The same of a batch in equal parts, one after the other; the gradient is the mean of theirs."""
+    """Computes the gradients of a batch in equal parts, one after the other, and returns the mean over the parts."""
 
     def split(array: Array) -> Array:
-        # Part k has the rows k, k + parts, …: so each device of a mesh keeps its share of every part.
+        # Part k has the rows k, k + parts, …, so that each device of a mesh keeps its share of every part.
         return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
 
     def accumulated(state: TrainState, images: Array, labels: Array) -> tuple[Array, Array, Any, Any, Any]:
@@ -185,7 +185,7 @@ def _in_parts(gradients: Gradients, parts: int, freeze_backbone: bool) -> Gradie
 def _unless_nonfinite(
     state: TrainState, changed: TrainState, loss_scale: Any, finite: Array, failed: Array, skip_nonfinite: int
 ) -> TrainState:
-    """`changed`, if it is finite and not more than skip_nonfinite steps failed before, else `state`; with counts."""
+    """Returns `changed` if it is finite and at most skip_nonfinite steps failed, else `state`; with new counts."""
     running = state.nonfinite <= skip_nonfinite
     nonfinite = state.nonfinite + (running & failed)
     kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
@@ -208,39 +208,41 @@ def make_train_step(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """Builds the jitted training step; it compiles once per shape and consumes (donates) the state it is given.
+    """Builds the jitted training step. The step compiles once per shape and donates (consumes) its state.
 
     A step whose loss or gradients are not finite changes no weight, no statistic and no optimizer state. The first
-    skip_nonfinite of them count as steps all the same. After one more the state never changes again: if the metrics are
-    read late, the last good state is still there.
+    skip_nonfinite such steps still count as steps. After one more the state never changes again, so a caller that reads
+    the metrics late still has the last good state.
 
     Args:
       config: the architecture.
-      optimizer: an optax transform; a learning rate that changes belongs in it as a schedule.
-      loss: (logits, labels) -> losses, (N,), whose mean is minimized. With one of your own, labels may also be targets,
-        (N, num_classes): the largest is the right answer.
-      label_smoothing: the share of the target spread over all classes, for the default loss.
-      preprocess: (images, step) -> float images, traced into the step: augmentation and normalization.
-      apply: the network, `resnet.apply` or another function of that form.
-      freeze_backbone: train the dense layer "fc" alone; the rest runs as in evaluation, its running statistics stay.
-      accumulate: the number of parts that a batch is computed in, one after the other, for less memory. The gradient is
-        the mean of theirs: without BatchNorm the whole batch's. With it each part is normalized by its own statistics,
-        and the running ones are updated once for each part.
-      ema_decay: keep moving averages, average = ema_decay * average + (1 - ema_decay) * value, after every step.
-      skip_nonfinite: see above.
-      mesh: run on its devices: the state replicated, the batch sharded (see `shard_batch`). BatchNorm's statistics are
-        those of the whole batch, so results do not depend on the number of devices, up to rounding.
-      options: for `apply`: dtype and remat of `resnet.apply`.
+      optimizer: an optax transform. For a learning rate that changes, give the transform a schedule.
+      loss: (logits, labels) -> losses, (N,), whose mean is minimized. With a loss other than the default, labels may
+        also be targets, (N, num_classes), of which the largest marks the right class.
+      label_smoothing: the share of the target that is spread over all classes, for the default loss.
+      preprocess: (images, step) -> float images, for augmentation and normalization; traced into the step.
+      apply: the network, `resnet.apply` or another function with this signature.
+      freeze_backbone: whether to train only the dense layer "fc". The other layers run as in evaluation and keep their
+        running statistics.
+      accumulate: the number of parts into which a batch is split. They run one after the other, which takes less
+        memory, and their gradients are averaged. Without BatchNorm this is the gradient of the whole batch. BatchNorm
+        normalizes each part by the part's own statistics and updates the running statistics once per part.
+      ema_decay: keeps moving averages, average = ema_decay * average + (1 - ema_decay) * value, after every step.
+      skip_nonfinite: the number of steps that may be not finite, see above.
+      mesh: the devices to run on. The state is replicated and the batch is sharded (see `shard_batch`). BatchNorm uses
+        the statistics of the whole batch, so results depend on the number of devices by rounding alone.
+      options: keywords for `apply`, such as dtype and remat of `resnet.apply`.
 
     Returns:
-      step(state, images, labels) -> (state, metrics): images as `preprocess` takes them, labels (N,) int32; metrics,
-      of the batch before the update, are the scalars "loss", "top1" (the share of right answers), "grad_norm" (over
-      all gradients, before the optimizer) and "finite" (whether loss and grad_norm are), and "prediction", (N,) int32.
+      step(state, images, labels) -> (state, metrics), with images as `preprocess` takes them and labels (N,) int32. The
+      metrics describe the batch before the update: the scalars "loss", "top1" (the share of right answers), "grad_norm"
+      (over all gradients, before the optimizer) and "finite" (whether loss and grad_norm are finite), and "prediction",
+      (N,) int32.
 
     Raises:
-      TypeError: at once, for an option that apply does not take.
-      ValueError: at once, for label_smoothing with another loss; when called with a batch that accumulate or the mesh's
-        devices do not divide.
+      TypeError: an option that apply does not take; raised here.
+      ValueError: label_smoothing with a loss other than the default; raised here. The step raises it for a batch that
+        accumulate or the number of devices does not divide.
     """
     gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
     if accumulate > 1:
@@ -257,7 +259,7 @@ def make_train_step(
             averages = jax.tree.map(lambda a, b: ema_decay * a + (1 - ema_decay) * b, averages, new)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        failed = ~finite if loss_scale is None else ~jnp.isfinite(value)  # gradients may overflow by their scale alone
+        failed = ~finite if loss_scale is None else ~jnp.isfinite(value)  # the scale alone may make gradients overflow
         changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages, state.loss_scale)
         new_state = _unless_nonfinite(state, changed, loss_scale, finite, failed, skip_nonfinite)
         prediction = logits.argmax(-1).astype(jnp.int32)
@@ -285,13 +287,13 @@ def make_nonfinite_search(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[TrainState, Array, Array], list[str]]:
-    """Builds a function that names what is not finite in a step, for the state and the batch of a step that failed.
+    """Builds a function that takes the state and the batch of a failed step and names the arrays that are not finite.
 
-    Arguments as for `make_train_step`; apply must know return_activations.
+    The arguments are those of `make_train_step`. `apply` must take return_activations.
 
     Returns:
       search(state, images, labels) -> names such as "the pictures", "the weight conv1.weight", "the activation
-      layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in execution order; the state is not consumed.
+      layer2.0", "the loss", "the gradient layer1.0.conv1.weight", in execution order. The state is not donated.
     """
     gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
     options["return_activations"] = True
@@ -306,7 +308,7 @@ def make_nonfinite_search(
             found |= {f"the {kind} {name}": array for name, array in flatten_dict(dict(tree), sep=".").items()}
         found |= {"the logits": logits, "the loss": value}
         found |= {f"the gradient {name}": array for name, array in flatten_dict(dict(grads), sep=".").items()}
-        names[:] = found  # set while tracing: jit would return a dict with its keys sorted
+        names[:] = found  # set while tracing, because jit sorts the keys of a dict that it returns
         return jnp.stack([~jnp.isfinite(array).all() for array in found.values()])
 
     jitted = jax.jit(flags, **shardings(mesh, ("state", "batch", "batch")))
@@ -326,12 +328,12 @@ def make_eval_step(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """Builds the jitted evaluation step; arguments as for `make_train_step`, but `preprocess` takes images alone.
+    """Builds the jitted evaluation step. Takes the arguments of `make_train_step`, but `preprocess` takes only images.
 
     Returns:
-      step(params, batch_stats, images, labels) -> per example, each (N,): "loss", "prediction" (int32), "confidence"
-      (the prediction's probability) and "top5" (whether the label is among the five largest logits, or all if there
-      are fewer).
+      step(params, batch_stats, images, labels) -> a dict of arrays (N,), one value per example: "loss", "prediction"
+      (int32), "confidence" (the prediction's probability) and "top5" (whether the label is among the five largest
+      logits, or among all if there are fewer).
     """
     _refuse_unknown(apply, options)
 

@@ -1,4 +1,4 @@
-"""What may come out of a pickle: arrays, dicts, and objects that do nothing."""
+"""The objects that reading a pickle may make: arrays, dicts, and objects that do nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Dict", "Inert", "RefusedError", "Storage", "Tensor"]
 
 
 class RefusedError(ValueError):
-    """A pickle wants what is not data: the message goes on after the file's name."""
+    """A pickle asks for more than data. The message continues a sentence that begins with the file's name."""
 
 
 class Storage:
-    """A block of numbers, which may be read after the tensors that lie in it are known."""
+    """A block of numbers in which tensors lie. A file may define the tensors before the numbers are read."""
 
     def __init__(self, dtype: np.dtype, data: bytes = b""):
         self.dtype, self.data = dtype, data
@@ -24,22 +24,23 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view of a storage; `array` makes a copy. A tensor of an unusual kind (sparse, quantized) has no array.
+    """A view of a storage, of which `array` makes a copy. For an unusual kind (sparse, quantized) `array` raises.
 
-    negative, conjugate: bits of PyTorch's, as x.conj() and its .imag have them: the storage holds the other sign.
+    negative, conjugate: PyTorch's bits of lazy results, such as x.conj() and its .imag: the storage holds the values
+      before the sign is changed.
     """
 
     storage: Storage
     dtype: np.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in numbers, as in PyTorch
+    strides: tuple[int, ...]  # in numbers, not bytes, as in PyTorch
     offset: int
     kind: str = ""
     negative: bool = False
     conjugate: bool = False
 
     def array(self) -> np.ndarray:
-        """Raises a ValueError for a tensor that reaches out of its storage, or is no plain array."""
+        """Copies the tensor into an array. Raises a ValueError for an unusual kind or a tensor beyond its storage."""
         if self.kind:
             raise ValueError(f"a {self.kind} tensor")
         size = self.dtype.itemsize
@@ -58,9 +59,9 @@ class Tensor:
 
 
 class Inert:
-    """Stands for an object that is not needed. Pickles call it, fill it and index it to no effect."""
+    """Replaces an object that is not needed. A pickle may call, fill and index it, without effect."""
 
-    tensor: Tensor | None = None  # of a NumPy array
+    tensor: Tensor | None = None  # set if the object is a NumPy array
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return super().__new__(cls)
@@ -75,7 +76,7 @@ class Inert:
 
 
 class Dict(dict):
-    """An OrderedDict and the like; the attributes that pickles give it are dropped."""
+    """Replaces an OrderedDict or similar dict. Drops attributes that a pickle sets."""
 
     def __new__(cls, *args: Any) -> Dict:
         return super().__new__(cls)

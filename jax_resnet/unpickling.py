@@ -1,12 +1,12 @@
-"""Reads the pickles in weight files without executing anything, and without PyTorch.
+"""Reads the pickles in weight files without executing them, and without PyTorch.
 
-A pickle is a program: it names functions and classes of any module, and calls them. Here a name stands for one of three
-things: a function of this module that makes an array, a dict, or `Inert`, which takes any arguments and does nothing. A
-name that is on no list is refused (RefusedError). So a path, a date, or the settings of a training are accepted, and
-never come to life.
+A pickle is a program: it names functions and classes of any module and calls them. This reader replaces each name by a
+function of this module that makes an array, by a dict, or by `Inert`, which takes any arguments and does nothing. It
+refuses names that it does not list (RefusedError). So a path, a date or a training's settings in a pickle are accepted
+but never created.
 
-PyTorch has written three formats: a zip archive since 1.6, before that a stream of pickles with the numbers behind it,
-and in its first year a tar archive. NumPy arrays are pickled by themselves.
+PyTorch has had three formats: since 1.6 a zip archive, before that a stream of pickles followed by the numbers, and in
+its first year a tar archive. A plain pickle may also hold NumPy arrays.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax_resnet.unpickled import Dict, Inert, RefusedError, Storage, Tensor
 
 __all__ = ["Dict", "Inert", "RefusedError", "Storage", "Tensor", "read_stream", "read_tar", "read_zip"]
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of PyTorch's stream
+_MAGIC = 0x1950A86A20F9469CFC6C  # the value of the first pickle in PyTorch's stream
 _STORAGES = {
     "Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16, "Long": "i8", "Int": "i4",
     "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16",
@@ -40,7 +40,7 @@ _TORCH_DTYPES = {
     "int16": "i2", "int8": "i1", "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "bool": "?",
     "complex64": "c8", "complex128": "c16",
 }  # fmt: skip
-# Modules and names of what is data alone. What is left of an object of these is an Inert.
+# Modules and names of classes and functions that only make data. In place of such an object the reader puts an Inert.
 _DATA_MODULES = {"datetime", "decimal", "fractions", "pathlib", "pathlib._local", "uuid", "zoneinfo"}
 _DATA = {
     "argparse.Namespace", "types.SimpleNamespace", "collections.deque", "torch.Size", "torch.device", "torch.Tensor",
@@ -55,7 +55,7 @@ _DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Cou
 
 
 class _Maker:
-    """A function of this module for a pickle to call; unlike a function it has no attributes for a pickle to set."""
+    """A function of this module that a pickle may call. Unlike a function it has no attributes for a pickle to set."""
 
     __slots__ = ("_make",)
 
@@ -70,17 +70,17 @@ class _Maker:
 
 
 class _NumPyArray(Inert):
-    """A NumPy array: its pickle makes it empty, and fills it in."""
+    """A NumPy array, which a pickle creates empty and then fills."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, by_columns, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2 pickled bytes as str
         if isinstance(dtype, _DType) and isinstance(data, bytes):
             self.tensor = _from_buffer(data, dtype, shape, "F" if by_columns else "C")
 
 
 class _DType(Inert):
-    """NumPy's type, by its code or, of ml_dtypes, by the class that stands for it."""
+    """A dtype of NumPy, made from its code or, for ml_dtypes, from the _DType of the scalar class."""
 
     dtype: np.dtype[Any]
 
@@ -95,21 +95,21 @@ class _DType(Inert):
 
 
 class _Bounded:
-    """A file that is never asked for more than it has: for that so much memory would be set aside."""
+    """A file that refuses to read more bytes than it has: reading would allocate them first."""
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._size, self.readline = file, size, file.readline
 
     def read(self, count: int) -> bytes:
         if count > self._size:
-            raise EOFError(f"{count:,} bytes are wanted, which it has not")
+            raise EOFError(f"the pickle asks for {count:,} bytes, more than the file has")
         return self._file.read(count)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a hostile memo index asks for
+class _Unpickler(pickle._Unpickler):  # the C version would allocate as much as a hostile memo index asks for
     def __init__(self, file: IO[bytes], size: int, persistent: Callable[[Any], Any] | None = None):
         super().__init__(_Bounded(file, size), encoding="latin1")
-        self._budget = 4 * size + 2**20  # bytes: Latin-1 is up to twice as long in the file, and may be unpacked twice
+        self._budget = 4 * size + 2**20  # in bytes, generous: an honest pickle unpacks each of its bytes at most twice
         self._persistent = persistent
 
     def _load_bytearray(self) -> None:
@@ -119,7 +119,7 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        today = path.replace("numpy.core.", "numpy._core.")  # the name before NumPy 2
+        today = path.replace("numpy.core.", "numpy._core.")  # numpy.core is the name before NumPy 2
         if path in _DICTS:
             return Dict
         if path in _DATA or module in _DATA_MODULES or module.startswith("numpy.random."):
@@ -142,34 +142,34 @@ class _Unpickler(pickle._Unpickler):  # in Python: the one in C allocates what a
             kind = re.sub("_rebuild_|_?tensor|_no_storage", "", name)
             return _Maker(lambda *_: _unusual("quantized" if kind == "q" else kind))
         raise RefusedError(
-            f"is refused: it is a pickle that wants {path}, and a pickle of more than data can run any code. Where you "
-            "trust it, load it in PyTorch and save its state_dict alone: torch.save(model.state_dict(), PATH)"
+            f"is refused: its pickle asks for {path}, which is more than data and could run code. If you trust the "
+            "file, load it in PyTorch and save only its state_dict: torch.save(model.state_dict(), PATH)"
         )
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
-            raise pickle.UnpicklingError("it refers to numbers outside of it")
+            raise pickle.UnpicklingError("the pickle refers to numbers outside the file")
         return self._persistent(pid)
 
     def _encode(self, text: str, encoding: str = "latin1") -> bytes:
-        """Bytes as protocol 2 writes them."""
+        """Makes bytes from the text that pickle's protocol 2 writes for them."""
         self._spend(len(text))
         return text.encode("latin1")
 
     def _load(self, data: bytes) -> Any:
-        """A storage as pickle, without torch.save, writes it: a stream in a pickle."""
+        """Reads a storage that pickle wrote without torch.save: the storage's stream lies inside the pickle."""
         self._spend(len(data))
         return read_stream(io.BytesIO(data))
 
     def _spend(self, size: int) -> None:
-        """A file can refer to its bytes any number of times, and unpacks them once."""
+        """Counts unpacked bytes. A hostile pickle can refer to the same bytes many times and unpack them each time."""
         self._budget -= size
         if self._budget < 0:
-            raise RefusedError("is refused: its pickle unpacks to more than it holds")
+            raise RefusedError("is refused: its pickle unpacks to much more data than it holds")
 
 
 class _Kind(Inert):
-    """A class of storages."""
+    """A class of storages in PyTorch, which determines the dtype."""
 
     dtype: np.dtype[Any]
 
@@ -202,7 +202,7 @@ def _tensor(
 def _typed_tensor(
     storage: Any, offset: int, size: Any, strides: Any, _: Any, __: Any, dtype: Any, metadata: Any = None
 ) -> Tensor:
-    """Of a type that has no class of storages: the storage is of bytes, the offset in numbers."""
+    """Makes a tensor whose type has no class of storages: the storage holds bytes, and the offset counts numbers."""
     if not isinstance(dtype, _DType):
         return _unusual("eight-bit or smaller")
     if metadata:
@@ -230,14 +230,14 @@ _MAKERS = {
     "numpy._core.numeric._frombuffer": _Maker(_from_buffer),
     "numpy._core.multiarray.scalar": _Maker(lambda *_: Inert()),
     "numpy.ndarray": Inert,
-    "builtins.bytes": _Maker(lambda *_: b""),  # so are empty ones written
+    "builtins.bytes": _Maker(lambda *_: b""),  # protocol 2 writes empty bytes as a call of bytes
     "__builtin__.bytes": _Maker(lambda *_: b""),
     "numpy.dtype": _DType,
 }
 
 
 def read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
-    """A zip archive of PyTorch's: {prefix}data.pkl, and the numbers of storage 0 in {prefix}data/0."""
+    """Reads PyTorch's zip archive: the pickle is {prefix}data.pkl, the numbers of storage 0 are {prefix}data/0."""
     order = ">" if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") == b"big" else "<"
     storages: dict[str, Storage] = {}
 
@@ -253,7 +253,7 @@ def read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
 
 
 def read_stream(file: IO[bytes]) -> Any:
-    """A pickle; if it is PyTorch's magic number then three more follow, and the storages behind them."""
+    """Reads a pickle. If its value is PyTorch's magic number, reads the four pickles after it and the storages."""
     size = file.seek(0, 2)
     file.seek(0)
     first = _Unpickler(file, size).load()
@@ -274,19 +274,19 @@ def read_stream(file: IO[bytes]) -> Any:
 def _fill(storage: Storage, file: IO[bytes]) -> None:
     (count,) = struct.unpack("<Q", file.read(8))
     here = file.tell()
-    size = min(count * storage.dtype.itemsize, file.seek(0, 2) - here)  # reading more would set memory aside for it
+    size = min(count * storage.dtype.itemsize, file.seek(0, 2) - here)  # asking for more would allocate memory for it
     file.seek(here)
     storage.data = file.read(size)
 
 
 def read_tar(archive: tarfile.TarFile) -> Any:
-    """A tar archive of PyTorch's first year: storages, the tensors in them, and the pickle that refers to those."""
+    """Reads the tar archive of PyTorch's first year: storages, tensors in them, and a pickle that refers to tensors."""
     members = {member.name.removeprefix("./"): member for member in archive.getmembers()}
 
     def opened(name: str) -> tuple[IO[bytes], int]:
         file = archive.extractfile(members[name])
         if file is None:
-            raise pickle.UnpicklingError(f"{name} is no file")
+            raise pickle.UnpicklingError(f"{name} in the archive is not a file")
         return file, members[name].size
 
     file, size = opened("storages")
@@ -304,7 +304,7 @@ def read_tar(archive: tarfile.TarFile) -> Any:
         key, storage, _ = _Unpickler(file, size).load()
         (ndim,) = struct.unpack("<i4x", file.read(8))
         if ndim > 64:
-            raise pickle.UnpicklingError(f"a tensor of {ndim} axes")
+            raise pickle.UnpicklingError(f"a tensor has {ndim} axes, more than 64")
         numbers = struct.unpack(f"<{2 * ndim + 1}q", file.read(8 * (2 * ndim + 1)))
         tensors[str(key)] = _tensor(storages[storage], numbers[-1], numbers[:ndim], numbers[ndim:-1])
     file, size = opened("pickle")

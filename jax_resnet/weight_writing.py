@@ -1,4 +1,4 @@
-"""Writes weight files: aside first and then renamed, so that no half file is ever seen."""
+"""Writes weight files under a temporary name and then renames them, so that no reader sees half a file."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Names = Literal["torchvision", "huggingface", "keras"]
 
 
 def check_suffix(path: Path, names: Names | None = None) -> Names:
-    """Whose names a file has that is written; upper and lower case are the same.
+    """Returns the library whose names a file with this suffix gets. Ignores upper and lower case.
 
     Raises:
-      ValueError: for the name of a file that cannot be written.
+      ValueError: the suffix is unknown or does not fit `names`.
     """
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, _KERAS_SUFFIX):
         raise ValueError(
-            f"weight files end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, those of Keras in {_KERAS_SUFFIX}, "
+            f"weight files end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, Keras' files in {_KERAS_SUFFIX}, "
             f"got {path}"
         )
     if names not in (None, "torchvision", "huggingface", "keras"):
         raise ValueError(f'names are "torchvision", "huggingface" or "keras", got {names!r}')
     if (names == "keras") != (suffix == _KERAS_SUFFIX) and names is not None:
-        raise ValueError(f"files with Keras' names end in {_KERAS_SUFFIX}, and no others do, got {path}")
+        raise ValueError(f"files with Keras' names, and only these, end in {_KERAS_SUFFIX}, got {path}")
     if path.name.lower().endswith(f".weights{_KERAS_SUFFIX}"):
-        raise ValueError(f"Keras takes {path.name} for its newer format: leave .weights out of the name")
+        raise ValueError(f"Keras would read {path.name} as its newer format: leave .weights out of the name")
     return names or ("keras" if suffix == _KERAS_SUFFIX else "torchvision")
 
 
@@ -52,12 +52,12 @@ def write_arrays(
     config: ResNetConfig | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """As `weights.save`, for arrays {torchvision's name: array in torchvision's layout}.
+    """Does what `weights.save` does, for arrays {torchvision's name: array in torchvision's layout}.
 
-    A .pth or .pt file, and one with Hugging Face's names, gets a batch count of 0 for each BatchNorm that has none.
-    Keras' networks have biases in their convolutions, which are written as 0, and an eps of 1.001e-5, whose difference
-    from config.batch_norm_eps is added to the variances. Their blocks are bottlenecks with the stride in the first
-    convolution: config must say so.
+    Files with the suffix .pth or .pt or with Hugging Face's names get a batch count of 0 for each BatchNorm without
+    one. Files for Keras get biases of 0 for the convolutions. Keras' eps is 1.001e-5; its difference from
+    config.batch_norm_eps is added to the variances. Keras' blocks are bottlenecks with the stride in the first
+    convolution, and config must have the same (block="bottleneck", stride_in="conv1").
     """
     path = Path(path)
     names = check_suffix(path, names)
@@ -65,23 +65,23 @@ def write_arrays(
     if metadata and suffix != ".safetensors":
         raise ValueError(f"only .safetensors files hold metadata, got {path}")
     if suffix in (".npz", _KERAS_SUFFIX) and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
-        raise ValueError(f"{suffix} files cannot hold bfloat16, got {path}: take .safetensors or .pth")
+        raise ValueError(f"{suffix} files cannot hold bfloat16, got {path}: use .safetensors or .pth")
     if names != "torchvision" and "bn1.weight" not in arrays:
-        raise ValueError(f"{path}: only torchvision's names have a network without BatchNorm")
+        raise ValueError(f'{path}: a network without BatchNorm can only be written with names="torchvision"')
     if names == "keras":
         arrays = to_keras(arrays, _check_keras(config, path).batch_norm_eps)
     elif names == "huggingface":
         arrays = to_hugging_face(arrays)
         if suffix == ".safetensors":
-            metadata = {"format": "pt"} | dict(metadata or {})  # transformers refuses files that do not say it
+            metadata = {"format": "pt"} | dict(metadata or {})  # transformers refuses files without this entry
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # safetensors ignores strides
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         if suffix == ".npz":
-            with aside.open("wb") as file:  # given a name, NumPy would put .npz behind .NPZ
+            with aside.open("wb") as file:  # given the name a.NPZ, NumPy would write a.NPZ.npz
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
         elif suffix == ".safetensors":
-            # Not save_file, whose files only their owner may read.
+            # save_file would write a file that only its owner may read.
             aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
         elif suffix == _KERAS_SUFFIX:
             _write_keras(aside, arrays, path)
@@ -93,29 +93,29 @@ def write_arrays(
 
 def _check_keras(config: ResNetConfig | None, path: Path) -> ResNetConfig:
     if config is None:
-        raise ValueError(f"{path}: pass config, from which follows whether Keras has such a network")
+        raise ValueError(f"{path}: pass config, which shows whether Keras has this network")
     if config.block != "bottleneck":
         raise ValueError(f"{path}: Keras has ResNet50, ResNet101 and ResNet152, whose blocks are bottlenecks")
     if config.stride_in != "conv1":
         raise ValueError(
-            f"{path}: Keras' ResNets have the stride of a block in its first convolution (stride_in='conv1'), this "
-            f"network has it in {config.stride_in}: Keras would compute something else"
+            f"{path}: blocks of Keras' ResNets apply the stride in their first convolution (stride_in='conv1'), this "
+            f"network in {config.stride_in}: Keras would compute something else"
         )
     return config
 
 
 def _write_keras(aside: Path, arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """The format of the files that keras.applications downloads: model.load_weights takes it, by order or by name."""
+    """Writes the format that keras.applications downloads. model.load_weights reads it, by order or by name."""
     try:
         import h5py
     except ImportError as error:
-        raise ValueError(f'{path}: to write it h5py is needed ({error}): pip install -e ".[keras]"') from error
+        raise ValueError(f'{path}: writing this file needs h5py ({error}): pip install -e ".[keras]"') from error
     layers: dict[str, list[str]] = {}
     for name in arrays:
         layer, _, field = name.partition(".")
         layers.setdefault(layer, []).append(field)
     with h5py.File(aside, "w") as file:
-        file.attrs["keras_version"], file.attrs["backend"] = b"2.0", b"tensorflow"  # or Keras 2 turns the kernels
+        file.attrs["keras_version"], file.attrs["backend"] = b"2.0", b"tensorflow"  # else Keras 2 rearranges kernels
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
         for layer, fields in layers.items():
             group = file.create_group(layer)
@@ -135,7 +135,7 @@ def _import_torch(path: Path) -> ModuleType:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path}: to write {path.suffix} files PyTorch is needed, which is missing ({error}): "
-            'pip install -e ".[torch]", or take .safetensors or .npz'
+            f"{path}: writing {path.suffix} files needs PyTorch, which is missing ({error}): "
+            'pip install -e ".[torch]", or use .safetensors or .npz'
         ) from error
     return torch

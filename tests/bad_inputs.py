@@ -166,7 +166,7 @@ COMMAND_LINE = [
     Case("smaller than the crop", "classify a.jpg --weights w.npz --resize 100",
          "--resize must be at least 224, the crop, got 100"),
     Case("a format that there is not", "convert w.npz w.onnx",
-         "weight files end in .safetensors, .npz, .pth or .pt, those of Keras in .h5, got w.onnx"),
+         "weight files end in .safetensors, .npz, .pth or .pt, Keras' files in .h5, got w.onnx"),
     Case("a file that is there", "convert w.npz old.npz",
          "old.npz is there already: choose another name, or pass --overwrite", file("old.npz", b"of mine")),
     Case("a file in no folder", "convert w.npz no/out.npz", "there is no folder no for out.npz"),
@@ -404,7 +404,7 @@ WEIGHT_FILES = [
     Case("a pointer of git-lfs", CONVERT.format("w.safetensors"),
          unreadable(".safetensors", "it is a pointer of git-lfs: run `git lfs pull`"),
          file("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")),
-    Case("zeros", CONVERT.format("w.pth"), unreadable(".pth", f"it begins with zeros alone: {AGAIN}"),
+    Case("zeros", CONVERT.format("w.pth"), unreadable(".pth", f"its first bytes are all zero: {AGAIN}"),
          file("w.pth", bytes(5000))),
     Case("noise", CONVERT.format("w.npz"), unreadable(".npz", f"its format is not known: {AGAIN}"),
          file("w.npz", np.random.default_rng(0).bytes(5000))),
@@ -417,20 +417,20 @@ WEIGHT_FILES = [
          "w.npz is refused: it holds Python objects, which could run code: expected arrays of numbers",
          npz(change=lambda arrays: {"fc.weight": np.array([{}], object)})),
     Case("an archive of something else", CONVERT.format("w.npz"),
-         "w.npz is an archive of readme.txt: unpack it, and name a weight file of it",
+         "w.npz is an archive of readme.txt: unpack it and name a weight file from it",
          lambda folder: zipfile.ZipFile(folder / "w.npz", "w").writestr("readme.txt", "hello")),
-    Case("a zip bomb", CONVERT.format("w.npz"), "w.npz is refused: it would unpack to 24 GB, which no ResNet needs",
-         zip_bomb),
+    Case("a zip bomb", CONVERT.format("w.npz"),
+         "w.npz is refused: it would unpack to 22 GiB, and no ResNet needs that much", zip_bomb),
     Case("a tensor of 1 number that says 512 billion", CONVERT.format("w.pth"),
-         "w.pth is refused: it would unpack to 2,048 GB, which no ResNet needs",
+         "w.pth is refused: it would unpack to 1,907 GiB, and no ResNet needs that much",
          pth(lambda: trained_network(fc=tensor(1).expand(10**9, 512)))),
     Case("a pickle that runs code", CONVERT.format("w.pth"),
-         "w.pth is refused: it is a pickle that wants posix.system, and a pickle of more than data can run any code. "
-         "Where you trust it, load it in PyTorch and save its state_dict alone: torch.save(model.state_dict(), PATH)",
+         "w.pth is refused: its pickle asks for posix.system, which is more than data and could run code. If you trust "
+         "the file, load it in PyTorch and save only its state_dict: torch.save(model.state_dict(), PATH)",
          pth(lambda: {"fc.weight": RunsCode()})),
     Case("a whole model", CONVERT.format("w.pth"),
-         "w.pth is refused: it is a pickle that wants torch.nn.modules.linear.Linear, and a pickle of more than data "
-         "can run any code. Where you trust it, load it in PyTorch and save its state_dict alone: "
+         "w.pth is refused: its pickle asks for torch.nn.modules.linear.Linear, which is more than data and could run "
+         "code. If you trust the file, load it in PyTorch and save only its state_dict: "
          "torch.save(model.state_dict(), PATH)", pth(whole_model)),
     Case("TorchScript", CONVERT.format("w.pth"),
          unreadable(".pth", "it is TorchScript: load it in PyTorch and save its state_dict, "
@@ -440,7 +440,7 @@ WEIGHT_FILES = [
     Case("an optimizer's state alone", CONVERT.format("w.pth"), f"w.pth {NO_RESNET} state.0.momentum_buffer",
          pth(lambda: {"state": {0: {"momentum_buffer": tensor(3)}}, "param_groups": []})),
     Case("a sparse tensor", CONVERT.format("w.pth"),
-         "w.pth has tensors that are no plain arrays: fc.weight is a sparse tensor",
+         "w.pth has tensors that are not plain arrays: fc.weight is a sparse tensor",
          pth(lambda: trained_network(fc=tensor(3, 3).to_sparse()))),
     Case("several networks", CONVERT.format("w.pth"),
          "w.pth has several networks: in student, teacher. Name one: --entry NAME, or entry= in Python",
@@ -457,7 +457,7 @@ WEIGHT_FILES = [
          "w.safetensors is refused: it holds F8_E4M3: save it as float32, float16 or bfloat16",
          safetensors_header({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}, b"12")),
     Case("bfloat16 in .npz", CONVERT.format("w.npz"),
-         "w.npz is refused: 1 arrays, such as fc.bias, are raw bytes, 2 a value: NumPy has saved bfloat16 without its "
+         "w.npz is refused: 1 arrays, such as fc.bias, are raw bytes, 2 per value: NumPy saved bfloat16 without its "
          "type. Save it as .safetensors, or as float32",
          npz(change=lambda arrays: arrays | {"fc.bias": np.zeros(5, "V2")})),
     Case("another kind of network", CONVERT.format("w.npz"), f"w.npz {NO_RESNET} weight",
@@ -539,7 +539,7 @@ CHECKPOINTS = [
          "run/metrics.jsonl has 0 lines, and had 1 at the checkpoint: it was changed",
          stopped_run(removed("run/metrics.jsonl"))),
     Case("a checkpoint of another network", RESUME,
-         "run/checkpoints/9 is of another training: … arrays differ, the first is …: … there, … here",
+         "run/checkpoints/9 belongs to another training: … arrays differ, the first is …: … there, … here",
          stopped_run(lambda folder: foreign_checkpoint(folder / "run/checkpoints"))),
     Case("a checkpoint of another program", RESUME,
          "run/checkpoints/6 is not of a run of this program: its facts have no best",
@@ -553,8 +553,8 @@ CHECKPOINTS = [
     Case("no config.json", RESUME, "run holds files of something else, and no config.json: choose another --out",
          stopped_run(removed("run/config.json"))),
     Case("checkpoints of an earlier version", RESUME,
-         "run/checkpoints/9 was written by orbax, in an earlier version of this program: go on with that version, or "
-         "begin the run anew", stopped_run(a_file("run/checkpoints/9/_CHECKPOINT_METADATA"))),
+         "run/checkpoints/9 was written by orbax, in an earlier version of this program: continue with that version, "
+         "or start the run again", stopped_run(a_file("run/checkpoints/9/_CHECKPOINT_METADATA"))),
     Case("a file in place of the checkpoints", RESUME, "run/checkpoints is no folder",
          stopped_run(removed("run/checkpoints"), file("run/checkpoints", b"of mine"))),
 ]  # fmt: skip

@@ -251,7 +251,7 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
 BAD_WEIGHTS = {
     "vector for a kernel": (
         {"conv1.weight": np.ones(3, np.float32)},
-        "kernels of the shapes (3,) and (64, 64, 3, 3): not supported",
+        "kernels have the shapes (3,) and (64, 64, 3, 3): not supported",
     ),
     "number for a matrix": ({"fc.weight": np.float32(1)}, "fc.weight: expected (6, 512), the file has ()"),
 }

@@ -473,7 +473,7 @@ def test_numbers_out_of_range_are_refused(name, value):
 def test_base_lr_is_asked_for_where_it_cannot_be_inferred(alias, learning_rate):
     with pytest.raises(ValueError, match=r"base_lr must be a number > 0, .*pass base_lr, .*base_lr=1e-3"):
         alias(learning_rate)
-    with pytest.raises(ValueError, match=r"or in place of final_lr pass final_lr_ratio, .*final_lr_ratio=100"):
+    with pytest.raises(ValueError, match=r"or instead of final_lr pass final_lr_ratio, .*final_lr_ratio=100"):
         alias(learning_rate)
     assert alias(learning_rate, base_lr=1e-3).init(jnp.ones(2))
     assert alias(learning_rate, final_lr_ratio=100.0).init(jnp.ones(2))
@@ -545,7 +545,7 @@ def test_final_lr_ratio_is_another_way_to_say_final_lr(alias, x64):
 @pytest.mark.parametrize("other", [{"final_lr": 0.1}, {"base_lr": 1e-3}])
 def test_a_final_lr_that_was_given_is_never_ignored(alias, other):
     for make in (alias, lambda **options: optax.inject_hyperparams(alias)(**options).init(jnp.ones(2))):
-        with pytest.raises(ValueError, match="final_lr_ratio is final_lr / base_lr: pass it in place of both"):
+        with pytest.raises(ValueError, match="final_lr_ratio is final_lr / base_lr: pass it instead of both"):
             make(learning_rate=1e-3, final_lr_ratio=100.0, **other)
 
 

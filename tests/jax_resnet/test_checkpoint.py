@@ -135,7 +135,7 @@ def test_a_checkpoint_of_orbax_is_refused(small, tmp_path):
     """As earlier versions wrote them; with one word on what to do, and not as damaged, or it would be passed over."""
     (tmp_path / "5" / "record").mkdir(parents=True)
     (tmp_path / "5" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(MismatchError, match=r"5 was written by orbax, .*: go on with that version"):
+    with pytest.raises(MismatchError, match=r"5 was written by orbax, .*: continue with that version"):
         Checkpoints(tmp_path).restore(5, small)
 
 
@@ -189,7 +189,7 @@ def test_facts_are_checked_too(small, written, tmp_path):
     shutil.copytree(written, tmp_path / "copy")
     record = tmp_path / "copy" / "5" / "record.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"facts": {"epoch": 3}}))
-    with pytest.raises(DamagedError, match="its record is not what was written"):
+    with pytest.raises(DamagedError, match=r"record\.json differs from what was written"):
         Checkpoints(tmp_path / "copy").restore(5, small)
 
 
@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_the_last_good_one_and_the_next_may_succeed(tmp_path):
     assert not done.stderr
     for line in lines[:2]:
         assert f"could not be written ({os.strerror(errno.EFBIG)})" in line
-        assert line.endswith(f"the last good one is {tmp_path / 'run' / '1'}")
+        assert line.endswith(f"the latest complete one is {tmp_path / 'run' / '1'}")
     assert lines[2:] == ["[1] []", "[1, 4] True"]
 
 

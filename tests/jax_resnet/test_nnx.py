@@ -247,7 +247,7 @@ def test_a_replaced_head_is_trained_counted_saved_and_loaded(arrays, x64, tmp_pa
     saved = weights.load(tmp_path / "a.npz", config)
     np.testing.assert_allclose(ResNet(config, saved)(images(), train=False), logits, rtol=1e-12)
     other = ResNet(CONFIG, rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match=r"not arrays of the model: 2 differ, the first is fc\.bias"):
+    with pytest.raises(ValueError, match=r"these arrays do not fit the model: 2 differ, the first is fc\.bias"):
         other.load(saved)
     other.fc = nnx.Linear(512, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(1))
     other.load(saved)

@@ -192,7 +192,7 @@ class Mine(dict):
     pass
 
 
-REFUSED = {  # an object, what it wants that is not data
+REFUSED = {  # an object, and what its pickle asks for that is not data
     "a command": (Calls(os.system, "touch harmed"), r"posix\.system"),
     "eval": (Calls(eval, "open('harmed', 'w')"), r"\w+\.eval"),
     "getattr": (Calls(getattr, {}, "update"), r"\w+\.getattr"),
@@ -210,7 +210,7 @@ def test_pickles_that_would_run_code_are_refused(thing, wanted, zipped, tmp_path
     torch.save({"net": TENSORS, "x": thing}, "a.pth", _use_new_zipfile_serialization=zipped)
     pathlib.Path("a.pkl").write_bytes(pickle.dumps({"x": thing}))
     for name in ("a.pth", "a.pkl"):
-        with pytest.raises(ValueError, match=rf"^{name} is refused: it is a pickle that wants {wanted}, .* state_dict"):
+        with pytest.raises(ValueError, match=rf"^{name} is refused: its pickle asks for {wanted}, .* state_dict"):
             weight_files.read_contents(pathlib.Path(name))
     assert sorted(os.listdir()) == ["a.pkl", "a.pth"]
 
@@ -305,13 +305,15 @@ def tar_of(*names):
 
 OTHERS = {
     "bfloat16 in .npz": (lambda path: np.savez(path.open("wb"), a=np.ones(3, ml_dtypes.bfloat16)),
-                         "is refused: 1 arrays, such as a, are raw bytes, 2 a value: NumPy has saved bfloat16 with"),
+                         "is refused: 1 arrays, such as a, are raw bytes, 2 per value: NumPy saved bfloat16 with"),
     "an archive": (archive_of("readme.txt", "model.pth"), "is an archive of readme.txt, model.pth: unpack it"),
-    "a tar archive": (tar_of("model.pth"), "is an archive of model.pth: unpack it, and name a weight file"),
+    "a tar archive": (tar_of("model.pth"), "is an archive of model.pth: unpack it and name a weight file from it"),
     "an empty archive": (archive_of(), "is not a readable weight file"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08"), "is not a readable weight file: it is compressed: gunzip"),
     "ONNX": (lambda path: path.write_bytes(b"\x08\x07\x12\x07pytorch"), "is not a readable weight file: its format"),
     "JSON": (lambda path: path.write_text('{"a": 1}'), "is not a readable weight file: it is text"),
+    "JSON of a terabyte": (lambda path: (path.write_text("{"), os.truncate(path, 2**40)),
+                           "is not a readable weight file: its format is not known"),
     "shards elsewhere": (lambda path: path.write_text('{"weight_map": {"a": "../b.bin"}}'),
                          "is refused: it names a file in another folder"),
 }  # fmt: skip

@@ -157,7 +157,7 @@ NORMALIZING = {  # what a file holds; what is left out, and the two names in the
 def test_a_normalization_that_is_left_out_is_noted(arrays, left_out, noted):
     found = weight_names.find(arrays, ())
     assert (list(found.left_out), found.arrays.keys()) == (left_out, NET.keys())
-    pattern = rf"{noted}[._]mean and {noted}[._]std were left out: the network expects pictures that are normalized by"
+    pattern = rf"{noted}[._]mean and {noted}[._]std were left out: normalize the pictures with them"
     assert len(found.notes) == bool(noted)
     assert all(re.match(pattern, note) for note in found.notes)
 
@@ -196,10 +196,10 @@ def short_tensor():
 NOT_FOUND = {
     "no arrays": ({}, "holds no ResNet: there is no layer1.0.conv1.weight, whatever the prefix; the first names are n"),
     "another network": ({"features.0.weight": zeros(64, 3, 3, 3)}, "holds no ResNet: .* the first names are features."),
-    "a bomb": (NET | {"fc.weight": huge()}, "is refused: it would unpack to 2,048 GB"),
-    "sparse": (NET | {"fc.weight": huge("sparse", ())}, "has tensors that are no plain arrays: fc.weight is a sparse"),
+    "a bomb": (NET | {"fc.weight": huge()}, "is refused: it would unpack to 1,907 GiB"),
+    "sparse": (NET | {"fc.weight": huge("sparse", ())}, "has tensors that are not plain arrays: fc.weight is a sparse"),
     "beyond its storage": (NET | {"fc.weight": short_tensor()},
-                           "has tensors that are no plain arrays: fc.weight is a tensor larger"),
+                           "has tensors that are not plain arrays: fc.weight is a tensor larger"),
 }  # fmt: skip
 
 
@@ -217,7 +217,7 @@ RELATIVES = {  # arrays, what the message says they are
     "another depth": (arrays_of("resnet34"), "holds the weights of a resnet34 with 5 classes and 3 channels, not of a "
                       "resnet18 with 5 classes and 3 channels: pass --arch resnet34"),
     "ResNeXt": (arrays_of("resnext50_32x4d"), "holds a ResNeXt, with 32 groups in its convolutions: not supported"),
-    "wide": (arrays_of("wide_resnet50_2"), "holds a ResNet of another width, 128 in place of 64 in its first block"),
+    "wide": (arrays_of("wide_resnet50_2"), "holds a ResNet of another width: 128 instead of 64 channels in its first"),
     "GroupNorm": (arrays_of("resnet18", norm_layer=lambda c: torch.nn.GroupNorm(32, c)), "holds a ResNet without run"),
     "squeeze and excite": (NET | {"layer1.0.se.fc1.weight": zeros(4, 64, 1, 1)}, "holds a ResNet with attention in it"),
     "blur": (NET | {"layer2.0.conv2.1.filt": zeros(64, 1, 3, 3)}, "holds a ResNet with conv2.1 in its blocks"),
@@ -263,7 +263,7 @@ def test_networks_are_recognized(name, batch_norm, num_classes):
 HINTS = {
     "classes": (
         {"fc.weight": zeros(7, 512), "fc.bias": zeros(7)},
-        r'\(another number of classes: training with --init draws a new one, as head="new" does in Python\)$',
+        r'\(a different number of classes: training with --init draws a new one, as head="new" does in Python\)$',
     ),
     "no dense layer": (
         {"fc.weight": None, "fc.bias": None},
@@ -272,7 +272,7 @@ HINTS = {
     "no bias": ({"fc.bias": None}, r"  missing: fc.bias \(5,\) \(half a dense layer: training with --init [^\n]*$"),
     "another bias": (
         {"fc.bias": zeros(7)},
-        r"has \(7,\) \(not of the same number of classes as the file's fc.weight\)$",
+        r"has \(7,\) \(a different number of classes from the file's fc.weight\)$",
     ),
     "transposed": ({"layer2.0.conv1.weight": zeros(3, 3, 64, 128)}, r"the file has \(3, 3, 64, 128\) \(transposed\?\)"),
     "an array missing": ({"bn1.bias": None}, r"missing: bn1.bias \(64,\)$"),

@@ -136,7 +136,7 @@ def test_bfloat16(suffix, tree, tmp_path):
     brain = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
     path = tmp_path / f"a{suffix}"
     if suffix == ".npz":
-        with pytest.raises(ValueError, match=r"\.npz files cannot hold bfloat16, got .*a\.npz: take"):
+        with pytest.raises(ValueError, match=r"\.npz files cannot hold bfloat16, got .*a\.npz: use"):
             weights.save(path, *brain)
         assert not os.listdir(tmp_path)
         return
@@ -240,11 +240,11 @@ def test_keras_eps_is_folded_into_the_variances(tmp_path):
 
 
 REFUSED = {  # what Keras or the format has not
-    "no network": (None, "a.h5", None, "pass config, from which follows whether Keras has such a network"),
+    "no network": (None, "a.h5", None, "pass config, which shows whether Keras has this network"),
     "its stride": (dataclasses.replace(BOTTLENECKS, stride_in="conv2"), "a.h5", None, "Keras would compute something"),
     "basic blocks": (resnet.resnet18(), "a.h5", None, "Keras has ResNet50, ResNet101 and ResNet152, whose"),
-    "a suffix": (BOTTLENECKS, "a.npz", "keras", r"files with Keras' names end in \.h5, and no others do, got .*a\.npz"),
-    "another library's": (BOTTLENECKS, "a.h5", "huggingface", r"files with Keras' names end in \.h5"),
+    "a suffix": (BOTTLENECKS, "a.npz", "keras", r"files with Keras' names, and only these, end in \.h5, got .*a\.npz"),
+    "another library's": (BOTTLENECKS, "a.h5", "huggingface", r"files with Keras' names, and only these, end in \.h5"),
     "its newer format": (BOTTLENECKS, "a.weights.h5", None, r"leave \.weights out of the name"),
     "unknown names": (BOTTLENECKS, "a.npz", "flax", 'names are "torchvision", "huggingface" or "keras", got \'flax\''),
 }  # fmt: skip
@@ -261,7 +261,7 @@ def test_networks_without_batch_norm_have_torchvisions_names_alone(tmp_path):
     config = dataclasses.replace(BOTTLENECKS, batch_norm=False)
     tree = resnet.init(config, jax.random.key(0))
     for name, names in (("a.h5", "keras"), ("a.npz", "huggingface")):
-        with pytest.raises(ValueError, match="only torchvision's names have a network without BatchNorm"):
+        with pytest.raises(ValueError, match='a network without BatchNorm can only be written with names="torch'):
             weights.save(tmp_path / name, *tree, names=names, config=config)
 
 
@@ -440,7 +440,7 @@ def test_bad_files_are_named(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.npz"):
         weights.load(tmp_path / "none.npz", CONFIG)
     with pytest.raises(
-        ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, those of Keras in \.h5, got .*a\.ckpt"
+        ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, Keras' files in \.h5, got .*a\.ckpt"
     ):
         weights.save(tmp_path / "a.ckpt", *tree)
     weights.save(tmp_path / "a.npz", *tree)
@@ -455,7 +455,7 @@ def test_torch_is_named_where_it_is_missing(suffix, tree, tmp_path, monkeypatch)
     weights.save(path, *tree)
     monkeypatch.setitem(sys.modules, "torch", None)
     same(weights.load(path, CONFIG), tree)
-    with pytest.raises(ValueError, match=r'PyTorch is needed, which is missing.* pip install -e "\.\[torch\]"'):
+    with pytest.raises(ValueError, match=r'files needs PyTorch, which is missing.* pip install -e "\.\[torch\]"'):
         weights.save(path, *tree)
     for other in (".safetensors", ".npz"):
         weights.save(tmp_path / f"a{other}", *tree)

@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_is_said_and_the_run_goes_on(quiet, tmp_path, capsys
     monkeypatch.setattr(safetensors.numpy, "save_file", failing)
     assert train(settings_for(out, keep=9)) is None
     warning = (
-        f"warning: the checkpoint of step 10 could not be written ({os.strerror(errno.ENOSPC)}); the last good one is"
+        f"warning: the checkpoint of step 10 could not be written ({os.strerror(errno.ENOSPC)}); the latest complete"
     )
     assert warning in capsys.readouterr().err
     assert 10 not in Checkpoints(out / CHECKPOINTS).steps()
