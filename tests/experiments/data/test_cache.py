@@ -147,7 +147,7 @@ def test_an_unwritable_folder_falls_back_to_memory(tmp_path):
     entry = load(tmp_path / "file" / "cache", make)
     check(entry, in_cache=False)
     assert make.calls == 1
-    assert "decoded anew" in entry.notes[0]
+    assert "decodes the pictures again" in entry.notes[0]
     assert "Not a directory" in entry.notes[0]
 
 
