@@ -366,7 +366,7 @@ PICTURES = [
          r"1 of 1 pictures cannot be read: a\nb\x1b[2J.jpg (the file is empty)",
          for_classify(("a\nb\x1b[2J.jpg", b""))),
     Case("a picture one pixel high", classify_command("a.png"),
-         "1 of 1 pictures cannot be read: a.png (60000x1 pixels are too elongated: the resized picture would have "
+         "1 of 1 pictures cannot be read: a.png (60000x1 pixels are too elongated: resizing would give "
          "3,932,160,000 pixels)", for_classify(("a.png", encoded(Image.new("L", (60_000, 1)), "PNG")))),
     Case("a pipe", classify_command("a.jpg"), "1 of 1 pictures cannot be read: a.jpg (a pipe or device, not a file)",
          changed(npz(), a_pipe("a.jpg")), how="process"),

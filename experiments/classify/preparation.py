@@ -77,8 +77,7 @@ class Middle:
             width, height = sides if colours.width <= colours.height else sides[::-1]
         if width * height > Image.MAX_IMAGE_PIXELS:
             size = "{}x{}".format(*colours.size)
-            resized = f"the resized picture would have {width * height:,} pixels"
-            raise ValueError(f"{size} pixels are too elongated: {resized}")
+            raise ValueError(f"{size} pixels are too elongated: resizing would give {width * height:,} pixels")
         (high, wide), resized = self.crop, colours.resize((width, height), Image.Resampling(self.resample))
         left, top = round((width - wide) / 2), round((height - high) / 2)  # half to even, as torchvision
         pixels = np.asarray(resized.crop((left, top, left + wide, top + high)))
