@@ -1,4 +1,4 @@
-"""What the command lines of all programs share: how errors become exit codes, and the settings that several take."""
+"""Common parts of the command lines: errors become messages and exit codes, and arguments are parsed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 # Exit codes. If a signal ended a run, the code is 128 plus the signal's number, as in a shell.
 FAILED, BAD_INPUT = 1, 2
-MAX_SIZE = 4096  # pixels a side; more is a typing error
-MIN_SIZE = 32  # of jax_resnet.resnet, which would take a second to import
+MAX_SIZE = 4096  # pixels per side; a larger number is taken for a typing error
+MIN_SIZE = 32  # copied from jax_resnet.resnet, whose import takes a second
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
@@ -24,8 +24,8 @@ class FailedError(RuntimeError):
 def exit_code(run: Callable[[], int | None]) -> int:
     """Runs a program and turns its errors into one message on stderr and an exit code.
 
-    The program returns the signal that stopped it, or None. A ValueError or OSError that it raises is bad input, with a
-    message for the user. A FailedError is a failure for another reason.
+    `run` returns the number of the signal that stopped the program, or None. If it raises a ValueError or OSError, the
+    input is bad, and the error's text is the message for the user. A FailedError is a failure for another reason.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -41,10 +41,10 @@ def exit_code(run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())  # or Python complains when it flushes at exit
+            os.dup2(nowhere, stream.fileno())  # otherwise Python reports an error when it flushes at exit
         return 128 + getattr(signal, "SIGPIPE", 13)
     except FailedError as error:
         code, message = FAILED, str(error)
@@ -63,18 +63,18 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
-    """Reads --image-size: "96" -> (96, 96), "64x96" -> (64, 96). Height comes first; a side is from 32 to 4096."""
+    """Reads --image-size: "96" -> (96, 96), "64x96" -> (64, 96), height first; raises a ValueError for other text."""
     try:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
         sides = []
     if len(sides) not in (1, 2) or not MIN_SIZE <= min(sides) <= max(sides) <= MAX_SIZE:
-        raise ValueError(f"--image-size is a side or HEIGHTxWIDTH, each {MIN_SIZE} to {MAX_SIZE}, got {text!r}")
+        raise ValueError(f"--image-size takes one side or HEIGHTxWIDTH, {MIN_SIZE} to {MAX_SIZE} each, got {text!r}")
     return sides[0], sides[-1]
 
 
 def parse(kind: Any, arguments: list[str] | None, program: str, **options: Any) -> Any:
-    """Reads a command line: tyro.cli for `python -m experiments.PROGRAM`, with ~ in paths expanded."""
+    """Parses a command line of `python -m experiments.PROGRAM` with tyro.cli; expands ~ in paths."""
     import tyro
 
     return tyro.cli(kind, args=expanded(arguments), prog=f"python -m experiments.{program}", **options)
@@ -86,7 +86,7 @@ def expanded(arguments: list[str] | None) -> list[str]:
 
 
 def expand_home(argument: str) -> str:
-    """A shell expands ~/run, but not --out=~/run or "~/run".
+    """Expands ~ in a path, also in --out=~/run and "~/run", which shells leave as they are.
 
     >>> import os; os.environ["HOME"] = "/home/me"
     >>> [expand_home(argument) for argument in ("--out=~/run", "~/run", "run~", "--opt=adam")]

@@ -1,12 +1,12 @@
-"""Moves ResNet weights between files of any kind: PyTorch's, safetensors, NumPy's, Keras', the hub's, a run's.
+"""Converts ResNet weights between PyTorch, safetensors, NumPy and Keras files; also reads the hub and runs.
 
     python -m experiments.convert checkpoint.pth weights.safetensors
     python -m experiments.convert runs/cars/checkpoints/500 best.safetensors
     python -m experiments.convert hf:timm/resnet50.a1_in1k resnet50.npz
     python -m experiments.convert resnet50.pth model.safetensors --names huggingface
 
-What is written holds torchvision's names and layout, so that torchvision and timm load it as it is, or those of Hugging
-Face or Keras; the numbers are the same, bit for bit, and of the same type.
+The new file has torchvision's names and layout, so that torchvision and timm load it directly, or those of Hugging Face
+or Keras. Values and their types stay the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def convert(
     """Move the weights of a ResNet from one file to another.
 
     Args:
-      source: what to read: a weight file of any kind, or a training checkpoint with one in it; a folder of Hugging
-        Face's or of a run, or a checkpoint of that run; or hf:OWNER/NAME on Hugging Face's hub.
+      source: a weight file of any kind, or a training checkpoint that contains weights; a folder of Hugging Face or of
+        a run, or a checkpoint of a run; or hf:OWNER/NAME for Hugging Face's hub.
       target: the file to write: .safetensors, .npz, .pth or .pt; .h5 for Keras.
-      arch: the network, where it is not to be recognized.
-      entry: which network to take where there are several, say model_ema or teacher; without it the trained one.
-      names: whose names the new file has: torchvision's (timm's too), Hugging Face's (ResNetForImageClassification of
-        transformers) or Keras' (keras.applications); without it what the suffix says.
-      overwrite: replace a file that is there.
+      arch: the network; by default it is recognized.
+      entry: which network to take from a file with several, such as model_ema or teacher; by default the trained one.
+      names: the names in the new file: torchvision's (also timm's), Hugging Face's (ResNetForImageClassification of
+        transformers) or Keras' (keras.applications); by default the suffix decides.
+      overwrite: replace an existing file.
     """
     names = weights.check_suffix(target, names)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name the file to write")
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already: choose another name, or pass --overwrite")
+        raise ValueError(f"{target} exists already: choose another name, or pass --overwrite")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} for {target.name}")
     if not os.access(target.parent, os.W_OK):
@@ -73,23 +73,23 @@ def convert(
     told = [f"{source}, {megabytes(file.path)}: {describe(arch, config, file.arrays)}", *findings(file)]
     if left_out:
         told.append(f"  left out: {', '.join(left_out[:20])}{' …' if len(left_out) > 20 else ''}")
-    added = write_checked(target, arrays, metadata, names, config)  # may replace what it was read from
+    added = write_checked(target, arrays, metadata, names, config)  # may replace the source
     if added:
-        told.append(f"  {len(added)} batch counts added, as torch has them, all 0")
+        told.append(f"  {len(added)} batch counts of 0 added, since torch expects them")
     print("\n".join(told))
-    but = ", the variances up to rounding: Keras' eps is another" if names == "keras" else ""
+    but = ", but variances up to rounding, since Keras has another eps" if names == "keras" else ""
     print(f"{target}, {megabytes(target)}: read back, the same bit for bit{but}")
 
 
 def findings(file: weights.WeightFile) -> list[str]:
-    """What was found where, and under which names; a line each."""
+    """A line for each fact about how the source stores the network: place, names, dense layer, stride."""
     told = [f"  {note}" for note in file.notes]
     if file.prefix:
         told.append(f"  found in {file.prefix.removesuffix('.')!r}")
     if file.naming != "torchvision":
         told.append(f"  {file.naming}'s names: converted to torchvision's")
     if file.head not in (None, "fc"):
-        told.append(f"  its dense layer is called {file.head!r} there")
+        told.append(f"  the source calls the dense layer {file.head!r}")
     if "fc.weight" not in file.arrays:
         told.append("  it has no dense layer, or one that is not a single layer: the file holds the backbone alone")
     if file.stride_in == "conv1":
@@ -98,7 +98,7 @@ def findings(file: weights.WeightFile) -> list[str]:
 
 
 def describe(arch: str, config: resnet.ResNetConfig, arrays: Mapping[str, np.ndarray]) -> str:
-    """The network and its weights in a line."""
+    """Describes the network and its weights in one line."""
     params, batch_stats = (jax.tree.leaves(tree) for tree in weights.from_torch(arrays))
     dtypes = sorted({str(array.dtype) for array in params + batch_stats})
     return (
@@ -120,10 +120,13 @@ def write_checked(
     names: weights.Names,
     config: resnet.ResNetConfig,
 ) -> list[str]:
-    """Writes a weight file aside, reads it back, compares it bit for bit, and only then puts it in its place.
+    """Writes a temporary weight file, reads it back, compares it bit for bit, and only then renames it to `target`.
 
     Returns:
       the names of the batch counts that were added for torch.
+
+    Raises:
+      ValueError: an array differs.
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name
@@ -146,7 +149,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def same_up_to_eps(a: np.ndarray, b: np.ndarray) -> bool:
-    """For variances: the difference of two eps was added and taken away again, which rounds the last digit."""
+    """Compares variances: adding and subtracting the difference of two eps has rounded their last digit."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return bool((abs(a - b) <= np.spacing(abs(a) + a.dtype.type(1e-7))).all())

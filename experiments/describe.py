@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Row(NamedTuple):
     """A layer, its BatchNorm included.
 
-    shape: of its output for one image, (H, W, C) or (C,).
+    shape: shape of the output for one image, (H, W, C) or (C,).
     parameters: how many numbers are trained; running statistics are not.
-    multiply_adds: of its matrix products, for one image; sums, BatchNorm and the like are not counted.
+    multiply_adds: number in matrix products, for one image; sums, BatchNorm and the like are not counted.
     """
 
     name: str
@@ -75,16 +75,16 @@ def describe(
     stride_in: Literal["conv2", "conv1"] = "conv2",
     batch_norm: bool = True,
 ) -> None:
-    """Print the structure of a ResNet: by layer the output's shape, parameters and multiply-adds for one image.
+    """Print the structure of a ResNet: each layer's output shape, parameters and multiply-adds for one image.
 
     Args:
       arch: the network.
-      image_size: a side, or HEIGHTxWIDTH: 96, 64x96.
+      image_size: one side, or HEIGHTxWIDTH, in pixels: 96, 64x96.
       in_channels: the channels of the images: 3 for colour, 1 for grey.
       num_classes: the number of logits; 0 leaves the dense layer out.
       stride_in: which convolution of a bottleneck has the stride: conv2, its 3x3 (v1.5, torchvision), or conv1, its
         first 1x1 (v1, the paper).
-      batch_norm: whether there is BatchNorm; its parameters are in the row of the convolution before it.
+      batch_norm: whether to use BatchNorm; the row of the convolution before it includes its parameters.
     """
     from jax_resnet import resnet
 

@@ -1,4 +1,4 @@
-"""Builds dataclasses from tables of values, as TOML files have them, and checks names and types."""
+"""Builds dataclasses from tables such as those of TOML files, and checks names and types."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WORDS = {
 
 
 def from_table(kind: type[T], table: Any, where: str) -> T:
-    """An instance of the dataclass `kind` from {field: value}; where it stands in the file is for messages.
+    """Builds an instance of the dataclass `kind` from {field: value}; messages call the table `where`.
 
     Raises:
-      ValueError: it is no table, a name is unknown or missing, or a value has another type.
+      ValueError: `table` is not a table, a name is unknown or missing, or a value has another type.
 
     >>> @dataclasses.dataclass
     ... class Final:
@@ -45,9 +45,9 @@ def from_table(kind: type[T], table: Any, where: str) -> T:
 
 
 def check_types(kind: type, values: Mapping[str, Any], where: str = "") -> None:
-    """Raises a ValueError for values that are not of the types of a dataclass's fields.
+    """Raises a ValueError if a value does not have the type of the field of that name in the dataclass `kind`.
 
-    The types are bool, int, float (which a whole number is too), str, list[…], dict[…], Literal[…] and unions of these.
+    Types may be bool, int, float (which also takes an int), str, list[…], dict[…], Literal[…] and unions of these.
     """
     for name, wanted in typing.get_type_hints(kind).items():
         if name in values and not _fits(values[name], wanted):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: ask for huge pages for what malloc maps
-MARK = "huge_pages"  # Python's option -X huge_pages marks a program that was already started anew
+HUGE_PAGES = "glibc.malloc.hugetlb"  # 1: malloc asks for huge pages for large blocks
+MARK = "huge_pages"  # Python's option -X huge_pages marks a program that has been restarted
 
 
 class Unwritable(Exception):
@@ -37,7 +37,7 @@ def processor() -> str:
 
 
 def jax_device() -> dict[str, Any]:
-    """Where JAX computes, as plain JSON values; of a CPU its name and cores too, which decide about last digits."""
+    """The device that JAX uses, as JSON values; for a CPU also its name and cores, which affect the last digits."""
     import jax
 
     device = jax.devices()[0]
@@ -46,7 +46,7 @@ def jax_device() -> dict[str, Any]:
 
 
 def numpy_device() -> dict[str, Any]:
-    """Where NumPy computes, and with which library for matrix products, as plain JSON values."""
+    """The processor that NumPy uses, and its library for matrix products, as JSON values."""
     import numpy as np
 
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
@@ -55,7 +55,7 @@ def numpy_device() -> dict[str, Any]:
 
 
 def torch_device() -> dict[str, Any]:
-    """Where PyTorch computes, as plain JSON values."""
+    """The device that PyTorch uses, as JSON values."""
     import torch
 
     if torch.cuda.is_available():
@@ -65,12 +65,12 @@ def torch_device() -> dict[str, Any]:
 
 
 def use_huge_pages() -> None:
-    """Starts this program anew, under the same process number, with malloc's large blocks in huge pages.
+    """Restarts this program, with the same process ID, so that malloc puts large blocks into huge pages.
 
-    XLA:CPU allocates the temporary memory of a step (hundreds of MB) anew for each call, and glibc has the system map
-    and zero its pages every time, which takes a tenth of a step of ResNet-101 in pages of 4 kB and much less in those
-    of 2 MB. glibc (from 2.35) reads its settings when a process starts and never again. To be called first of all, by a
-    program that `python -m` has started; does nothing where the setting has been made or Linux would not heed it.
+    XLA:CPU allocates the temporary memory of a step (hundreds of MB) for each call, and each time the system maps and
+    zeroes its pages. This takes a tenth of a step of ResNet-101 with pages of 4 kB, and much less with pages of 2 MB.
+    glibc (2.35 or later) reads this setting only when a process starts. Call this first in a program that `python -m`
+    has started; it does nothing if the setting exists or Linux would ignore it.
     """
     before = os.environ.get(TUNABLES, "")
     if "-m" not in sys.orig_argv or MARK in sys._xoptions or HUGE_PAGES in before or not _on_request():
@@ -78,12 +78,12 @@ def use_huge_pages() -> None:
     os.environ[TUNABLES] = ":".join(filter(None, [before, f"{HUGE_PAGES}=1"]))
     try:
         os.execv(sys.executable, [sys.executable, "-X", MARK, *sys.orig_argv[1:]])
-    except (OSError, ValueError):  # there is no such executable: it goes on in small pages
+    except (OSError, ValueError):  # no such executable: the program continues with small pages
         os.environ[TUNABLES] = before
 
 
 def _on_request() -> bool:
-    """Whether Linux gives huge pages to who asks: not in its settings "never" and "always"."""
+    """Whether Linux gives huge pages on request ("madvise"), rather than "never" or "always"."""
     try:
         return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
@@ -91,46 +91,46 @@ def _on_request() -> bool:
 
 
 def describe_pages() -> str:
-    """For the description of a machine: the pages that malloc's large blocks are in."""
+    """The kind of pages of malloc's large blocks, for `describe_machine`."""
     return "huge pages" if f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") else "the system's pages"
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what malloc has kept for later: compiling takes more memory than steps do."""
+    """Returns the freed memory that malloc keeps to the system, since compiling needs more memory than steps."""
     if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
 
 def use_compilation_cache() -> None:
-    """Turns the cache on, in the user's cache folder; $JAX_COMPILATION_CACHE_DIR names another, "" turns it off.
+    """Turns on JAX's compilation cache, in $JAX_COMPILATION_CACHE_DIR ("" turns it off) or the user's cache folder.
 
-    It keeps what was compiled within JAX's limit of a second too: a hundred small programs come before the first step.
+    Also caches programs that compile in less than a second, JAX's limit: a hundred of them run before the first step.
     """
     import jax
 
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # JAX has read it
+        return  # JAX has read the variable
     try:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(None) / "xla"))
     except Unwritable:
-        return  # without a home there is no cache, and all else works
+        return  # without a home folder there is no cache; everything else works
 
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    """The folder of all entries, which need not exist."""
+    """The folder of all caches, which need not exist; raises Unwritable if the user has no home folder."""
     try:
         if cache_dir is not None:
             return Path(cache_dir).expanduser().absolute()
-        base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
+        base = os.environ.get("XDG_CACHE_HOME", "")  # XDG's specification ignores relative paths
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "resnet-adabound"
     except RuntimeError as error:
         raise Unwritable(str(error)) from error
 
 
 def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
-    """Processor, cores, pages and versions, in a line."""
+    """Describes processor, cores, pages and the packages' versions in one line."""
     found = versions(packages)
     told = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in packages)
     return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {told}"

@@ -1,4 +1,4 @@
-"""Says what is in pictures, by a ResNet whose weights are torchvision's, anybody's in a file, or those of a run.
+"""Classifies pictures with a ResNet; its weights come from torchvision, from any weight file, or from a run.
 
     python -m experiments.classify beagle.jpg --weights torchvision
     python -m experiments.classify beagle.jpg lynx.jpg --weights resnet50.pth --framework numpy
@@ -6,11 +6,11 @@
     python -m experiments.classify --weights runs/cars --export cars.stablehlo
     python -m experiments.classify car.jpg --weights cars.stablehlo
 
-Pictures are prepared as in the network's training. For ImageNet that is what the settings beside the file say (timm's
-config.json, Hugging Face's preprocessor_config.json), or else what torchvision's `weights.transforms()` does, to the
-bit. A run of experiments.cars says it in its weight file, with the names of its classes; there a picture is
-taken whole, so cut it to the car first if the run did. An exported network (see `stablehlo`) has its weights
-and the normalization inside and needs no weight file.
+Pictures are prepared as in the network's training. For ImageNet, the settings beside the weight file say how (timm's
+config.json, Hugging Face's preprocessor_config.json); without such settings, the result is equal bit for bit to
+torchvision's `weights.transforms()`. The weight file of a run of experiments.cars holds the preparation and the class
+names. Whole pictures are used then: if the run cut its pictures to the car, cut yours first. An exported network (see
+`stablehlo`) contains its weights and the normalization, and needs no weight file.
 """
 
 from __future__ import annotations
@@ -43,42 +43,42 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Say what is in pictures. They are not turned by what a camera noted (EXIF): torchvision does not either."""
+    """Classify pictures. Like torchvision, this ignores the orientation that EXIF data give."""
 
     pictures: tyro.conf.Positional[tuple[Path, ...]]
     """Files in any format that Pillow reads."""
     weights: str
-    """A weight file of any kind, or .stablehlo; the folder of a run, also while it trains, or one of its checkpoints;
-    hf:OWNER/NAME on Hugging Face's hub; or torchvision, which downloads ImageNet's weights."""
+    """A weight file of any kind, or .stablehlo; the folder of a run (it may still train) or one of its checkpoints;
+    hf:OWNER/NAME for Hugging Face's hub; or torchvision, which downloads weights for ImageNet."""
     arch: Arch | None = None
     """The network [default: a file's own, resnet101 for torchvision]."""
     framework: Literal["jax", "numpy", "torch"] = "jax"
-    """What computes."""
+    """The framework that computes."""
     top: int = 5
     """How many classes to name, the most probable first."""
     version: Literal["V1", "V2"] | None = None
-    """Of torchvision's weights, IMAGENET1K_V1 or V2 [default: torchvision's own, V2 where there is one]."""
+    """Version of torchvision's weights, IMAGENET1K_V1 or V2 [default: torchvision's default, V2 if it exists]."""
     entry: str | None = None
-    """Which network of a file with several, say model_ema or teacher [default: the one that was trained]."""
+    """Which network to take from a file with several, such as model_ema or teacher [default: the trained one]."""
     resize: int | None = None
-    """The shorter side of a picture in pixels, before the middle 224x224 are cut out [default: what the settings beside
-    the file say; 232 for torchvision's V2 weights, known by their file's name; 256 for all others]."""
+    """The shorter side of a picture in pixels, before the central 224x224 are cut out [default: what the settings
+    beside the file say; 232 for torchvision's V2 weights, recognized by file name; 256 for all others]."""
     json: bool = False
-    """Print JSON in place of tables."""
+    """Print JSON instead of tables."""
     export: Path | None = None
-    """Write the network to FILE.stablehlo, and to FILE.stablehlo.json how pictures are decoded; name no pictures."""
+    """Write the network to FILE.stablehlo, and how pictures are decoded to FILE.stablehlo.json; takes no pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """All that a weight file tells.
+    """A network, with what its weight file says about pictures and classes.
 
     arch, config: the network.
     arrays: {torchvision's name: float32 array in torchvision's layout}.
     class_names: by number.
-    preparation: of pictures.
-    exported: the network of a StableHLO file, uint8 pictures -> logits; then there is no config and no array.
-    notes: what a person should know of the weights and the names.
+    preparation: how pictures are prepared.
+    exported: the network of a StableHLO file, uint8 pictures -> logits; then config is None and arrays is empty.
+    notes: what the user should know about the weights and the names.
     """
 
     arch: str
@@ -91,10 +91,10 @@ class Classifier:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises a ValueError for values that are out of range or go with other weights."""
-    # Not in __post_init__: from there tyro would print it in a box of several lines.
+    """Raises a ValueError for values that are out of range or do not apply to these weights."""
+    # Not in __post_init__, because tyro prints errors from there in a box of several lines.
     if not settings.pictures and settings.export is None:
-        raise ValueError("name one picture or more")
+        raise ValueError("name at least one picture")
     if settings.pictures and settings.export is not None:
         raise ValueError("--export writes a file and classifies nothing: leave the pictures out")
     if settings.top < 1:
@@ -102,7 +102,7 @@ def check_settings(settings: Settings) -> None:
     if settings.resize is not None and settings.resize < CROP:
         raise ValueError(f"--resize must be at least {CROP}, the crop, got {settings.resize}")
     if settings.version and settings.weights != TORCHVISION:
-        raise ValueError(f"--version is of torchvision's weights: it would do nothing for {settings.weights}")
+        raise ValueError(f"--version is only for --weights torchvision, got --weights {settings.weights}")
     if settings.weights.lower().endswith(stablehlo.SUFFIX):
         given = [name for name in ("arch", "resize", "export") if getattr(settings, name) is not None]
         given += ["framework"] if settings.framework != "jax" else []
@@ -111,7 +111,11 @@ def check_settings(settings: Settings) -> None:
 
 
 def load_classifier(settings: Settings) -> Classifier:
-    """Reads the weights, and finds out about their pictures and classes."""
+    """Reads the weights, and determines how pictures are prepared and how classes are called.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no such weights, or they cannot classify.
+    """
     if settings.weights.lower().endswith(stablehlo.SUFFIX):
         return load_exported(Path(settings.weights))
     if settings.weights == TORCHVISION:
@@ -125,15 +129,15 @@ def load_classifier(settings: Settings) -> Classifier:
     arch, config = weights.recognize_file(file, arch)
     check_arrays(file.arrays, config, path)
     if not config.num_classes:
-        raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it tells no classes apart")
+        raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it cannot classify")
     facts, notes = run_metadata(file), file.notes
     if is_of_a_run(facts):
         if settings.resize is not None:
-            raise ValueError(f"--resize is for ImageNet's weights: {path} says itself how large its pictures are")
+            raise ValueError(f"--resize is for ImageNet's weights: {path} sets the size of its pictures")
         try:
             class_names, preparation = as_trained(facts, arch, config)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} has metadata that are not those of a run of experiments.cars: {error}") from error
+            raise ValueError(f"the metadata of {path} are not as experiments.cars writes them: {error}") from error
     else:
         preparation = told_beside(file) or Middle((resize,))
         if settings.resize is not None:
@@ -141,8 +145,8 @@ def load_classifier(settings: Settings) -> Classifier:
         if config.in_channels != len(preparation.mean):
             channels = "1 channel" if config.in_channels == 1 else f"{config.in_channels} channels"
             raise ValueError(
-                f"{path} is for pictures of {channels} and does not say how they are prepared: pass the {WEIGHTS} of "
-                "a run of experiments.cars, whose metadata say it"
+                f"{path} is for pictures of {channels}, but does not say how to prepare them: pass the {WEIGHTS} of a "
+                "run of experiments.cars, whose metadata say so"
             )
         class_names = hub_pictures.class_names(file.settings, config.num_classes) or imagenet.class_names()
         if config.num_classes != len(class_names):
@@ -154,7 +158,11 @@ def load_classifier(settings: Settings) -> Classifier:
 
 
 def told_beside(file: weights.WeightFile) -> Middle | None:
-    """By the settings beside a file, or those of keras.applications; None where nothing tells them."""
+    """The preparation that the settings beside a file or keras.applications define, or None.
+
+    Raises:
+      ValueError: the settings are not what timm and Hugging Face write.
+    """
     try:
         return hub_pictures.preparation(file.settings) or (hub_pictures.KERAS if file.naming == "Keras" else None)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -162,14 +170,14 @@ def told_beside(file: weights.WeightFile) -> Middle | None:
 
 
 def load_exported(path: Path) -> Classifier:
-    """Reads a StableHLO file, and what is beside it."""
+    """Reads a StableHLO file and the .json beside it; raises a ValueError if one is not as --export writes it."""
     network, facts = stablehlo.read(path)
     try:
         kind = Stretched if "grey" in facts["decode"] else Middle
         names, notes = tuple(facts["class_names"]), tuple(map(str, facts.get("notes", ())))
         return Classifier(facts["arch"], None, {}, names, kind(**facts["decode"]), network, notes)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"what is beside {path} was not written by --export ({error!r}): export again") from error
+        raise ValueError(f"the .json beside {path} was not written by --export ({error!r}): export again") from error
 
 
 def export_network(classifier: Classifier, path: Path) -> None:
@@ -200,7 +208,7 @@ def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) 
             images.append(decode(read_file(path)))
         except IsADirectoryError:
             failures.append(f"{path} (a folder: name the pictures in it, {path}/*.jpg)")
-        except Exception as error:  # Pillow meets a broken file with almost any type
+        except Exception as error:  # Pillow raises almost any type for a broken file
             failures.append(f"{path} ({reason_of(error)})")
     if failures:
         listed = ", ".join(map(printable, failures))
@@ -209,7 +217,7 @@ def read_pictures(paths: Sequence[Path], decode: Callable[[bytes], np.ndarray]) 
 
 
 def normalizing_network(framework: str, classifier: Classifier) -> Logits:
-    """The network as a function of uint8 pictures."""
+    """The network as a function: uint8 pictures (N, H, W, C) -> logits (N, num_classes)."""
     preparation = classifier.preparation
     names = ("num_classes", "in_channels", "stride_in", "batch_norm")
     options = {name: getattr(classifier.config, name) for name in names}
@@ -218,13 +226,20 @@ def normalizing_network(framework: str, classifier: Classifier) -> Logits:
 
 
 def compute_logits(framework: str, classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size; returns (N, num_classes) float32."""
+    """Runs the network on uint8 pictures (N, H, W, C), in batches of one size.
+
+    Returns:
+      logits, (N, num_classes) float32.
+
+    Raises:
+      ValueError: the logits are not finite.
+    """
     network = classifier.exported or normalizing_network(framework, classifier)
     size = min(len(images), BATCH_SIZE)
     batches = []
     for start in range(0, len(images), size):
         batch = images[start : start + size]
-        full = np.resize(batch, (size, *batch.shape[1:]))  # repeats pictures: another size would compile anew
+        full = np.resize(batch, (size, *batch.shape[1:]))  # repeats pictures, since another size would compile again
         batches.append(network(full)[: len(batch)])
     logits = np.concatenate(batches)
     if not np.isfinite(logits).all():
@@ -236,7 +251,7 @@ def classify(settings: Settings) -> None:
     """Prints the most probable classes of each picture, or exports the network.
 
     Raises:
-      FileNotFoundError, ValueError: for bad input, with a message for the person who gave it.
+      FileNotFoundError, ValueError: for bad input, with a message for the user.
     """
     check_settings(settings)
     classifier = load_classifier(settings)
@@ -265,7 +280,7 @@ def classify(settings: Settings) -> None:
 
 
 def answer(settings: Settings, classifier: Classifier) -> dict[str, list[dict[str, Any]]]:
-    """{picture: its most probable classes}."""
+    """{picture: its most probable classes, the first one the most probable}."""
     from scipy.special import softmax
 
     images = read_pictures(settings.pictures, classifier.preparation.decode)

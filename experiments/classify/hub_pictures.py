@@ -1,4 +1,4 @@
-"""What the settings beside weights of a hub say of pictures and classes: timm's, Hugging Face's, Keras'."""
+"""Reads what settings beside weights of timm, Hugging Face or Keras say about pictures and classes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 from experiments.classify.preparation import FILTERS, Middle
 from experiments.cli import MAX_SIZE
 
-# keras.applications takes blue first, less ImageNet's mean.
+# keras.applications takes blue as the first channel, and subtracts ImageNet's mean.
 KERAS = Middle((256,), mean=tuple(value / 255 for value in (103.939, 116.779, 123.68)), std=(1 / 255,) * 3, bgr=True)
 
 
 def preparation(settings: Mapping[str, Any]) -> Middle | None:
-    """Reads config.json and preprocessor_config.json together, which may hold anything; {} if there are none.
+    """The preparation of pictures that a hub's settings define.
+
+    Args:
+      settings: config.json and preprocessor_config.json merged, with any content; {} if there are none.
 
     Returns:
-      what they say, None if they do not tell of pictures.
+      the preparation, or None if the settings do not mention pictures.
 
     Raises:
       ArithmeticError, AttributeError, KeyError, TypeError, ValueError: they are not what timm and Hugging Face write.
@@ -37,7 +40,7 @@ def preparation(settings: Mapping[str, Any]) -> Middle | None:
 
 
 def _of_timm(told: Mapping[str, Any]) -> Middle:
-    """timm's create_transform for evaluation: the share crop_pct of the shorter side is kept."""
+    """As timm's create_transform for evaluation, which keeps the share crop_pct of the shorter side."""
     height, width = told["input_size"][1:]
     share, mode = float(told["crop_pct"]), told.get("crop_mode", "center")
     if mode == "squash":
@@ -50,7 +53,7 @@ def _of_timm(told: Mapping[str, Any]) -> Middle:
 
 
 def _of_hugging_face(told: Mapping[str, Any]) -> Middle:
-    """ConvNextImageProcessor, which Hugging Face has for ResNets, and ViT's kind."""
+    """As Hugging Face's ConvNextImageProcessor, which its ResNets use, and ViTImageProcessor."""
     size, crop = told["size"], told.get("crop_size")
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
@@ -73,7 +76,7 @@ def _of_hugging_face(told: Mapping[str, Any]) -> Middle:
 
 
 def class_names(settings: Mapping[str, Any], num_classes: int) -> Sequence[str] | None:
-    """The names of the classes by number, if the settings have one for each."""
+    """The names of the classes by number, or None if the settings do not name every class."""
     names = settings.get("id2label") or settings.get("label_names")
     if isinstance(names, Mapping):
         names = [names.get(str(number)) for number in range(num_classes)]

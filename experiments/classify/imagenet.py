@@ -1,6 +1,6 @@
 """ImageNet as torchvision's weights know it: the 1,000 classes' names and the weight files.
 
-PyTorch and torchvision are needed for downloading alone.
+Only downloading needs PyTorch and torchvision.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ def class_names() -> tuple[str, ...]:
 
 
 def resize_for(path: Path) -> int:
-    """The shorter side that belongs to a weight file, by its name: V2's where it is torchvision's, V1's for others."""
+    """The shorter side in pixels for a weight file: V2's if it has the name of torchvision's V2, otherwise V1's."""
     return V2_RESIZE if path.name.startswith(V2_FILES) else V1_RESIZE
 
 
 def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple[Path, int]:
-    """torchvision's ImageNet weights, from torch.hub's folder of checkpoints; downloaded into it if they are not there.
+    """torchvision's ImageNet weights in torch.hub's folder of checkpoints; downloads them if they are missing.
 
     Args:
       arch: a network's name.
-      version: V1 or V2 [default: torchvision's own].
+      version: V1 or V2 [default: torchvision's default].
 
     Returns:
-      the file, and the shorter side to which pictures are resized for it.
+      the file, and the shorter side in pixels to which pictures are resized for it.
+
+    Raises:
+      ValueError: torchvision is not installed, has no such weights, or cannot download them.
     """
     try:
         import torch
@@ -60,7 +63,7 @@ def torchvision_weights(arch: str, version: Literal["V1", "V2"] | None) -> tuple
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(choice.url, str(path), re.search("-([0-9a-f]+)", path.stem)[1])
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong checksum
             raise ValueError(
                 f"{choice.url} cannot be downloaded ({error}): put the file at {path}, or pass --weights FILE"
             ) from error

@@ -16,7 +16,7 @@ from experiments.data.rgb import open_image, to_rgb
 from experiments.from_table import from_table
 from jax_resnet import resnet
 
-# Pillow's numbers, which Hugging Face writes, by the names that timm writes.
+# {timm's name of a filter: its number in Pillow and Hugging Face}.
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 CROP = 224  # torchvision's, for ImageNet
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,9 +24,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Middle:
-    """A picture is resized, then the middle is cut out: as torchvision does for ImageNet, or as a hub's settings say.
+    """Resizes a picture, then cuts out its middle, as torchvision does for ImageNet or as a hub's settings say.
 
-    shorter: what the shorter side becomes, (pixels,), or (height, width) for both.
+    shorter: the new length of the shorter side, (pixels,), or of both sides, (height, width).
     crop: height and width of the network's input.
     resample: Pillow's number of the filter, which is antialiased.
     mean, std: of pixels in [0, 1], in the order of the channels.
@@ -53,13 +53,13 @@ class Middle:
         return (*self.crop, 3)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """A picture as torchvision's pil_loader and ImageClassification(crop_size, resize_size) see it.
+        """Decodes a picture like torchvision's pil_loader and ImageClassification(crop_size, resize_size).
 
-        As in torchvision transparency is dropped, and an orientation that a camera noted (EXIF) is left alone. Unlike
-        there, pictures of 16 bits keep their upper 8: cut off at 255 they would be white.
+        As in torchvision, transparency is dropped and EXIF orientation is ignored. Unlike in torchvision, pictures of
+        16 bits keep their upper 8 bits: torchvision clips them at 255, so that they become white.
 
         Args:
-          data: the file, in any format that Pillow reads; of several frames the first.
+          data: the bytes of a file in any format that Pillow reads; the first of several frames is used.
 
         Returns:
           (*crop, 3) uint8.
@@ -77,7 +77,7 @@ class Middle:
             width, height = sides if colours.width <= colours.height else sides[::-1]
         if width * height > Image.MAX_IMAGE_PIXELS:
             size = "{}x{}".format(*colours.size)
-            raise ValueError(f"{size} pixels are too elongated: resized it would have {width * height:,}")
+            raise ValueError(f"{size} pixels are too elongated: resizing would give {width * height:,} pixels")
         (high, wide), resized = self.crop, colours.resize((width, height), Image.Resampling(self.resample))
         left, top = round((width - wide) / 2), round((height - high) / 2)  # half to even, as torchvision
         pixels = np.asarray(resized.crop((left, top, left + wide, top + high)))
@@ -86,13 +86,13 @@ class Middle:
 
 @dataclasses.dataclass(frozen=True)
 class Stretched:
-    """A picture is stretched to one size, as a run of experiments.cars or mnist takes it.
+    """Stretches a picture to one size, as a run of experiments.cars or mnist does.
 
     image_size: (height, width) of the network's input.
     mean, std: of pixels in [0, 1], by channel.
-    pad: so many of its pixels on each side are background.
-    cut: the run cut its pictures to their boxes before.
-    white: of pictures with more than 8 bits what was white in all pictures of the run, by kind.
+    pad: width in pixels of the background on each side, inside image_size.
+    cut: whether the run cut its pictures to their boxes first.
+    white: {kind of pixels with more than 8 bits: the value of white in the run's pictures}.
     """
 
     image_size: tuple[int, int]
@@ -121,7 +121,7 @@ class Stretched:
         return (*self.image_size, 1 if self.grey else 3)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """(H, W, C) uint8; raises an exception of any type for what cannot be decoded."""
+        """(H, W, C) uint8; raises an exception of any type if the picture cannot be decoded."""
         decoding = pictures.Decoding(self.inner, self.grey, margin=None, white=tuple((self.white or {}).items()))
         around = (self.pad, self.pad)
         return np.pad(pictures.decode(data, None, decoding).pixels, (around, around, (0, 0)))
@@ -129,7 +129,7 @@ class Stretched:
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What the metadata of a run say of its network and pictures."""
+    """What the metadata of a run say about its network and pictures."""
 
     arch: str
     class_names: list[str]
@@ -143,10 +143,10 @@ class RunFacts:
 
 
 def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig) -> tuple[tuple[str, ...], Stretched]:
-    """The names of the classes and what is done to pictures, from the metadata of a run.
+    """The names of the classes and the preparation of pictures, from the metadata of a run.
 
     Raises:
-      TypeError, ValueError, RecursionError: if something is missing, no JSON, or not of this network.
+      TypeError, ValueError, RecursionError: a value is missing, not JSON, or does not fit this network.
     """
     names = [field.name for field in dataclasses.fields(RunFacts) if field.name in facts]
     run = from_table(RunFacts, {name: json.loads(facts[name]) for name in names}, "it")
@@ -156,16 +156,16 @@ def as_trained(facts: Mapping[str, str], arch: str, config: resnet.ResNetConfig)
     if not 0 <= 2 * run.pad < min(height, width):
         raise ValueError(f"'pad' is {run.pad}, expected a number of pixels, less than half of {height} x {width}")
     if not all(map(math.isfinite, (*run.mean, *run.std))) or not min(run.std) > 0:
-        raise ValueError(f"'mean' and 'std' are {run.mean} and {run.std}")
+        raise ValueError(f"'mean' and 'std' are {run.mean} and {run.std}, expected finite numbers, 'std' above 0")
     of_metadata = (run.arch, len(run.class_names), len(run.mean), len(run.std), 1 if run.grey else 3)
     of_weights = (arch, config.num_classes, config.in_channels, config.in_channels, config.in_channels)
     if of_metadata != of_weights:
         raise ValueError(
-            f"network, number of classes, of means, of deviations and of channels are {of_metadata} there and "
+            f"network and numbers of classes, means, deviations and channels are {of_metadata} in the metadata and "
             f"{of_weights} in the weights"
         )
     if not all(value > 0 for value in run.white.values()):
-        raise ValueError(f"'white' is {run.white}, expected the value that is white by kind of pixel")
+        raise ValueError(f"'white' is {run.white}, expected values above 0")
     cut = run.margin is not None
     mean, std = tuple(run.mean), tuple(run.std)
     return tuple(run.class_names), Stretched((height, width), run.grey, mean, std, run.pad, cut, run.white)

@@ -1,7 +1,7 @@
-"""Networks as files of StableHLO, to be served without this package: weights and normalization are inside.
+"""Writes and reads networks as StableHLO files, which include weights and normalization and work without this package.
 
-FILE.stablehlo is what `jax.export` serializes: pictures (N, H, W, C) uint8, for any N, to logits (N, num_classes), on a
-CPU, GPU or TPU. FILE.stablehlo.json beside it says how pictures are decoded and what the classes are called.
+FILE.stablehlo is serialized by `jax.export`. It maps pictures (N, H, W, C) uint8, for any N, to logits
+(N, num_classes), on a CPU, GPU or TPU. FILE.stablehlo.json says how pictures are decoded and names the classes.
 
     program = jax.export.deserialize(bytearray(Path("cars.stablehlo").read_bytes()))
     logits = program.call(images)
@@ -28,13 +28,16 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write(
     path: Path, network: Callable[[jax.Array], jax.Array], shape: tuple[int, int, int], facts: Mapping[str, Any]
 ) -> None:
-    """Writes FILE.stablehlo and FILE.stablehlo.json, each aside first and then renamed.
+    """Writes FILE.stablehlo and FILE.stablehlo.json, each under a temporary name first, which is then renamed.
 
     Args:
       path: FILE.stablehlo.
       network: pictures (N, H, W, C) uint8 -> logits (N, num_classes); traced.
       shape: (H, W, C).
-      facts: what else a reader has to know, for JSON.
+      facts: JSON values that a reader needs besides the network.
+
+    Raises:
+      ValueError: `path` has another suffix.
     """
     if path.suffix.lower() != SUFFIX:
         raise ValueError(f"StableHLO files end in {SUFFIX}, got {path}")
@@ -49,7 +52,14 @@ def write(
 
 
 def read(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Reads what `write` wrote: the network as a function of pictures, compiled once for each N, and the facts."""
+    """Reads the files of `write`.
+
+    Returns:
+      the network as a function of pictures, compiled once for each N; the facts.
+
+    Raises:
+      ValueError: a file is missing, damaged, or does not belong to the other.
+    """
     beside = _beside(path)
     for file in (path, beside):
         if not file.is_file():
@@ -64,7 +74,7 @@ def read(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]
         raise ValueError(f"{path} does not belong to {beside}: their checksums differ; copy or export both again")
     try:
         call = jax.jit(jax.export.deserialize(bytearray(data)).call)
-    except Exception as error:  # flatbuffers meets foreign bytes with almost any type
+    except Exception as error:  # flatbuffers raises almost any type for other files
         raise ValueError(f"{path} is no file that this version of JAX can read: export again ({error})") from error
     return lambda images: np.asarray(call(images)), facts
 

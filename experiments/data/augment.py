@@ -1,4 +1,4 @@
-"""Random changes of training pictures and their normalization, traced into the jitted step."""
+"""Random augmentation and normalization of training pictures, traced into the jitted step."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
 Place = Literal["shift", "crop"]
-SHIFT_SHARE = 0.1  # the largest shift, of height and width
+SHIFT_SHARE = 0.1  # the largest shift, as a share of height and width
 BRIGHTNESS, CONTRAST = 0.1, 0.2
 
 
 def to_unit_range(images: AnyArray, dtype: DTypeLike = np.float32) -> AnyArray:
-    """uint8 (N, H, W, C) -> floats in [0, 1]; NumPy's arrays or JAX's."""
+    """uint8 (N, H, W, C) -> floats in [0, 1], for NumPy or JAX arrays."""
     return images.astype(dtype) / 255
 
 
 def normalize(images: AnyArray, mean: np.ndarray, std: np.ndarray) -> AnyArray:
-    """(images - mean) / std by channel: images (N, H, W, C) in [0, 1], NumPy's or JAX's; mean and std (C,) likewise."""
+    """(images - mean) / std for NumPy or JAX images (N, H, W, C); mean and std (C,) are in the units of the pixels."""
     return (images - np.asarray(mean, images.dtype)) / np.asarray(std, images.dtype)
 
 
 def augment(place: Place, key: Array, images: Array) -> Array:
     """Changes each picture of a batch at random.
 
-    Half of them are mirrored. Each then becomes mean + (picture - mean) · uniform(0.8, 1.2) + uniform(-0.1, 0.1), in
-    units of the full range.
+    A picture is mirrored with probability 1/2. It then becomes
+    mean + (picture - mean) · uniform(0.8, 1.2) + uniform(-0.1, 0.1).
 
     Args:
-      place: "shift" moves each picture by up to a tenth of its height and width, its edge repeated; "crop" takes a box
-        of 35% to 100% of the area and of aspect ratio 3/4 to 4/3 of the picture's, resized to the full size.
-      key: a JAX random key; each picture draws from a key of its own.
+      place: "shift" moves each picture by up to a tenth of its height and width and repeats its edge pixels; "crop"
+        resizes a box to the full size: 35% to 100% of the picture's area, 3/4 to 4/3 of its aspect ratio.
+      key: a JAX random key, split into one key for each picture.
       images: (N, H, W, C) float in [0, 1].
 
     Returns:
@@ -64,7 +64,7 @@ def _shift(key: Array, image: Array) -> Array:
 
 
 def _resized_crop(key: Array, image: Array) -> Array:
-    """A random box resized to the picture's size (Szegedy et al. 2014, arXiv:1409.4842, with boxes from 35%)."""
+    """A random box resized to the picture's size (Szegedy et al. 2014, arXiv:1409.4842; boxes here from 35%)."""
     height, width, _ = image.shape
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     side = jnp.sqrt(jax.random.uniform(area_key, minval=0.35, maxval=1.0))

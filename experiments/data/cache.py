@@ -1,8 +1,8 @@
-"""Decoded pictures kept as .npy files that are memory-mapped at the next start.
+"""Keeps decoded pictures as .npy files, which the next start memory-maps.
 
-An entry is a folder <name>-<hash of what made it> with one .npy file per array and an entry.json that says what they
-are. It is written under another name and renamed when complete, so several processes may make the same entry at once
-and one that is killed leaves nothing that looks complete.
+An entry is a folder <name>-<hash of its key> with one .npy file per array and an entry.json that describes the arrays.
+An entry is written under another name and renamed when it is complete. So several processes may make the same entry at
+once, and a killed process leaves nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
 class Damaged(Exception):
-    """An entry is there but is not what was written."""
+    """An entry exists, but its files are not as they were written."""
 
 
 class Column:
-    """An array that grows item by item: a .npy file, or the same bytes in memory where `path` is None.
+    """An array that grows item by item, in a .npy file or, if `path` is None, in memory.
 
-    Written through the file and not through a memory map: on a full disk a map kills the process (SIGBUS), a file
-    raises. The header's length is fixed; it gets the number of items at the end.
+    Items are not written through a memory map: on a full disk a map kills the process (SIGBUS), while a file raises
+    an error. The header has a fixed length; `on_disk` puts the number of items into it.
     """
 
     def __init__(self, path: Path | None, item_shape: tuple[int, ...], dtype: str) -> None:
@@ -59,7 +59,7 @@ class Column:
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def in_memory(self) -> np.ndarray:
-        """What was appended to a column without a path, read-only."""
+        """The items of a column without a path, as a read-only array."""
         array = np.frombuffer(self.file.getbuffer()[self.start :], self.dtype)
         array.flags.writeable = False
         return array.reshape(-1, *self.item_shape)
@@ -78,12 +78,12 @@ class Column:
         }
 
 
-Create = Callable[[str, tuple[int, ...], str], Column]  # name, shape of an item, dtype -> where its items go
+Create = Callable[[str, tuple[int, ...], str], Column]  # name, shape of an item, dtype -> a new column
 Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about them as JSON values
 
 
 def columns_in(folder: Path | None) -> tuple[dict[str, Column], Create]:
-    """Columns by name, none yet, and what begins one, in place of an earlier one of that name."""
+    """An empty {name: column}, and the function that adds a column to it or replaces the one of that name."""
     columns: dict[str, Column] = {}
 
     def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Column:
@@ -95,10 +95,10 @@ def columns_in(folder: Path | None) -> tuple[dict[str, Column], Create]:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Read-only arrays, memory maps if they are in the cache, with the facts that their maker returned.
+    """Read-only arrays (memory maps if they are in the cache), and the facts that `make` returned about them.
 
-    directory: where they are kept, None if only in memory.
-    notes: what a person should know about how they were made.
+    directory: the entry's folder; None if the arrays are only in memory.
+    notes: what the user should know about how the entry was made.
     """
 
     arrays: dict[str, np.ndarray]
@@ -115,16 +115,16 @@ def load_or_make(
     make: Make,
     refuse: Callable[[dict[str, Any]], str | None] = lambda facts: None,
 ) -> Entry:
-    """Opens the entry that `key` made, or makes it; keeps it in memory where it cannot be written.
+    """Opens the entry of `key`, or makes it; keeps its arrays in memory if the cache cannot be written.
 
     Args:
       cache_dir: the folder of all entries; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
       name: beginning of the entry's folder name.
       key: JSON values that differ whenever the arrays would.
-      size: bytes that the arrays will take, to see beforehand whether they fit.
-      make: called with create(array name, item shape, dtype). What it raises is passed on and nothing is kept. Where
-        the cache fails it is called a second time, for an entry in memory.
-      refuse: an entry's facts -> why to make it again although it is undamaged, or None.
+      size: bytes that the arrays will take; compared with the free space of the disk before `make` is called.
+      make: called with create(array name, item shape, dtype). Its exceptions are passed on, and then nothing is kept.
+        If the cache cannot be written, `make` is called a second time, for an entry in memory.
+      refuse: an entry's facts -> the reason to make an undamaged entry again, or None.
     """
     notes, reason = [], None
     try:
@@ -138,11 +138,11 @@ def load_or_make(
         except Damaged as error:
             reason = f"it is damaged: {error}"
         if reason:
-            notes.append(f"the cache {directory} is made again, {reason}")
+            notes.append(f"the cache {directory} is made again ({reason})")
             discard(directory)
         entry = write_entry(directory, size, make)
     except Unwritable as error:
-        notes.append(f"no cache, so the pictures are decoded anew at the next start: {error}")
+        notes.append(f"nothing is cached, so the next start decodes the pictures again: {error}")
         columns, create = columns_in(None)
         facts = json.loads(json.dumps(make(create)))
         entry = Entry({name: column.in_memory() for name, column in columns.items()}, facts, None)
@@ -154,7 +154,7 @@ def hash_of(key: dict[str, Any]) -> str:
 
 
 def open_entry(directory: Path) -> Entry:
-    """Opens a complete entry; FileNotFoundError where there is none, Damaged where it is not what was written."""
+    """Opens a complete entry; raises FileNotFoundError if there is none, Damaged if it is not as it was written."""
     if not directory.is_dir():
         raise FileNotFoundError(directory)
     try:
@@ -163,7 +163,7 @@ def open_entry(directory: Path) -> Entry:
         for name, written in description["arrays"].items():
             path = directory / f"{name}.npy"
             if (size := path.stat().st_size) != written["bytes"]:
-                raise Damaged(f"{path.name} has {size:,} bytes, written were {written['bytes']:,}")
+                raise Damaged(f"{path.name} has {size:,} bytes, but {written['bytes']:,} were written")
             if sampled_checksum(path) != written["checksum"]:
                 raise Damaged(f"{path.name} is not what was written")
             arrays[name] = np.load(path, mmap_mode="r")
@@ -173,13 +173,17 @@ def open_entry(directory: Path) -> Entry:
 
 
 def write_entry(directory: Path, size: int, make: Make) -> Entry:
-    """Makes an entry beside its place and renames it when complete; opens another process's if that was faster."""
+    """Makes an entry under another name and renames it when complete, or opens that of a faster process.
+
+    Raises:
+      Unwritable: the disk is full, or the folder cannot be written or read back.
+    """
     partial = directory.with_name(f"partial-{directory.name}-{os.getpid()}-{secrets.token_hex(4)}")
     with refused_as_unwritable(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(directory)
         if (free := shutil.disk_usage(directory.parent).free) < size:
-            raise Unwritable(f"{directory.parent} has {free / 1e6:,.0f} MB free, needed are {size / 1e6:,.0f} MB")
+            raise Unwritable(f"{directory.parent} has {free / 1e6:,.0f} MB free, but {size / 1e6:,.0f} MB are needed")
         partial.mkdir()
     columns, create = columns_in(partial)
     try:
@@ -192,7 +196,7 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
                 os.fsync(file.fileno())
             try:
                 partial.rename(directory)
-            except OSError:  # something is in its place: another process's entry, or a damaged one
+            except OSError:  # the folder exists: another process's entry, or a damaged one
                 with contextlib.suppress(FileNotFoundError, Damaged):
                     return open_entry(directory)
                 discard(directory)
@@ -208,9 +212,9 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
 
 
 def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> int:
-    """CRC-32 of blocks spread evenly over a file, the first and the last among them; small files are read whole.
+    """CRC-32 of blocks spread evenly over a file, from its first to its last; a small file is read whole.
 
-    Finds truncated, overwritten and partly written files without reading gigabytes at every start.
+    Detects truncated, overwritten and partly written files without reading gigabytes at every start.
     """
     size = path.stat().st_size
     checksum = 0
@@ -224,7 +228,7 @@ def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> in
 
 
 def discard(directory: Path) -> None:
-    """Removes an entry; out of its place at once, so that nobody opens the half that is left."""
+    """Renames an entry, so that no process opens a half-removed one, then removes it."""
     aside = directory.with_name(f"partial-{directory.name}-discarded-{secrets.token_hex(4)}")
     with refused_as_unwritable(directory.parent), contextlib.suppress(FileNotFoundError):
         directory.rename(aside)
@@ -232,7 +236,7 @@ def discard(directory: Path) -> None:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Removes what killed processes left of this entry: folders in which nothing was written for a day."""
+    """Removes this entry's unfinished folders if nothing was written to them for a day: their process was killed."""
     for partial in directory.parent.glob(f"partial-{directory.name}-*"):
         with contextlib.suppress(OSError):  # another process may be removing it, too
             last_written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))

@@ -1,6 +1,6 @@
-"""The outlines of drawn cars: what makes a class.
+"""The outlines of drawn cars; each class has its own.
 
-A shape is written in units of the car's length, x from the rear (0) to the front (1), y from the ground up.
+Coordinates are in units of the car's length: x runs from the rear (0) to the front (1), y from the ground up.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _sedan(vary: Vary) -> Shape:
 
 
 def _suv(vary: Vary) -> Shape:
-    """Two boxes, the cabin upright and as far back as the car goes; more clearance, larger wheels."""
+    """Two boxes: an upright cabin that reaches the rear. More ground clearance and larger wheels than a sedan."""
     belt, roof = vary(0.30, 0.015), vary(0.48, 0.025)
     front = vary(0.74, 0.025)
     roof_rear, roof_front = vary(0.05, 0.025), front - vary(0.10, 0.02)
@@ -119,7 +119,7 @@ def _box(left: float, right: float, bottom: float, top: float) -> Points:
 
 
 def _panes(count: int, low: tuple[float, float], high: tuple[float, float], heights: tuple[float, float]) -> list[Part]:
-    """Side windows: `count` panes; x runs from low[0] to low[1] at their lower edge, from high[0] to high[1] above."""
+    """`count` side windows: their lower edges span low[0] to low[1] in x, their upper edges high[0] to high[1]."""
 
     def at(edge: int, t: float) -> tuple[float, float]:
         left, right = (low, high)[edge]
@@ -150,7 +150,7 @@ def _wheels(vary: Vary, rear: float, front: float, radius: float) -> list[tuple[
 
 
 def rounded(outline: Points, radius: float) -> Points:
-    """The closed outline with every corner replaced by a quadratic Bézier curve that starts `radius` before it."""
+    """The closed outline, every corner replaced by a quadratic Bézier curve that starts `radius` before the corner."""
     if radius == 0:
         return outline
     corners = np.array(outline)

@@ -1,4 +1,4 @@
-"""What a person should know about the pictures of a data set before a training takes its hours."""
+"""Finds faults in the labels and pictures of a data set before hours are spent on training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SEVERITIES = ("error", "warning", "fact")
 class Finding(NamedTuple):
     """A line about a data set.
 
-    severity: "error", a training would make no sense; "warning", its results may mislead; "fact", good to know.
-    text: what and where and, unless it is a fact, what to do.
+    severity: "error" (training makes no sense), "warning" (results may mislead) or "fact" (good to know).
+    text: what was found and where; for errors and warnings also what to do.
     """
 
     severity: Literal["error", "warning", "fact"]
@@ -29,11 +29,11 @@ class Finding(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What the pixels of a split tell.
+    """Facts about the pixels of each picture of a split.
 
-    digests: (N,) uint64, equal where all pixels are. Two different pictures of 100,000 have the same by a chance of
-      one in four billion.
-    plain: (N,) bool, whether a picture is of one colour throughout.
+    digests: (N,) uint64, equal for pictures with equal pixels. The probability that two different pictures among
+      100,000 have the same digest is one in four billion.
+    plain: (N,) bool, whether all pixels of a picture have the same colour.
     """
 
     digests: np.ndarray
@@ -41,14 +41,13 @@ class Scan(NamedTuple):
 
 
 def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
-    """Looks once at every label and every pixel of a data set.
+    """Reads every label and every pixel of a data set once.
 
-    Pictures are equal when all their decoded pixels are; other crops or encodings of one photograph are not found.
+    Pictures are equal if all their decoded pixels are; other crops or encodings of one photograph are not found.
 
     Args:
-      dataset: its images are read a few megabytes at a time; anything will do whose slices along the first axis are
-        arrays.
-      shown: of how many pictures a finding gives the names.
+      dataset: its images are read a few megabytes at a time; slices along their first axis must be arrays.
+      shown: the largest number of pictures that a finding names.
 
     Returns:
       the findings: errors, then warnings, then facts.
@@ -62,12 +61,12 @@ def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
 
 
 def format_findings(findings: Iterable[Finding]) -> str:
-    """A line for each finding; errors and warnings say that they are."""
+    """A line for each finding; errors and warnings begin with that word."""
     return "\n".join(text if severity == "fact" else f"{severity}: {text}" for severity, text in findings)
 
 
 def label_findings(dataset: Dataset) -> Iterator[Finding]:
-    """Counts by split and class, labels out of range, and classes without pictures."""
+    """Finds labels out of range and classes without pictures, and counts pictures by split and class."""
     names = dataset.class_names
     counts = {}
     for split in SPLITS:
@@ -118,7 +117,7 @@ def scan(images: np.ndarray) -> Scan:
 
 
 def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
-    """Pictures that show nothing."""
+    """Finds pictures that show nothing."""
     for split in SPLITS:
         if places := np.flatnonzero(scans[split].plain).tolist():
             words = (f"{split} {many} of one colour throughout" for many in ("picture is", "pictures are"))
@@ -127,7 +126,7 @@ def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iter
 
 
 def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
-    """Pictures that are there more than once, and whether their classes agree."""
+    """Finds pictures that occur more than once, and says whether their classes agree."""
     found = find_copies(dataset, scans)
     for split, of, same_class in sorted(found, key=lambda kind: (kind[0] == kind[1], kind)):  # across splits first
         pairs = found[split, of, same_class]
@@ -138,18 +137,18 @@ def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Itera
         elif split == of:
             what, advice = f"repeat another {of} picture", "each counts twice: remove one of them"
         else:
-            what, advice = f"are {of} pictures, too", "no test of what was learnt: remove one of them"
+            what, advice = f"are {of} pictures, too", "the result would be too good: remove one of them"
         yield Finding("warning", f"{len(pairs):,} of {total:,} {split} pictures {what}: {listed}; {advice}")
 
 
 def find_copies(
     dataset: Dataset, scans: dict[str, Scan]
 ) -> dict[tuple[str, str, bool], list[tuple[tuple[str, int], tuple[str, int]]]]:
-    """All pictures that equal an earlier one, train before test; those of one colour are not compared.
+    """Finds all pictures that equal an earlier one (train comes before test); single-colour pictures are skipped.
 
     Returns:
-      {(split, the earlier one's split, whether both are of one class): pairs of (split, place)}. A picture that has
-      earlier ones of its own class and of others is counted with the others.
+      {(split, split of the earlier picture, whether the classes agree): pairs of (split, place)}. If a picture equals
+      earlier ones of its own class and of another class, only the pair with different classes is returned.
     """
     values, counts = np.unique(np.concatenate([scans[split].digests for split in SPLITS]), return_counts=True)
     groups = collections.defaultdict(list)
@@ -172,7 +171,7 @@ def find_copies(
 
 
 def name_of(dataset: Dataset, split: str, place: int) -> str:
-    """What messages call a picture: its file's name where the reader has kept it."""
+    """A picture's name for messages: its file name if the reader has kept it, otherwise its number and class."""
     names = getattr(dataset, split).names
     if names is not None:
         return names[place]

@@ -1,4 +1,4 @@
-"""What every data source of the experiments hands over: two splits of decoded pictures and their classes' names."""
+"""The form of every data set of the experiments: two splits of decoded pictures, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ SPLITS = ("train", "test")
 
 
 class DataError(ValueError):
-    """Something is wrong with the data that a person gave; the message says what, where and what to do."""
+    """The user's data are wrong; the message says what is wrong, where, and what to do."""
 
 
 class Pictures(Protocol):
-    """Stands for an array (N, H, W, C) uint8: its pictures are decoded when they are asked for."""
+    """Pictures (N, H, W, C) uint8 that are indexed like an array, but decoded at each access."""
 
     shape: tuple[int, int, int, int]
     dtype: np.dtype
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """One picture, those of a slice, or those of an array of numbers or of booleans."""
+        """Decodes one picture, or those that a slice, an array of numbers or a boolean array selects."""
 
     def take(self, indices: np.ndarray) -> Pictures:
-        """These pictures of the N, still to be decoded."""
+        """Selects some of the N pictures without decoding them."""
 
     def channel_sums(self) -> np.ndarray:
-        """(2, C) Python's whole numbers: of every channel the sum of all N·H·W pixels and the sum of their squares."""
+        """(2, C) Python integers: for each channel, the sum of all N·H·W pixels and the sum of their squares."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Pictures of one kind and size with their labels.
+    """Pictures of one size, all grey or all RGB, with their labels.
 
-    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array, a read-only memory map, or pictures that are decoded
-      when they are asked for.
+    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array, a read-only memory map, or `Pictures`.
     labels: (N,) int32, class numbers from 0.
-    names: what messages call the pictures, such as their files; None where nothing better than a number is at hand.
+    names: the pictures' names for messages, such as their files; None if the pictures have only numbers.
     """
 
     images: np.ndarray | Pictures
@@ -49,7 +48,7 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> Split:
-        """These examples: in memory, or pictures still to be decoded if these are."""
+        """Selects these examples: copies in memory, or `Pictures` if the images are `Pictures`."""
         images = self.images[indices] if isinstance(self.images, np.ndarray) else self.images.take(indices)
         names = None if self.names is None else tuple(self.names[index] for index in indices)
         return Split(images, self.labels[indices], names)
@@ -59,9 +58,9 @@ class Split:
 class Dataset:
     """A data set ready for training.
 
-    title: what it is called in every line, plot and report ("Stanford Cars", "drawn cars").
+    title: the data set's name in messages, plots and reports ("Stanford Cars", "drawn cars").
     class_names: class_names[label] is the name of a class.
-    source: where it came from, as plain JSON values; goes into a run's config.json.
+    source: where the data came from, as JSON values; stored in a run's config.json.
     """
 
     title: str
@@ -72,21 +71,21 @@ class Dataset:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order (count,) in which an epoch takes `count` training examples; it depends on the arguments alone."""
+    """The order (count,) in which an epoch takes `count` training examples; it depends only on the arguments."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def balanced_subset(split: Split, count: int, seed: int) -> Split:
-    """Draws `count` examples of a split, as equally many of each class as the split allows; they stay in its order.
+    """Samples `count` examples, as equally from each class as the split allows; they stay in the split's order.
 
-    A class with fewer examples than its share gives all of them and the others share the rest. Which examples of a
-    class, and which classes give one more when the shares do not come out even, is random, and follows from the seed.
+    A class with fewer examples than its share gives all of them, and the others share the rest. If the shares are not
+    even, some classes give one more. The seed determines these classes and the examples.
 
     Raises:
       ValueError: count is not from 1 to the number of examples.
     """
     if not 1 <= count <= len(split):
-        raise ValueError(f"cannot draw {count:,} examples of {len(split):,}: ask for 1 to {len(split):,}")
+        raise ValueError(f"cannot take {count:,} of {len(split):,} examples: ask for 1 to {len(split):,}")
     generator = np.random.default_rng(seed)
     available = np.bincount(split.labels)
     shares = np.zeros_like(available)
@@ -101,20 +100,20 @@ def balanced_subset(split: Split, count: int, seed: int) -> Split:
 
 
 def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The sorted numbers of shares[label] examples of each class that occurs, drawn at random."""
+    """The sorted indices of shares[label] randomly chosen examples of each class that occurs."""
     classes = np.unique(labels)
     chosen = [generator.choice(np.flatnonzero(labels == label), shares[label], replace=False) for label in classes]
     return np.sort(np.concatenate(chosen))
 
 
-# Parts of a data set: drawn at random, but always the same ones. The title names them.
+# Random parts of a data set, the same ones at every call. The new title describes the part.
 
 
 def draw_classes(dataset: Dataset, count: int) -> Dataset:
-    """Some of the classes, in their order; a ValueError if there are fewer."""
+    """Keeps `count` of the classes, in their order; raises a ValueError if there are fewer."""
     there = len(dataset.class_names)
     if not 1 <= count <= there:
-        raise ValueError(f"cannot draw {count:,} of {there:,} classes")
+        raise ValueError(f"cannot take {count:,} of {there:,} classes")
     chosen = np.sort(np.random.default_rng(0).choice(there, count, replace=False))
     number = np.full(there, -1, np.int32)
     number[chosen] = np.arange(count, dtype=np.int32)
@@ -128,11 +127,11 @@ def draw_classes(dataset: Dataset, count: int) -> Dataset:
 
 
 def hold_out(dataset: Dataset, share: float) -> Dataset:
-    """A part of the training pictures to test on, the others to train on; its own test pictures are not in the result.
+    """Splits the training pictures into new train and test splits; the old test pictures are dropped.
 
     Args:
-      dataset: the pictures.
-      share: of each class's pictures, rounded, but at least one.
+      dataset: the data set to split.
+      share: the part of each class to test on, from 0 to 1; rounded to whole pictures, at least one.
 
     Raises:
       ValueError: a class has too few pictures to be in both parts.
@@ -149,7 +148,7 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
 
 
 def limit_test(dataset: Dataset, count: int) -> Dataset:
-    """`count` of the test pictures, balanced by class; a ValueError if there are fewer."""
+    """Keeps `count` test pictures, balanced by class; raises a ValueError if there are fewer."""
     test = balanced_subset(dataset.test, count, seed=0)
     return dataclasses.replace(dataset, title=f"{dataset.title}, {count:,} test pictures", test=test)
 
@@ -157,11 +156,10 @@ def limit_test(dataset: Dataset, count: int) -> Dataset:
 def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, (C,) float64, over all N·H·W pixels, scaled to [0, 1].
 
-    Computes with whole numbers up to the last division, so that neither the number of pictures nor the size of a chunk
-    costs a digit.
+    Sums are exact integers, so the precision does not depend on the number of pictures.
 
     Args:
-      images: (N, H, W, C) uint8, N >= 1; a memory map is read a few megabytes at a time, lazy pictures not at all.
+      images: (N, H, W, C) uint8, N >= 1; an array is read a few megabytes at a time, lazy pictures know their sums.
     """
     sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
     pixels = math.prod(images.shape[:3])
@@ -170,13 +168,13 @@ def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.nd
 
 
 def array_sums(images: np.ndarray) -> np.ndarray:
-    """As `Pictures.channel_sums`, of (N, H, W, C) uint8 read a few megabytes at a time."""
+    """`Pictures.channel_sums` of an array (N, H, W, C) uint8, which is read a few megabytes at a time."""
     chunk = max(1, 2**22 // math.prod(images.shape[1:]))
     parts = [pixel_sums(images[start : start + chunk]) for start in range(0, len(images), chunk)]
-    return np.sum(parts, 0, dtype=object)  # Python's whole numbers, which have no end
+    return np.sum(parts, 0, dtype=object)  # Python's integers do not overflow
 
 
 def pixel_sums(images: np.ndarray) -> np.ndarray:
-    """Of every channel of pictures (…, C) uint8 the sum and the sum of squares: (2, C) int64."""
+    """(2, C) int64: for each channel of pictures (…, C) uint8, the sum of the pixels and of their squares."""
     pixels = np.asarray(images).reshape(-1, images.shape[-1]).astype(np.int64)
     return np.stack([pixels.sum(0), (pixels * pixels).sum(0)])

@@ -1,4 +1,4 @@
-"""MNIST, 60,000 + 10,000 grey pictures of handwritten digits, 28x28: from TFDS, or from its four idx files.
+"""Reads MNIST (60,000 + 10,000 grey pictures of handwritten digits, 28x28) from TFDS or from its four idx files.
 
 LeCun, Bottou, Bengio and Haffner: Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 86 (1998).
 """
@@ -42,14 +42,14 @@ UNSIGNED_BYTES = 0x08  # the type code of an idx file
 
 
 def load_mnist(data_dir: Path | None = None, tfds_dir: Path | None = None) -> Dataset:
-    """Reads MNIST, whole: images (N, 28, 28, 1) uint8, labels 0 to 9.
+    """Reads all of MNIST: images (N, 28, 28, 1) uint8, labels 0 to 9.
 
     Args:
-      data_dir: a folder with the four idx files; None takes TFDS's mnist, and downloads it where it is not yet.
-      tfds_dir: where TFDS keeps its data; None for its own choice ($TFDS_DATA_DIR, ~/tensorflow_datasets).
+      data_dir: a folder with the four idx files; None takes TFDS's mnist, and downloads it if necessary.
+      tfds_dir: where TFDS keeps its data; None for TFDS's default ($TFDS_DATA_DIR, ~/tensorflow_datasets).
 
     Raises:
-      DataError: files that are missing or damaged, tensorflow_datasets missing, or no way to download.
+      DataError: a file is missing or damaged, tensorflow_datasets is missing, or the download fails.
     """
     dataset = from_tfds(tfds_dir) if data_dir is None else from_idx_files("idx files", find_files(data_dir))
     place = f"pictures in {dataset.source['directory']}"
@@ -72,7 +72,7 @@ def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
 
 
 def find_files(directory: Path) -> dict[str, Path]:
-    """Where the four files are, in the folder or in one in it (MNIST/raw/)."""
+    """Finds the four files, {name: path}, in the folder or a folder inside (MNIST/raw/); raises a DataError if not."""
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
     for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
@@ -92,14 +92,14 @@ def find_files(directory: Path) -> dict[str, Path]:
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """The file, perhaps with a dot in its name, as mirrors have it, or in a folder of its name, as Kaggle has it."""
+    """Finds a file, also under a name with a dot (mirrors) or in a folder of the same name (Kaggle)."""
     files = [stem + suffix for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")]
     paths = [directory / file for file in files] + [directory / file / file for file in files]
     return next((path for path in paths if path.is_file()), None)
 
 
 def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
-    """Reads the four files, {name: path}."""
+    """Reads the four files {name: path}; raises a DataError if they are damaged or do not fit together."""
     splits = {}
     for split, (images_name, labels_name) in FILES.items():
         images_path, labels_path = files[images_name], files[labels_name]
@@ -112,7 +112,7 @@ def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
         if len(images) != len(labels):
             raise DataError(
                 f"{images_path} has {len(images):,} pictures and {labels_path} has {len(labels):,} labels: "
-                "expected as many, download both again"
+                "expected equal numbers, download both again"
             )
         if labels.max() > 9:
             place = int(np.argmax(labels > 9))
@@ -122,10 +122,13 @@ def from_idx_files(layout: str, files: Mapping[str, Path]) -> Dataset:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Reads an idx file of unsigned bytes, compressed by gzip or not, whatever its name says; the array is read-only.
+    """Reads an idx file of unsigned bytes as a read-only array; gzip is detected by the content, not by the name.
 
     The format: a magic number (two bytes 0, the type's code, the number of dimensions), the size of each dimension
     (big-endian, 4 bytes), then the values in C order.
+
+    Raises:
+      DataError: the file cannot be read, is damaged, or holds other values.
     """
     try:
         data = read_file(path)
@@ -141,13 +144,13 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     magic = int.from_bytes(data[:4], "big")
     if magic != expected:
         kind = {1: "labels", 3: "images"}[dimensions]
-        raise DataError(f"{path} has the magic number {magic}: expected {expected}, that of {kind} as bytes; {HINT}")
+        raise DataError(f"{path} has the magic number {magic}: expected {expected} ({kind} as bytes); {HINT}")
     start = 4 + 4 * dimensions
     shape = struct.unpack(f">{dimensions}I", data[4:start].ljust(start - 4, b"\0"))
     if len(data) - start != math.prod(shape):
         raise DataError(
-            f"{path} holds {max(0, len(data) - start):,} bytes of values: its header says "
-            f"{'x'.join(map(str, shape))} = {math.prod(shape):,}, download it again"
+            f"{path} holds {max(0, len(data) - start):,} bytes of values, but its header says "
+            f"{'x'.join(map(str, shape))} = {math.prod(shape):,}: download it again"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -156,9 +159,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def from_tfds(tfds_dir: Path | None = None) -> Dataset:
-    """What TFDS prepared, or else the files that its mnist is made of, downloaded by TFDS and checked by its checksums.
+    """Reads what TFDS prepared, or else has TFDS download the four idx files and verify their checksums.
 
-    None of it needs TensorFlow, as TFDS's own preparation of mnist does.
+    TensorFlow is not needed, unlike for TFDS's own preparation of mnist. Errors: see load_mnist.
     """
     try:
         import tensorflow_datasets
@@ -173,7 +176,7 @@ def from_tfds(tfds_dir: Path | None = None) -> Dataset:
 
 
 def decode_split(folder: PictureFolder, split: str) -> Split:
-    """Decodes the pictures of a prepared split."""
+    """Decodes the pictures of a prepared split; raises a DataError if one is damaged."""
     images = np.empty((folder.counts[split], *IMAGE_SIZE, 1), np.uint8)
     labels = np.empty(folder.counts[split], np.int32)
     decoded = decode_many(folder.pictures(split), Decoding(IMAGE_SIZE, grey=True, margin=None))
@@ -186,8 +189,8 @@ def decode_split(folder: PictureFolder, split: str) -> Split:
 
 
 def download(builder: Any, downloads: Path) -> dict[str, Path]:
-    """Has TFDS download what its mnist is made of, unless it has done so before: {name: path}."""
-    import requests  # which TFDS brings along
+    """Has TFDS download the four files once, {name: path}; raises a DataError if the download fails."""
+    import requests  # a dependency of TFDS
     import tensorflow_datasets
 
     urls = [urljoin(builder.URL, f"{name}.gz") for name in NAMES]
@@ -200,4 +203,4 @@ def download(builder: Any, downloads: Path) -> dict[str, Path]:
         return dict(zip(NAMES, map(Path, manager.download(urls)), strict=True))
     except Exception as error:  # TFDS passes on what its downloader raises
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"MNIST cannot be downloaded: {HINT}. To {downloads}: {reason}") from error
+        raise DataError(f"MNIST cannot be downloaded to {downloads}: {HINT}. Reason: {reason}") from error

@@ -1,9 +1,9 @@
-"""Drawn cars: side views of six kinds of cars, painted from a seed, for a machine that has no data set.
+"""Drawn cars: side views of six kinds of cars, painted from a seed, for machines without a data set.
 
-The classes differ in the outline of the body and in nothing else. Colours, light, ground, backdrop, facing direction,
-place, size and noise are drawn without looking at the class, and a body may be lighter or darker than what is behind
-it, so that no single pixel speaks for a class: a linear classifier on raw pixels finds little, a ConvNet soon finds
-all of it. What can be measured of this is in tests/experiments/data/test_drawn_cars.py.
+The classes differ only in the outline of the body. Colours, light, ground, backdrop, facing direction, position, size
+and noise are random and independent of the class, and a body may be lighter or darker than its background. So no single
+pixel indicates a class: a linear classifier on raw pixels learns little, while a ConvNet soon recognizes all classes.
+tests/experiments/data/test_drawn_cars.py measures these properties.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def drawn_cars(
 
     Args:
       image_size: (height, width) in pixels, each at least 32.
-      train_count, test_count: how many pictures; every class gets its share, to within one.
-      grey: one channel (BT.601 luma of the same pictures) rather than RGB.
-      seed: a whole number that is not negative.
+      train_count, test_count: numbers of pictures; the classes' shares differ by one at most.
+      grey: one channel (BT.601 luma of the same pictures) instead of RGB.
+      seed: an integer >= 0.
     """
     train = _draw_split(image_size, train_count, grey, seed, _TRAIN)
     test = _draw_split(image_size, test_count, grey, seed, _TEST)
@@ -41,7 +41,7 @@ def drawn_cars(
 
 
 def draw_car(class_name: str, image_size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Draws one car in a scene of its own: (height, width, 3) uint8, RGB; all the randomness is the generator's."""
+    """Draws one car in its own scene: (height, width, 3) uint8, RGB; all randomness comes from the generator."""
     height, width = image_size
     canvas = Image.new("RGB", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
     scene = _Scene.drawn(generator)
@@ -56,7 +56,7 @@ def draw_car(class_name: str, image_size: tuple[int, int], generator: np.random.
 
 
 def _draw_split(image_size: tuple[int, int], count: int, grey: bool, seed: int, split: int) -> Split:
-    """Each run of len(CLASS_NAMES) pictures has every class once, in an order of its own."""
+    """Draws a split; every len(CLASS_NAMES) successive pictures have each class once, in random order."""
     classes = len(CLASS_NAMES)
     orders = [_generator(seed, split, 0, run).permutation(classes) for run in range(-(-count // classes))]
     labels = np.concatenate(orders)[:count].astype(np.int32)
@@ -75,7 +75,7 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 
 def _colour(hue: float, saturation: float, luma: float) -> Colour:
-    """The colour of this hue with this luma in [0, 1]; paler than asked where it could not be that light or dark."""
+    """The colour of this hue with this luma in [0, 1]; less saturated than asked if it has to be light."""
     vivid = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1.0))
     full = float(vivid @ _LUMA)
     rgb = vivid * (luma / full) if luma <= full else vivid + (1 - vivid) * ((luma - full) / (1 - full + 1e-9))
@@ -91,7 +91,7 @@ def _away_from(luma: float, distance: float, generator: np.random.Generator) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Scene:
-    """hue and luma of the sky (at the horizon) and of the ground; what stands between them."""
+    """Hue and luma of the sky (at the horizon) and of the ground, and the backdrop between them."""
 
     sky_hue: float
     sky_luma: float
@@ -156,7 +156,7 @@ class _Scene:
 
 
 def _palette(scene: _Scene, generator: np.random.Generator) -> dict[str, Colour]:
-    """A colour for every material; what meets the sky stands out from it, and glass from the paint."""
+    """A colour for every material; parts in front of the sky contrast with it, and glass with the paint."""
     hue, second_hue = generator.uniform(0, 1, 2)
     paint = _away_from(scene.sky_luma, 0.25, generator)
     return {

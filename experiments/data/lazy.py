@@ -1,4 +1,4 @@
-"""Pictures that are decoded each time they are asked for: for a set that the disk cannot hold decoded."""
+"""Pictures that are decoded at each access, for data sets that the disk cannot hold decoded."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from experiments.data.pictures import Decoding, Failure, Picture, decode_or_expl
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyPictures:
-    """Stands for an array (N, H, W, C) uint8: has its shape, dtype and length, and is indexed along N like it.
+    """`dataset.Pictures` that are read from files: like an array (N, H, W, C) uint8, indexed along N.
 
-    Every access reads and decodes anew. May be read by several threads at once.
+    Every access reads and decodes again. Several threads may read at once.
 
-    pictures: of a split, in the order of the folder.
-    places: (N,) whole numbers, which of them these are: all but those that could not be read when checked.
-    sums: (N, 2, C), `pixel_sums` of each of the N.
-    decoding: what becomes of a picture.
-    directory: what messages call the folder.
+    pictures: all pictures of a split, in the order of the folder.
+    places: (N,) integers, the indices in `pictures` of those that could be read when they were checked.
+    sums: (N, 2, C), `pixel_sums` of each of the N pictures.
+    decoding: how each picture is decoded.
+    directory: the folder, for messages.
     """
 
     pictures: Sequence[Picture]
@@ -41,10 +41,10 @@ class LazyPictures:
         return len(self.places)
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """Decodes one picture, (H, W, C), those of a slice, or those of an array of numbers or of booleans.
+        """Decodes one picture, (H, W, C), or those that a slice, an array of numbers or a boolean array selects.
 
         Raises:
-          DataError: one of them, named, can no longer be read.
+          DataError: a picture can no longer be read; the message names it.
         """
         places = self.places[index]
         if places.ndim == 0:
@@ -59,15 +59,15 @@ class LazyPictures:
         result = decode_or_explain(picture, self.decoding)
         if isinstance(result, Failure):
             raise DataError(
-                f"{picture.name} in {self.directory} can no longer be read ({result.reason}): it could be when the "
-                "pictures were checked. Put it back, or start again to have them checked again"
+                f"{picture.name} in {self.directory} can no longer be read ({result.reason}), although the check at "
+                "the start could read it. Restore it, or start again to repeat the check"
             )
         return result
 
     def take(self, indices: np.ndarray) -> LazyPictures:
-        """These pictures of the N, still to be decoded."""
+        """Selects some of the N pictures without decoding them."""
         return dataclasses.replace(self, places=self.places[indices], sums=self.sums[indices])
 
     def channel_sums(self) -> np.ndarray:
-        """(2, C): of every channel the sum of all pixels and the sum of their squares; nothing is decoded."""
-        return self.sums.sum(0, dtype=object)  # Python's whole numbers, which have no end
+        """(2, C): for each channel, the sum of all pixels and the sum of their squares; nothing is decoded."""
+        return self.sums.sum(0, dtype=object)  # Python's integers do not overflow

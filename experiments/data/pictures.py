@@ -1,4 +1,4 @@
-"""From files of pictures to uint8 arrays of one size: what a picture is, how one is decoded, and many at once."""
+"""Decodes picture files to uint8 arrays of one size, singly or many in parallel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2**30
 class Box(NamedTuple):
     """Corners of a box as the devkit writes them: pixels counted from 1, both corners inside the box.
 
-    With relative=True x is divided by the width of the picture and y by its height, as TFDS keeps the same numbers.
+    With relative=True, x is divided by the width of the picture and y by its height, as in TFDS.
     """
 
     x1: float
@@ -35,9 +35,9 @@ class Box(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture yet to be decoded.
+    """A picture that is not decoded yet.
 
-    name: what messages call it: its path below the folder, or its place in a file of many.
+    name: for messages; the path below the folder, or the position in a file of many pictures.
     data: the file's path, or its bytes.
     """
 
@@ -49,13 +49,13 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What becomes of a picture.
+    """How pictures are decoded.
 
     image_size: (height, width) in pixels; the aspect ratio is not kept.
-    grey: one channel in place of three.
-    margin: pixels by which a box is widened on every side, as far as the picture reaches; None takes whole pictures.
-    white: (kind, value) of pictures with more than 8 bits, of the whole set (`white_of`); of a kind that is not named
-      each picture has its own.
+    grey: one channel instead of three.
+    margin: pixels by which a box is widened on every side, within the picture; None takes whole pictures.
+    white: (kind, value of white) for kinds of pixels with more than 8 bits, from the whole data set (`white_of`); for
+      other kinds, each picture determines its own.
     """
 
     image_size: tuple[int, int]
@@ -69,11 +69,11 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """A picture's (H, W, C) uint8 array, and what a person may want to know of it.
+    """A picture's (H, W, C) uint8 array, and facts for the user.
 
-    clipped: its box reached a pixel beyond it.
-    turned: the camera noted (EXIF) that it lies on a side; it is not turned, since boxes refer to the pixels as stored.
-    kind, highest: of pixels with more than 8 bits, and their highest value; None of others.
+    clipped: the box reached a pixel beyond the picture.
+    turned: EXIF says that the picture must be turned. It is not turned, since boxes refer to the pixels as stored.
+    kind, highest: the kind of pixels with more than 8 bits, and their highest value; otherwise None.
     """
 
     pixels: np.ndarray
@@ -84,7 +84,7 @@ class Decoded(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a picture gave no array. kind: "file" (it is there, but cannot be read now), "picture" or "box"."""
+    """Why a picture cannot be used. kind: "file" (the file exists but cannot be read now), "picture" or "box"."""
 
     name: str
     kind: str
@@ -92,13 +92,13 @@ class Failure(NamedTuple):
 
 
 class BoxOutside(Exception):
-    """A box that is empty, or reaches out of its picture by more than a pixel."""
+    """A box is empty, or reaches more than a pixel beyond its picture."""
 
 
 def printable(name: str) -> str:
-    """A file's name for messages and files: in one line, and in letters that can be encoded.
+    """A file's name for messages and files, on one line and encodable as UTF-8.
 
-    A name may hold line breaks, commands for the terminal, and bytes that are no UTF-8; they become escapes, "\\n".
+    Line breaks, terminal commands and bytes that are not UTF-8 become escapes such as "\\n".
     """
     return "".join(
         letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else ascii(letter)[1:-1]
@@ -107,9 +107,9 @@ def printable(name: str) -> str:
 
 
 def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tuple[Picture, Decoded | Failure]]:
-    """Yields each picture with what became of it, in the order given; few are in memory at a time.
+    """Yields each picture with its result, in the given order; only a few are in memory at a time.
 
-    Decodes in as many threads as there are processors (Pillow releases the interpreter's lock).
+    Uses one thread per core, since Pillow releases the GIL.
     """
     waiting: collections.deque[tuple[Picture, Future]] = collections.deque()
     pool = ThreadPoolExecutor(cores(), thread_name_prefix="decode")
@@ -127,13 +127,13 @@ def decode_many(pictures: Iterable[Picture], decoding: Decoding) -> Iterator[tup
 
 
 def decode_or_explain(picture: Picture, decoding: Decoding) -> np.ndarray | Failure:
-    """The picture's pixels, or what is wrong with it; never raises."""
+    """The picture's pixels (H, W, C), or why it cannot be decoded; never raises."""
     result = try_to_decode(picture, decoding)
     return result if isinstance(result, Failure) else result.pixels
 
 
 def try_to_decode(picture: Picture, decoding: Decoding) -> Decoded | Failure:
-    """The decoded picture, or what is wrong with it; never raises."""
+    """The decoded picture, or why it cannot be decoded; never raises."""
     try:
         data = picture.data if isinstance(picture.data, bytes) else read_file(picture.data)
     except (OSError, ValueError) as error:
@@ -141,17 +141,17 @@ def try_to_decode(picture: Picture, decoding: Decoding) -> Decoded | Failure:
         return Failure(picture.name, "file" if may_pass else "picture", reason_of(error))
     try:
         return decode(data, picture.box, decoding)
-    except Exception as error:  # Pillow meets a broken file with almost any type: OSError, SyntaxError, IndexError, …
+    except Exception as error:  # Pillow raises almost any type for a broken file: OSError, SyntaxError, IndexError, …
         return Failure(picture.name, "box" if isinstance(error, BoxOutside) else "picture", reason_of(error))
 
 
 def reason_of(error: Exception) -> str:
-    """The words for a message, without an error number, a file's name and a full stop."""
+    """The text of an error for a message, without error number, file name and full stop."""
     return getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file; refuses a pipe, which would be waited for, a device, which may have no end, and too many."""
+    """The bytes of a file; raises a ValueError for pipes and devices, which may never end, and above MAX_FILE_BYTES."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise ValueError("a pipe or device, not a file")
@@ -161,16 +161,16 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
-    """Decodes a file in any format that Pillow reads: to RGB or grey, cut to its box, resized by Lanczos's filter.
+    """Decodes a file in any format that Pillow reads, converts it to RGB or grey, cuts out its box, and resizes it.
 
-    Of several frames the first is taken. The box is ignored where decoding.margin is None.
+    Uses the first of several frames and a Lanczos filter. The box is ignored if decoding.margin is None.
 
     Raises:
       BoxOutside: the box does not lie inside the picture.
       Exception: the picture cannot be decoded.
     """
     with open_image(data) as image:
-        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # Pillow forgets it as it loads the pixels
+        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # loading drops this
         image.load()
         turned = is_turned(image)
         kind, highest = depth_of(image, sixteen)
@@ -188,10 +188,14 @@ def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
 
 
 def edges_of(box: Box, margin: int, width: int, height: int) -> tuple[tuple[int, int, int, int], bool]:
-    """What is cut out of a picture of width x height: its box, widened as far as the picture reaches.
+    """The part to cut out of a picture of width x height: its box, widened by `margin` within the picture.
 
     Returns:
-      (left, top, right, bottom) in pixels from 0, right and bottom exclusive; whether the box reached a pixel beyond.
+      (left, top, right, bottom) in pixels from 0, right and bottom exclusive; whether the box reached a pixel beyond
+      the picture.
+
+    Raises:
+      BoxOutside: the box is empty, or reaches more than a pixel beyond the picture.
     """
     x1, y1, x2, y2 = box[:4]
     if box.relative:

@@ -1,4 +1,4 @@
-"""From the bytes of a file to an 8-bit RGB picture: what is no picture, and pixels that have more than 8 bits."""
+"""Turns the bytes of a file into an 8-bit RGB picture: recognizes other files, scales pixels of more than 8 bits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image
 
-# Pillow refuses pictures of more than twice its limit, and of those in between it says this at each.
+# Pillow refuses pictures above twice its limit; for each picture between the limit and that it would print a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-NUMBERS, FRACTIONS, COLOURS = "whole numbers", "floating-point numbers", "16-bit colours"  # of more than 8 bits
-OTHER_FILES = {  # how files begin that are taken for pictures
+NUMBERS, FRACTIONS, COLOURS = "whole numbers", "floating-point numbers", "16-bit colours"  # kinds of deep pixels
+OTHER_FILES = {  # the first bytes of files that are mistaken for pictures
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIC, as iPhones save pictures, which Pillow does not read: convert it to JPEG",
     rb"....ftypavi": "AVIF, which this Pillow was built without: install a newer one, or convert it to PNG",
     rb"\xff\x0a|....JXL ": "JPEG XL, which Pillow does not read: convert it to PNG",
@@ -27,11 +27,11 @@ OTHER_FILES = {  # how files begin that are taken for pictures
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The picture in a file, its pixels not decoded yet.
+    """Opens the picture in a file without decoding its pixels.
 
     Raises:
-      ValueError: it is empty, no picture, a decompression bomb, or PostScript: a program, which Pillow would have
-        Ghostscript run, for as long as it likes.
+      ValueError: the file is empty, no picture, a decompression bomb, or PostScript (a program, which Pillow would have
+        Ghostscript run without a time limit).
     """
     if not data:
         raise ValueError("the file is empty")
@@ -52,16 +52,19 @@ def open_image(data: bytes) -> Image.Image:
 def is_turned(image: Image.Image) -> bool:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # damaged notes: the pixels are there
+    except Exception:  # damaged EXIF data; the pixels can still be used
         return False
 
 
 def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, float | None]:
-    """Of a loaded picture with more than 8 bits what its pixels are, and the highest; (None, None) of others.
+    """The kind of a loaded picture's pixels of more than 8 bits, and their highest value; otherwise (None, None).
 
     Args:
-      image: the picture; a ValueError says that pixels are negative, infinite or not numbers.
-      sixteen: whether its file has 16 bits for each colour, which Pillow does not tell once it has loaded it.
+      image: the loaded picture.
+      sixteen: whether its file has 16 bits for each colour; Pillow loses this when it loads the pixels.
+
+    Raises:
+      ValueError: a pixel is negative, infinite, too large or not a number.
     """
     if image.mode[0] in "IF":
         values = np.asarray(image)
@@ -75,9 +78,9 @@ def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, flo
 
 
 def white_of(kind: str, highest: float) -> int:
-    """The value that is white where this is the highest: that of 1 bit (masks, fractions), 2, 4, 8, 10, 12, 14 or 16.
+    """The white of pixels up to `highest`: the maximum of 1 (masks, fractions), 2, 4, 8, 10, 12, 14 or 16 bits.
 
-    Fractions may exceed it by a tenth, and 1 by half: filters overshoot at edges.
+    Fractions may exceed white by a tenth (a white of 1 by half), because filters overshoot at edges.
     """
     if kind == FRACTIONS:
         highest = highest / 1.1 if highest > 1.5 else 1
@@ -86,11 +89,14 @@ def white_of(kind: str, highest: float) -> int:
 
 
 def to_rgb(image: Image.Image, white: int | None = None) -> Image.Image:
-    """A loaded picture in 8-bit RGB. Transparent parts show white; of more than 8 bits the upper 8 in use are kept.
+    """Converts a loaded picture to 8-bit RGB; transparent parts become white, deep pixels keep the upper 8 bits in use.
 
     Args:
-      image: as for `depth_of`.
-      white: the highest value that a pixel of more than 8 bits may have; None for one that follows from this picture.
+      image: the loaded picture.
+      white: the value of white for pixels of more than 8 bits; None derives it from this picture.
+
+    Raises:
+      ValueError: see depth_of.
     """
     kind, highest = depth_of(image)
     if kind is not None:

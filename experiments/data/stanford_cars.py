@@ -1,6 +1,6 @@
-"""Stanford Cars from a folder in any of the layouts that people have, decoded once into a cache, or when needed.
+"""Reads Stanford Cars from a folder in any known layout, decoded once into a cache, or at each access.
 
-196 classes of cars, 8,144 pictures to train and 8,041 to test on (Krause, Stark, Deng, Fei-Fei: 3D Object
+Stanford Cars has 196 classes of cars, 8,144 train and 8,041 test pictures (Krause, Stark, Deng, Fei-Fei: 3D Object
 Representations for Fine-Grained Categorization, 3dRR-13, 2013).
 """
 
@@ -30,11 +30,11 @@ from experiments.data.rgb import COLOURS, white_of
 
 FULL = {"train": 8144, "test": 8041}
 FULL_CLASSES = 196
-REMARKS = {  # on decoded pictures, of one and of many
+REMARKS = {  # notes on decoded pictures: for one, for several
     "clipped": ("box reaches a pixel beyond its picture, clipped", "boxes reach a pixel beyond their picture, clipped"),
-    "turned": tuple(f"{be} to be turned, says the EXIF; used as stored" for be in ("picture is", "pictures are")),
+    "turned": tuple(f"{need} turning, says EXIF; used as stored" for need in ("picture needs", "pictures need")),
 }
-CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # of a picture, at most: place, label, sums
+CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # at most, for each picture: place, label, sums
 
 
 def load_stanford_cars(
@@ -47,28 +47,28 @@ def load_stanford_cars(
     margin: int | None = 16,
     decode: Literal["cache", "lazy"] = "cache",
 ) -> Dataset:
-    """Reads Stanford Cars, or pictures in one of its layouts. What was found and every warning goes to stderr.
+    """Reads Stanford Cars, or other pictures in one of its layouts. Prints a summary and every warning to stderr.
 
     Args:
-      data_dir: a folder in one of the LAYOUTS, or one that has it in a folder with a usual name.
+      data_dir: a folder in one of the LAYOUTS, or a folder that contains such a folder under a usual name.
       image_size: (height, width) of the result in pixels, each at least 1; the aspect ratio is not kept.
-      grey: one channel in place of three.
+      grey: one channel instead of three.
       skip_bad: leave out pictures that cannot be used, instead of raising.
       cache_dir: where decoded pictures are kept; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
-      margin: pixels by which a box is widened on every side before the picture is cut to it; 16 are those of the crops
-        that are in circulation. None takes the pictures whole.
-      decode: "cache" decodes everything at the first call, into the cache, which later calls map. "lazy" is for a set
-        that the disk cannot hold decoded: it checks that everything can be decoded, and keeps labels, which pictures
-        are bad, and sums for the channels' statistics. The pixels are the same.
+      margin: pixels by which a box is widened on every side before the picture is cut to it; published crops use 16.
+        None takes whole pictures.
+      decode: "cache" decodes all pictures into the cache at the first call; later calls memory-map it. "lazy", for data
+        that the disk cannot hold decoded, decodes at each access; the first call checks all pictures, and caches only
+        labels, failures and pixel sums. The pixels are the same.
 
     Returns:
-      The data set, its images read-only: memory maps, arrays where the cache cannot be written, or LazyPictures. It is
-      called "Stanford Cars" only if it is the whole set; `source` says what was left out, and holds every warning as
-      "notes".
+      The data set with read-only images: memory maps, arrays if the cache cannot be written, or LazyPictures. Its title
+      is "Stanford Cars" only if it is complete. `source` lists the pictures left out ("skipped") and all warnings
+      ("notes").
 
     Raises:
-      DataError: no layout found, a part of it missing, pictures that cannot be read or do not contain their box (unless
-        skip_bad, and then too if half do not); decode="lazy" of a layout whose pictures cannot be read one by one.
+      DataError: the layout is unknown or incomplete; pictures cannot be read or do not contain their box (with skip_bad
+        only if half of them miss their box, or none is left); decode="lazy" cannot read this layout one by one.
     """
     folder = find_pictures(Path(os.path.expanduser(data_dir)).absolute())
     decoding = Decoding(tuple(image_size), grey, margin if folder.boxes else None)
@@ -84,7 +84,7 @@ def load_stanford_cars(
     splits = {split: reader.split(split, entry, failures, white) for split in SPLITS}
     counts = {split: len(splits[split]) for split in SPLITS}
     if empty := [split for split in SPLITS if not counts[split]]:
-        raise DataError(f"{folder.directory}: no {empty[0]} pictures are left of {folder.counts[empty[0]]:,}")
+        raise DataError(f"{folder.directory}: none of the {folder.counts[empty[0]]:,} {empty[0]} pictures can be used")
     source = {
         "layout": folder.layout,
         "directory": str(folder.directory),
@@ -108,7 +108,7 @@ def load_stanford_cars(
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Decodes a folder once; `lazy`, to learn what is needed to decode its pictures again and again."""
+    """Decodes a folder once, or, if `lazy`, checks it and collects what LazyPictures needs."""
 
     folder: PictureFolder
     decoding: Decoding
@@ -119,8 +119,8 @@ class Reader:
         if self.lazy and not all(isinstance(self.folder.pictures(split), Sequence) for split in SPLITS):
             raise DataError(
                 f"{self.folder.directory} has the layout {self.folder.layout}, whose pictures cannot be read one by "
-                "one: have them decoded into the cache (--decode cache), or prepare the folder by class, or by TFDS as "
-                'array_record (download_and_prepare(file_format="array_record"))'
+                "one: pass --decode cache, sort the pictures by class, or have TFDS prepare them as array_record "
+                '(download_and_prepare(file_format="array_record"))'
             )
 
     @property
@@ -128,7 +128,7 @@ class Reader:
         return title_of(self.folder, self.folder.counts)
 
     def entry(self, cache_dir: str | os.PathLike | None) -> cache.Entry:
-        """What decoding all pictures gives, from the cache if it is there."""
+        """The entry with all pictures decoded (or checked, if lazy), from the cache if possible."""
         decoding = self.decoding
         key = {
             "layout": self.folder.layout,
@@ -143,16 +143,16 @@ class Reader:
 
     def make(self, create: cache.Create) -> dict[str, Any]:
         facts = self.read(create, self.decoding)
-        if facts["deep"]:  # what is white follows from all of them, so they are read once more
+        if facts["deep"]:  # the value of white depends on all pictures, so they are read a second time
             white = tuple((kind, white_of(kind, highest)) for kind, (_, highest) in facts["deep"].items())
             facts = self.read(create, dataclasses.replace(self.decoding, white=white))
         self.refuse_bad_pictures(facts["failures"])
         return facts
 
     def read(self, create: cache.Create, decoding: Decoding) -> dict[str, Any]:
-        """Decodes both splits into the arrays <split>-images, or <split>-places and -sums if lazy, and <split>-labels.
+        """Decodes both splits into the arrays <split>-images (if lazy, <split>-places and -sums) and <split>-labels.
 
-        places: where in the folder a picture is; sums: its `pixel_sums`. Returns facts for messages, as JSON values.
+        places: indices in the folder's order; sums: `pixel_sums` of each picture. Returns facts, as JSON values.
         """
         facts: dict[str, Any] = {"title": self.title, "directory": str(self.folder.directory)}
         facts |= {"decoding": str(decoding), "white": decoding.white}
@@ -183,7 +183,7 @@ class Reader:
         return facts
 
     def split(self, split: str, entry: cache.Entry, failures: list[Failure], white: dict[str, int]) -> Split:
-        """A split of the entry, with the pictures' names where they are known without reading the pictures."""
+        """A split of the entry, with the pictures' names if they are known without reading the pictures."""
         pictures, names = self.folder.pictures(split), None
         if self.lazy:
             places, sums = (np.array(entry.arrays[f"{split}-{name}"]) for name in ("places", "sums"))
@@ -197,14 +197,14 @@ class Reader:
         return Split(images, np.array(entry.arrays[f"{split}-labels"]), names)
 
     def refuse_bad_pictures(self, failures: list[Failure]) -> None:
-        """Raises a DataError for pictures that cannot be used, unless skip_bad; and if half of all miss their box."""
+        """Raises a DataError for bad pictures, unless skip_bad, and if half of all pictures miss their box."""
         total, directory = sum(self.folder.counts.values()), self.folder.directory
         outside = [failure for failure in failures if failure.kind == "box"]
         if 2 * len(outside) >= total:
             raise DataError(
                 f"{len(outside):,} of {total:,} pictures in {directory} do not contain their box: "
-                f"{listed(outside, 3)}. Boxes refer to the original photographs: have these been cut out or resized "
-                "already? Then sort them by class and take the devkit's .mat files out of the folder"
+                f"{listed(outside, 3)}. Boxes refer to the original photographs. If these are cropped or resized, sort "
+                "them by class and move the devkit's .mat files out of the folder"
             )
         if failures and not self.skip_bad:
             raise DataError(
@@ -220,7 +220,7 @@ def unread(facts: dict[str, Any]) -> str | None:
 
 
 def title_of(folder: PictureFolder, counts: dict[str, int]) -> str:
-    """What so many pictures of a folder may truthfully be called."""
+    """The title of a data set with these numbers of pictures from a folder."""
     if len(folder.class_names) != FULL_CLASSES or any(folder.counts[split] > FULL[split] for split in SPLITS):
         return f"pictures in {printable(folder.directory.name)}"
     if counts == FULL:
@@ -234,16 +234,16 @@ def tally(folder: PictureFolder) -> str:
 
 
 def set_notes(folder: PictureFolder, dataset: Dataset) -> list[str]:
-    """How the whole set differs from Stanford Cars, and what is odd about its classes."""
+    """Notes on a set that is not the complete Stanford Cars, and warnings about its labels."""
     notes = [finding.text for finding in label_findings(dataset) if finding.severity == "warning"]
     if folder.counts == FULL and len(folder.class_names) == FULL_CLASSES:
         return notes
-    full = f"{FULL['train']:,} and {FULL['test']:,} of {FULL_CLASSES}"
-    return [f"{tally(folder)}: the whole of Stanford Cars is {full}", *notes]
+    full = f"{FULL['train']:,} and {FULL['test']:,} pictures of {FULL_CLASSES} classes"
+    return [f"{tally(folder)}: the whole of Stanford Cars has {full}", *notes]
 
 
 def picture_notes(facts: dict[str, Any], failures: list[Failure]) -> list[str]:
-    """What was left out, and what was done with pictures that are not as most are."""
+    """Notes on pictures that were left out or needed special treatment."""
     notes = []
     if failures:
         many = counted(len(failures), "picture that cannot be used is", "pictures that cannot be used are")
@@ -255,8 +255,8 @@ def picture_notes(facts: dict[str, Any], failures: list[Failure]) -> list[str]:
     for kind, (count, highest) in facts["deep"].items():
         if (kind, white[kind]) != (COLOURS, 65535):
             many = counted(count, "picture holds", "pictures hold")
-            more = ", and what exceeds it, too" if highest > white[kind] else ""
-            notes.append(f"{many} {kind} of up to {round(highest, 3):,}: {white[kind]:,} is taken for white{more}")
+            more = " and above" if highest > white[kind] else ""
+            notes.append(f"{many} {kind} up to {round(highest, 3):,}: {white[kind]:,}{more} is taken as white")
     return notes
 
 

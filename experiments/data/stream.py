@@ -1,8 +1,8 @@
-"""The batches of a training or a test, made ahead by threads, and always the same ones.
+"""Batches for training and evaluation, prefetched by threads, the same ones in every run.
 
-Batch i of a training is a function of the split, the batch size, the seed and i alone. So nothing that differs from run
-to run (threads, processes, where the run was interrupted) can change what is trained on, and a run that is resumed at a
-step simply starts at that number. Threads are enough: they decode JPEG files without holding Python's lock.
+Batch i of a training depends only on the split, the batch size, the seed and i. So threads, processes and interruptions
+cannot change what is trained on, and a resumed run simply starts at the number of its step. Threads suffice, because
+Pillow releases the GIL while it decodes JPEG files.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from experiments.machine import cores
 Batch = tuple[np.ndarray, np.ndarray]
 OnDevice = TypeVar("OnDevice")
 
-# Two: at the end of an epoch the next one is begun ahead.
+# Two, because at the end of an epoch batches of the next one are already made.
 order_of = functools.lru_cache(maxsize=2)(epoch_order)
 
 
 class Batches(Iterator[Batch]):
-    """The batches of a training, one after the other: images (n, H, W, C) uint8 and labels (n,) int32.
+    """Iterates over the batches of a training: images (n, H, W, C) uint8 and labels (n,) int32.
 
-    Epoch after epoch in the order of `epoch_order`, each without its last, partial batch: BatchNorm and jit would see
-    another shape. To be closed at the end, best as a context manager: `with Batches(…) as batches`.
+    Each epoch follows its `epoch_order` and drops its last, partial batch, since BatchNorm and jit would see another
+    shape. Close the iterator at the end, best as a context manager: `with Batches(…) as batches`.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class Batches(Iterator[Batch]):
         """
         Args:
           split: the pictures.
-          batch_size: of all parts together.
-          seed, epochs: which order, and how often through the pictures.
+          batch_size: examples per batch, over all processes.
+          seed, epochs: seed of the random order, and number of passes through the pictures.
           start_step: the number of the first batch, counted from the beginning of the training.
-          part: (process_index, process_count): this process gets its own rows of every batch, the first process the
-            first n = batch_size / process_count of them, and so on.
-          prefetch: how many batches are made ahead, each by a thread [default: one for each core, at least two]; 0
-            makes each when it is asked for.
+          part: (process_index, process_count): process p gets rows p·n to (p + 1)·n of every batch, where n is
+            batch_size / process_count.
+          prefetch: number of batches made in advance, each by a thread [default: one per core, at least two]; 0 makes
+            each batch on demand.
 
         Raises:
-          ValueError: one of the numbers is out of range.
+          ValueError: a number is out of range.
         """
         if batch_size > len(split):
             raise ValueError(f"batch_size {batch_size} exceeds the {len(split)} pictures")
@@ -75,7 +75,7 @@ class Batches(Iterator[Batch]):
         part: tuple[int, int],
         prefetch: int | None,
     ) -> None:
-        """Begins with the batches of these numbers; chosen: a number -> which examples make up the whole batch."""
+        """Starts making the batches with these numbers; chosen: number -> indices of the whole batch's examples."""
         import grain
 
         index, count = part
@@ -95,11 +95,11 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(batches.to_iter_dataset(options))
 
     def __next__(self) -> Batch:
-        """Raises a DataError for a picture that can no longer be read."""
+        """The next batch; raises a DataError if a picture can no longer be read."""
         return next(self._iterator)
 
     def close(self) -> None:
-        """Threads end after the batch that they are at."""
+        """Stops the threads; each finishes its current batch first."""
         self._iterator.close()
 
     def __enter__(self) -> Batches:
@@ -110,8 +110,7 @@ class Batches(Iterator[Batch]):
 
 
 class EvaluationBatches(Batches):
-    """The batches of a test: all pictures in their order, the last batch filled up with the first picture, so that all
-    have one shape."""
+    """Iterates once over all pictures in order; the last batch is padded with the first picture to the full size."""
 
     def __init__(
         self, split: Split, batch_size: int, *, part: tuple[int, int] = (0, 1), prefetch: int | None = None
@@ -129,10 +128,10 @@ class EvaluationBatches(Batches):
 def put_ahead(
     batches: Iterable[Batch], put: Callable[[np.ndarray, np.ndarray], OnDevice], ahead: int = 2
 ) -> Iterator[OnDevice]:
-    """Yields what `put` makes of images and labels, such as arrays on the devices; `ahead` of them wait there.
+    """Yields put(images, labels) of each batch, such as arrays on the devices; `ahead` later results wait there.
 
-    JAX copies while the program goes on, so a batch that is put while the step before it is computed costs no time. No
-    thread is needed for that: grain's device_put takes two, and knows no arrays that are spread over processes.
+    JAX copies asynchronously, so copying a batch during the step before it costs no time and needs no thread. grain's
+    device_put uses two threads, and does not support arrays that are spread over processes.
     """
     waiting: collections.deque[OnDevice] = collections.deque()
     for images, labels in batches:

@@ -101,7 +101,7 @@ class Experiment:
         )
         require(self, "be between 0 and 1, such as 0.999", lambda value: 0 < value < 1, "ema")
         require(self, "be below 1: at 1 no gradient would be forgotten", lambda value: value != 1, "momentum")
-        require(self, "be within 0 and 1", lambda value: 0 <= value <= 1, "momentum", "dampening", "label_smoothing")
+        require(self, "be between 0 and 1", lambda value: 0 <= value <= 1, "momentum", "dampening", "label_smoothing")
         finite = ("weight_decay", "warmup_epochs")
         require(self, "not be negative or infinite", lambda value: 0 <= value < math.inf, *finite)
         if self.batch_size % self.accumulate:

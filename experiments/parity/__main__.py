@@ -65,7 +65,7 @@ def check(settings: Settings) -> None:
     if settings.in_channels < 1 or settings.steps < 1 or settings.seed < 0:
         raise ValueError("--in-channels and --steps must be at least 1, --seed at least 0")
     if not (settings.sections and settings.frameworks and settings.optimizers):
-        raise ValueError("--sections, --frameworks and --optimizers must name something")
+        raise ValueError("--sections, --frameworks and --optimizers must not be empty")
     if "trajectories" in settings.sections and set(settings.frameworks) == {"torchvision"}:
         raise ValueError(
             "torchvision has no part in trajectories: add torch_ref to --frameworks, or name other --sections"

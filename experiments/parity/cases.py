@@ -136,9 +136,9 @@ def check_batch(network: ResNet, batch_size: int, height: int, width: int) -> No
     values = batch_size * -(-height // MIN_SIZE) * -(-width // MIN_SIZE)
     if network.batch_norm and values < MIN_VALUES_PER_CHANNEL:
         raise ValueError(
-            f"{batch_size} images of {height}x{width} leave {values} values per channel to the last stage: its "
-            f"BatchNorms magnify rounding beyond all bounds with fewer than {MIN_VALUES_PER_CHANNEL}; "
-            f"take --batch-size {-(-MIN_VALUES_PER_CHANNEL * batch_size // values)}"
+            f"--batch-size {batch_size} of {height}x{width} images leaves {values} values per channel to the last "
+            f"stage, whose BatchNorms magnify rounding without bound below {MIN_VALUES_PER_CHANNEL} values: take "
+            f"--batch-size {-(-MIN_VALUES_PER_CHANNEL * batch_size // values)}"
         )
 
 

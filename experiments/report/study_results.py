@@ -346,5 +346,5 @@ def find_studies(folder: Path) -> Sequence[Path]:
     """
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
-        raise ValueError(f"{folder} holds no study: neither {TRIALS} nor folders with one")
+        raise ValueError(f"{folder} holds no study: it has no {TRIALS}, nor has a folder inside")
     return found

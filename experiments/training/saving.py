@@ -146,10 +146,10 @@ def last_good(out: Path, template: Any) -> Restored | None:
             print(f"{error}: it is not used", file=sys.stderr)
             continue
         if missing := {*Progress._fields, "settings"} - set(restored.facts):
-            raise ValueError(f"{path / str(step)} is not of a run of this program: its facts have no {min(missing)}")
+            raise ValueError(f"{path / str(step)} is not of a run of this program: it does not record {min(missing)!r}")
         return restored
     if steps:
-        raise ValueError(f"none of the {len(steps)} checkpoints in {path} can be read: move them away to begin anew")
+        raise ValueError(f"no checkpoint in {path} can be read: move the folder away to begin again")
     print(f"{out} has no complete checkpoint: starting at step 0")
     return None
 

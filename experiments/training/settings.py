@@ -167,7 +167,7 @@ class CarsExperiment(Experiment):
         if self.zero_gamma and not self.batch_norm:
             raise ValueError("--zero-gamma is of BatchNorm: pass --no-zero-gamma with --no-batch-norm")
         if self.freeze == "backbone" and self.init is None:
-            raise ValueError("--freeze backbone needs --init FILE: drawn weights know nothing of pictures")
+            raise ValueError("--freeze backbone needs --init FILE: a randomly initialized backbone must be trained")
         require(self, "be at least 2", lambda value: value >= 2, "classes")
         require(self, "be between 0 and 1, such as 0.1", lambda value: 0 < value < 1, "holdout")
         require(self, "be positive and finite", is_positive, "gamma_times_steps")

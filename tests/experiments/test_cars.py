@@ -219,7 +219,7 @@ def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
         ("--out run --resume --keep 0", "--keep 0 writes none"),
         ("--process-id 1", "need --coordinator"),
         ("--checkpoint-minutes 0", "--checkpoint-minutes must be positive"),
-        ("--classes 99", "cannot draw 99 of 6 classes"),
+        ("--classes 99", "cannot take 99 of 6 classes"),
         ("--holdout 0.999", "cannot hold out 100% of"),
     ],
 )

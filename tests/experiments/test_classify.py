@@ -335,7 +335,7 @@ def files(tmp_path_factory):
 
 
 MISTAKES = {  # arguments, what the one line on stderr says; more are in bad_inputs.py
-    "names of others": ("picture --weights names.safetensors", "has metadata that are not those of a run of exp"),
+    "names of others": ("picture --weights names.safetensors", "names.safetensors are not as experiments.cars wr"),
     "a run resized": ("picture --weights run.safetensors --resize 256", "--resize is for ImageNet's"),
     "bad pictures of a run": ("no.png picture --weights run.safetensors", "1 of 2 pictures cannot be read: no.png"),
     "another network": (

@@ -111,7 +111,7 @@ def test_batch_counts_are_added_for_torch(state_dict, tmp_path, capsys):
     trees = weights.from_torch(state_dict)
     weights.save(tmp_path / "in.npz", *trees)
     assert run(tmp_path / "in.npz", tmp_path / "out.pth") == 0
-    assert "  20 batch counts added, as torch has them, all 0" in capsys.readouterr().out.splitlines()
+    assert "  20 batch counts of 0 added, since torch expects them" in capsys.readouterr().out.splitlines()
     assert torch.load(tmp_path / "out.pth", weights_only=True)["bn1.num_batches_tracked"] == 0
     assert run(tmp_path / "out.pth", tmp_path / "back.npz") == 0
     assert weights.read_arrays(tmp_path / "back.npz").keys() == state_dict.keys()
@@ -168,7 +168,7 @@ def test_keras_names_are_written(tmp_path, capsys):
     weights.save(tmp_path / "in.safetensors", *tree, metadata={"stride_in": "conv1"})
     assert run(tmp_path / "in.safetensors", tmp_path / "out.h5") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].endswith("the same bit for bit, the variances up to rounding: Keras' eps is another")
+    assert printed[-1].endswith("the same bit for bit, but variances up to rounding, since Keras has another eps")
     assert run(tmp_path / "out.h5", tmp_path / "back.safetensors") == 0
     assert weights.read_file(tmp_path / "back.safetensors").metadata == {"stride_in": "conv1"}
     arrays = weights.read_arrays(tmp_path / "back.safetensors")
@@ -219,7 +219,7 @@ def test_a_name_that_stdout_cannot_write(path, monkeypatch):
 def test_a_file_is_replaced_only_if_asked_to(state_dict, path, capsys):
     before = path.read_bytes()
     assert run(path, path) == 2
-    assert capsys.readouterr().err == f"error: {path} is there already: choose another name, or pass --overwrite\n"
+    assert capsys.readouterr().err == f"error: {path} exists already: choose another name, or pass --overwrite\n"
     assert path.read_bytes() == before
     assert run(path, path, "--overwrite") == 0
     assert torch.load(path, weights_only=True).keys() == state_dict.keys()

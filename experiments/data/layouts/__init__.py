@@ -1,7 +1,7 @@
-"""The layouts in which people have pictures of cars, and where in a folder one of them is.
+"""The known layouts of picture folders, and the search for one of them in a folder.
 
-The reader of a layout returns None for a folder of another one. Where a part is missing or damaged it raises a
-DataError, which says what and where and what to do.
+The reader of a layout returns None for a folder in another layout. If a part is missing or damaged, it raises a
+DataError that says what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ LAYOUTS = """\
   original    cars_train/*.jpg and cars_test/*.jpg with cars_meta.mat, cars_train_annos.mat and
               cars_test_annos_withlabels.mat beside them or in devkit/; or car_ims/*.jpg with cars_annos.mat
   TFDS        cars196/2.1.0/ as tensorflow_datasets prepares it (dataset_info.json, tfrecord or array_record files)
-  parquet     *train*.parquet and *test*.parquet, there or in data/, with the columns image and label (Hugging Face)"""
+  parquet     *train*.parquet and *test*.parquet, at the top or in data/, with columns image and label (Hugging Face)"""
 USUAL = {"car", "cars", "stanford", "data", "dataset", "datasets", "archive", "hub", "huggingface", "snapshots"}
 INNER_LEVELS = 4
-ADVICE = {  # what lies in a folder without a layout, by its suffix
+ADVICE = {  # for files in a folder without a known layout: suffixes -> what to do
     (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"): "unpack it",
     (".arrow",): "write it as parquet (Dataset.to_parquet)",
     (".parquet",): "its name must say train or test",
-    (".csv", ".json", ".txt"): "labels in such files are not read: sort the pictures by class",
-    (".mat",): "the pictures belong beside it, in cars_train/ and cars_test/, or in car_ims/",
-    (".h5", ".hdf5", ".npz", ".npy", ".pkl"): "arrays are not read: save them as pictures",
+    (".csv", ".json", ".txt"): "sort the pictures by class, since labels in such files are not read",
+    (".mat",): "put the pictures beside it, in cars_train/ and cars_test/, or in car_ims/",
+    (".h5", ".hdf5", ".npz", ".npy", ".pkl"): "save the pictures as files, since arrays are not read",
 }
 
 
 def find_pictures(data_dir: Path) -> PictureFolder:
-    """The layout in the folder or, level by level, in the folders in it where `inner_folders` looks.
+    """Finds the layout in the folder or, level by level, in the inner folders that `inner_folders` selects.
 
     Raises:
-      DataError: there is none or more than one, or the one found has a part missing.
+      DataError: no layout or more than one is found, or a part of it is missing.
     """
     try:
         if not data_dir.is_dir():
@@ -58,7 +58,7 @@ def find_pictures(data_dir: Path) -> PictureFolder:
         hint = describe_content(data_dir)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
-    raise DataError(f"{data_dir} has Stanford Cars in no layout that this program knows: {hint}. It knows:\n{LAYOUTS}")
+    raise DataError(f"{data_dir} is in no known layout; {hint}. The known layouts:\n{LAYOUTS}")
 
 
 def read_layout(root: Path) -> PictureFolder | None:
@@ -66,7 +66,7 @@ def read_layout(root: Path) -> PictureFolder | None:
 
 
 def folder_levels(data_dir: Path, usual: set[str]) -> Iterator[list[Path]]:
-    """The folder itself, then the folders in it, then those in these, as far as `inner_folders` looks."""
+    """Yields the folder itself, then level by level the folders inside that `inner_folders` selects."""
     level = [data_dir]
     for _ in range(INNER_LEVELS + 1):
         yield level
@@ -74,9 +74,9 @@ def folder_levels(data_dir: Path, usual: set[str]) -> Iterator[list[Path]]:
 
 
 def inner_folders(directory: Path, usual: set[str]) -> list[str]:
-    """The folders in a folder that may be meant: those with one of these words in their names, or the only one.
+    """Selects folders inside a folder: those with one of the `usual` words in their names, or the only one.
 
-    Of several versions (2.0.0, 2.1.0) it is the newest, of snapshots in a cache of Hugging Face's the one in use.
+    If they are versions (2.0.0, 2.1.0), selects the newest; in a cache of Hugging Face, the current snapshot.
     """
     names = folder_names(directory)
     main = directory.parent / "refs" / "main"
@@ -88,7 +88,7 @@ def inner_folders(directory: Path, usual: set[str]) -> list[str]:
 
 
 def describe_content(data_dir: Path) -> str:
-    """For a message: what a folder without a layout holds, and what can be done with it."""
+    """Says for a message what a folder without a known layout holds, and what to do."""
     names = sorted(name for name in os.listdir(data_dir) if not is_leftover(name))
     for suffixes, advice in ADVICE.items():
         if fitting := [name for name in names if name.lower().endswith(suffixes) and (data_dir / name).is_file()]:
@@ -103,7 +103,8 @@ def describe_content(data_dir: Path) -> str:
 
     by_split = list(filter(holds_splits, folders))
     if len(by_split) > 1:
-        return f"{first_few(by_split, 3)} hold train and test each: expected the classes in these, train/{by_split[0]}/"
+        first = by_split[0]
+        return f"{first_few(by_split, 3)} hold train and test each: expected train/{first}/ and test/{first}/"
     if of_splits := list(filter(splits_in, folders)):
-        return f"{first_few(of_splits, 3)} hold no class folders with files that end as pictures do (.jpg, .png, …)"
+        return f"{first_few(of_splits, 3)} hold no class folders with picture files (.jpg, .png, …)"
     return f"it holds {first_few(names, 5)}" if names else "it is empty"

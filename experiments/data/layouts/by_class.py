@@ -1,4 +1,4 @@
-"""Pictures sorted by class: train/<Class Name>/*.jpg and test/<Class Name>/*.jpg."""
+"""Reads pictures sorted by class: train/<Class Name>/*.jpg and test/<Class Name>/*.jpg."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ HIDDEN = "folder with pictures is", "folders with pictures are"
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """What is in the folder of a split.
+    """The content of a split's folder.
 
-    pictures: {name of a class folder: its pictures}, only of those that have some.
-    loose: how many pictures lie directly in it.
-    empty, others, hidden: folders without pictures, what else is not a picture, and folders with pictures that have the
-      name of a leftover; as paths below the root.
+    pictures: {name of a class folder: its pictures}, without empty class folders.
+    loose: number of pictures directly in the split's folder.
+    empty, others, hidden: folders without pictures, entries that are not pictures, and folders of pictures whose names
+      `is_leftover` rejects; as paths below the root.
     """
 
     pictures: dict[str, list[Stored]]
@@ -42,10 +42,13 @@ class Classes:
 
 
 def by_class(root: Path) -> PictureFolder | None:
-    """Reads the layout, or returns None where no folder of a split has class folders with pictures.
+    """Reads the layout, or returns None if no split's folder has class folders with pictures.
 
-    Classes are numbered by their sorted names; one that only train or only test has keeps its number. Boxes come from
-    a devkit in `root` if it names every picture, and in the same class; otherwise the pictures are used whole.
+    Classes are numbered in the order of their names, including classes that only one split has. Boxes come from a
+    devkit in `root` if it lists every picture in the same class; otherwise whole pictures are used.
+
+    Raises:
+      DataError: a split is missing, ambiguous or has its pictures elsewhere, or both splits share a file.
     """
     found = {name: read_classes(root, name) for name in folder_names(root) if splits_in(name)}
     chosen, notes = choose_splits([name for name, classes in found.items() if classes.pictures], root)
@@ -72,7 +75,7 @@ def by_class(root: Path) -> PictureFolder | None:
 
 
 def read_classes(root: Path, name: str) -> Classes:
-    """Lists the class folders in a split's folder, or in the one of the same name in it (train/train/)."""
+    """Lists the class folders in a split's folder, or in its only inner folder of the same split (train/train/)."""
     directory = root / name
     inner = folder_names(directory)
     if len(inner) == 1 and splits_in(inner[0]) == splits_in(name) and not is_class(root, name, inner[0]):
@@ -90,14 +93,14 @@ def read_classes(root: Path, name: str) -> Classes:
             if files := picture_files(directory / of_class / deeper, root, []):
                 raise DataError(
                     f"{directory / of_class} has no pictures itself, but its folder {deeper} has {len(files):,}: "
-                    f"{EXPECTED}, and the pictures directly in them"
+                    f"{EXPECTED} with the pictures directly inside"
                 )
         classes.empty.append(f"{place}/{of_class}")
     return classes
 
 
 def is_class(root: Path, split_folder: str, name: str) -> bool:
-    """Whether a folder named like a split is a class ("Training Day"): another split has it, too."""
+    """Whether a folder named like a split ("Training Day") is a class, because another split has it, too."""
     others = (other for other in folder_names(root) if splits_in(other) and splits_in(other) != splits_in(split_folder))
     return any(
         tidy(name).casefold() == tidy(inner).casefold() for other in others for inner in folder_names(root / other)
@@ -105,7 +108,7 @@ def is_class(root: Path, split_folder: str, name: str) -> bool:
 
 
 def refuse_shared_files(root: Path, splits: dict[str, Classes]) -> None:
-    """Raises a DataError if by links both splits have the same file."""
+    """Raises a DataError if links put the same file into both splits."""
     found: dict[str, tuple[str, str]] = {}  # {where a file really is: its split and name}
     for split, classes in splits.items():
         for files in classes.pictures.values():
@@ -116,8 +119,8 @@ def refuse_shared_files(root: Path, splits: dict[str, Classes]) -> None:
                 of, name = found.setdefault(real, (split, stored.name))
                 if of != split:
                     raise DataError(
-                        f"{root} has one file in both splits: {printable(name)} is {printable(stored.name)}, so the "
-                        "test would be on train pictures: remove the link"
+                        f"{root} has one file in both splits: {printable(name)} is {printable(stored.name)}. Remove "
+                        "the link, or the test would use train pictures"
                     )
 
 
@@ -134,15 +137,15 @@ def explain_missing(root: Path, split: str, found: dict[str, Classes]) -> str:
 def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, dict[str, int]], list[str]]:
     """{split: {name of a class folder: number}} and the classes' names.
 
-    Names that differ in outer spaces, in capitals or in how their letters are composed are one class: macOS and
-    Windows write them so.
+    Names that differ only in outer spaces, capitals or Unicode composition are one class, since macOS and Windows
+    change names in these ways. Raises a DataError if one split has both spellings.
     """
-    folders = {split: {} for split in splits}  # {what all spellings share: name}
+    folders = {split: {} for split in splits}  # {normalized name: name}
     for split, classes in splits.items():
         for name in classes.pictures:
             other = folders[split].setdefault(tidy(name).casefold(), name)
             if other != name:
-                raise DataError(f"{root} has {other!r} and {name!r} in {split}, one class in two spellings: join them")
+                raise DataError(f"{root} has one class in two spellings in {split}, {other!r} and {name!r}: join them")
     class_names = sorted(map(tidy, (folders["test"] | folders["train"]).values()))
     number = {name.casefold(): label for label, name in enumerate(class_names)}
     return {s: {name: number[key] for key, name in of_split.items()} for s, of_split in folders.items()}, class_names
@@ -157,8 +160,8 @@ def leftover_notes(root: Path, splits: dict[str, Classes]) -> list[str]:
     if empty:
         notes.append(listing(empty, "folder without pictures is no class", "folders without pictures are no classes"))
     if hidden:
-        words = (f"{many} left out, hidden or named like what systems leave behind" for many in HIDDEN)
-        notes.append(f"{listing(hidden, *words)}; rename what is a class")
+        words = (f"{many} left out, as hidden or named like a system's folder" for many in HIDDEN)
+        notes.append(f"{listing(hidden, *words)}; rename those that are classes")
     if others:
         notes.append(not_pictures(root, others))
     if loose := sum(classes.loose for classes in splits.values()):

@@ -1,4 +1,4 @@
-"""The authors' own files: cars_train/, cars_test/ and the devkit, or car_ims/ and cars_annos.mat."""
+"""Reads the files as the authors published them: cars_train/, cars_test/ and devkit, or car_ims/ and cars_annos.mat."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BOX_FIELDS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
 
 class Annotation(NamedTuple):
-    """A line of the devkit; label counts from 0 and is None in a file without classes."""
+    """A row of an annotation file; label counts from 0, and is None if the file has no classes."""
 
     box: Box
     label: int | None
@@ -48,7 +48,11 @@ class Annotation(NamedTuple):
 
 
 def original(root: Path) -> PictureFolder | None:
-    """Reads the pictures that the devkit names, or returns None where no folder is for them."""
+    """Reads the pictures that the devkit lists, or returns None if there is no folder for them.
+
+    Raises:
+      DataError: a folder or file of the layout is missing or damaged.
+    """
     others: list[str] = []
     if (directory := root / "car_ims").is_dir():
         path = require(root, JOINT, "car_ims/")
@@ -87,13 +91,13 @@ def original(root: Path) -> PictureFolder | None:
 
 
 def is_flat(directory: Path) -> bool:
-    """Whether pictures lie directly in a folder and in no folder in it."""
+    """Whether pictures lie directly in a folder, and in none of its inner folders."""
     inside = (picture_files(directory / name, directory, []) for name in folder_names(directory))
     return bool(picture_files(directory, directory, [])) and not any(inside)
 
 
 def innermost(directory: Path) -> Path:
-    """The folder, or the one of the same split in it (cars_train/cars_train/)."""
+    """The folder, or its only inner folder of the same split (cars_train/cars_train/)."""
     inner = [name for name in folder_names(directory) if splits_in(name) == splits_in(directory.name)]
     return directory / inner[0] if len(inner) == 1 else directory
 
@@ -101,10 +105,10 @@ def innermost(directory: Path) -> Path:
 def boxes_of(
     root: Path, found: dict[str, dict[str, list[Stored]]]
 ) -> tuple[dict[str, dict[str, Box]] | None, str | None]:
-    """Boxes for a folder by class: {split: {file name: box}}, or None and the reason.
+    """Boxes for pictures sorted by class: {split: {file name: box}}, or None and the reason.
 
-    File names alone would also fit pictures that somebody numbered anew, so the classes must agree as well as far as
-    the devkit has them (letters and digits; class folders cannot keep the / of "Ram C/V").
+    File names alone would also fit renumbered pictures, so the classes must agree too, if the devkit has them. Only
+    letters and digits are compared: a class folder cannot have the / of "Ram C/V" in its name.
     """
     paths = {split: find_devkit_file(root, *ANNOTATIONS[split]) for split in SPLITS}
     if not any(paths.values()):
@@ -118,7 +122,7 @@ def boxes_of(
         annotations = read_annotations(paths[split], len(class_names))
         files = [(name, stored) for name, class_files in found[split].items() for stored in class_files]
         if unknown := [stored.name for _, stored in files if stored.base not in annotations]:
-            return None, f"{len(unknown):,} of {len(files):,} {split} pictures are not in it: {first_few(unknown)}"
+            return None, f"it lacks {len(unknown):,} of {len(files):,} {split} pictures: {first_few(unknown)}"
         for name, stored in files:
             label = annotations[stored.base].label
             if label is not None and letters(class_names[label]) != letters(name):
@@ -132,7 +136,7 @@ def letters(class_name: str) -> str:
 
 
 def find_devkit_file(root: Path, *names: str) -> Path | None:
-    """The first of the names that is at the top of the folder or in its devkit/."""
+    """The first of these names that exists at the top of the folder or in its devkit/, or None."""
     candidates = (root / folder / name for name in names for folder in DEVKIT_FOLDERS)
     return next((path for path in candidates if path.is_file()), None)
 
@@ -142,7 +146,7 @@ def require(root: Path, name: str, pictures: str = "cars_train/ or cars_test/") 
     if path is None:
         without_labels = name == ANNOTATIONS["test"][0] and find_devkit_file(root, *ANNOTATIONS["test"][1:])
         raise DataError(
-            f"{root} has {pictures} but no {name}, in it or in {root / 'devkit'}"
+            f"{root} has {pictures}, but there is no {name} in it or in {root / 'devkit'}"
             + (f" ({without_labels.name} is there, but has no classes)" if without_labels else "")
             + ": put the file there, or sort the pictures by class (train/<Class Name>/, test/<Class Name>/)"
         )
@@ -150,7 +154,7 @@ def require(root: Path, name: str, pictures: str = "cars_train/ or cars_test/") 
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names of cars_meta.mat or cars_annos.mat, in the order of their numbers."""
+    """The class names of cars_meta.mat or cars_annos.mat by number; raises a DataError for another file."""
     names = read_mat(path, "class_names").ravel().tolist()
     if not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path} has class_names that are not names: is this the devkit's file?")
@@ -158,7 +162,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> dict[str, Annotation]:
-    """Box, label and, where the file has it, split of every file name in an annotation file, in its order."""
+    """Reads {file name: annotation} from an annotation file, in its order; raises a DataError for another file."""
     rows = read_mat(path, "annotations")
     fields = rows.dtype.names or ()
     name_field = "relative_im_path" if "relative_im_path" in fields else "fname"
@@ -174,7 +178,7 @@ def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> di
             split = SPLITS[bool(row["test"])] if "test" in fields else None
         except (TypeError, ValueError, OverflowError) as error:  # an array, text, not a number, infinite
             raise DataError(
-                f"{path} has a box or class in its row {number:,} that is not in whole numbers ({error}): is this the "
+                f"{path} has a box or class in row {number:,} that is not in whole numbers ({error}): is this the "
                 "devkit's file?"
             ) from error
         name = str(row[name_field]).removeprefix("car_ims/")
@@ -182,18 +186,18 @@ def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> di
             raise DataError(f"{path} has {name} in class {label + 1}: {META} names 1 to {num_classes}")
         if name in annotations or Path(name).name != name:
             problem = "names a picture twice" if name in annotations else "does not name a file"
-            raise DataError(f"{path} {problem} in its row {number:,}, {name}: is this the devkit's file?")
+            raise DataError(f"{path} {problem} in row {number:,} ({name}): is this the devkit's file?")
         annotations[name] = Annotation(box, label, split)
     return annotations
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray:
-    """One variable of a MATLAB file as a one-dimensional array."""
-    from scipy.io import loadmat  # a fifth of a second that the other layouts need not wait for
+    """One variable of a MATLAB file as a one-dimensional array; raises a DataError if it cannot be read."""
+    from scipy.io import loadmat  # takes a fifth of a second, which only this layout needs
 
     try:
         content = loadmat(path, squeeze_me=True)
-    except Exception as error:  # scipy meets what is not a .mat file with many types of error
+    except Exception as error:  # scipy raises many types for other files
         raise DataError(
             f"{path} cannot be read as a MATLAB file ({str(error).rstrip('.')}): download it again"
         ) from error

@@ -1,4 +1,4 @@
-"""A folder whose layout was recognized, and pictures that are files of their own."""
+"""A folder whose layout was recognized, and pictures that are separate files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from experiments.data.layouts.names import is_leftover, listing
 from experiments.data.pictures import Box, Picture, printable
 
-Version = tuple[int, int, int]  # size, time of modification, time of the last change of any kind, which nobody can set
+Version = tuple[int, int, int]  # size, modification time, and status change time (ctime), which programs cannot set
 MISSING: Version = (-1, 0, 0)
 
 
@@ -25,9 +25,8 @@ class PictureFolder:
     counts: number of pictures of each split.
     boxes: whether every picture has a box.
     identity: JSON values that differ whenever the pictures, labels or boxes do.
-    notes: what a person should know about the folder.
-    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence where each can be read without those
-      before it.
+    notes: what the user should know about the folder.
+    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence if they can be read one by one.
     """
 
     layout: str
@@ -41,7 +40,7 @@ class PictureFolder:
 
 
 class Stored(NamedTuple):
-    """A picture file: its path below the root, and what differs when its content does, without opening it."""
+    """A picture file: its path below the root, and its version, which changes with the content."""
 
     name: str
     version: Version
@@ -56,7 +55,7 @@ Row = tuple[Stored, int, Box | None]  # a file with its label and box
 
 @dataclasses.dataclass(frozen=True)
 class Files(Sequence[Picture]):
-    """Pictures in files of their own; root: the folder that their names start from."""
+    """Pictures in separate files; their names are paths below `root`."""
 
     root: Path
     rows: list[Row]
@@ -72,7 +71,7 @@ class Files(Sequence[Picture]):
 def folder_of_files(
     layout: str, root: Path, class_names: Iterable[str], rows: dict[str, list[Row]], boxes: bool, notes: Iterable[str]
 ) -> PictureFolder:
-    """The folder whose splits are the files of these rows."""
+    """The PictureFolder whose splits consist of these rows."""
     files = {split: Files(root, of_split) for split, of_split in rows.items()}
     return PictureFolder(
         layout=layout,
@@ -87,7 +86,7 @@ def folder_of_files(
 
 
 def version_of(path: Path | os.DirEntry) -> Version:
-    """What differs when a file's content does; MISSING for a link to nowhere."""
+    """The version of a file, found without opening it; MISSING for a broken link."""
     try:
         status = path.stat()
     except OSError:
@@ -101,7 +100,7 @@ def identity(files: dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def picture_files(directory: Path, root: Path, others: list[str]) -> list[Stored]:
-    """The files of a folder whose suffix Pillow knows, sorted by name; other entries' names are added to `others`."""
+    """The files of a folder whose suffix Pillow knows, sorted by name; adds the names of other entries to `others`."""
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     prefix = f"{directory.relative_to(root).as_posix()}/" if directory != root else ""
     files = []
@@ -117,7 +116,7 @@ def picture_files(directory: Path, root: Path, others: list[str]) -> list[Stored
 
 
 def not_pictures(root: Path, others: Iterable[str]) -> str:
-    """A note on what else lies among the pictures."""
+    """A note on entries that are not pictures."""
     words = f"entry of {root} is not a picture", f"entries of {root} are not pictures"
     return f"{listing(sorted(others), *words)}; left out"
 

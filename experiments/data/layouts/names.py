@@ -1,4 +1,4 @@
-"""What the names of folders and files say: the split that they belong to, and what programs have left behind."""
+"""Reads split names from the names of folders and files, recognizes leftovers of programs, and words messages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from experiments.data.dataset import DataError
 from experiments.data.pictures import printable
 
 WORD = re.compile(r"t10k|[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-SPLIT_WORDS = {  # those by which Hugging Face knows splits, and MNIST's
+SPLIT_WORDS = {  # the words by which Hugging Face recognizes splits, and MNIST's t10k
     "train": {"train", "training"},
     "test": {"test", "testing", "eval", "evaluation", "t10k"},
     "validation": {"val", "valid", "validation", "dev"},
 }
-LEFTOVERS = {  # of archives, desktops, servers and file systems, in small letters
+LEFTOVERS = {  # names that archivers, desktops, servers and file systems leave, in lower case
     *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "temporary items", "network trash folder"),
     *("@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information"),
     *("lost+found", "__pycache__"),
@@ -25,37 +25,37 @@ LEFTOVERS = {  # of archives, desktops, servers and file systems, in small lette
 
 
 def words(name: str) -> set[str]:
-    """The words of a name in small letters: "latestTrain-00000" has "latest" and "train"."""
+    """The words of a name in lower case: "latestTrain-00000" has "latest" and "train"."""
     return {word.lower() for word in WORD.findall(name)}
 
 
 def splits_in(name: str) -> list[str]:
-    """The splits that a name claims by one of its words, also if "set", "data" or "dataset" is written with it."""
+    """The splits that the words of a name refer to, also with "set", "data" or "dataset" appended ("trainset")."""
     claims = {word.removesuffix("set").removesuffix("data") for word in words(name)}
     return [split for split, of_split in SPLIT_WORDS.items() if claims & of_split]
 
 
 def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Sorts names by the split that they claim, with notes on what a person may not expect.
+    """Sorts names by the split that they refer to, and notes what the user may not expect.
 
-    Validation pictures stand in where there are none for the test, and are left out otherwise. This is the one rule
-    for folders, files, and the splits of TFDS.
+    Validation pictures are used for the test if there are no test pictures; otherwise they are left out. The same rule
+    holds for folders, files, and the splits of TFDS.
 
     Args:
-      names: below `place`; those that claim no split are left out.
-      place: what messages call the folder.
+      names: names below `place`; names without a split are left out.
+      place: the folder, for messages.
 
     Returns:
       {"train": names, "test": names}, either of which may be empty, and the notes.
 
     Raises:
-      DataError: two splits claim a name.
+      DataError: a name refers to two splits.
     """
     found: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
     for name in names:
         claims = splits_in(name)
         if len(claims) > 1:
-            raise DataError(f"{place}: the name {printable(name)} says {' and '.join(claims)}: rename it")
+            raise DataError(f"{place}: rename {printable(name)}, which may mean {' or '.join(claims)}")
         for split in claims:
             found[split].append(name)
     validation = found.pop("validation")
@@ -68,16 +68,16 @@ def choose_splits(names: Iterable[str], place: Path) -> tuple[dict[str, list[str
 
 
 def folder_of_each(root: Path, chosen: dict[str, list[str]], explain_missing: Callable[[str], str]) -> dict[str, str]:
-    """Of the names that `choose_splits` found the one of each split.
+    """{split: its only folder}, from the names that `choose_splits` found.
 
     Raises:
-      DataError: there is none, with the words of `explain_missing`, or more than one, or both are one folder.
+      DataError: a split has no folder (the message is explain_missing(split)) or several, or both have the same one.
     """
     for split, names in chosen.items():
         if not names:
             raise DataError(explain_missing(split))
         if len(names) > 1:
-            raise DataError(f"{root} has several folders of {split}, {first_few(names)}: leave one of them there")
+            raise DataError(f"{root} has several folders for {split} ({first_few(names)}): keep only one")
     train, test = chosen["train"][0], chosen["test"][0]
     if (root / train).samefile(root / test):
         raise DataError(f"{root} has one folder for both splits: {train} is {test}")
@@ -90,18 +90,18 @@ def is_leftover(name: str) -> bool:
 
 
 def folder_names(directory: Path, leftovers: bool = False) -> list[str]:
-    """Sorted names of the folders in a folder, without leftovers or only these."""
+    """Sorted names of the folders in a folder, without leftovers, or only leftovers."""
     with os.scandir(directory) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and is_leftover(entry.name) == leftovers)
 
 
 def tidy(name: str) -> str:
-    """A class's name without what nobody sees: outer spaces, and letters that are composed in another way."""
+    """A class's name without invisible differences: no outer spaces, letters composed (Unicode NFC)."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 def counted(number: int, one: str, many: str) -> str:
-    """The number with what there is of it: counted(1, "picture lies", "pictures lie")."""
+    """A number with singular or plural words: counted(1, "picture lies", "pictures lie") is "1 picture lies"."""
     return f"{number:,} {one if number == 1 else many}"
 
 
@@ -117,6 +117,6 @@ def listing(names: Iterable[str], one: str, many: str, limit: int = 10) -> str:
 
 
 def missing_package(what: str, error: ImportError, *packages: str) -> str:
-    """A message: what needs it, and the command that installs it."""
+    """The message for a missing package: what needs it, and the command that installs it."""
     wanted = " ".join(f'"{package}"' for package in packages)
     return f"{what} needs a package that is missing ({error}): pip install {wanted}"

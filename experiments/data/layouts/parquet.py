@@ -1,4 +1,4 @@
-"""Hugging Face's parquet files, with the columns image and label."""
+"""Reads Hugging Face's parquet files, with the columns image and label."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from experiments.data.pictures import Picture, printable
 
 PLACES = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
 NUMBERED = re.compile(r"(.*?)[-_.]?(\d+)(?:-of-(\d{5}).*)?\.parquet")  # train_0.parquet, train-00000-of-00002.parquet
-COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # what browsers and desktops call a second one
+COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # names of second downloads and copies
 
 
 def parquet(root: Path) -> PictureFolder | None:
-    """Reads the files, or returns None where no file's name, with its folder's, claims a split.
+    """Reads the files, or returns None if the names of files and their folders refer to no split.
 
-    Class names are those of the files' metadata, else of the README.md beside them, else the numbers themselves.
+    Class names come from the files' metadata, else from the README.md beside them, else they are the numbers.
+
+    Raises:
+      DataError: a file is missing, damaged, or of another data set, or pyarrow is not installed.
     """
     files, notes = find_files(root)
     if not any(files.values()):
@@ -77,7 +80,7 @@ def parquet(root: Path) -> PictureFolder | None:
 
 def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
     """The parquet files of each split, sorted, and notes."""
-    paths = (path for place in PLACES for path in root.glob(place) if path.is_file())  # opening a pipe would wait
+    paths = (path for place in PLACES for path in root.glob(place) if path.is_file())  # opening a pipe blocks
     names = []
     for name in sorted(path.relative_to(root).as_posix() for path in paths):
         *folders, file = name.split("/")
@@ -90,28 +93,28 @@ def find_files(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def refuse_several_sets(root: Path, split: str, names: list[str]) -> None:
-    """Raises a DataError where a split's files are not one file, all the numbered ones of one name, or a folder's."""
+    """Raises a DataError unless a split is one file, one complete numbered series, or the files of its own folder."""
     parts = [NUMBERED.fullmatch(name) for name in names]
-    kinds = {part and part.group(1, 3) for part in parts}  # folder and name, and how many there are said to be
+    kinds = {part and part.group(1, 3) for part in parts}  # folder and name, and the declared number of files
     totals = {part[3] for part in parts if part and part[3]}
     folders = {name.rpartition("/")[0] for name in names}
     in_own_folder = len(folders) == 1 and splits_in(min(folders).rpartition("/")[2]) and not totals
     add_up = not any(map(COPY.search, names)) if in_own_folder else len(kinds) == 1 and None not in kinds
     if len(names) > 1 and not add_up:
-        raise DataError(f"{root} has more than one set of parquet files of {split}, {first_few(names)}: leave one")
+        raise DataError(f"{root} has several sets of parquet files for {split} ({first_few(names)}): keep only one")
     if in_own_folder:
         return
     numbers = collections.Counter(int(part[2]) for part in parts if part)
     if twice := [number for number, times in numbers.items() if times > 1]:
-        raise DataError(f"{root} has number {twice[0]} of the parquet files of {split} twice: remove one")
+        raise DataError(f"{root} has number {twice[0]} of the parquet files for {split} twice: remove one")
     total = int(max(totals, default=0))
     if missing := sorted(set(range(total)) - set(numbers)):
-        found = f"{len(numbers)} of {total} parquet files of {split}"
+        found = f"{len(numbers)} of {total} parquet files for {split}"
         raise DataError(f"{root} has {found}: number {missing[0]} is missing, download it")
 
 
 def check_file(path: Path) -> tuple[int, int, tuple[str, ...]]:
-    """Number of rows, highest label and class names (or none) of a file."""
+    """Number of rows, highest label and class names (maybe none) of a file; raises a DataError for other files."""
     import pyarrow.compute
     import pyarrow.parquet
 
@@ -139,7 +142,7 @@ def check_file(path: Path) -> tuple[int, int, tuple[str, ...]]:
 
 
 def names_in_metadata(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
-    """Class names from what the `datasets` library wrote into a parquet file's schema, or ()."""
+    """Class names from the metadata that the `datasets` library writes into a parquet file's schema, or ()."""
     try:
         return tuple(json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, TypeError, ValueError):

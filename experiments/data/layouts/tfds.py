@@ -1,4 +1,4 @@
-"""A data set that TFDS prepared, in either of its file formats, read without TensorFlow."""
+"""Reads a data set that TFDS prepared as tfrecord or array_record files, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ PACKAGES = "tensorflow-datasets", "array-record"
 
 
 def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder | None:
-    """Reads a folder that TFDS prepared (cars196/2.1.0/), or returns None where there is no dataset_info.json.
+    """Reads a folder that TFDS prepared (cars196/2.1.0/), or returns None if there is no dataset_info.json.
 
     Args:
       root: the folder.
-      name: of the data set that must be in it.
-      boxes: whether its pictures have boxes.
+      name: the data set that the folder must hold.
+      boxes: whether the pictures have boxes.
+
+    Raises:
+      DataError: the folder holds another data set, a file is missing or damaged, or a package is not installed.
     """
     if not (root / "dataset_info.json").is_file():
         return None
@@ -65,7 +68,7 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
 
 
 def open_builder(root: Path) -> Any:
-    """TFDS's description of the folder."""
+    """TFDS's builder of the folder; raises a DataError if TFDS is missing or cannot read the folder."""
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -112,7 +115,7 @@ class Records:
             raise self.damaged(number + 1, error) from error
         if number + 1 != split.num_examples:
             raise DataError(
-                f"{self.root} holds {number + 1:,} {self.split} pictures, its dataset_info.json says "
+                f"{self.root} holds {number + 1:,} {self.split} pictures, but its dataset_info.json says "
                 f"{split.num_examples:,}: {AGAIN}"
             )
 
@@ -127,7 +130,7 @@ class Records:
         return Picture(name, label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
 
     def damaged(self, count: int, error: Exception) -> DataError:
-        reason = (str(error) or type(error).__name__).partition(": b'")[0]  # grain shows the bytes
+        reason = (str(error) or type(error).__name__).partition(": b'")[0]  # grain appends the bytes
         return DataError(f"{self.root} is damaged after {count:,} {self.split} pictures ({reason}): {AGAIN}")
 
     @property
@@ -138,7 +141,7 @@ class Records:
 
 
 class ArrayRecords(Records, Sequence[Picture]):
-    """The same of array_record files, each picture read when it is asked for, by several threads at once if need be."""
+    """The pictures of a split in array_record files, read one by one; several threads may read at once."""
 
     __iter__ = Sequence.__iter__
 

@@ -75,7 +75,7 @@ def flip(path):
 
 
 DAMAGE = {  # what happens to an entry, what is said of it
-    "an array cut short": (lambda entry: os.truncate(entry / "images.npy", 140), "has 140 bytes, written were 158"),
+    "an array cut short": (lambda entry: os.truncate(entry / "images.npy", 140), "has 140 bytes, but 158 were"),
     "an empty array": (lambda entry: os.truncate(entry / "images.npy", 0), "has 0 bytes"),
     "a pixel changed": (lambda entry: flip(entry / "images.npy"), "images.npy is not what was written"),
     "a label changed": (lambda entry: flip(entry / "labels.npy"), "labels.npy is not what was written"),
@@ -96,7 +96,7 @@ def test_a_damaged_entry_is_made_again_and_said_so(tmp_path, damage, told):
     check(entry)
     assert make.calls == 2
     assert len(entry.notes) == 1
-    assert re.search(f"is made again, it is damaged: .*{told}", entry.notes[0])
+    assert re.search(rf"is made again \(it is damaged: .*{told}", entry.notes[0])
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
     assert load(tmp_path, make).notes == ()
 
@@ -127,7 +127,7 @@ def test_an_undamaged_entry_may_be_refused(tmp_path):
     entry = load(tmp_path, make, refuse=lambda facts: f"{facts['skipped'][0][0]} is back")
     check(entry)
     assert make.calls == 2
-    assert "made again, b.jpg is back" in entry.notes[0]
+    assert "made again (b.jpg is back" in entry.notes[0]
 
 
 def test_what_the_maker_raises_leaves_nothing(tmp_path):
@@ -147,7 +147,7 @@ def test_an_unwritable_folder_falls_back_to_memory(tmp_path):
     entry = load(tmp_path / "file" / "cache", make)
     check(entry, in_cache=False)
     assert make.calls == 1
-    assert "decoded anew" in entry.notes[0]
+    assert "decodes the pictures again" in entry.notes[0]
     assert "Not a directory" in entry.notes[0]
 
 
@@ -156,7 +156,7 @@ def test_too_little_space_is_seen_beforehand(tmp_path):
     entry = cache.load_or_make(tmp_path, "cars", KEY, 10**18, make)
     check(entry, in_cache=False)
     assert make.calls == 1
-    assert "MB free, needed are 1,000,000,000,000 MB" in entry.notes[0]
+    assert "MB free, but 1,000,000,000,000 MB are needed" in entry.notes[0]
     assert list(tmp_path.iterdir()) == []
 
 

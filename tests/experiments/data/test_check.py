@@ -93,7 +93,7 @@ def test_copies():
         "1 of 6 test pictures equal train pictures of another class: test picture 1 (sedan) = train picture 4 (coupe); "
         "one of the labels is wrong: correct or remove both",
         "2 of 6 test pictures are train pictures, too: test picture 0 (coupe) = train picture 0 (coupe), "
-        "test picture 2 (coupe) = train picture 4 (coupe); no test of what was learnt: remove one of them",
+        "test picture 2 (coupe) = train picture 4 (coupe); the result would be too good: remove one of them",
         "1 of 6 test pictures equal test pictures of another class: test picture 2 (coupe) = test picture 1 (sedan); "
         "one of the labels is wrong: correct or remove both",
         "1 of 6 test pictures repeat another test picture: test picture 5 (sedan) = test picture 4 (sedan); each "

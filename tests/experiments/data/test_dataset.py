@@ -109,11 +109,11 @@ def test_what_is_held_out_is_not_trained_on():
 @pytest.mark.parametrize(
     ("take", "message"),
     [
-        (lambda whole: balanced_subset(whole.train, 0, seed=0), "cannot draw 0 examples of 12: ask for 1 to 12"),
-        (lambda whole: balanced_subset(whole.train, -1, seed=0), "cannot draw -1 examples"),
-        (lambda whole: limit_test(whole, 13), "cannot draw 13 examples of 12"),
-        (lambda whole: draw_classes(whole, 0), "cannot draw 0 of 2 classes"),
-        (lambda whole: draw_classes(whole, 3), "cannot draw 3 of 2 classes"),
+        (lambda whole: balanced_subset(whole.train, 0, seed=0), "cannot take 0 of 12 examples: ask for 1 to 12"),
+        (lambda whole: balanced_subset(whole.train, -1, seed=0), "cannot take -1 of 12 examples"),
+        (lambda whole: limit_test(whole, 13), "cannot take 13 of 12 examples"),
+        (lambda whole: draw_classes(whole, 0), "cannot take 0 of 2 classes"),
+        (lambda whole: draw_classes(whole, 3), "cannot take 3 of 2 classes"),
         (lambda whole: hold_out(whole, 0.9), "cannot hold out 90% of class 0: it has 2 training pictures"),
     ],
 )

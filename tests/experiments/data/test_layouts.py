@@ -92,7 +92,7 @@ def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
     assert json.loads(json.dumps(dataset.source)) == dataset.source
     printed = capsys.readouterr().err
     assert f"4 train and 3 test pictures of 3 classes in {dataset.source['directory']}, layout {layout}" in printed
-    assert "the whole of Stanford Cars is 8,144 and 8,041 of 196" in printed
+    assert "the whole of Stanford Cars has 8,144 and 8,041 pictures of 196 classes" in printed
 
 
 # The finder.
@@ -149,7 +149,7 @@ AUDI, RAM, SMART = map(folder_name, range(3))
 LEFT = ".ipynb_checkpoints", "__MACOSX", "@eaDir", ".Trash-0", "$RECYCLE.BIN", "System Volume Information", "lost+found"
 PARTS = {split: [f"{split}-0000{part}-of-00002.parquet" for part in (0, 1)] for split in LABELS}
 TFDS_TRAIN, TFDS_TEST = (f"cars196-{split}.tfrecord-00000-of-00001" for split in LABELS)
-NO_LAYOUT = "in no layout that this program knows: "
+NO_LAYOUT = "is in no known layout; "
 
 
 def split_of_tfds(number, **facts):
@@ -274,7 +274,7 @@ REFUSED = {
     ),
     "by class: a class twice": (
         make_by_class, a_picture(f"train/{AUDI.lower()} /7.png"),
-        "in train, one class in two spellings: join them",
+        f"one class in two spellings in train, '{AUDI}' and '{AUDI.lower()} ': join them",
     ),
     "by class: a devkit that is none": (
         lambda root: (make_by_class(root), make_devkit(root), (root / "cars_train_annos.mat").write_bytes(b"404")),
@@ -289,7 +289,7 @@ REFUSED = {
         make_original, moved("devkit/cars_test_annos_withlabels.mat", "devkit/cars_test_annos.mat"),
         r"no cars_test_annos_withlabels.mat.*\(cars_test_annos.mat is there, but has no classes\)",
     ),
-    "car_ims: no annotations": (make_joint, removed("cars_annos.mat"), "has car_ims/ but no cars_annos.mat"),
+    "car_ims: no annotations": (make_joint, removed("cars_annos.mat"), "has car_ims/, but there is no cars_annos.mat"),
     "car_ims: a picture twice": (in_folder(make_joint, relative_im_path="car_ims/000002.png"), "names a picture twice"),
     "TFDS: another data set": (in_folder(make_tfds, name="flowers"), "'flowers'.*expected 'cars196'"),
     "TFDS: an old one": (make_tfds, removed("features.json"), "no features.json: an old TFDS prepared it"),
@@ -307,26 +307,26 @@ REFUSED = {
     ),
     "TFDS: fewer records than promised": (
         make_tfds, split_of_tfds(0, shardLengths=["5"]),
-        "holds 4 train pictures, its dataset_info.json says 5",
+        "holds 4 train pictures, but its dataset_info.json says 5",
     ),
     "parquet: no test": (make_parquet, removed(*PARTS["test"]), "none of the split 'test'"),
-    "parquet: a missing file": (make_parquet, removed(PARTS["test"][0]), "1 of 2 .* of test: number 0 is"),
+    "parquet: a missing file": (make_parquet, removed(PARTS["test"][0]), "1 of 2 .* for test: number 0 is"),
     "parquet: a file twice": (
         make_parquet, a_file(PARTS["test"][0].replace(".parquet", " (1).parquet")),
-        "has number 0 of the parquet files of test twice",
+        "has number 0 of the parquet files for test twice",
     ),
-    "parquet: two sets": (make_parquet, a_file("test.parquet"), "more than one set of parquet files of test"),
+    "parquet: two sets": (make_parquet, a_file("test.parquet"), "several sets of parquet files for test"),
     "parquet: a second download": (
         in_folder(make_parquet, pattern="{split}.parquet"), a_file("train (1).parquet"),
-        r"more than one set of parquet files of train, train \(1\).parquet, train.parquet: leave one",
+        r"several sets of parquet files for train \(train \(1\).parquet, train.parquet\): keep only one",
     ),
     "parquet: a second download in the split's folder": (
         in_folder(make_parquet, pattern="{split}/{part}.parquet"), a_file("train/1 (1).parquet"),
-        r"more than one set .* of train, train/0.parquet, train/1 \(1\).parquet, train/1.parquet",
+        r"several sets .* for train \(train/0.parquet, train/1 \(1\).parquet, train/1.parquet",
     ),
     "parquet: a smaller set": (
         in_folder(make_parquet, pattern="{split}.parquet"), a_file("train_small.parquet"),
-        "more than one set of parquet files of train, train.parquet, train_small.parquet: leave one",
+        r"several sets of parquet files for train \(train.parquet, train_small.parquet\): keep only one",
     ),
     "parquet: no split in the names": (lambda root: a_file("cars.parquet")(root), "its name must say train or test"),
     "parquet: other columns": (parquet_with({"picture": 1}), r"no column 'image' but \['picture'\]"),
@@ -340,7 +340,7 @@ REFUSED = {
     ),
     "no layout: classes first": (
         a_picture("Audi/train/1.png", "Audi/test/2.png", "BMW/train/3.png"),
-        f"{NO_LAYOUT}Audi, BMW hold train and test each: expected the classes in these, train/Audi/",
+        f"{NO_LAYOUT}Audi, BMW hold train and test each: expected train/Audi/ and test/Audi/",
     ),
     "no layout: an archive": (a_file("archive.zip"), f"{NO_LAYOUT}it holds archive.zip: unpack it"),
     "no layout: no suffixes": (a_file("train/Audi/1", "test/Audi/1"), f"{NO_LAYOUT}test, train hold no class folders"),
@@ -408,7 +408,7 @@ def numbered_anew(root):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (a_picture(f"test/{AUDI}/09999.png"), f"1 of 4 test pictures are not in it: test/{AUDI}/09999.png"),
+        (a_picture(f"test/{AUDI}/09999.png"), f"it lacks 1 of 4 test pictures: test/{AUDI}/09999.png"),
         (numbered_anew, "00002.png in class 'smart fortwo Convertible 2012'"),
         (
             removed("devkit/cars_test_annos_withlabels.mat"),

@@ -156,10 +156,10 @@ def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, 
     }
     assert tuple(found.values()) == expected
     assert list(dataset.source["white"].values()) == [white]
-    (note,) = [note for note in dataset.source["notes"] if "for white" in note]
+    (note,) = [note for note in dataset.source["notes"] if "as white" in note]
     assert note.startswith("2 pictures hold ")
-    clipped = ", and what exceeds it, too" if values[1] > white else ""
-    assert note.endswith(f"of up to {values[1]:,}: {white:,} is taken for white{clipped}")
+    clipped = " and above" if values[1] > white else ""
+    assert note.endswith(f" up to {values[1]:,}: {white:,}{clipped} is taken as white")
 
 
 def test_pictures_that_are_to_be_turned_are_told(tmp_path):
@@ -168,7 +168,7 @@ def test_pictures_that_are_to_be_turned_are_told(tmp_path):
     Image.new("RGB", (9, 9)).save(root / "test" / folder_name(1) / "9.jpg", exif=exif)
     notes = load(root, tmp_path).source["notes"]
     name = f"test/{folder_name(1)}/9.jpg"
-    assert f"1 picture is to be turned, says the EXIF; used as stored: {name}" in notes
+    assert f"1 picture needs turning, says EXIF; used as stored: {name}" in notes
 
 
 def test_all_bad_pictures_are_counted_and_ten_named(tmp_path):
@@ -298,7 +298,7 @@ def test_no_place_for_the_cache_is_a_warning(tmp_path, capsys, decode):
     dataset = load(make_by_class(tmp_path / "found"), tmp_path, decode=decode)
     assert dataset.train.images[:].shape == (4, 20, 20, 3)
     assert dataset.source["cache"] is None
-    assert "warning: no cache, so the pictures are decoded anew at the next start" in capsys.readouterr().err
+    assert "warning: nothing is cached, so the next start decodes the pictures again" in capsys.readouterr().err
 
 
 # Titles and arguments

@@ -297,5 +297,5 @@ def test_bad_pictures_are_refused_or_skipped_as_with_the_cache(tmp_path):
 @pytest.mark.parametrize("make", [make_tfds, make_parquet])
 def test_layouts_that_are_read_from_front_to_back_are_refused(tmp_path, make):
     make(tmp_path / "found")
-    with pytest.raises(DataError, match=r"cannot be read one by one: have them decoded into the cache.*array_record"):
+    with pytest.raises(DataError, match=r"cannot be read one by one: pass --decode cache.*array_record"):
         load(tmp_path / "found", "lazy")

@@ -349,12 +349,12 @@ def test_frameworks_that_are_not_installed_are_named(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", "2"], "8 values per channel to the last stage: .* take --batch-size 8"),
+        (["--batch-size", "2"], "8 values per channel to the last stage, .* take --batch-size 8"),
         (["--in-channels", "0"], "--in-channels and --steps must be at least 1"),
         (["--steps", "0"], "--in-channels and --steps must be at least 1"),
-        (["--image-size", "31"], "--image-size is a side or HEIGHTxWIDTH"),
+        (["--image-size", "31"], "--image-size takes one side or HEIGHTxWIDTH"),
         (["--html", "/no/such/folder/page.html"], "there is no folder /no/such/folder"),
-        (["--frameworks"], "must name something"),
+        (["--frameworks"], "must not be empty"),
         (["--frameworks", "torchvision"], "torchvision has no part in trajectories"),
         (
             ["--no-batch-norm", "--frameworks", "torchvision", "--sections", "layers"],

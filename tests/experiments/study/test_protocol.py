@@ -47,7 +47,7 @@ def test_every_protocol_can_be_read_and_its_published_runs_are_its_own(path):
         ('opt = "adam"', 'option = "adam"', "experiments.cars has no setting 'option'"),
         ('opt = "adam"', "seed = 3", "seed is set by the study itself"),
         ("low = 1e-4, high = 1e-1, log = true", "low = 1e-4", "search.learning_rate must be"),
-        ("momentum = [0.8, 0.9]", "momentum = [0.8, 1.9]", "--momentum must be within 0 and 1"),
+        ("momentum = [0.8, 0.9]", "momentum = [0.8, 1.9]", "--momentum must be between 0 and 1"),
         ("seeds = [4, 5]", "seeds = 2", "final: seeds must be a list, each a whole number, got 2"),
         ("seeds = [4, 5]", "seeds = []", "final: seeds must be one or more numbers from 0"),
         ("seeds = [4, 5]", "seeds = [4, 5]\nlater_seeds = [5]", "final.later_seeds has 5, which final.seeds has too"),
