@@ -347,7 +347,7 @@ MISTAKES = {  # arguments, what the one line on stderr says; more are in bad_inp
     "exported already": ("--weights a.stablehlo --export b.stablehlo", "--export is for weight files"),
     "exported for JAX": ("picture --weights a.stablehlo --framework numpy", "--framework is for weight"),
     "nothing exported": ("picture --weights a.stablehlo", "no file a.stablehlo"),
-    "version": ("picture --weights good.npz --version V2", "--version is of torchvision's weights"),
+    "version": ("picture --weights good.npz --version V2", "--version is only for --weights torchvision"),
     "no V2": (
         "picture --weights torchvision --arch resnet18 --version V2",
         "has no V2 weights of resnet18: it has IMAGE",

@@ -95,9 +95,9 @@ BROKEN = {  # more are in bad_inputs.py
     "a bare magic number": (replaced(TRAIN_LABELS, b"\0\0\x08\1"), "holds 0 bytes of values"),
     "a cut header": (
         replaced(TRAIN_IMAGES, lambda content: content[:15]),
-        "holds 0 bytes of values: its header says 20x28x",
+        "holds 0 bytes of values, but its header says 20x28x",
     ),
-    "a byte too many": (replaced(TEST_LABELS, lambda content: content + b"\0"), "holds 11 bytes of values.* = 10,"),
+    "a byte too many": (replaced(TEST_LABELS, lambda content: content + b"\0"), "holds 11 bytes of values.* = 10:"),
     "damaged gzip": (replaced(TRAIN_IMAGES, damaged_gzip), f"{TRAIN_IMAGES} is truncated or damaged"),
     "no pictures": (replaced(TEST_IMAGES, idx_bytes(np.zeros((0, 28, 28)))), f"{TEST_IMAGES} has no pictures"),
 }
