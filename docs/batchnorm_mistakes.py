@@ -71,8 +71,8 @@ def eps_outside_root(x: Array, weight: Array, bias: Array, **others: Any) -> tup
 
 MISTAKES: dict[str, tuple[Callable, float]] = {  # its BatchNorm, and what the block's input is multiplied by
     "unbiased variance normalizes": (unbiased_normalization, 1),
-    "biased variance in the running one": (biased_running_variance, 1),
-    "momentum 0.9 for 0.1": (functools.partial(right, momentum=0.9), 1),
+    "running variance from the biased variance": (biased_running_variance, 1),
+    "momentum 0.9 instead of 0.1": (functools.partial(right, momentum=0.9), 1),
     "mean and variance as constants": (functools.partial(constants, mean_too=True), 1),
     "variance as a constant": (functools.partial(constants, mean_too=False), 1),
     "eps outside the root": (eps_outside_root, 1),

@@ -201,12 +201,12 @@ def for_classify(*names_and_data: tuple[str, bytes]) -> Change:
     return changed(npz(), *(file(name, data) for name, data in names_and_data))
 
 
-def noisy_digits(seed: int) -> Change:
+def noisy_digits(seed: int, train: int = 20, test: int = 5) -> Change:
     """digits/ with MNIST's four files, none of its pictures like another."""
 
     def made(folder: Path) -> None:
-        write_mnist(folder / "digits", test=5)
-        for split, count in (("train", 20), ("test", 5)):
+        write_mnist(folder / "digits", train=train, test=test)
+        for split, count in (("train", train), ("test", test)):
             (folder / "digits" / MNIST_FILES[split][0]).write_bytes(idx_bytes(noise(count, 28, 28, seed=[seed, count])))
 
     return made

@@ -136,7 +136,7 @@ def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_pa
     assert capsys.readouterr().out.splitlines()[1:-1] == [
         "  found in 'resnet'",
         "  Hugging Face's names: converted to torchvision's",
-        "  its dense layer is called 'classifier.1' there",
+        "  the source calls the dense layer 'classifier.1'",
     ]
     assert torch.load(tmp_path / "out.pth", weights_only=True).keys() == state_dict.keys()
     torch.save(without("fc", state_dict), tmp_path / "in.bin")

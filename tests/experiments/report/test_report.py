@@ -295,7 +295,7 @@ def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
     (copied / "map" / "bench" / "memory.json").write_text(json.dumps(memory))
     (copied / "map" / "notes.md").write_text("cars96: no GPU was at hand.\n")
     page = report_on(copied / "map", tmp_path / "out")
-    for text in ("| training step | 0.89, 0.90 | 1.00, 1.00 |", "On two cores.", "no GPU was at hand"):
+    for text in ("| training step | 0.89, 0.90 | 1.00, 1.00 |", "two cores:", "no GPU was at hand"):
         assert text in page
 
 

@@ -47,7 +47,7 @@ def finish(process, code=0, timeout=900):
 
 @pytest.fixture
 def digits(tmp_path):
-    noisy_digits(tmp_path, seed=0, train=48, test=10)
+    noisy_digits(seed=0, train=48, test=10)(tmp_path)
     return tmp_path / "digits"
 
 
