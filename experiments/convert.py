@@ -130,7 +130,10 @@ def write_checked(
     """
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name
-        weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
+        try:
+            weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(aside), str(target))) from error
         back = weights.read_arrays(aside)
         added = [name for name in back if name not in arrays]
         wrong = [name for name in added if name.rpartition(".")[2] != COUNT]

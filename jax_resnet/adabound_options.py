@@ -32,6 +32,8 @@ def final_to_base(
         if final_lr is not None or base_lr is not None:
             raise ValueError("final_lr_ratio is final_lr / base_lr: pass it instead of both, not with one of them")
         return final_lr_ratio
+    if final_lr is not None:
+        check_range(">= 0", lambda x: x >= 0, final_lr=final_lr)
     rate: Any = learning_rate if base_lr is None else base_lr
     if callable(rate):
         with jax.ensure_compile_time_eval():  # a number even if the optimizer is made inside jit
@@ -40,7 +42,7 @@ def final_to_base(
     is_number = isinstance(rate, int | float)
     if (is_number and not rate > 0) or (base_lr is None and not is_number):
         raise ValueError(
-            f"base_lr must be a number > 0, {'the learning rate starts as' if base_lr is None else 'got'} {rate!r}: "
+            f"base_lr must be a number > 0, {'but learning_rate starts as' if base_lr is None else 'got'} {rate!r}: "
             "pass base_lr, the learning rate that final_lr belongs to (the peak of a warm-up, the first value of an "
             "injected learning rate), for example base_lr=1e-3, or instead of final_lr pass final_lr_ratio, "
             "final_lr / base_lr, for example final_lr_ratio=100.0"

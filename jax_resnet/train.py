@@ -127,7 +127,10 @@ def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
     names = [parameter.name for parameter in known if parameter.name != "train"]
     unknown = [name for name in options if name not in names]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        raise TypeError(f"unknown option {unknown[0]!r}: apply takes {', '.join(names) or 'no options'}")
+        raise TypeError(
+            f"unknown option {unknown[0]!r}: it is none of this function's keywords, and apply takes "
+            f"{', '.join(names) or 'no options'}"
+        )
 
 
 def _make_gradients(

@@ -233,7 +233,11 @@ def without(part, state_dict):
 BROKEN = {  # what becomes of the state_dict, the arguments behind the file, and the error; more are in bad_inputs.py
     "told otherwise": (lambda d: d, "out.npz --arch resnet34", "in.pth holds the weights of a resnet18 with 5 classes"),
     "Keras' names elsewhere": (lambda d: d, "out.npz --names keras", "files with Keras' names, and only these, end in"),
-    "no network of Keras'": (lambda d: d, "out.h5", "Keras has ResNet50, ResNet101 and ResNet152, whose blocks are"),
+    "no network of Keras'": (
+        lambda d: d,
+        "out.h5",
+        "out.h5: Keras has ResNet50, ResNet101 and ResNet152, whose blocks are",
+    ),
     "bfloat16 to npz": (lambda d: in_type(torch.bfloat16, d), "out.npz", ".npz files cannot hold bfloat16"),
 }
 

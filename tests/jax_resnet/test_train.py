@@ -112,7 +112,7 @@ def test_steps_take_any_network_of_that_form():
 @pytest.mark.parametrize("make", [functools.partial(make_train_step, optimizer=optax.sgd(0.1)), make_eval_step])
 @pytest.mark.parametrize("option", ["lable_smoothing", "train", "images"])
 def test_an_unknown_keyword_is_refused_at_once(make, option):
-    with pytest.raises(TypeError, match=f"unknown option '{option}': apply takes dtype, remat"):
+    with pytest.raises(TypeError, match=f"unknown option '{option}': .* apply takes dtype, remat"):
         make(CONFIG, **{option: 0.1})
 
 
