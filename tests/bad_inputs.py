@@ -116,9 +116,9 @@ COMMAND_LINE = [
          file("notes.txt", b"of mine")),
     Case("an earlier run", "cars --out run",
          "run holds an earlier run: choose another --out, or pass --overwrite or --resume", run_folder()),
-    Case("no run to resume", "cars --resume", "--resume needs --out: the folder of the run to go on with"),
+    Case("no run to resume", "cars --resume", "--resume needs --out: the folder of the run to resume"),
     Case("both resume and overwrite", "cars --out run --resume --overwrite",
-         "--resume goes on with a run and --overwrite replaces it: choose one"),
+         "--resume continues a run and --overwrite replaces it: choose one"),
     Case("an --ema above 1", "cars --ema 1.5", "--ema must be between 0 and 1, such as 0.999, got 1.5"),
     Case("a batch that cannot be divided", "cars --batch-size 16 --accumulate 3",
          "--batch-size 16 must be a multiple of --accumulate 3"),
@@ -523,7 +523,7 @@ WEIGHT_FILES = [
 
 # Resumes a run of --model cnn on the digits.
 RESUME = "mnist --model cnn --data digits --epochs 1 --batch-size 4 --framework jax --out run --resume"
-GOES_ON = "--resume goes on with the same ones; to train with these, begin a run in another --out"
+GOES_ON = "--resume continues with the same ones; to train with these, begin a run in another --out"
 
 CHECKPOINTS = [
     Case("another seed", f"{RESUME} --seed 1",

@@ -195,7 +195,7 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
     if different:
         begin = f" with --init {out / WEIGHTS}" if hasattr(settings.experiment, "init") else ""
         raise ValueError(
-            f"{out} holds a run with other settings: {'; '.join(different)}. --resume goes on with the same ones; to "
+            f"{out} holds a run with other settings: {'; '.join(different)}. --resume continues with the same ones; to "
             f"train with these, begin a run in another --out{begin}"
         )
     then, now = earlier.get("versions", {}), package_versions()

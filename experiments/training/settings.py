@@ -64,9 +64,9 @@ class System:
         if self.coordinator is not None and self.out is None:
             raise ValueError("--coordinator needs --out: a folder that all processes see")
         if self.resume and self.out is None:
-            raise ValueError("--resume needs --out: the folder of the run to go on with")
+            raise ValueError("--resume needs --out: the folder of the run to resume")
         if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite replaces it: choose one")
+            raise ValueError("--resume continues a run and --overwrite replaces it: choose one")
         if self.resume and not self.keep:
             raise ValueError("--resume needs checkpoints, and --keep 0 writes none")
         if self.compare is not None and (self.resume or self.coordinator is not None):
