@@ -59,6 +59,13 @@ def test_shell_commands_are_taken(command, monkeypatch):
         program.main(command[1:])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [case for case in shell_commands() if case.values[0][0] == "experiments.describe"])
+def test_quick_shell_commands_run(command):
+    module, *arguments = command
+    assert importlib.import_module(module).main(arguments) == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the weight files that pages load."""
