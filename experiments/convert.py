@@ -128,12 +128,10 @@ def write_checked(
     Raises:
       ValueError: an array differs.
     """
+    weights.check_writable(target, arrays, names, config, metadata)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name
-        try:
-            weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(aside), str(target))) from error
+        weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
         back = weights.read_arrays(aside)
         added = [name for name in back if name not in arrays]
         wrong = [name for name in added if name.rpartition(".")[2] != COUNT]

@@ -130,7 +130,7 @@ def adabound(
       amsbound: Whether to use the largest second moment so far.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`; its update needs the parameters if weight_decay is not 0.
+      A :class:`optax.GradientTransformationExtraArgs`; update needs the parameters if weight_decay is injected or > 0.
 
     Examples:
       >>> optimizer = adabound(learning_rate=0.1, final_lr=0.5)

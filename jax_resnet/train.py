@@ -127,9 +127,9 @@ def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
     names = [parameter.name for parameter in known if parameter.name != "train"]
     unknown = [name for name in options if name not in names]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        known_to_apply = ", ".join(names) or "no options"
         raise TypeError(
-            f"unknown option {unknown[0]!r}: it is none of this function's keywords, and apply takes "
-            f"{', '.join(names) or 'no options'}"
+            f"unknown option {unknown[0]!r}: this function has no such keyword, apply takes {known_to_apply}"
         )
 
 
@@ -266,10 +266,9 @@ def make_train_step(
         changed = TrainState(state.step, params, batch_stats, opt_state, state.nonfinite, averages, state.loss_scale)
         new_state = _unless_nonfinite(state, changed, loss_scale, finite, failed, skip_nonfinite)
         prediction = logits.argmax(-1).astype(jnp.int32)
-        answers = labels if labels.ndim == 1 else labels.argmax(-1)
         metrics = {
             "loss": value,
-            "top1": (prediction == answers).mean(),
+            "top1": (prediction == (labels if labels.ndim == 1 else labels.argmax(-1))).mean(),
             "prediction": prediction,
             "grad_norm": grad_norm,
             "finite": finite,

@@ -16,7 +16,7 @@ import safetensors.numpy
 from jax_resnet.architecture import ResNetConfig
 from jax_resnet.naming import to_hugging_face, to_keras, with_counts
 
-__all__ = ["SUFFIXES", "Names", "check_suffix", "write_arrays"]
+__all__ = ["SUFFIXES", "Names", "check_suffix", "check_writable", "write_arrays"]
 
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")  # of files with torchvision's or Hugging Face's names
 _KERAS_SUFFIX = ".h5"
@@ -44,6 +44,34 @@ def check_suffix(path: Path, names: Names | None = None) -> Names:
     return names or ("keras" if suffix == _KERAS_SUFFIX else "torchvision")
 
 
+def check_writable(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    names: Names,
+    config: ResNetConfig | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Raises a ValueError that names `path` if the file cannot hold the arrays; arguments as in `write_arrays`."""
+    suffix = path.suffix.lower()
+    if metadata and suffix != ".safetensors":
+        raise ValueError(f"only .safetensors files hold metadata, got {path}")
+    if suffix in (".npz", _KERAS_SUFFIX) and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
+        raise ValueError(f"{suffix} files cannot hold bfloat16, got {path}: use .safetensors or .pth")
+    if names != "torchvision" and "bn1.weight" not in arrays:
+        raise ValueError(f'{path}: a network without BatchNorm can only be written with names="torchvision"')
+    if names != "keras":
+        return
+    if config is None:
+        raise ValueError(f"{path}: pass config, which shows whether Keras has this network")
+    if config.block != "bottleneck":
+        raise ValueError(f"{path}: Keras has ResNet50, ResNet101 and ResNet152, whose blocks are bottlenecks")
+    if config.stride_in != "conv1":
+        raise ValueError(
+            f"{path}: blocks of Keras' ResNets apply the stride in their first convolution (stride_in='conv1'), this "
+            f"network in {config.stride_in}: Keras would compute something else"
+        )
+
+
 def write_arrays(
     path: str | os.PathLike,
     arrays: Mapping[str, np.ndarray],
@@ -61,15 +89,11 @@ def write_arrays(
     """
     path = Path(path)
     names = check_suffix(path, names)
+    check_writable(path, arrays, names, config, metadata)
     suffix = path.suffix.lower()
-    if metadata and suffix != ".safetensors":
-        raise ValueError(f"only .safetensors files hold metadata, got {path}")
-    if suffix in (".npz", _KERAS_SUFFIX) and any(array.dtype == jnp.bfloat16 for array in arrays.values()):
-        raise ValueError(f"{suffix} files cannot hold bfloat16, got {path}: use .safetensors or .pth")
-    if names != "torchvision" and "bn1.weight" not in arrays:
-        raise ValueError(f'{path}: a network without BatchNorm can only be written with names="torchvision"')
     if names == "keras":
-        arrays = to_keras(arrays, _check_keras(config, path).batch_norm_eps)
+        assert config is not None  # or check_writable would have raised
+        arrays = to_keras(arrays, config.batch_norm_eps)
     elif names == "huggingface":
         arrays = to_hugging_face(arrays)
         if suffix == ".safetensors":
@@ -89,19 +113,6 @@ def write_arrays(
             torch = _import_torch(path)
             torch.save({name: _to_tensor(torch, array) for name, array in with_counts(arrays).items()}, aside)
         os.replace(aside, path)
-
-
-def _check_keras(config: ResNetConfig | None, path: Path) -> ResNetConfig:
-    if config is None:
-        raise ValueError(f"{path}: pass config, which shows whether Keras has this network")
-    if config.block != "bottleneck":
-        raise ValueError(f"{path}: Keras has ResNet50, ResNet101 and ResNet152, whose blocks are bottlenecks")
-    if config.stride_in != "conv1":
-        raise ValueError(
-            f"{path}: blocks of Keras' ResNets apply the stride in their first convolution (stride_in='conv1'), this "
-            f"network in {config.stride_in}: Keras would compute something else"
-        )
-    return config
 
 
 def _write_keras(aside: Path, arrays: Mapping[str, np.ndarray], path: Path) -> None:

@@ -27,13 +27,14 @@ from jax_resnet.naming import COUNT, KERAS, STATISTICS
 from jax_resnet.weight_checks import check_arrays, diagnosis, recognize
 from jax_resnet.weight_files import read_contents, to_torch_layout, to_tree_layout
 from jax_resnet.weight_settings import check_settings, of_backbone, settings_beside
-from jax_resnet.weight_writing import SUFFIXES, Names, check_suffix, write_arrays
+from jax_resnet.weight_writing import SUFFIXES, Names, check_suffix, check_writable, write_arrays
 
 __all__ = [
     "SUFFIXES",
     "Names",
     "WeightFile",
     "check_suffix",
+    "check_writable",
     "fit",
     "from_torch",
     "load",

@@ -60,6 +60,16 @@ def photos_dir() -> Path:
     return folder_or_skip("photos")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small problems: where cores are shared, torch's threads would mostly wait for one another."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def x64():
     """JAX with 64-bit types, for this test only."""

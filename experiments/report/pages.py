@@ -5,12 +5,11 @@ A table stands between `<!-- table WHAT NAMES -->` and `<!-- end of table -->`:
   speed NAME...    time over that of the fastest form of PyTorch, from bench/NAME-1.json, bench/NAME-2.json, …
   beside-jax NAME  time over that of this project's JAX, from the same files
   parity NAME      the largest errors of a network's pass, from parity/NAME.json
-  answer STUDY     what a study's two contestants reach, and the difference by seed, from STUDY/trials.csv
+  answer STUDY     what a study's two contestants reach, and the difference by seed
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -20,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from experiments.output.page import table
-from experiments.report.analysis import mean_interval
+from experiments.report.answer import percent, points
+from experiments.report.benches import read_steps
+from experiments.report.study_results import read_study
 
 TABLE = re.compile(r"(<!-- table (\S+) ?([^\n]*?) ?-->\n).*?(<!-- end of table -->)", re.S)
 NAMES = {"jax": "JAX", "flax": "Flax (linen)", "keras": "Keras on JAX", "numpy": "NumPy", "torch": "PyTorch, eager"}
 NAMES |= {"torch.channels_last": "PyTorch, channels_last"}
 FRAMEWORKS = {"numpy": "NumPy", "torch_ref": "PyTorch", "torchvision": "torchvision"}
+FINAL = "final top-1 (95% over seeds)"
 QUANTITIES = {
     "logits": "logits",
     "loss": "loss",
@@ -93,16 +95,12 @@ def beside_jax_table(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def _bench(results: Path, name: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """{title: {contestant: rows of the runs, each with its "seconds"}}."""
+    """{title: {contestant: its row in each file}}."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    files = sorted((results / "bench").glob(f"{name}-[0-9].json"))
-    if not files:
+    for _, title, contestant, row in read_steps(results / "bench", f"{name}-[0-9].json"):
+        found.setdefault(title, {}).setdefault(contestant, []).append(row)
+    if not found:
         raise FileNotFoundError(f"no {name}-1.json in {results / 'bench'}")
-    for file in files:
-        for measured in json.loads(file.read_text(encoding="utf-8"))["tables"]:
-            for contestant, row in measured["rows"].items():
-                seconds = {"seconds": measured["seconds"][contestant]}
-                found.setdefault(measured["title"], {}).setdefault(contestant, []).append(row | seconds)
     return found
 
 
@@ -146,25 +144,16 @@ def parity_table(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def answer_table(results: Path, study: str) -> list[dict[str, str]]:
-    """The final top-1 with Student's interval over seeds, the range of the tuning trials, the difference by seed."""
-    with open(results / study / "trials.csv", newline="", encoding="utf-8") as file:
-        trials = list(csv.DictReader(file))
-    finals, rows = {}, []
-    for name in ("Adam", "AdaBound"):
-        of_it = [row for row in trials if row["contestant"] == name and row["state"] == "done"]
-        finals[name] = {row["seed"]: 100 * float(row["top1"]) for row in of_it if row["stage"] == "final"}
-        tuned = [100 * float(row["top1"]) for row in of_it if row["stage"] == "tuning"]
-        reached = _interval(list(finals[name].values()), "%")
-        spread = f"{min(tuned):.1f}% to {max(tuned):.1f}%"
-        rows.append({"": name, "final top-1 (95% over seeds)": reached, f"the {len(tuned)} trials, held out": spread})
-    both = finals["Adam"].keys() & finals["AdaBound"].keys()
-    difference = _interval([finals["AdaBound"][seed] - finals["Adam"][seed] for seed in sorted(both)], " points")
-    return [*rows, {"": "AdaBound minus Adam, by seed", "final top-1 (95% over seeds)": difference}]
-
-
-def _interval(values: list[float], unit: str) -> str:
-    interval = mean_interval(values)
-    return f"{interval.mean:.1f}{unit} ({interval.low:.1f} to {interval.high:.1f})"
+    """What the two that a study compares reach, the range of their tuning trials, and the difference by seed."""
+    found = read_study(results / study)
+    ours, theirs = map(found.find, found.compared)
+    rows = []
+    for contestant in (theirs, ours):
+        tuned = [trial.accuracy() for trial in contestant.ended_tuning]
+        columns = {FINAL: percent(contestant.interval())}
+        columns[f"the {len(tuned)} trials, held out"] = f"{min(tuned):.1%} to {max(tuned):.1%}"
+        rows.append({"": contestant.name} | columns)
+    return [*rows, {"": f"{ours.name} minus {theirs.name}, by seed", FINAL: points(found.answers[ours.name][0])}]
 
 
 TABLES: dict[str, Callable[..., list[dict[str, str]]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from experiments.output.tables import as_text
 from experiments.report import curves
 from experiments.report.analysis import paired_difference, reached, verdict
 from experiments.report.answer import answer, answer_row, limits, percent, points
+from experiments.report.benches import read_steps
 from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_rows
@@ -283,19 +283,11 @@ def speed_section(folder: Path) -> Iterator[Block]:
       ValueError: one is not such a file.
     """
     ratios: dict[str, dict[str, dict[str, list[str]]]] = {}  # by machine, by what was measured, by contestant
-    for file in sorted(folder.glob("*.json")):
-        try:
-            bench = json.loads(file.read_text(encoding="utf-8"))
-            if bench["benchmark"] != "step":
-                continue
-            for of_bench in bench["tables"]:
-                measured = of_bench["title"].partition(":")[0]  # what a step consists of is the same in all
-                for name, row in of_bench["rows"].items():
-                    if "ratio" in row:
-                        of_machine = ratios.setdefault(bench["machine"], {})
-                        of_machine.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
+    for machine, title, name, row in read_steps(folder):
+        if "ratio" in row:
+            measured = title.partition(":")[0]  # what a step consists of is the same in all
+            of_machine = ratios.setdefault(machine, {})
+            of_machine.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
     if not ratios:
         return
     yield (

@@ -41,7 +41,8 @@ def test_times_are_compared_round_by_round(tmp_path):
     seconds = {"jax": [[0.1, 0.1], [0.2, 0.2]], "flax": [[0.3, 0.3], [0.4, 0.4]], "torch": [[0.1, 0.1], [0.1, 0.1]]}
     rows = {name: {"ratio": 1.5} for name in seconds}
     table = {"title": "resnet18, batch 8 of 32x32x3, float32, training step: loss", "rows": rows, "seconds": seconds}
-    (tmp_path / "bench" / "step-1.json").write_text(json.dumps({"tables": [table]}))
+    bench = {"benchmark": "step", "machine": "two cores", "tables": [table]}
+    (tmp_path / "bench" / "step-1.json").write_text(json.dumps(bench))
     beside = fill("<!-- table beside-jax step -->\n<!-- end of table -->", tmp_path)
     assert beside.splitlines()[3:-1] == ["| Flax (linen) | 2.50 |", "| PyTorch, eager | 0.75 |"]
     assert "| ResNet-18, 8 of 32×32×3: JAX | 1.50 |" in fill(
