@@ -127,10 +127,8 @@ def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
     names = [parameter.name for parameter in known if parameter.name != "train"]
     unknown = [name for name in options if name not in names]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        known_to_apply = ", ".join(names) or "no options"
-        raise TypeError(
-            f"unknown option {unknown[0]!r}: this function has no such keyword, apply takes {known_to_apply}"
-        )
+        allowed = ", ".join(names) or "no options"
+        raise TypeError(f"unknown option {unknown[0]!r}: this function has no such keyword, apply takes {allowed}")
 
 
 def _make_gradients(
