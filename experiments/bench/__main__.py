@@ -23,6 +23,7 @@ from experiments.bench.networks import CompileBench, MemoryBench, ScalingBench, 
 from experiments.cli import exit_code, expanded
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
+from experiments.training.run_folder import replace
 
 BENCHES: dict[str, type[BenchSettings]] = {
     "step": StepBench,
@@ -46,9 +47,7 @@ def run(bench: BenchSettings) -> None:
         if bench.json:
             written = {"benchmark": name, "machine": machine, "settings": bench.as_json(), "complete": complete}
             written["tables"] = [table.as_json() for table in tables]
-            aside = bench.json.with_name(f"{bench.json.name}.part")  # a reader never sees half of it
-            aside.write_text(json.dumps(written, indent=1, default=str) + "\n")
-            aside.replace(bench.json)
+            replace(bench.json, json.dumps(written, indent=1, default=str) + "\n")
 
     for table in bench.run():
         print(f"\n{table.title}")

@@ -86,7 +86,7 @@ def numpy_step(case: Case) -> Step:
 
 
 def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
-    """Weights and a batch on so many of JAX's devices, which share the batch; None leaves all on the first one."""
+    """Puts weights and a batch on `count` of JAX's devices, which share the batch; None leaves all on the first one."""
     import jax
     import jax.numpy as jnp
 

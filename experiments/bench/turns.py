@@ -65,7 +65,7 @@ class Contestant:
     """A process that has imported a contestant's libraries and waits; memory_before and peak_memory as in `Result`."""
 
     def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
-        """Starts it, on so many cores (all if None), with these additional variables."""
+        """Starts it on `threads` cores (all if None), with these additional variables."""
         self.name = name
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **(environment or {})}):
@@ -203,7 +203,7 @@ def started(
 
 @contextlib.contextmanager
 def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Binds this process to so many cores and sets variables while the context lasts; what it starts inherits both.
+    """Binds this process to some cores and sets variables while the context lasts; its children inherit both.
 
     All libraries count the cores that they may use, so none needs a setting of its own. OpenMP's variable is set as
     well, for systems that cannot bind a process to cores.
@@ -225,7 +225,7 @@ def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> 
 
 
 def who_can(those: Sequence[Who], do: Callable[[Who], Answer]) -> dict[Who, Answer]:
-    """What each of those does, one after the other; prints who fails and leaves them out.
+    """Calls `do` for each, one after the other, and returns the results; prints which fail and leaves them out.
 
     Raises:
       ValueError: if all fail.
@@ -244,7 +244,7 @@ def who_can(those: Sequence[Who], do: Callable[[Who], Answer]) -> dict[Who, Answ
 def compete(
     contestants: Sequence[Contestant], make_steps: dict[str, MakeStep], rounds: int, steps: int
 ) -> dict[str, Result]:
-    """Lets the contestants take turns at their steps, so many in each round; leaves out who fails at the first one.
+    """Runs the contestants alternately, `steps` steps in each round; leaves out those that fail at the first step.
 
     Raises:
       ValueError: if all fail.

@@ -66,7 +66,7 @@ class Experiment:
     ema: float | None = jax_only(None)
     """Keep moving averages of the weights with this decay, such as 0.999; they are tested and saved as well."""
     accumulate: int = jax_only(1)
-    """Compute each batch in so many parts, for less memory. BatchNorm then sees the parts, not the batch."""
+    """Compute each batch in this many parts, for less memory. BatchNorm then sees the parts, not the batch."""
     remat: bool = jax_only(False)
     """Recompute each block in the backward pass: less memory, more time."""
     precision: Precision = "float32"

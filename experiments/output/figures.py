@@ -32,7 +32,7 @@ def label(name: str) -> str:
 def panels(
     count: int, most_wide: int, width: float, height: float, margin: float = 0, **shared: bool
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels with grids, in rows of up to `most_wide`.
+    """A figure of `count` panels with grids, in rows of up to `most_wide`.
 
     Args:
       width, height: of a panel, in inches.

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def ready(self) -> bool:
-        """Whether a worker can begin it, or go on with it if its worker has died."""
+        """Whether a worker can begin it, or resume it if its worker has died."""
         return not self.ended and (self.stage == "tuning" or self.contestant.tuned_as is None or bool(self.drawn))
 
     @property

@@ -146,7 +146,7 @@ class RunFolder:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file aside and renames it: whoever reads it meets the old one or the new one, also after a kill."""
+    """Writes a temporary file and renames it, so that a reader meets the old file or the new one, also after a kill."""
     aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
     with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:  # of file names
         file.write(text)

@@ -110,7 +110,7 @@ def has_checkpoint(system: System) -> bool:
 
 
 def restore_run(settings: RunSettings, training: Training, out: Path, config: dict[str, Any]) -> Restored | None:
-    """The last good checkpoint of the run to go on with, after saying which; None to begin.
+    """The last good checkpoint of the run to resume, after printing which; None for a new run.
 
     Raises a ValueError if that is another run than the one with this config.json, or not the same in all processes.
     """

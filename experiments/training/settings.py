@@ -34,7 +34,7 @@ class System:
     dry_run: bool = False
     """Check data, memory and folder, print what was found, and end."""
     keep: int = 2
-    """Checkpoints: so many of the last ones stay, and the best. 0: none are written."""
+    """How many of the last checkpoints are kept, besides the best. 0: none are written."""
     checkpoint_steps: int | None = jax_only(None)
     """Steps between two checkpoints."""
     checkpoint_minutes: float = jax_only(10.0)
@@ -48,9 +48,9 @@ class System:
     num_processes: int | None = None
     """How many processes there are."""
     skip_nonfinite: int = jax_only(0)
-    """Leave out up to so many steps whose loss or gradients are not finite; one more ends the run."""
+    """How many steps with a loss or gradients that are not finite are left out; one more ends the run."""
     profile: int | None = jax_only(None)
-    """Record so many steps with jax.profiler, into profile/ in the run's folder."""
+    """How many steps jax.profiler records, into profile/ in the run's folder."""
 
     def check(self) -> None:
         """Raises a ValueError for values that are out of range or contradict one another."""

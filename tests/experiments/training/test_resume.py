@@ -173,7 +173,7 @@ def by_orbax(out):
         (
             lambda out: None,
             {"epochs": 4, "batch_size": 10},
-            "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume goes on with the same "
+            "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume continues with the same "
             "ones; to train with these, begin a run in another --out$",
         ),
         (lambda out: (out / "config.json").write_text("{"), {}, "config.json cannot be read .*what run this was"),
