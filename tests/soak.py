@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS, read_metrics
 from jax_resnet.checkpoint import Checkpoints
 
-TRAINING = "--arch=resnet18 --image-size=32 --limit=192 --batch-size=16 --epochs=6 --log-every=1 --checkpoint-steps=2"
+TRAINING = "--arch=resnet18 --image-size=32 --limit=192 --batch-size=16 --epochs=10 --log-every=1 --checkpoint-steps=2"
 TRAINING += " --opt=amsbound --ema=0.9"
 KINDS = ("checkpoint", "step", "checkpoint", "time", "step")  # in turn
 SLOWEST_START = 300.0  # seconds
@@ -64,18 +64,17 @@ def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng:
     seen: set[Path] = set()
     while process.poll() is None:
         now = time.monotonic() - start
-        if kind == "time" and now > 20 * delay:
+        cut = min(cut, rows(out))  # it is cut back to the checkpoint before it grows
+        if kind == "time" and (now > 20 * delay or rows(out) >= cut + more):  # so that all the kills fit one training
             return True
         if kind == "checkpoint":
             seen |= fresh_unfinished(out, start)
             if 2 * len(seen) >= more:
                 time.sleep(0.1 * delay)
                 return process.poll() is None
-        if kind == "step":
-            cut = min(cut, rows(out))  # it is cut back to the checkpoint before it grows
-            if rows(out) >= cut + more:
-                time.sleep(0.5 * delay)
-                return process.poll() is None
+        if kind == "step" and rows(out) >= cut + more:
+            time.sleep(0.5 * delay)
+            return process.poll() is None
         if now > SLOWEST_START:
             raise RuntimeError(f"nothing to kill within {SLOWEST_START:.0f} s: see {out}.log")
         time.sleep(0.001)
