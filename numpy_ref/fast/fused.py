@@ -58,19 +58,8 @@ def batch_norm_relu(
     n, dtype = x.size // x.shape[-1], x.dtype
     new_mean, new_var = running_mean, running_var
     if train:
-        # One pass for both moments. Subtracting each channel's first value avoids cancellation if |mean| >> deviation.
         origin = x.reshape(-1, x.shape[-1])[0].copy()
-        first, second = np.zeros_like(origin), np.zeros_like(origin)
-        for block, scratch in _blocks(x):
-            block -= origin
-            first += _column_sums(block)
-            second += _column_sums(np.multiply(block, block, out=scratch))
-        parts = gather((n, origin + first / n, np.maximum(second - first * first / n, 0)))
-        n = sum(count for count, _, _ in parts)
-        if n < 2:
-            raise ValueError(f"batch_norm: training needs more than one value per channel, got x {x.shape}")
-        mean = sum(count * part_mean for count, part_mean, _ in parts) / n
-        var = sum(squares + count * (part_mean - mean) ** 2 for count, part_mean, squares in parts) / n
+        n, mean, var = _shift_and_measure(x, origin, gather)
         new_mean = (1 - momentum) * running_mean + momentum * mean
         new_var = (1 - momentum) * running_var + momentum * (n / (n - 1)) * var
         mean = mean - origin  # the mean of x after its shift by -origin
@@ -132,6 +121,26 @@ def add_relu(x: Array, shortcut: Array | None = None, *, relu: bool = True) -> t
 def _column_sums(block: Array) -> Array:
     """block.sum(0) as a matrix product, because BLAS is twice as fast."""
     return np.ones(len(block), block.dtype) @ block
+
+
+def _shift_and_measure(x: Array, origin: Array, gather: Gather) -> tuple[int, Array, Array]:
+    """Subtracts origin (C,) from x in place; the number, mean and biased variance of x's values before, per channel.
+
+    One pass for both moments. Subtracting each channel's first value avoids cancellation if |mean| >> deviation.
+    """
+    first, second = np.zeros_like(origin), np.zeros_like(origin)
+    for block, scratch in _blocks(x):
+        block -= origin
+        first += _column_sums(block)
+        second += _column_sums(np.multiply(block, block, out=scratch))
+    n = x.size // x.shape[-1]
+    parts = gather((n, origin + first / n, np.maximum(second - first * first / n, 0)))
+    n = sum(count for count, _, _ in parts)
+    if n < 2:
+        raise ValueError(f"batch_norm: training needs more than one value per channel, got x {x.shape}")
+    mean = sum(count * part_mean for count, part_mean, _ in parts) / n
+    var = sum(squares + count * (part_mean - mean) ** 2 for count, part_mean, squares in parts) / n
+    return n, mean, var
 
 
 def _blocks(*arrays: Array | None) -> Iterator[tuple[Array, ...]]:

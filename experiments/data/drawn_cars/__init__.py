@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageDraw
 
-from experiments.data.car_shapes import CLASS_NAMES, SHAPES, Points, Shape, rounded
+from experiments.data.drawn_cars.shapes import CLASS_NAMES, SHAPES, Points, Shape, rounded
 from experiments.data.dataset import Dataset, Split
 
 Colour = tuple[int, int, int]
