@@ -1,4 +1,4 @@
-"""ResNets with one block in each stage, under the names of deep ones: for what does not depend on the depth."""
+"""ResNets with one block per stage under the names of deep ones, for tests that do not depend on the depth."""
 
 import functools
 import importlib.util
@@ -7,7 +7,7 @@ BLOCKS = {"resnet18": ("basic", "BasicBlock"), "resnet50": ("bottleneck", "Bottl
 
 
 def patch_shallow(patch, *names):
-    """Has all frameworks make the named networks with one block in each stage; patch is a pytest.MonkeyPatch."""
+    """Gives the named networks one block per stage in all frameworks; patch is a pytest.MonkeyPatch."""
     modules = ["jax_resnet.resnet", "numpy_ref.fast"]
     modules += ["torch_ref.resnet", "torchvision.models.resnet"] if importlib.util.find_spec("torchvision") else []
     for module in map(importlib.import_module, modules):

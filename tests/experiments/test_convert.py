@@ -1,4 +1,4 @@
-"""experiments.convert: the same bits in every kind of file, what was done in words, and no file where in doubt."""
+"""experiments.convert keeps every bit, prints what it did, and leaves no file after an error."""
 
 import argparse
 import io
@@ -23,7 +23,7 @@ from jax_resnet.checkpoint import Checkpoints
 
 @pytest.fixture(scope="module")
 def state_dict():
-    """torchvision's ResNet-18 for 5 classes after some training: its batch counts are 7."""
+    """torchvision's untrained ResNet-18 for 5 classes, with all batch counts set to 7."""
     torch.manual_seed(0)
     state_dict = torchvision.models.resnet18(num_classes=5).state_dict()
     return {name: torch.full_like(array, 7) if array.ndim == 0 else array for name, array in state_dict.items()}
@@ -51,7 +51,7 @@ SUFFIXES = [".pth", ".safetensors", ".npz", ".pt", ".npz", ".pth"]
     [(torch.float32, SUFFIXES), (torch.float16, SUFFIXES), (torch.bfloat16, [".pth", ".safetensors", ".pth"])],
 )
 def test_around_through_every_suffix(dtype, suffixes, state_dict, tmp_path, capsys):
-    """The bits, types and batch counts that went in come out, and torchvision takes each step as it is."""
+    """Bits, types and batch counts survive all conversions, and torchvision loads the last file."""
     given = in_type(dtype, state_dict)
     torch.save(given, tmp_path / "0.pth")
     names = [f"{number}{suffix}" for number, suffix in enumerate(suffixes)]
@@ -76,7 +76,7 @@ def test_around_through_every_suffix(dtype, suffixes, state_dict, tmp_path, caps
 
 
 def test_checkpoints_are_said_to_be_such(state_dict, tmp_path, capsys):
-    """torch's memory formats and all: what is taken, what is stripped, what is left out."""
+    """Prints which entry it reads and what it leaves out; reads channels_last tensors."""
     wrapped = {
         f"module.{name}": value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
         for name, value in state_dict.items()
@@ -107,7 +107,7 @@ def test_the_case_of_a_suffix_does_not_matter(suffix, path, state_dict):
 
 
 def test_batch_counts_are_added_for_torch(state_dict, tmp_path, capsys):
-    """And kept from then on."""
+    """Files that are made from this one keep them."""
     trees = weights.from_torch(state_dict)
     weights.save(tmp_path / "in.npz", *trees)
     assert run(tmp_path / "in.npz", tmp_path / "out.pth") == 0
@@ -128,7 +128,7 @@ def test_metadata_is_kept_where_the_format_has_it(state_dict, tmp_path, capsys):
 
 
 def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_path, capsys):
-    """Hugging Face's names, a dense layer of another name, none at all; what is written is torchvision's."""
+    """The file has torchvision's names, from Hugging Face's names, with a dense layer of another name or none."""
     theirs = {naming.HUGGING_FACE.theirs(name): value for name, value in state_dict.items()}
     theirs = {name if name.startswith("cl") else f"resnet.{name}": value for name, value in theirs.items()}
     torch.save(theirs, tmp_path / "in.bin")
@@ -148,7 +148,7 @@ def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_pa
 
 
 def test_hugging_faces_names_are_written(path, tmp_path, capsys):
-    """And read back to the same file, bit for bit."""
+    """Converting back gives the same arrays."""
     assert run(path, tmp_path / "model.safetensors", "--names", "huggingface") == 0
     with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}  # or transformers refuses it
@@ -161,7 +161,7 @@ def test_hugging_faces_names_are_written(path, tmp_path, capsys):
 
 
 def test_keras_names_are_written(tmp_path, capsys):
-    """Of a network with its strides where Keras has them; another one is refused."""
+    """If the network has its strides where Keras has them; others are refused."""
     config, rng = resnet.resnet50(num_classes=3, stride_in="conv1"), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
     tree = jax.tree.map(lambda spec: rng.random(spec.shape, np.float32), shapes)
@@ -182,7 +182,7 @@ def test_keras_names_are_written(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_run_becomes_its_weight_file(tmp_path, capsys):
-    """With the metadata that the run's own would have; the average by --entry."""
+    """It has the metadata of the run's own file; --entry selects the average."""
     params, batch_stats = resnet.init(resnet.resnet18(num_classes=3, in_channels=1), jax.random.key(0))
     average = {"params": jax.tree.map(lambda a: a + 1, params), "batch_stats": batch_stats}
     state = {"params": params, "batch_stats": batch_stats, "opt_state": {"mu": params}, "ema": average}
@@ -230,7 +230,7 @@ def without(part, state_dict):
     return {name: value for name, value in state_dict.items() if part not in name}
 
 
-BROKEN = {  # what becomes of the state_dict, the arguments behind the file, and the error; more are in bad_inputs.py
+BROKEN = {  # a change of the state_dict, the arguments after the file, and the error; bad_inputs.py has more cases
     "told otherwise": (lambda d: d, "out.npz --arch resnet34", "in.pth holds the weights of a resnet18 with 5 classes"),
     "Keras' names elsewhere": (lambda d: d, "out.npz --names keras", "files with Keras' names, and only these, end in"),
     "no network of Keras'": (
@@ -254,7 +254,7 @@ def test_broken_files_are_named_and_nothing_is_written(change, arguments, messag
     assert os.listdir(tmp_path) == ["in.pth"]
 
 
-DAMAGE = {  # what a writer could do to an array, and what of it must be seen
+DAMAGE = {  # changes to a written array that the check must detect
     "a bit": lambda array: np.nextafter(array, np.float32(9)),
     "a sign of zero": lambda array: np.where(array == 0, -array, array),
     "the type": lambda array: array.view(np.int32),
@@ -264,7 +264,7 @@ DAMAGE = {  # what a writer could do to an array, and what of it must be seen
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_what_was_written_is_read_back_and_compared(damage, path, monkeypatch, capsys):
-    """bn1.bias of a network that has not been trained is 0."""
+    """bn1.bias is 0 in an untrained network, so a sign of zero can be damaged, too."""
     write = weights.write_arrays
 
     def write_damaged(path, arrays, **options):

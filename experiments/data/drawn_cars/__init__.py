@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageDraw
 
-from experiments.data.drawn_cars.shapes import CLASS_NAMES, SHAPES, Points, Shape, rounded
 from experiments.data.dataset import Dataset, Split
+from experiments.data.drawn_cars.shapes import CLASS_NAMES, SHAPES, Points, Shape, rounded
 
 Colour = tuple[int, int, int]
 _SUPERSAMPLING = 4

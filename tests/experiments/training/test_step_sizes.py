@@ -21,15 +21,16 @@ def after_one_update(optimizer):
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.amsgrad(1e-3), adabound(1e-3)])
 def test_first_update_by_hand(optimizer, tmp_path):
-    """m = 0.1·g and Adam moves by learning_rate · sign(g): its step on m is learning_rate / (0.1·|g|).
+    """Adam moves by learning_rate · sign(g), and m is 0.1·g: its step is learning_rate / (0.1·|g|).
 
-    The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. Kernels only, in the network's order.
+    The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. The names are those of kernels, in the
+    network's order.
     """
     steps = layer_steps(moments_of(after_one_update(optimizer)), **SETTINGS)
     assert [layer["name"] for layer in steps["layers"]] == list(GRADIENTS)
     for layer, gradient in zip(steps["layers"], GRADIENTS.values(), strict=True):
         for name in ("low", "median", "high"):
-            # eps = 1e-8 is a thousandth of the smallest gradient, and counts sqrt(1000) times as much before correction
+            # eps = 1e-8 is added to sqrt(v) = sqrt(0.001)·|g|: it changes the step of the smallest gradient by 3%
             assert layer[name] == pytest.approx(1e-3 / (0.1 * gradient), rel=0.04 if gradient == 1e-5 else 1e-3)
     assert (steps["update"], steps["lower"]) == (1, pytest.approx(0.1 * 0.001 / 1.001))
     assert steps["upper"] == pytest.approx(100.1)
@@ -41,7 +42,7 @@ def test_first_update_by_hand(optimizer, tmp_path):
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_the_summary_of_an_epoch_by_hand(bounded):
-    """As above: of 27 weights 6 are at each bound; medians are clipped only for an optimizer that clips."""
+    """6 of the 27 weights are at each bound. Medians are clipped only if the optimizer clips its steps."""
     summary = summarize_steps(moments_of(after_one_update(adabound(1e-3))), **SETTINGS, bounded=bounded)
     assert summary["at_upper"] == pytest.approx(6 / 27, rel=1e-4)
     assert summary["at_lower"] == pytest.approx(6 / 27, rel=1e-4)
@@ -56,7 +57,7 @@ def test_the_summary_of_an_epoch_by_hand(bounded):
 
 
 def test_amsgrads_step_is_the_one_that_it_takes():
-    """After a large gradient and two small ones, of which AMSGrad keeps the first: its update over -m."""
+    """The step is update / -m, also after a large gradient that AMSGrad's maximum still holds."""
     optimizer = optax.chain(optax.add_decayed_weights(0.0), optax.amsgrad(1e-3))
     params = {"fc": {"weight": jnp.ones((2, 3))}}
     opt_state = optimizer.init(params)
