@@ -3,12 +3,14 @@
 import functools
 import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 from experiments.report.pages import fill
 
@@ -101,6 +103,13 @@ def test_tables_are_as_the_results_are():
     """Or `python -m experiments.report results/ --readme PAGES` writes them anew."""
     texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
     assert [name for name, text in texts.items() if fill(text, ROOT / "results") != text] == []
+
+
+def test_the_architecture_is_drawn_as_the_contracts_are():
+    """Or `python docs/architecture.py` draws it anew."""
+    floors = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["floors"]
+    with Image.open(ROOT / "docs" / "architecture.png") as picture:
+        assert picture.text["Description"] == str(floors())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
