@@ -114,7 +114,7 @@ def test_sigterm_to_one_process_stops_both_with_a_checkpoint(digits, tmp_path):
 def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(digits, tmp_path):
     out = tmp_path / "run"
     printed = stop_by_sigterm([start(digits, out, "--model cnn --epochs 5000")], 0, out)
-    assert f"stopped by SIGTERM: the same command with --out {out} --resume goes on" in printed
+    assert f"stopped by SIGTERM: to continue, repeat the command with --out {out} --resume" in printed
 
 
 @pytest.mark.slow
