@@ -126,7 +126,7 @@ COMMAND_LINE = [
     Case("an empty value", "cars --data ''", "--data is empty: name a folder, or leave it out"),
     Case("no device", "cars --devices 0", "--devices is a number or all, got 0"),
     Case("too many epochs", "cars --epochs 1000001", "--epochs must be at most 1,000,000, got 1000001"),
-    Case("a broken link in place of a folder", "cars --out run", "--out run cannot be written: it is a link to nowhere",
+    Case("a broken link in place of a folder", "cars --out run", "--out run cannot be written: it is a broken link",
          linked("run", "nowhere")),
     Case("half an address", "cars --coordinator localhost --out run",
          "--coordinator takes HOST:PORT of process 0, with --process-id and --num-processes, or auto; got localhost"),

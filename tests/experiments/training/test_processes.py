@@ -82,7 +82,7 @@ def test_two_processes_of_four_devices_train_as_one(digits, tmp_path):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-9)
         assert ours["train_macro_f1"] == theirs["train_macro_f1"]
     printed = finish(start(digits, tmp_path / "two", run, "--resume"))
-    assert "warning: not bit for bit as without the break: it ran on" in printed
+    assert "warning: no longer bit-identical to an uninterrupted run: it ran on" in printed
 
 
 def stop_by_sigterm(processes, number, out):

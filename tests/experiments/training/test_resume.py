@@ -157,7 +157,7 @@ def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quie
     assert f"{folder / f'{last + 1}.unfinished'} is half-written: it is not used" in printed.err
     assert f"{folder / str(last)} is damaged: " in printed.err
     assert f"going on at step {before}" in printed.out, printed.err
-    assert "warning: not bit for bit as without the break: jax 0.0.1 then" in printed.err
+    assert "warning: no longer bit-identical to an uninterrupted run: jax 0.0.1 then" in printed.err
     assert differences(quiet, out) == []
 
 
