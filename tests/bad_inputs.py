@@ -155,7 +155,7 @@ COMMAND_LINE = [
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must not be empty"),
     Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),
     Case("no rounds", "bench step --rounds 0", "--rounds must be at least 1, got 0"),
-    Case("no runs", "compare", "name one folder of a run, or more"),
+    Case("no runs", "compare", "name at least one run folder"),
     Case("no such run", "compare run", "run holds no run: there is no metrics.jsonl or no config.json"),
     Case("half a run's metrics", "compare run", "run/metrics.jsonl is not that of a training run: …",
          run_folder(metrics=b'{"epoch": 1.0, "st\n')),

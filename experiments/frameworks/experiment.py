@@ -54,7 +54,7 @@ class Experiment:
     momentum: float = 0.9
     """SGD's momentum; b1 of the other optimizers."""
     dampening: float = 0.0
-    """SGD adds (1 - dampening) of the gradient to its momentum; equal to --momentum, SGD is AdaBound's limit."""
+    """SGD adds (1 - dampening) of the gradient to its momentum; if equal to --momentum, this is AdaBound's limit."""
     weight_decay: float = 0.0
     """Weight decay of kernels, not of biases and BatchNorm."""
     label_smoothing: float = 0.0

@@ -82,7 +82,7 @@ def save(figure: Figure, target: Path | BinaryIO, format: str | None = None) -> 
 def _numbers(axis: plt.Axes) -> Iterable[Text]:
     """The tick labels that matplotlib has chosen; powers of ten are formulas."""
     for direction in (axis.xaxis, axis.yaxis):
-        if not isinstance(direction.get_major_formatter(), FixedFormatter | FuncFormatter):  # of given texts
+        if not isinstance(direction.get_major_formatter(), FixedFormatter | FuncFormatter):  # for texts that were given
             yield from direction.get_ticklabels(which="both")
             yield direction.get_offset_text()
 
