@@ -106,7 +106,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     if model == "cnn":
         network = cnn.network(cnn.init(rng))
     else:
-        # zero_gamma is off: with it, only shortcuts would act at first, and they pass on a picture's first pixel, always
+        # zero_gamma is off: with it, only shortcuts would act at first, and pass on a picture's first pixel, which is
         # background. The last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
         shape = dict(num_classes=len(dataset.class_names), in_channels=1)
         weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, model)(**shape), rng)

@@ -166,9 +166,7 @@ def refuse_other_processes(config: dict[str, Any], restored: Restored | None) ->
     try:
         multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
-        raise ValueError(
-            "the processes differ in settings, data or checkpoint: start all with the same ones"
-        ) from None
+        raise ValueError("the processes differ in settings, data or checkpoint: start all with the same ones") from None
 
 
 def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -> None:
