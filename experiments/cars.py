@@ -1,8 +1,8 @@
-"""Trains a ResNet on pictures of cars: Stanford Cars where you have them, drawn cars where you have not.
+"""Trains a ResNet on pictures of cars: Stanford Cars if you have them, drawn cars otherwise.
 
     python -m experiments.cars --opt adabound                    # draws its own cars: ResNet-101, minutes on a CPU
     python -m experiments.cars --opt adabound --data DIR         # Stanford Cars, grey 96x96 crops (preset cars96)
-    python -m experiments.cars --compare jax,torch --epochs 1    # in turn, and their curves over one another
+    python -m experiments.cars --compare jax,torch --epochs 1    # in turn; overlays their curves
 
 A run leaves a folder with its settings, metrics, curves, some predictions and the weights.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
-    use_huge_pages()  # before all that would be imported twice
+    use_huge_pages()  # before imports that the restart would repeat
 
 import sys
 from typing import get_args
@@ -24,7 +24,7 @@ from experiments.training.settings import Settings, parse_settings
 
 
 def train(settings: Settings) -> int | None:
-    """Trains in one framework, once the processes have met; see `train_and_report`."""
+    """Trains in one framework, once the processes are connected; see `train_and_report`."""
     from experiments.training.prepare import load_cars, prepare_cars
     from experiments.training.run import count_steps, train_and_report
 

@@ -1,4 +1,4 @@
-"""Lays the curves of several runs over one another: `python -m experiments.compare runs/adam runs/adabound`.
+"""Overlays the curves of several runs: `python -m experiments.compare runs/adam runs/adabound`.
 
 Also trains in several frameworks in turn, for --compare of the programs that train.
 """
@@ -21,7 +21,7 @@ from experiments.training.settings import RunSettings
 
 Train = Callable[[Any], int | None]
 Rows = Sequence[dict[str, Any]]  # of metrics.jsonl
-PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances, whose first steps are told
+PARTINGS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2)  # relative distances; the first step beyond each is printed
 
 
 def compare(
@@ -30,14 +30,14 @@ def compare(
     """Compare runs.
 
     Args:
-      runs: folders that experiments.cars or experiments.mnist left.
+      runs: folders of runs of experiments.cars or experiments.mnist.
       out: the picture to write.
-      against: the name of one of the folders: draw and tell how far the training losses of the others are from its own.
+      against: the name of one of the folders: draw and print how far the other training losses are from its own.
     """
     from experiments.training.plots import plot_comparison
 
     if not runs:
-        raise ValueError("name one folder of a run, or more")
+        raise ValueError("name at least one run folder")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name the picture to write")
     if not out.absolute().parent.is_dir():
@@ -58,7 +58,7 @@ def compare(
 
 
 def read_run(run: Path) -> tuple[Rows, str]:
-    """The rows of a run's metrics, and what was trained on what; raises a ValueError for a folder of another kind."""
+    """The rows of a run's metrics, and a title with network and data; raises a ValueError for any other folder."""
     if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
         raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
     file = run / METRICS
@@ -77,7 +77,7 @@ def read_run(run: Path) -> tuple[Rows, str]:
 
 
 def describe_outcome(rows: Rows) -> str:
-    """What a run has reached, in a line."""
+    """Describes the result of a run in one line."""
     tested = [row for row in rows if "test_top1" in row]
     if not tested:
         return "not tested yet"
@@ -86,7 +86,7 @@ def describe_outcome(rows: Rows) -> str:
 
 
 def loss_distances(rows: Rows, reference: Rows) -> Rows:
-    """How far training losses are apart, relative to the reference's, at the steps that both have logged.
+    """The relative distances of training losses from the reference's, at the steps that both runs logged.
 
     Rows at the ends of epochs, whose losses are means, are left out where there are rows in between.
     """
@@ -103,7 +103,7 @@ def loss_distances(rows: Rows, reference: Rows) -> Rows:
 
 
 def describe_distances(distances: Rows) -> str:
-    """At which steps training losses part, in a line."""
+    """Says in one line how far training losses differ, and from which steps on."""
     if not distances:
         return "no step was logged by both"
     most = max(distances, key=lambda row: row["distance"])
@@ -117,7 +117,7 @@ def start(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int
     """Trains as the settings say; with --compare in several of the program's frameworks.
 
     Args:
-      train: a function of a program's module: settings -> the signal that ended the training, if one did.
+      train: a function at the top level of a module: settings -> the signal that ended the training, or None.
     """
     system = settings.system
     if system.compare is not None:
@@ -130,13 +130,13 @@ def start(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int
 
 
 def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[str]) -> int | None:
-    """Trains in the frameworks of --compare in turn, each in its own process, and lays their curves over one another.
+    """Trains in the frameworks of --compare in turn, each in its own process, and overlays their curves.
 
     Returns:
-      the signal that ended a run, and then what there is was compared; None if all were trained to their end.
+      the signal that ended a run, after which the runs so far were compared; None if no signal came.
 
     Raises:
-      SystemExit: with the exit code of one that failed, which has said why.
+      SystemExit: with the exit code of a run that failed, which has printed why.
     """
     from experiments.frameworks.common import adapter_for
 
@@ -149,7 +149,7 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
         )
     out = system.out or Path("runs") / f"compare-{'-'.join(names)}-{time.strftime('%Y%m%d-%H%M%S')}"
     children = {name: settings.replace(compare=None, out=out / name, framework=name) for name in names}
-    for child in children.values():  # before the first has trained for hours
+    for child in children.values():  # errors must show before the first run trains for hours
         child.check()
         refuse_earlier_run(child.system.out, child.system.overwrite)
         adapter_for(child.experiment)
@@ -168,7 +168,7 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
 
 
 def _run_in_a_process(train: Train, settings: RunSettings) -> int:
-    """Its own, so that its memory is given back; returns its exit code."""
+    """Trains in a separate process, whose memory is freed when it ends; returns its exit code."""
     from experiments.training.processes import leaving_stops_to_a_child
 
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(train, settings))

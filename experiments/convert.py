@@ -36,7 +36,7 @@ def convert(
     names: weights.Names | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Move the weights of a ResNet from one file to another.
+    """Convert the weights of a ResNet from one file to another.
 
     Args:
       source: a weight file of any kind, or a training checkpoint that contains weights; a folder of Hugging Face or of
@@ -77,7 +77,7 @@ def convert(
     if added:
         told.append(f"  {len(added)} batch counts of 0 added, since torch expects them")
     print("\n".join(told))
-    but = ", but variances up to rounding, since Keras has another eps" if names == "keras" else ""
+    but = ", except that variances are rounded, since Keras has another eps" if names == "keras" else ""
     print(f"{target}, {megabytes(target)}: read back, the same bit for bit{but}")
 
 

@@ -1,9 +1,9 @@
-"""Trains a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch: the same weights, batches and curve.
+"""Trains a small network or a ResNet on MNIST, in NumPy, JAX or PyTorch: same weights, batches and curve.
 
     python -m experiments.mnist --model cnn                # 3 epochs with Adam; NumPy
     python -m experiments.mnist --model resnet101          # a tenth of the training set, one epoch; NumPy
     python -m experiments.mnist --framework jax --data DIR # the four idx files instead of TFDS
-    python -m experiments.mnist --compare numpy,jax,torch  # in turn, and their curves over one another
+    python -m experiments.mnist --compare numpy,jax,torch  # in turn; overlays their curves
 
 A run leaves a folder with its settings, metrics, curves, some predictions and the weights.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
-    use_huge_pages()  # before all that would be imported twice
+    use_huge_pages()  # before imports that the restart would repeat
 
 import dataclasses
 import sys
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class MnistExperiment(Experiment):
-    """Settings that decide what comes out. Their defaults depend on --model."""
+    """Settings that decide the result. Their defaults depend on --model."""
 
     model: Literal["cnn", *get_args(Arch)] = "cnn"
     """cnn: one convolution, ReLU, a dense layer. A ResNet gets the pictures padded to 32x32. `--model NAME --help`
     shows its defaults."""
     framework: Literal["numpy", "jax", "torch"] = "numpy"
-    """What computes; the curves are the same up to rounding."""
+    """The framework that computes; the curves are the same up to rounding."""
     opt: CommonOptimizerName = "adam"
-    """The optimizer. adam, sgd, adabound, amsbound: L2 decay; adamw: decoupled decay, of 1e-4 unless told otherwise."""
+    """The optimizer. adam, sgd, adabound, amsbound: L2 decay; adamw: decoupled decay, 1e-4 by default."""
 
     @property
     def pad(self) -> int:
@@ -52,7 +52,7 @@ class MnistExperiment(Experiment):
 
 @dataclasses.dataclass(frozen=True)
 class MnistSystem(System):
-    """Settings that say how a run is run. A run may be resumed with others."""
+    """Settings that say how a run is executed. A run may be resumed with other ones."""
 
     data: Path | None = None
     """Folder with the four idx files, .gz or not [default: TFDS's mnist, downloaded once]."""
@@ -94,7 +94,7 @@ def load_data(settings: Settings) -> Dataset:
 
 
 def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
-    """Network, optimizer and the two steps for a run, the weights NumPy's draw in any case; see `prepare_training`."""
+    """Makes the network and its training for a run; NumPy draws the weights for every framework."""
     import numpy as np
 
     import numpy_ref.resnet
@@ -106,8 +106,8 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
     if model == "cnn":
         network = cnn.network(cnn.init(rng))
     else:
-        # Not with zero_gamma: shortcuts alone carry a picture's first pixel on, which is background in all of them. The
-        # last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
+        # zero_gamma is off: with it, only shortcuts would act at first, and pass on a picture's first pixel, which is
+        # background. The last stage would start at 0, without a gradient, and stay there for two thirds of the epoch.
         shape = dict(num_classes=len(dataset.class_names), in_channels=1)
         weights = numpy_ref.resnet.init(getattr(numpy_ref.resnet, model)(**shape), rng)
         network = resnet_network(model, *weights, **shape)
@@ -115,7 +115,7 @@ def prepare(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, A
 
 
 def train(settings: Settings) -> int | None:
-    """Trains in one framework, once the processes have met; see `train_and_report`."""
+    """Trains in one framework, once the processes are connected; see `train_and_report`."""
     from experiments.training.run import train_and_report
 
     experiment = settings.experiment

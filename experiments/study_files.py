@@ -11,7 +11,7 @@ State = Literal["open", "begun", "done", "failed"]
 
 
 def slug(name: str) -> str:
-    """What stands for a name in those of files.
+    """A name as a part of file names.
 
     >>> slug("Adam, second setting")
     'adam-second-setting'

@@ -1,4 +1,4 @@
-"""ImageNet as torchvision's weights know it: the 1,000 classes' names and the weight files.
+"""ImageNet as in torchvision: the names of its 1,000 classes, and the weight files.
 
 Only downloading needs PyTorch and torchvision.
 """

@@ -31,7 +31,7 @@ FEATURES = (14, 14, CHANNELS)  # (H, W, K) of the convolution's output
 
 
 def init(rng: np.random.Generator) -> Params:
-    """Draws the parameters, float32, each uniform within 1/sqrt(inputs of its layer), as PyTorch does."""
+    """Draws the parameters, float32, each uniform within ±1/sqrt(fan-in), as PyTorch does."""
 
     def layer(*shape: int) -> dict[str, np.ndarray]:
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
@@ -42,7 +42,7 @@ def init(rng: np.random.Generator) -> Params:
 
 
 def steps(layers: ModuleType, params: Params) -> list[tuple[Any, ...]]:
-    """The layers of numpy_ref or jax_resnet, each with its weights, in their order."""
+    """The layers of numpy_ref or jax_resnet, each with its weights, in execution order."""
     conv2d = functools.partial(layers.conv2d, stride=STRIDE, padding=KERNEL // 2)
     conv, fc = ((params[name]["weight"], params[name]["bias"]) for name in ("conv", "fc"))
     return [(conv2d, *conv), (layers.relu,), (layers.flatten,), (layers.dense, *fc)]
@@ -51,7 +51,7 @@ def steps(layers: ModuleType, params: Params) -> list[tuple[Any, ...]]:
 def apply_numpy(
     config: None, params: Params, batch_stats: Any, images: np.ndarray, *, train: bool
 ) -> tuple[numpy_ref.resnet.Output, numpy_ref.layers.Vjp]:
-    """Runs the network in the form of `numpy_ref.resnet.apply`; it is the same in training and evaluation."""
+    """Runs the network with the signature of `numpy_ref.resnet.apply`; training and evaluation are the same."""
     logits, vjp_layers = numpy_ref.layers.sequential(images, *steps(numpy_ref.layers, params))
 
     def vjp(dlogits: np.ndarray) -> tuple[Params, np.ndarray]:
@@ -72,7 +72,7 @@ def apply_jax(
     dtype: Any = None,
     return_activations: bool = False,
 ) -> jax_resnet.resnet.Output:
-    """Runs the network in the form of `jax_resnet.resnet.apply`; dtype is that of all before the dense layer."""
+    """Runs the network with the signature of `jax_resnet.resnet.apply`; dtype is that of all before the dense layer."""
     x = images.astype(dtype or images.dtype)
     cast = params | {"conv": jax.tree.map(lambda a: a.astype(x.dtype), params["conv"])}
     *convolution, (dense, *fc) = steps(jax_resnet.layers, cast)

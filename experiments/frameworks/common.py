@@ -1,7 +1,7 @@
 """What the frameworks have in common: a network, a recipe for its training, and a training that can begin.
 
-The work is done by one adapter each: `experiments.frameworks.jax`, `.numpy` and `.torch`. Importing this module imports
-none of them.
+One adapter per framework does the work: `experiments.frameworks.jax`, `.numpy` and `.torch`. Importing this module
+imports none of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ State = Any  # a framework's TrainState, which has step, params and batch_stats
 
 @dataclasses.dataclass(frozen=True)
 class ResNet:
-    """A ResNet by the settings that all implementations take; each adapter builds it with its `make_resnet`."""
+    """A ResNet, as settings that all implementations take; `make_resnet` of each adapter builds it."""
 
     arch: str
     num_classes: int = 1000
@@ -49,7 +49,7 @@ class ResNet:
 
     @property
     def why_not_torchvision(self) -> str:
-        """What torchvision's networks lack to be this one, "" if nothing."""
+        """Why torchvision has no such network, "" if it has one."""
         if not self.batch_norm:
             return "its networks have BatchNorm"
         return "its networks have the stride in conv2" if str(self).endswith(", v1") else ""
@@ -59,9 +59,9 @@ class Network(NamedTuple):
     """A network in every framework, and the weights that it starts from.
 
     jax, numpy: the configuration and apply, as the frameworks' make_train_step take them.
-    torch: makes the nn.Module, "torch" or "torchvision".
+    torch: makes the nn.Module of "torch" or "torchvision".
     params, batch_stats: nested dicts of NumPy arrays, as jax and numpy take them.
-    to_torch: (params, batch_stats) -> {name: array} as the module's state_dict has them.
+    to_torch: (params, batch_stats) -> {name: array} as in the module's state_dict.
     """
 
     jax: tuple[Any, Callable[..., Any]]
@@ -89,15 +89,15 @@ def resnet_network(arch: str, params: Any, batch_stats: Any, **options: Any) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is trained, in whichever framework.
+    """How a network is trained, in any framework.
 
-    experiment: with its learning_rate; float64 needs jax.enable_x64.
+    experiment: its learning_rate is set; float64 needs jax.enable_x64.
     schedule, steps: the learning rate by step, and the steps of the whole training.
-    preprocess_train: (uint8 images (N, H, W, C), step) -> floats of this precision; traced into JAX's step, called by
-      the others.
+    preprocess_train: (uint8 images (N, H, W, C), step) -> floats of experiment.weights_dtype; JAX's step traces it, the
+      other steps call it.
     preprocess_test: the same without a step.
-    freeze_backbone: train the dense layer alone; the rest runs as in evaluation.
-    skip_nonfinite, devices: JAX's, see `jax_resnet.train.make_train_step` and `data_mesh`.
+    freeze_backbone: train only the dense layer; the rest runs as in evaluation.
+    skip_nonfinite, devices: only for JAX, see `jax_resnet.train.make_train_step` and `data_mesh`.
     """
 
     experiment: Experiment
@@ -113,15 +113,15 @@ class Recipe:
 class Training(NamedTuple):
     """A training that can begin.
 
-    framework: what computes; only JAX's training can be resumed, compiled ahead and searched.
+    framework: only JAX's training can be resumed, compiled ahead and searched for non-finite values.
     state, train_step, eval_step: as `experiments.training.loop.Loop` takes them.
-    device: where it is computed, as plain JSON values.
+    device: the device that computes, as plain JSON values.
     arrays: (params, batch_stats) -> {torchvision's name: array in torchvision's layout}.
     moments: state -> count, first and second moments of Adam's family, under JAX's names and layout.
     put: (images, labels) of this process -> the batch as the steps take it.
-    place: a state of NumPy arrays -> the same where the steps take it; JAX's.
-    averages: state -> params and batch_stats averaged over the steps, None without.
-    search: see `jax_resnet.train.make_nonfinite_search`; JAX's.
+    place: a state of NumPy arrays -> the same on the devices; only for JAX.
+    averages: state -> params and batch_stats averaged over the steps, None without --ema.
+    search: see `jax_resnet.train.make_nonfinite_search`; only for JAX.
     """
 
     framework: FrameworkName
@@ -156,14 +156,14 @@ def adapter(framework: FrameworkName) -> ModuleType:
 def adapter_for(experiment: Experiment) -> ModuleType:
     """The adapter for an experiment; raises a ValueError if the framework is missing, or has no such optimizer.
 
-    The libraries' AMSGrad differ: optax corrects the second moment for its start at 0 before it takes the largest,
-    torch after.
+    AMSGrad is only in JAX, since the libraries differ: optax takes the largest second moment after bias correction,
+    torch before.
     """
     framework, opt, common = experiment.framework, experiment.opt, get_args(CommonOptimizerName)
     if framework != "jax" and opt not in common:
-        raise ValueError(f"--opt {opt} is in JAX alone: --framework {framework} has {', '.join(common)}")
+        raise ValueError(f"--opt {opt} is only in JAX: --framework {framework} has {', '.join(common)}")
     if experiment.dampening and framework not in ("jax", "numpy"):
-        raise ValueError("--dampening is not in torch, whose SGD takes in the first gradient undampened")
+        raise ValueError("--dampening is not in torch: its SGD does not dampen the first gradient")
     return adapter(framework)
 
 

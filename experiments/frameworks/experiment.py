@@ -1,4 +1,4 @@
-"""What decides the outcome of a training, whatever the data and the network; imports no framework."""
+"""The settings that decide the result of a training, for any data and network; imports no framework."""
 
 from __future__ import annotations
 
@@ -16,53 +16,53 @@ ScheduleName = Literal["constant", "cosine", "step", "onecycle"]
 TITLES = {"jax": "JAX", "numpy": "NumPy", "torch": "PyTorch"}
 LEARNING_RATES: dict[str, float] = dict.fromkeys(get_args(OptimizerName), 1e-3) | {"sgd": 0.05}
 BOUNDED = ("adabound", "amsbound", "adaboundw")
-MAX_EPOCHS = 1_000_000  # more is a typing error
+MAX_EPOCHS = 1_000_000  # a larger number is taken for a typing error
 
 
 def jax_only(default: Any) -> Any:
-    """A field for --framework jax alone; the others accept nothing but its default."""
+    """A field for --framework jax only; other frameworks accept only its default."""
     return dataclasses.field(default=default, metadata={"jax_only": True})
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Settings that decide what comes out. A run can only be resumed with the same ones."""
+    """Settings that decide the result. A run can only be resumed with the same ones."""
 
-    # What only some programs have settings for; without types these are no fields. pad: pixels around a picture;
-    # bounds: the arguments of `experiments.training.step_sizes`, for a run that reports them.
+    # Settings that only some programs have; without types, these are no fields. pad: pixels around a picture; bounds:
+    # the arguments of `experiments.training.step_sizes`, for a run that reports step sizes.
     augmentation, normalize, freeze, pad, bounds = "none", True, "none", 0, None
 
     opt: OptimizerName = "adabound"
     """The optimizer. adabound, amsbound, adam, amsgrad, sgd: L2 decay; adaboundw, adamw: decoupled decay."""
     framework: FrameworkName = "jax"
-    """What computes: the same from the same weights on the same pictures, up to rounding. torch has the network of
-    torch_ref, torchvision its own."""
+    """The framework that computes; all compute the same, up to rounding. torch uses the network of torch_ref,
+    torchvision its own."""
     epochs: int = 1
     """Passes over the training pictures."""
     batch_size: int = 32
-    """Pictures a step; a last, partial batch of an epoch is left out."""
+    """Pictures per step; the last, partial batch of an epoch is left out."""
     learning_rate: float | None = None
     """The peak of the schedule [default: 1e-3, for sgd 0.05]."""
     schedule: ScheduleName = "cosine"
-    """Of the learning rate: cosine to 0, step (a tenth after one half and after three quarters), onecycle, constant."""
+    """The learning rate: cosine to 0, step (a tenth after one half and after three quarters), onecycle, constant."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up before the schedule."""
     final_lr: float = 0.1
-    """AdaBound: the SGD rate at which it ends."""
+    """AdaBound: the step size to which its bounds converge."""
     gamma: float = 1e-3
     """AdaBound: how fast its bounds close."""
     momentum: float = 0.9
-    """SGD's momentum; b1 of all others."""
+    """SGD's momentum; b1 of the other optimizers."""
     dampening: float = 0.0
-    """SGD takes (1 - dampening) of the gradient into its momentum; equal to --momentum it is AdaBound's limit."""
+    """SGD adds (1 - dampening) of the gradient to its momentum; if equal to --momentum, this is AdaBound's limit."""
     weight_decay: float = 0.0
-    """Of kernels only, not of biases and BatchNorm."""
+    """Weight decay of kernels, not of biases and BatchNorm."""
     label_smoothing: float = 0.0
     """The share of each target that is spread over all classes."""
     loss_scale: float = jax_only(1.0)
-    """Multiply all gradients by this, as if the loss were: Adam would not mind, AdaBound at its bounds does."""
+    """Multiply all gradients by this, as if it scaled the loss: changes AdaBound's steps at its bounds, not Adam's."""
     clip_norm: float | None = jax_only(None)
-    """Shorten the gradients, all taken together, to this length."""
+    """Clip the global norm of the gradients to this value."""
     ema: float | None = jax_only(None)
     """Keep moving averages of the weights with this decay, such as 0.999; they are tested and saved as well."""
     accumulate: int = jax_only(1)
@@ -70,10 +70,10 @@ class Experiment:
     remat: bool = jax_only(False)
     """Recompute each block in the backward pass: less memory, more time."""
     precision: Precision = "float32"
-    """Of weights and all that is computed; float64 is for comparisons. bfloat16 is that of activations: the weights,
+    """The type of weights and computations; float64 is for comparisons. bfloat16 is for activations only: weights,
     BatchNorm's statistics and the loss stay float32."""
     seed: int = 0
-    """Of all that is random: the weights, the order of the pictures and their augmentation, --limit."""
+    """Decides all that is random: the weights, the order of the pictures and their augmentation, --limit."""
     limit: int | None = None
     """Train on this many pictures only, drawn by --seed, balanced by class."""
     test_limit: int | None = None
@@ -107,18 +107,18 @@ class Experiment:
         if self.batch_size % self.accumulate:
             raise ValueError(f"--batch-size {self.batch_size} must be a multiple of --accumulate {self.accumulate}")
         if self.dampening and self.opt != "sgd":
-            raise ValueError(f"--dampening is SGD's: it would do nothing for {self.opt}")
+            raise ValueError(f"--dampening is only for SGD: it does nothing for {self.opt}")
         if self.precision == "bfloat16" and self.framework != "jax":
             raise ValueError(f"--precision bfloat16 is for --framework jax, not for {self.framework}")
 
 
 def flag(name: str) -> str:
-    """The option of the command line that stands for a field."""
+    """The command-line option of a field."""
     return f"--{name.replace('_', '-')}"
 
 
 def require(settings: Any, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raises a ValueError, with the rule, if one of the named settings is given and does not hold."""
+    """Raises a ValueError with the rule if one of the named settings is given and breaks it."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not holds(value):

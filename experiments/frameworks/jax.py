@@ -57,7 +57,7 @@ def make_gradients(config: resnet.ResNetConfig, *, with_images: bool = False, **
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """The optimizer of a recipe, with what the recipe does to gradients before."""
+    """The optimizer of a recipe, with the recipe's scaling and clipping of gradients before it."""
     experiment, rate, momentum = recipe.experiment, recipe.schedule, recipe.experiment.momentum
     decay = dict(weight_decay=experiment.weight_decay, mask=train.decay_mask)
     l2 = optax.add_decayed_weights(**decay) if experiment.weight_decay else optax.identity()
@@ -78,14 +78,14 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def moments_of(opt_state: optax.OptState) -> AdaBoundState:
-    """The moments in the state of any optimizer of `make_optimizer` but SGD, wherever they are inside it."""
+    """The moments in the state of any optimizer of `make_optimizer` but SGD, however deeply they are nested."""
     if (found := optax.tree.get(opt_state, "AdaBoundState")) is not None:
         return found
     if (adam := optax.tree.get(opt_state, "ScaleByAdamState")) is not None:
         return AdaBoundState(adam.count, adam.mu, adam.nu, None)
     amsgrad = optax.tree.get(opt_state, "ScaleByAmsgradState")
-    # optax corrects nu for its start at 0 before it takes the largest, AdaBoundState's is corrected after.
-    correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, in all digits
+    # optax takes the largest nu after bias correction; AdaBoundState holds the largest before it.
+    correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, to full precision
     nu_max = jax.tree.map(lambda v: v * float(correction), amsgrad.nu_max)
     return AdaBoundState(amsgrad.count, amsgrad.mu, amsgrad.nu, nu_max)
 

@@ -1,6 +1,6 @@
 """numpy_ref in the experiments: networks, weights in and out, gradients, optimizers, trainings.
 
-JAX is imported for trainings alone: it would count in the memory that a benchmark measures.
+JAX is imported only for trainings, since it would add to the memory that a benchmark measures.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def make_schedule(name: ScheduleName, peak: float, steps: int, warmup_steps: int
 
 
 def as_numbers(schedule: optax.Schedule, steps: int) -> Callable[[int], float]:
-    """The schedule's first steps as a function of plain numbers, computed in advance, for NumPy and PyTorch."""
+    """The schedule's first `steps` values as a function step -> float, computed in advance, for NumPy and PyTorch."""
     import jax
 
     return jax.device_get(jax.lax.map(schedule, jax.numpy.arange(steps))).tolist().__getitem__

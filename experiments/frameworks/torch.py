@@ -37,7 +37,7 @@ def make_resnet(network: ResNet, framework: str = "torch") -> nn.Module:
     import torchvision
 
     model = getattr(torchvision.models, network.arch)(num_classes=network.num_classes)
-    if network.in_channels != 3:  # torchvision's take colour alone
+    if network.in_channels != 3:  # torchvision's networks take only colour
         model.conv1 = nn.Conv2d(network.in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
     return model
 
@@ -78,7 +78,7 @@ def make_logits(network: ResNet, arrays: Arrays) -> Callable[[Array], Array]:
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a recipe for the parameters of a module that are not frozen.
 
-    The learning rate is the experiment's until the step changes it in the groups.
+    The learning rate is the experiment's until the training step changes it in the groups.
     """
     experiment = recipe.experiment
     params = [param for param in model.parameters() if param.requires_grad]

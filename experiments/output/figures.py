@@ -1,4 +1,4 @@
-"""Figures as files. Names of other people's, such as classes and folders, are drawn as they are."""
+"""Writes figures to files. Names from users, such as classes and folders, are drawn literally."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPLACEMENT = "\u25a1"  # for a character that no font has
 
 
 def label(name: str) -> str:
-    """A name as the label of something that a legend shows; to be saved by `save`."""
+    """A name as a label that legends show; for figures that `save` writes."""
     return f"{MARK}{name}" if name.startswith("_") else name
 
 
@@ -36,7 +36,7 @@ def panels(
 
     Args:
       width, height: of a panel, in inches.
-      margin: above and below all of them.
+      margin: height beside that of the panels, in inches.
       shared: as for plt.subplots.
     """
     wide = min(most_wide, count)
@@ -51,15 +51,15 @@ def panels(
 
 
 def in_percent(axis: Axes) -> None:
-    """Numbers its y axis, of shares, in percent."""
+    """Labels the y axis, which shows shares, in percent."""
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def save(figure: Figure, target: Path | BinaryIO, format: str | None = None) -> None:
     """Writes a figure and closes it.
 
-    A $ in a text is drawn, except in the numbers of an axis. A character that the usual font does not have is taken
-    from another installed one; where there is none, it is replaced and a note is printed, once for each character.
+    A $ in a text is drawn literally, except in the numbers of an axis. A character that the usual font lacks is taken
+    from another installed font; if there is none, it is replaced and a note is printed, once for each character.
     """
     numbers = {text for axis in figure.axes for text in _numbers(axis)}
     undrawn: set[str] = set()
@@ -80,9 +80,9 @@ def save(figure: Figure, target: Path | BinaryIO, format: str | None = None) -> 
 
 
 def _numbers(axis: plt.Axes) -> Iterable[Text]:
-    """The labels of ticks that matplotlib has chosen; powers of ten are formulas."""
+    """The tick labels that matplotlib has chosen; powers of ten are formulas."""
     for direction in (axis.xaxis, axis.yaxis):
-        if not isinstance(direction.get_major_formatter(), FixedFormatter | FuncFormatter):  # given as text
+        if not isinstance(direction.get_major_formatter(), FixedFormatter | FuncFormatter):  # for texts that were given
             yield from direction.get_ticklabels(which="both")
             yield direction.get_offset_text()
 

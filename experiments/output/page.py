@@ -1,4 +1,4 @@
-"""Tables and pictures with words around them: as Markdown, and as one page of HTML that needs no other file."""
+"""Writes text, tables and pictures as Markdown, and as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from experiments.output.figures import save
 
 COLOURS = 128  # of a picture
-WIDE = 900  # pixels of a picture with letters that a phone's width would make too small
+WIDE = 900  # pixels; on a phone, letters in wider pictures would be too small
 STYLESHEET = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 68rem;
        margin: 0 auto; padding: 1rem; }
@@ -49,12 +49,12 @@ class Picture:
     data: bytes
 
     def __str__(self) -> str:
-        """In Markdown."""
+        """The picture in Markdown."""
         return f"![{self.caption}]({self.name})"
 
     @property
     def as_html(self) -> str:
-        """Inside the page; a wide picture is moved sideways on a narrow screen, for its letters to be read."""
+        """The picture inside the page; on a narrow screen, a wide one scrolls sideways to keep letters legible."""
         text, data = html.escape(self.caption), base64.b64encode(self.data).decode()
         style = ' class="wide"' if Image.open(io.BytesIO(self.data)).width > WIDE else ""
         shown = f'<img{style} alt="{text}" src="data:image/png;base64,{data}">'
@@ -69,21 +69,21 @@ def picture(name: str, caption: str, figure: Figure) -> Picture:
     """The figure as a PNG of COLOURS colours, a quarter as large as with all of them; the figure is closed."""
     drawn, file = io.BytesIO(), io.BytesIO()
     save(figure, drawn, "png")
-    # This method keeps colours that are rare.
+    # MAXCOVERAGE keeps rare colours.
     few = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(file, "png", optimize=True)
     return Picture(f"{name}.png", caption, file.getvalue())
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows {column: text}; the first row has all columns."""
+    """A Markdown table of rows {column: text}; the first row has all columns."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in line) + " |" for line in lines)
 
 
 def anchor(heading: str) -> str:
-    """The place of a section in the page, as GitHub calls it.
+    """The anchor of a section, as GitHub names it.
 
     >>> anchor("What was not run, and other remarks"), anchor("cars64_small")
     ('what-was-not-run-and-other-remarks', 'cars64_small')
@@ -113,12 +113,12 @@ def write_markdown(path: Path, title: str, head: Sequence[Block], sections: Sect
 
 
 def write_html(path: Path, title: str, head: Sequence[Block], sections: Sections) -> None:
-    """Writes the same as one page; HTML in the Markdown is shown, not obeyed.
+    """Writes the same as one page; HTML in the Markdown is escaped.
 
     Args:
       path: of the page.
       title: in plain text.
-      head: what is always seen.
+      head: always visible.
       sections: folded, and listed below the head.
     """
     pictures = {found.name: found for found in _pictures(head, sections)}

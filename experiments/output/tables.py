@@ -6,7 +6,7 @@ Cell = float | str | tuple[float, float]  # a number, a word, or quartiles
 
 
 def as_text(cell: Cell) -> str:
-    """Three digits that say something: 0.05, 1.06, 15.3, 405, 1,234.
+    """A cell with about three significant digits: 0.05, 1.06, 15.3, 405, 1,234.
 
     >>> [as_text(cell) for cell in (0.049, 1.0649, 15.26, 404.6, 1234.5, (14.0, 130.2), "no")]
     ['0.05', '1.06', '15.3', '405', '1,234', '14.0-130', 'no']
@@ -20,7 +20,7 @@ def as_text(cell: Cell) -> str:
 
 
 def print_table(rows: dict[str, dict[str, Cell]]) -> None:
-    """Prints rows aligned; a column that nobody has is left out."""
+    """Prints aligned rows; a row may lack some columns."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["", *columns]]
     lines += [[name, *(as_text(row.get(column, "")) for column in columns)] for name, row in rows.items()]

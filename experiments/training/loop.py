@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from experiments.training.run import Report
 
 Results = dict[str, np.ndarray]  # per test picture, each (N,): "loss", "prediction", "confidence", "top5"
-REPORT_SECONDS = 60.0  # least time between two reports
+REPORT_SECONDS = 60.0  # the minimum between two reports
 
 
 class DivergedError(FailedError):
@@ -34,7 +34,7 @@ class DivergedError(FailedError):
 
 
 def count_steps(split: Split, batch_size: int) -> int:
-    """The steps of an epoch; raises a ValueError if there is not one."""
+    """The number of steps in an epoch; raises a ValueError if the pictures do not fill one batch."""
     if batch_size > len(split):
         raise ValueError(f"--batch-size {batch_size} exceeds the {len(split)} training pictures")
     return len(split) // batch_size
@@ -44,13 +44,13 @@ def count_steps(split: Split, batch_size: int) -> int:
 class Loop:
     """Trains, evaluates after each epoch, logs to the run's folder, writes checkpoints and shows a progress bar.
 
-    training: what computes, and the state to begin with, which is consumed.
-    folder: takes a row every log_every steps and one at the end of each epoch.
-    saver: takes the state and where it stands: when it is due, after each epoch that is the best so far, and at the
-      end, also when told to stop.
-    report: adds to an epoch's row; is written after an epoch if the last time is REPORT_SECONDS ago, and in any case at
-      the end, also when told to stop.
-    progress: where it begins.
+    training: the steps and the initial state, which is consumed.
+    folder: gets a row every log_every steps and one at the end of each epoch.
+    saver: writes a checkpoint whenever one is due, after each epoch that is the best so far, and at the end, even if
+      the run is told to stop.
+    report: adds to an epoch's row; is written after an epoch if the last report is older than REPORT_SECONDS, and
+      always at the end, even if the run is told to stop.
+    progress: where the training begins.
     """
 
     settings: RunSettings
@@ -69,17 +69,17 @@ class Loop:
         self.part = (jax.process_index(), jax.process_count())
         self.reported = time.perf_counter()
         self.started = self.reported - self.progress.seconds
-        self.step = int(self.state.step)  # of the state once all that was dispatched has ended
+        self.step = int(self.state.step)  # of the state once all dispatched steps have ended
         self.left_to_skip = self.settings.system.skip_nonfinite - int(getattr(self.state, "nonfinite", 0))
 
     def run(self) -> int | None:
-        """Returns the signal that ended it; None if all epochs were run.
+        """Runs the epochs that are left; returns the signal that ended the run early, or None.
 
         Raises:
-          DivergedError: a loss or gradients are not finite, and not to be skipped; a checkpoint from before is there.
+          DivergedError: a loss or gradients are not finite and may not be skipped; the state from before is saved.
           DataError: a picture can no longer be read.
         """
-        # Until the end: a second signal may not keep the last checkpoint from the disk.
+        # StopRequest covers the last checkpoint too: a first signal must not interrupt its writing.
         with StopRequest() as self.stop:
             ended_by = self.train()
             self.save_if_missing()
@@ -89,14 +89,14 @@ class Loop:
 
     def train(self) -> int | None:
         experiment = self.experiment
-        # The pictures of before a restart are no part of the time left that the bar tells.
+        # The bar starts at the restored step; otherwise its time left would count pictures from before a restart.
         self.bar = tqdm(
             total=experiment.epochs * self.steps_per_epoch * experiment.batch_size,
             initial=self.step * experiment.batch_size,
             unit=" img",
             unit_scale=True,
             dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds: a log file is no place for a bar
+            mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; rarely in a log file
         )
         try:
             with self.batches(self.step) as batches:
@@ -107,7 +107,7 @@ class Loop:
             return stopped.signal
         except NotFiniteError as error:
             raise self.diverged(error) from error
-        except DataError:  # a picture is gone: that can be mended
+        except DataError:  # a picture is missing: the user can restore it and resume
             self.finish_step()
             self.save_if_missing()
             raise
@@ -164,16 +164,16 @@ class Loop:
             self.folder.log(self.meter.row(self.experiment.log_every))
 
     def test(self, params: Any, batch_stats: Any) -> tuple[Results, dict[str, float]]:
-        """What the evaluation step says of each test picture, with a progress bar; and the metrics of a row."""
+        """Evaluates all test pictures, with a progress bar; returns the results by picture and the metrics of a row."""
         split, batch_size, results, running = self.dataset.test, self.experiment.batch_size, [], None
         with EvaluationBatches(split, batch_size, part=self.part) as batches:
-            # disable=None: hidden unless this is a terminal.
+            # disable=None hides the bar unless stderr is a terminal.
             options = dict(desc="testing", total=-(-len(split) // batch_size), leave=False, disable=None)
             for images, labels in tqdm(put_ahead(batches, self.training.put), dynamic_ncols=True, **options):
                 self.stop.check()
                 ended = running
                 running = self.training.eval_step(params, batch_stats, images, labels)
-                if ended is not None:  # read one batch late; at the end, dozens would run, and take memory, at once
+                if ended is not None:  # read one batch late; later, dozens would be in memory at once
                     results.append(jax.device_get(ended))
             results.append(jax.device_get(running))
         of_all = {name: np.concatenate([result[name] for result in results])[: len(split)] for name in results[0]}
@@ -209,7 +209,7 @@ class Loop:
             self.reported = time.perf_counter()
 
     def save(self, score: float | None = None) -> None:
-        """Begins a checkpoint of the state, whose steps have all ended."""
+        """Starts writing a checkpoint of the state, whose steps must all have ended."""
         within = self.step > self.progress.epoch * self.steps_per_epoch
         meter = self.meter.facts() if within else None
         self.folder.sync()
@@ -218,29 +218,29 @@ class Loop:
         self.saver.save(self.state, progress, score=score)
 
     def diverged(self, error: NotFiniteError) -> DivergedError:
-        """Looks for the cause, saves the state from before the step, and says what was found."""
+        """Looks for the cause, saves the state from before the step, and returns an error that reports both."""
         text = f"{error} at step {error.step} (epoch {self.meter.epoch})"
         if not self.training.in_jax:
             return DivergedError(f"{text}: try a lower --learning-rate")
-        # The step that failed, and the one that was dispatched after it, have left the state what it was before.
+        # The failed step, and the one dispatched after it, left the state unchanged, except for this count.
         self.step = int(self.state.step)
         self.state = self.state.replace(nonfinite=self.state.nonfinite - 1)
-        where, advice = "no checkpoint was asked for", "try a lower --learning-rate or --clip-norm in a new --out"
+        where, advice = "--keep 0 writes no checkpoint", "try a lower --learning-rate or --clip-norm in a new --out"
         if self.saver.checkpoints is not None:
             advice += ", or --resume with --skip-nonfinite"
             self.save_if_missing()
-            where = f"the checkpoint of step {self.step}, before it, is in {self.saver.checkpoints.folder}"
+            where = f"the checkpoint of the step before, {self.step}, is in {self.saver.checkpoints.folder}"
             if not self.saver.wait():
                 where = "the checkpoint of the step before could not be written"
         with self.batches(error.step - 1, prefetch=0) as again:
             found = self.training.search(self.state, *self.training.put(*next(again)))
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        text += f". Not finite are {', '.join(found[:4])}{more}" if found else ". Computed once more it is finite"
+        text += f". Not finite: {', '.join(found[:4])}{more}" if found else ". A second computation was finite"
         return DivergedError(f"{text}; {where}: {advice}")
 
 
 def describe_epoch(title: str, row: dict[str, float]) -> str:
-    """The row at the end of an epoch, tested or not, as a line."""
+    """Describes the row at the end of an epoch, tested or not, in one line."""
     trained = f"train loss {row['train_loss']:.3f} top-1 {row['train_top1']:.1%} macro-F1 {row['train_macro_f1']:.1%}"
     speed = f" | {row['images_per_second']:.1f} images/s" if "images_per_second" in row else ""
     if "test_loss" not in row:

@@ -1,4 +1,4 @@
-"""The metrics of an epoch: read a step late, averaged, and carried over a restart."""
+"""The metrics of an epoch: read one step late, averaged, and carried over a restart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class NotFiniteError(RuntimeError):
-    """A step's loss or gradients were not finite, and it may not be skipped."""
+    """A step's loss or gradients are not finite, and the step may not be skipped."""
 
     def __init__(self, step: int, loss: float):
         super().__init__(f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite")
@@ -21,14 +21,14 @@ class NotFiniteError(RuntimeError):
 
 
 class Meter:
-    """Collects the metrics of an epoch; JAX's are read one step late, so that the device never waits for us.
+    """Collects the metrics of an epoch; JAX's are read one step late, so that the device never waits.
 
     Args:
       epoch: from 1.
-      labels: (steps, batch_size) of the epoch's batches, in their order.
+      labels: (steps, batch_size) of the epoch's batches, in order.
       started: the time.perf_counter() that "seconds" count from.
-      left_to_skip: how many more steps may be skipped before one is a NotFiniteError.
-      earlier: what `facts` gave for the first steps of this epoch, if it goes on.
+      left_to_skip: how many more steps may be skipped before one raises NotFiniteError.
+      earlier: what `facts` returned for the first steps of this epoch, if a run resumes within it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Meter:
 
     @property
     def steps(self) -> int:
-        """The steps of this epoch that have ended."""
+        """How many steps of this epoch have ended."""
         return len(self._losses)
 
     @property
@@ -58,7 +58,7 @@ class Meter:
         return _count_nan(self._losses)
 
     def facts(self) -> dict[str, Any]:
-        """All that has been collected, as JSON values that give the same numbers again."""
+        """All collected metrics as JSON values, from which `earlier` restores the same numbers."""
         return {
             "losses": [None if math.isnan(loss) else loss for loss in self._losses],
             "top1s": self._top1s,
@@ -66,17 +66,17 @@ class Meter:
         }
 
     def add(self, metrics: dict[str, Any]) -> bool:
-        """Takes a step's metrics, which may still be computed; returns whether a step, this or the last, has ended."""
+        """Adds a step's metrics, which may still be computing; returns whether this or the previous step has ended."""
         ended = self.finish()
         self._running = metrics
-        # NumPy's step has ended when it returns.
+        # Steps outside JAX have ended when they return.
         return ended if isinstance(metrics["loss"], jax.Array) else self.finish()
 
     def finish(self) -> bool:
         """Waits for the step that is running, if any; returns whether there was one.
 
         Raises:
-          NotFiniteError: it was not finite, and no more may be skipped.
+          NotFiniteError: its loss or gradients are not finite, and no more steps may be skipped.
         """
         if self._running is None:
             return False
@@ -94,11 +94,11 @@ class Meter:
         return True
 
     def _done(self) -> int:
-        """The steps of the training that have ended."""
+        """How many steps of the whole training have ended."""
         return (self.epoch - 1) * len(self._labels) + self.steps
 
     def means(self, last: int) -> dict[str, float]:
-        """Loss and top-1 over the last steps, without what was not finite."""
+        """The mean loss, over finite losses only, and the mean top-1 of the last steps."""
         finite = [loss for loss in self._losses[-last:] if not math.isnan(loss)]
         return {
             "train_loss": float(np.mean(finite)) if finite else math.nan,
@@ -108,7 +108,7 @@ class Meter:
     def row(self, last: int) -> dict[str, float]:
         """The means over the last steps, as a row of metrics.jsonl.
 
-        The first step of all, which compiles, is no part of the images per second, unless it is the only one.
+        The first step compiles, so images_per_second leaves it out unless it is the only one.
         """
         here = self.steps - self._first  # since the start or the restart
         times = self._times[-min(last, here) - 1 :]
@@ -131,7 +131,7 @@ def _count_nan(losses: list[float]) -> int:
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     """The mean over classes of F1 = 2 · true positives / (labelled + predicted); labels and predictions (N,) int.
 
-    Classes that occur in neither count for nothing; one that occurs but is never right counts as 0.
+    Classes that occur in neither are left out; a class that occurs but is never predicted correctly counts as 0.
     """
     classes = int(max(labels.max(), predictions.max())) + 1
     labelled, predicted, right = (
@@ -141,17 +141,17 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float((2 * right[occurs] / (labelled + predicted)[occurs]).mean())
 
 
-SKIPPED = 3  # steps: the first compiles, the next fill queues
+SKIPPED = 3  # steps: the first one compiles, the next ones fill queues
 
 
 class Profile:
-    """Records `steps` steps into a folder, after the first three of the run."""
+    """Records `steps` steps into a folder with jax.profiler, after the first SKIPPED of the run."""
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self._steps, self._seen, self._running = folder, steps, 0, False
 
     def before_step(self) -> None:
-        """To be called before each step."""
+        """Must be called before each step."""
         if self._seen == SKIPPED:
             jax.profiler.start_trace(str(self.folder))
             self._running = True
@@ -160,9 +160,9 @@ class Profile:
         self._seen += 1
 
     def close(self) -> None:
-        """Ends the recording, also when the run ends before its steps are done."""
+        """Ends the recording, even if the run ends before all its steps are recorded."""
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
         elif self._seen <= SKIPPED:
-            print(f"warning: --profile begins after {SKIPPED} steps, and there were {self._seen}", file=sys.stderr)
+            print(f"warning: --profile begins after {SKIPPED} steps, but the run had {self._seen}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The pictures that a run leaves behind."""
+"""The figures of a run, and of a comparison of runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plot_curves(path: Path, rows: Rows, title: str) -> None:
             axis.plot(*_points(ends, key), "o-", ms=4, color=colour, label=label)
         axis.set_ylim(bottom=0)
         if name != "loss":
-            # Where nearly everything is right the first steps would take up the whole height: some of them may leave.
+            # At high accuracy, the first steps would take up most of the height: the lowest values may lie outside.
             values = [row[key] for row in rows for key in curves.values() if key in row] or [0.0]
             axis.set_ylim(bottom=max(0.0, 1 - 1.5 * (1 - np.quantile(values, 0.05))))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -50,7 +50,7 @@ def _ends_and_between(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
-    """By epoch, those that there are."""
+    """The epochs and values of the rows that have the key."""
     shown = [row for row in rows if key in row]
     return [row["epoch"] for row in shown], [row[key] for row in shown]
 
@@ -68,19 +68,19 @@ def plot_comparison(
     against: str | None = None,
     distances: Mapping[str, Rows] = MappingProxyType({}),
 ) -> None:
-    """Lays the curves of several runs over one another: training loss by step, test loss and test top-1 by epoch.
+    """Overlays the curves of several runs: training loss by step, test loss and test top-1 by epoch.
 
     Args:
       runs: the rows of metrics.jsonl by the name of the run.
-      against: a run that the others are measured from.
-      distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from that run's.
+      against: the name of the run that the others are compared with.
+      distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from `against`.
     """
     panels = 4 if distances else 3
     figure, axes = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
     for axis, (key, marker) in zip(axes, dict(train_loss=".-", test_loss="o-", test_top1="o-").items(), strict=False):
-        # Curves that lie on one another: the earlier ones are wider, and show below the later.
+        # Earlier curves are wider, so that they stay visible below later ones that coincide with them.
         for width, (name, rows) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
-            # Rows that end an epoch hold its mean: of the training loss the ones in between say more, if there are any.
+            # Rows that end an epoch hold its mean; rows in between, if there are any, show more of the training loss.
             shown = _ends_and_between(rows)[1] if key == "train_loss" else rows
             size, line = (3 + 2 * width, 1.5 * width) if distances else (4, 1)
             axis.plot(*_points(shown or rows, key), marker, ms=size, lw=line, label=as_label(name))

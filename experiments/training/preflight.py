@@ -1,4 +1,4 @@
-"""Before the first step: what is wrong with the data, whether the memory and the disk suffice."""
+"""Checks before the first step: errors in the data, and whether memory and disk space suffice."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from experiments.training.settings import RunSettings
 
 
 def report_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> None:
-    """Prints what a look at data, memory and disk has found; of the data's facts only with --dry-run.
+    """Prints what checks of data, memory and disk found; facts about the data only with --dry-run.
 
     Raises:
-      DataError: the data is not to be trained on.
+      DataError: the data has errors.
     """
-    dry_run, said = settings.system.dry_run, dataset.source.get("notes", [])  # by the reader of the data
-    # Every pixel is looked at: not where each picture would have to be decoded for that.
+    dry_run, said = settings.system.dry_run, dataset.source.get("notes", [])  # already printed when the data was read
+    # The check reads every pixel: a run skips it if pictures are decoded only when they are needed.
     of_data = check_dataset(dataset) if dry_run or isinstance(dataset.train.images, np.ndarray) else []
     if errors := [finding.text for finding in of_data if finding.severity == "error"]:
         raise DataError("\n".join(errors))
@@ -40,15 +40,15 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
 
 
 def system_findings(settings: RunSettings, dataset: Dataset, training: Training, out: Path) -> list[Finding]:
-    """The memory that a step takes on one device and the size of the checkpoints, and whether there is room for them.
+    """Finds the memory that a step takes on one device and the size of checkpoints, and whether there is room for both.
 
-    Compiles the training step, which the run needs in any case, and asks XLA.
+    Compiles the training step, which the run needs anyway, and asks XLA for its memory.
     """
     state, rows, keep = training.state, settings.experiment.batch_size // jax.process_count(), settings.system.keep
     batch = (np.zeros((rows, *dataset.train.images.shape[1:]), np.uint8), np.zeros(rows, np.int32))
     analysis = training.train_step.lower(state, *training.put(*batch)).compile().memory_analysis()
     parameters = _bytes(state.params) + _bytes(state.batch_stats)
-    # Averages count as the optimizer's. On a CPU a step of few images holds its updates at most, not its activations.
+    # Averages count as the optimizer's. On a CPU, the peak of a step with few images is its updates, not activations.
     parts = {"parameters": parameters, "optimizer": _bytes(state) - parameters}
     parts["within a step"] = getattr(analysis, "temp_size_in_bytes", 0)
     needed, there = sum(parts.values()), _device_memory()
@@ -66,7 +66,7 @@ def system_findings(settings: RunSettings, dataset: Dataset, training: Training,
 
 
 def _device_memory() -> int | None:
-    """Bytes of the device's memory, or of the machine's for a CPU; None where nobody says."""
+    """The device's memory in bytes, for a CPU the machine's available memory; None if unknown."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")

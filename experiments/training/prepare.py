@@ -1,4 +1,4 @@
-"""What a training begins with: data, network, optimizer, steps, and what is done to pictures."""
+"""Prepares a training: data, network, optimizer, steps, and the preprocessing of pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DRAWINGS = dict(train_count=1500, test_count=600)
 
 
 def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
-    """What --limit and --test-limit leave of a data set."""
+    """Reduces a data set to the pictures that --limit and --test-limit select."""
     if experiment.limit is not None:
         part = data.balanced_subset(dataset.train, experiment.limit, experiment.seed)
         dataset = dataclasses.replace(dataset, train=part)
@@ -39,17 +39,17 @@ def take_parts(experiment: Experiment, dataset: Dataset) -> Dataset:
 def prepare_training(
     settings: RunSettings, arch: str, dataset: Dataset, network: Network, augment_key: jax.Array | None = None
 ) -> tuple[Training, dict[str, Any]]:
-    """Optimizer, the two steps and the preparation of pictures.
+    """Makes the optimizer, the training and evaluation steps, and the preprocessing of pictures.
 
     Args:
-      arch: what the network is called.
-      network: with the weights to begin with.
+      arch: the network's name.
+      network: with its initial weights.
 
     Returns:
-      the training, and `describe_input`.
+      the training, and what `describe_input` returns.
 
     Raises:
-      ValueError: the framework or its optimizer is missing, or there are not as many devices.
+      ValueError: the framework or its optimizer is missing, or there are too few devices.
     """
     experiment, place = settings.experiment, settings.experiment.augmentation
     mean, std = data.channel_statistics(dataset.train.images)
@@ -62,7 +62,7 @@ def prepare_training(
     @jax.jit  # for NumPy and PyTorch; JAX's step traces through it
     def augmented(images, step):
         changed = augment(place, jax.random.fold_in(augment_key, step), to_unit_range(images, experiment.weights_dtype))
-        return normalize(changed, mean, std)  # by the step: a resumed run sees the same pictures
+        return normalize(changed, mean, std)  # random by step: a resumed run sees the same pictures
 
     def preprocess_train(images, step):
         return preprocess_test(images) if place == "none" else augmented(images, step)
@@ -85,15 +85,15 @@ def prepare_training(
 
 
 def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> dict[str, Any]:
-    """What a weight file must tell about its network and its input, as plain JSON values.
+    """What a weight file must record about its network and its input, as plain JSON values.
 
     Args:
-      preparation: "mean" and "std" of its channels; "pad" where that many pixels of background are put around it.
+      preparation: "mean" and "std" of the channels; "pad", the pixels of background around a picture, if there are any.
 
     Returns:
-      also "image_size", to which a picture is stretched, its padding included; "grey"; and "margin": it was cut to its
-      box before, widened by so many pixels, or taken whole (None); "white" where the set has pictures of more than 8
-      bits: the value that is white in all of them, by kind.
+      the names of network, classes and data; preparation; "image_size", to which a picture is stretched, padding
+      included; "grey"; "margin", by how many pixels a box was widened before its picture was cut to it, None for whole
+      pictures; "white", if the set has pictures of more than 8 bits: the value of white in all of them, by kind.
     """
     *_, height, width, channels = dataset.train.images.shape
     described = {"arch": arch, "class_names": dataset.class_names, "data": dataset.title}
@@ -104,7 +104,7 @@ def describe_input(arch: str, dataset: Dataset, preparation: dict[str, Any]) -> 
 
 
 def load_cars(settings: Settings) -> Dataset:
-    """Stanford Cars, or drawn cars for the demo; --classes, --holdout, --limit and --test-limit take parts of them.
+    """Loads Stanford Cars, or draws cars for the demo; --classes, --holdout, --limit and --test-limit select parts.
 
     Raises:
       ValueError: the folder holds nothing usable, or a part exceeds the data.
@@ -127,7 +127,7 @@ def load_cars(settings: Settings) -> Dataset:
 
 
 def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[str, Any]]:
-    """Network, optimizer and the two steps for a run; see `prepare_training`."""
+    """Makes the network and its training for a run; see `prepare_training`."""
     experiment, channels = settings.experiment, dataset.train.images.shape[-1]
     shape = dict(num_classes=len(dataset.class_names), in_channels=channels, batch_norm=experiment.batch_norm)
     config = getattr(resnet, experiment.arch)(**shape, zero_gamma=experiment.zero_gamma)
@@ -138,10 +138,10 @@ def prepare_cars(settings: Settings, dataset: Dataset) -> tuple[Training, dict[s
 
 
 def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Array) -> tuple[Any, Any]:
-    """Draws the weights, or reads them from --init; a new dense layer or a grey stem where the file's differ.
+    """Draws the weights, or reads those of --init and fits their dense layer and stem to the network.
 
     Returns:
-      params and batch_stats, NumPy arrays in float32: the same whatever computes, in which precision.
+      params and batch_stats as float32 NumPy arrays, the same for every framework and precision.
     """
     path = settings.experiment.init
     if path is None or has_checkpoint(settings.system):
@@ -150,7 +150,7 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
     dense, kernel = file.arrays.get("fc.weight"), file.arrays.get("conv1.weight", np.empty(0))
     matrix = dense is not None and dense.ndim == 2
     fits = matrix and len(dense) == config.num_classes and "fc.bias" in file.arrays
-    new = dense is None or (matrix and not fits)  # what is there and no matrix is an error
+    new = dense is None or (matrix and not fits)  # "strict" refuses a dense layer that is not a matrix
     grey = kernel.ndim == 4 and kernel.shape[1] == 3 and config.in_channels == 1
     loaded = weights.fit(file, config, head="new" if new else "strict", stem="grey" if grey else "strict", key=key)
     notes = [f": {note}" for note in file.notes]

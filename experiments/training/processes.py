@@ -1,4 +1,4 @@
-"""Several processes that train together: finding one another, who of them speaks, and how all stop."""
+"""Training in several processes: how they connect, which of them prints, and how all stop."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tqdm import tqdm
 from experiments.machine import use_compilation_cache
 from experiments.training.settings import System
 
-TIMEOUT_SECONDS = 300  # to meet; and without a sign of life before all are ended: a busy machine may be still for long
+TIMEOUT_SECONDS = 300  # to connect, or without a heartbeat before all are ended; a busy machine may pause for long
 
 
 def join_processes(coordinator: str, process_id: int | None, num_processes: int | None) -> None:
-    """Joins the other processes of a training; before anything asks JAX for a device.
+    """Joins the other processes of a training; call this before anything asks JAX for a device.
 
     Args:
       coordinator: "host:port" of process 0, with process_id, from 0, and num_processes; or "auto" for what
         jax.distributed.initialize() finds by itself (Slurm, Open MPI, Cloud TPU, Kubernetes).
 
     Raises:
-      ValueError: the settings do not fit together, or the others were not found.
+      ValueError: the settings contradict one another, or the other processes were not found.
     """
     settings = {}
     if coordinator != "auto":
@@ -49,11 +49,11 @@ def join_processes(coordinator: str, process_id: int | None, num_processes: int 
             **settings, initialization_timeout=TIMEOUT_SECONDS, heartbeat_timeout_seconds=TIMEOUT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the processes of --coordinator {coordinator} did not meet: {error}") from error
+        raise ValueError(f"the processes of --coordinator {coordinator} could not connect: {error}") from error
 
 
 def wait_for_address(host: str, port: int) -> None:
-    """Returns when somebody listens there, else raises a ValueError: jax.distributed would end the process."""
+    """Waits until a process listens there; raises a ValueError where jax.distributed would end this process."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:
@@ -67,9 +67,9 @@ def wait_for_address(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def start_processes(system: System) -> Iterator[None]:
-    """Turns JAX's cache on and joins the other processes of --coordinator, if any; only what the first prints is seen.
+    """Turns JAX's cache on and joins the other processes of --coordinator, if any; only the first one prints.
 
-    To be entered before anything asks JAX for a device.
+    Enter this before anything asks JAX for a device.
     """
     use_compilation_cache()
     if system.coordinator is None:
@@ -88,15 +88,15 @@ def start_processes(system: System) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's folder and speaks for all."""
+    """Whether this is the process that writes the run's folder and prints for all."""
     return jax.process_index() == 0
 
 
 def choose_devices(wanted: str, batch_size: int) -> int:
-    """How many of JAX's devices are used: --devices "all" or a number; all with several processes.
+    """How many of JAX's devices to use: the number of --devices; all for "all" or with several processes.
 
     Raises:
-      ValueError: there are not so many, or they cannot share the batch equally.
+      ValueError: there are too few, or they cannot share the batch equally.
     """
     there = jax.device_count()
     chosen = there if wanted == "all" or jax.process_count() > 1 else int(wanted)
@@ -115,7 +115,7 @@ def warn(text: str) -> None:
 
 
 class Stopped(Exception):
-    """The run was told to stop; `signal` is what told it."""
+    """A signal told the run to stop; `signal` is its number."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -124,8 +124,8 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
-    """Has signals call a handler; yields a function that puts the earlier handlers back before it is left."""
-    # Python lets the main thread alone set handlers.
+    """Makes signals call a handler; yields a function that restores the earlier handlers before the context ends."""
+    # Python lets only the main thread set handlers.
     in_main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, handler) for number in numbers if in_main}
 
@@ -140,13 +140,13 @@ def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Ite
 
 
 class StopRequest(contextlib.ExitStack):
-    """Turns Ctrl-C and SIGTERM into `Stopped` at `check`, until left; the same signal once more acts at once.
+    """Makes `check` raise `Stopped` after Ctrl-C or SIGTERM; the same signal again acts at once.
 
-    Python would raise anywhere, also between a step's end and the assignment of its result. By then the step has
+    Python alone would raise anywhere, even between a step's end and the assignment of its result. By then the step has
     consumed the old state, and nothing would be left to save.
 
-    With several processes a signal to one of them stops all, each before the same step: jax.distributed hears SIGTERM
-    by itself, and Ctrl-C is handed to it.
+    With several processes, a signal to one of them stops all before the same step: jax.distributed handles SIGTERM
+    itself, and this class turns Ctrl-C into SIGTERM.
     """
 
     def __init__(self):
@@ -165,7 +165,7 @@ class StopRequest(contextlib.ExitStack):
         self.restore()
 
     def check(self, step: int | None = None) -> None:
-        """Raises Stopped if it was asked for; several processes need the steps done, the same in all of them."""
+        """Raises Stopped if a signal has come; several processes must all pass the same number of steps done."""
         if not self.together:
             stopped = self.requested is not None
         else:
@@ -178,12 +178,12 @@ class StopRequest(contextlib.ExitStack):
 
 @contextlib.contextmanager
 def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
-    """Lets a child process end by itself, with a report, when this process is told to stop, and waits for it.
+    """Lets a child process end by itself, with a report, when this process is told to stop.
 
-    A terminal's Ctrl-C reaches the child too; SIGTERM reaches this process alone, and is handed on by `terminate`.
+    Ctrl-C in a terminal reaches the child too; SIGTERM reaches only this process, and `terminate` passes it on.
 
     Yields:
-      the signals that have come.
+      the signals that have come, a list that grows.
     """
     came: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A training run around its loop, the same for all programs: folder, report, last words."""
+"""A training run around its loop, the same for all programs: folder, report, final message."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Prepare = Callable[[Any, Dataset], tuple[Training, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Writes what a run leaves beside its metrics and checkpoints.
+    """Writes a run's files other than metrics and checkpoints.
 
-    title: what was trained on what.
+    title: the network, the optimizer and the data.
     description: see `prepare.describe_input`.
     """
 
@@ -51,7 +51,7 @@ class Report:
     description: dict[str, Any]
 
     def observe(self, state: State) -> dict[str, float]:
-        """The sizes of the steps that the weights get, for an epoch's row; none where the experiment has no bounds."""
+        """The step sizes of the weights, for an epoch's row; {} without bounds in the experiment or before a step."""
         bounds = self.experiment.bounds
         if bounds is None or not int(state.step):
             return {}
@@ -59,11 +59,11 @@ class Report:
         return step_sizes.summarize_steps(moments, **bounds, bounded=bounded)
 
     def write(self, state: State, results: Results | None) -> None:
-        """Writes weights, curves and step sizes; once there are test results these, and some with their pictures."""
+        """Writes weights, curves and step sizes; also any test results, some of them with their pictures."""
         if not is_first():
             return
         try:
-            # The description is JSON in the metadata of the weight file, and of that of the averages.
+            # The metadata of both weight files hold the description as JSON.
             metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in self.description.items()}
             both = {
                 files.WEIGHTS: (state.params, state.batch_stats),
@@ -93,25 +93,25 @@ class Report:
 
 
 def train_and_report(settings: RunSettings, dataset: Dataset, network: str, prepare: Prepare) -> int | None:
-    """Trains in a run folder, a new one or with --resume an earlier one, and says what was reached.
+    """Trains in a new run folder, or with --resume in an earlier one, and prints the result.
 
     Args:
-      network: what it is called.
+      network: its name.
       prepare: (settings, dataset) -> a training, which is consumed; and what `prepare.describe_input` returns.
 
     Returns:
-      the signal that ended it, None if all epochs were run, or with --dry-run none.
+      the signal that ended the run; None if all epochs were run, or with --dry-run.
 
     Raises:
       DivergedError: a loss or gradients are not finite.
-      ValueError: bad input, with a message for the person who gave it.
+      ValueError: bad input, with a message for the user.
     """
     experiment = settings.experiment
     title = f"{network} with {experiment.opt} on {dataset.title}"
     if experiment.limit is not None:
         title += f", {len(dataset.train):,} training pictures"
     compiles = "; the first step compiles" if experiment.framework == "jax" else ""
-    print(f"{title}: {len(dataset.train):,} pictures to train, {experiment.epochs} epochs{compiles}", flush=True)
+    print(f"{title}: {len(dataset.train):,} training pictures, {experiment.epochs} epochs{compiles}", flush=True)
     with jax.enable_x64(experiment.precision == "float64"):
         training, description = prepare(settings, dataset)
         return _train(settings, dataset, training, title, description)
@@ -140,7 +140,7 @@ def _train(
         progress, step = Progress(*(restored.facts[name] for name in Progress._fields)), restored.step
         state = training.place(restored.state)
         for leaf in jax.tree.leaves(training.state):
-            leaf.delete()  # or it would take its memory until the end
+            leaf.delete()  # frees its memory now, not at the end of the run
         training = training._replace(state=state)
         del restored
     folder = files.RunFolder(out, rows=None if step is None else progress.rows, writes=is_first())
@@ -151,7 +151,7 @@ def _train(
     report = Report(out, title, experiment, dataset, training, description)
     profile = Profile(out / files.PROFILE, system.profile) if system.profile and is_first() else None
     loop = Loop(settings, dataset, training, folder, saver, report, progress, profile)
-    give_back_freed_memory()  # of compiling
+    give_back_freed_memory()  # that compiling used
     try:
         ended_by = loop.run()
     except DivergedError as error:
@@ -164,9 +164,9 @@ def _train(
     reached = f"{tested[-1]['test_top1']:.1%} top-1 of {len(dataset.test):,} test pictures" if tested else "no test yet"
     print(
         f"{title}: {reached} after {tested[-1]['epoch'] if tested else 0:g} of {experiment.epochs} epochs, "
-        f"{seconds // 60:.0f} min {seconds % 60:.0f} s; in {out} are "
+        f"{seconds // 60:.0f} min {seconds % 60:.0f} s; {out} holds "
         f"{', '.join(name for name in files.REPORTED if (out / name).exists())}"
     )
     if ended_by is not None and saver.checkpoints is not None:
-        print(f"stopped by {signal.Signals(ended_by).name}: the same command with --out {out} --resume goes on")
+        print(f"stopped by {signal.Signals(ended_by).name}: to continue, repeat the command with --out {out} --resume")
     return ended_by

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, metrics.jsonl and TensorBoard's files."""
+"""The folder of a run: config.json, metrics.jsonl, TensorBoard's files and test results."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ CONFIG, METRICS, WEIGHTS = "config.json", "metrics.jsonl", "weights.safetensors"
 CURVES, PREDICTIONS, STEP_SIZES = "curves.png", "predictions.png", "step_sizes.png"
 AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE = "weights_ema.safetensors", "checkpoints", "profile"
 TEST_RESULTS, ERROR = "predictions.csv", "error.txt"
-# In the order in which a run's last line names them.
+# In the order of a run's last line.
 REPORTED = (CONFIG, METRICS, CURVES, PREDICTIONS, TEST_RESULTS, STEP_SIZES)
 REPORTED += (WEIGHTS, AVERAGED_WEIGHTS, CHECKPOINTS, PROFILE)
-UNFINISHED = ".weights*"  # what a killed process has left
-ASIDE = ".new-"  # and a process number: the suffix of what will replace a file
+UNFINISHED = ".weights*"  # temporary files of a killed process
+ASIDE = ".new-"  # and a process ID: the suffix of a temporary file that will replace another
 FILES = (*REPORTED[1:], ERROR, "step_sizes.json", f"{CONFIG}{ASIDE}*", f"{METRICS}{ASIDE}*", "events.out.tfevents.*")
-FILES += (UNFINISHED, CONFIG)  # config.json is removed last: it tells that the rest is a run's
-# In the metadata of the weight file, as JSON; of a run that has not ended, in its config.json.
+FILES += (UNFINISHED, CONFIG)  # config.json is removed last: it shows that the other files are a run's
+# In the metadata of a run's weight file, as JSON; also in its config.json and its checkpoints.
 RUN_FACTS = ("arch", "class_names", "image_size", "grey", "mean", "std")
 UNTESTED = {"tested": 0}  # in the row that ends an epoch without a test
 COLUMNS = ("picture", "label", "prediction", "confidence", "top5", "loss")  # of predictions.csv
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # as far as installed
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "pillow", "torch", "torchvision")  # if installed
 
 
 def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
-    """Raises a ValueError if a run's folder cannot be made, or holds what may not be replaced."""
+    """Raises a ValueError if a run's folder cannot be created, or holds files that may not be replaced."""
     earlier = earlier_run(out) if out else []
     if any(file.is_dir() or file.match(UNFINISHED) for file in earlier) and not (out / CONFIG).exists():
         raise ValueError(f"{out} holds files of something else, and no {CONFIG}: choose another --out")
@@ -49,9 +49,9 @@ def refuse_earlier_run(out: Path | None, overwrite: bool) -> None:
 
 
 def earlier_run(path: Path) -> list[Path]:
-    """The files of a run that are in a folder; raises a ValueError if it cannot be made or written."""
+    """The files of an earlier run in a folder; raises a ValueError if the folder cannot be created or written."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"--out {path} cannot be written: it is a link to nowhere")
+        raise ValueError(f"--out {path} cannot be written: it is a broken link")
     there = nearest(path)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {path} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
@@ -59,17 +59,17 @@ def earlier_run(path: Path) -> list[Path]:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 class RunFolder:
-    """Writes a run's files as the run goes; every line is in the file when `log` returns.
+    """Writes a run's files during the run; every line is in the file when `log` returns.
 
     Args:
-      path: the folder; made if it is not there. The files of an earlier run in it are removed.
-      rows: go on with the run in it: keep its files, and as many lines of its metrics.
-      writes: False for a process that only runs along: it touches nothing.
+      path: the folder, created if it does not exist. Without `rows`, the files of an earlier run in it are removed.
+      rows: continue the run in the folder: keep its files, and this many lines of its metrics.
+      writes: False for all processes but the first, which alone touches files.
     """
 
     def __init__(self, path: Path, *, rows: int | None = None, writes: bool = True):
@@ -86,13 +86,13 @@ class RunFolder:
             kept = [] if rows is None else self._cut(rows)
             on_error.pop_all()
         self._metrics = open(path / METRICS, "a", encoding="utf-8")
-        from tensorboardX import SummaryWriter  # which imports torch, where it is installed
+        from tensorboardX import SummaryWriter  # imported late: it imports torch, if that is installed
 
         next_step = kept[-1]["step"] + 1 if kept else 1
         self._board = SummaryWriter(str(path), purge_step=None if rows is None else next_step)
 
     def _cut(self, count: int) -> list[dict[str, Any]]:
-        """Leaves the first lines of metrics.jsonl and returns them as rows."""
+        """Cuts metrics.jsonl after its first `count` lines and returns these as rows."""
         path = self.path / METRICS
         lines = complete_lines(path) if path.exists() else []
         if len(lines) < count:
@@ -103,19 +103,19 @@ class RunFolder:
                 rows.append(json.loads(line))
                 rows[-1]["step"]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} of {path} is not that of a training run: it was changed") from error
+                raise ValueError(f"line {number} of {path} is no row of a training run: it was changed") from error
         replace(path, "".join(lines[:count]))
         return rows
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Writes config.json: `config` and what this machine adds (versions, git commit)."""
+        """Writes config.json: `config`, and the versions, git commit and kind of machine."""
         if self.writes:
             machine = f"{platform.system()} {platform.machine()}"
             config = config | {"versions": package_versions(), "git_commit": _git_commit(), "machine": machine}
             replace(self.path / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
     def write_error(self, error: Exception) -> None:
-        """Writes why the run has failed."""
+        """Writes why the run failed."""
         if self.writes:
             (self.path / ERROR).write_text(f"{error}\n", encoding="utf-8")
 
@@ -128,7 +128,7 @@ class RunFolder:
         try:
             self._metrics.write(line)
             self._metrics.flush()
-        except OSError as error:  # Python's has no name of the file in it
+        except OSError as error:  # Python's error does not name the file
             raise OSError(error.errno, error.strerror, self._metrics.name) from error
         for name, value in row.items():
             if name != "step" and value == value:
@@ -146,9 +146,9 @@ class RunFolder:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a temporary file and renames it, so that a reader meets the old file or the new one, also after a kill."""
+    """Writes a temporary file and renames it, so that a reader sees the old file or the new one, even after a kill."""
     aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
-    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:  # of file names
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:  # file names need not be UTF-8
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -156,10 +156,10 @@ def replace(path: Path, text: str) -> None:
 
 
 def lock(path: Path, wait: bool = False) -> TextIO:
-    """Takes a file, which stands for a run, for this process alone, until it is closed or the process ends.
+    """Locks a file, which stands for a run, until it is closed or this process ends.
 
-    A child that inherits the open file has it as well, and keeps it when this process ends. If another process has it
-    and this one is not to wait, a ValueError is raised.
+    A child that inherits the open file holds the lock too, and keeps it when this process ends. While another process
+    holds the lock, this function waits, or raises a ValueError if `wait` is False.
     """
     file = open(path, "a")
     with contextlib.suppress(ImportError):  # not on Windows
@@ -176,7 +176,7 @@ def lock(path: Path, wait: bool = False) -> TextIO:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """The lines of a file, without a last one that is being written or that a kill cut short."""
+    """The complete lines of a file: the last line may still be written, or a kill has cut it short."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
@@ -186,29 +186,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def ends_epoch(row: Mapping[str, Any]) -> bool:
-    """Whether a row holds the means of a whole epoch; the others hold those of some steps within one."""
+    """Whether a row holds the means of a whole epoch; other rows hold the means of some steps within an epoch."""
     return "test_loss" in row or UNTESTED.keys() <= row.keys()
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """Those of the rows that end an epoch that was tested; [] if there are none yet."""
+    """The rows at the end of tested epochs; [] if there are none yet."""
     return [row for row in read_metrics(path) if "test_top1" in row] if (path / METRICS).exists() else []
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what comes out."""
+    """The versions of Python and of the packages that affect the results."""
     return {"python": platform.python_version()} | versions(PACKAGES)
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout, "-dirty" behind it where Python files differ; None outside of a checkout."""
+    """The commit of this checkout, followed by "-dirty" if Python files differ; None outside a checkout."""
 
     def git(*command: str) -> str:
         command = ("git", "-C", str(Path(__file__).parents[2]), *command)
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # Results that are kept in the checkout change while a study runs, and change nothing.
+        # Only code counts: a study changes results that are kept in the checkout.
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -217,8 +217,8 @@ def _git_commit() -> str | None:
 def write_test_results(path: Path, results: dict[str, np.ndarray], split: Split) -> None:
     """Writes the results of a test, a line for each picture, as CSV with COLUMNS.
 
-    picture is its name, or its number where it has none; label and prediction are class numbers, confidence is from 0
-    to 1, top5 is 1 where the label is among the five best classes.
+    picture is the name of the picture, or its number if it has none; label and prediction are class numbers; confidence
+    is from 0 to 1; top5 is 1 if the label is among the five most probable classes.
     """
     names = range(len(split)) if split.names is None else split.names
     confidences, losses = ([f"{value:.4f}" for value in results[name]] for name in ("confidence", "loss"))
@@ -228,7 +228,7 @@ def write_test_results(path: Path, results: dict[str, np.ndarray], split: Split)
 
 
 def read_test_results(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file of `write_test_results`; raises a ValueError if it is no such file."""
+    """Reads the columns of a file that `write_test_results` wrote; raises a ValueError for any other file."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
@@ -244,7 +244,7 @@ def read_test_results(path: Path) -> dict[str, np.ndarray]:
 
 
 def run_metadata(file: WeightFile) -> Mapping[str, str]:
-    """The metadata of a weight file; of a checkpoint of a run those that its weight file will have."""
+    """The metadata of a weight file; for a checkpoint of a run, those that the run's weight file has."""
     facts = file.settings.get("input")
     if file.metadata or not isinstance(facts, Mapping):
         return file.metadata
@@ -252,5 +252,5 @@ def run_metadata(file: WeightFile) -> Mapping[str, str]:
 
 
 def is_of_a_run(metadata: Mapping[str, str]) -> bool:
-    """Whether metadata are those of a run of this project: other programs write one of these names, or two."""
+    """Whether metadata come from a run of this project; other programs write at most two of these names."""
     return 2 * sum(name in metadata for name in RUN_FACTS) > len(RUN_FACTS)

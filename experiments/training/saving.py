@@ -1,4 +1,4 @@
-"""When a run writes checkpoints, what it writes about itself into them, and how it is resumed from one."""
+"""When a run writes checkpoints, what they record about it, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ DATA_FACTS = {"class_names": "classes", "mean": "mean", "std": "deviation", "ima
 
 
 class Progress(NamedTuple):
-    """Where a run stands, beside the state; all of it is JSON.
+    """The progress of a run, kept beside its state as JSON values.
 
-    seconds are those since the start, without the time between a stop and its restart.
+    seconds: since the start, without the time between a stop and a restart.
     """
 
-    epoch: int = 0  # the last that has ended and is logged
-    meter: dict[str, Any] | None = None  # `Meter.facts` of the epoch under way
-    rows: int = 0  # of metrics.jsonl
+    epoch: int = 0  # the last epoch that has ended and is logged
+    meter: dict[str, Any] | None = None  # `Meter.facts` of an unfinished epoch
+    rows: int = 0  # lines of metrics.jsonl
     seconds: float = 0.0
-    best: float | None = None  # score so far
+    best: float | None = None  # the best score so far
 
 
 class Saver:
-    """Writes a run's checkpoints; what goes wrong is said, not raised: the run is worth more.
+    """Writes a run's checkpoints; a failure is a warning and not an error, so that the run continues.
 
     Args:
       checkpoints: None if none are to be written.
-      system: how often one is written within an epoch.
-      facts: about the run, JSON values that are kept in each checkpoint: with them its weights can be used alone.
-      step: of the checkpoint that the run goes on from.
+      system: how often to write one within an epoch.
+      facts: JSON values about the run; each checkpoint holds them, so that its weights can be used alone.
+      step: that of the checkpoint from which the run resumes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Saver:
         self._saved, self._last_step, self._last_time = step, step or 0, time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether it is time; with several processes the answer is the same in all."""
+        """Whether it is time for a checkpoint; all processes get the same answer."""
         if self.checkpoints is None:
             return False
         every = self._system.checkpoint_steps
@@ -65,26 +65,26 @@ class Saver:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            # Process 0's clock counts, and is asked for every 16 steps.
+            # The clock of process 0 decides, every 16 steps.
             late = step % 16 == 0 and bool(multihost_utils.broadcast_one_to_all(late))
         return late
 
     def save(self, state: Any, progress: Progress, *, score: float | None = None) -> None:
-        """Begins a checkpoint."""
+        """Starts writing a checkpoint."""
         if self.checkpoints is None:
             return
         step = int(state.step)
-        self.wait()  # says of the one before, and not of this one, if it could not be ended
+        self.wait()  # so that a failure of the previous checkpoint is not reported as one of this one
         if _done(lambda: self.checkpoints.save(step, state, progress._asdict() | self._facts, score=score)):
             self._saved = step
         self._last_step, self._last_time = step, time.monotonic()
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of a step was the last to be written, and is on the disk; True if none are wanted."""
+        """Whether the latest checkpoint is that of this step, and on the disk; True if the run writes none."""
         return self.checkpoints is None or (self._saved == step and self.wait())
 
     def wait(self) -> bool:
-        """Returns when the last checkpoint is on the disk: whether it is."""
+        """Waits for the latest checkpoint; returns whether it is on the disk."""
         return self.checkpoints is None or _done(self.checkpoints.wait)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Saver:
 
 
 def _done(action: Callable[[], None]) -> bool:
-    """Does it; whether it could be done."""
+    """Runs an action; returns whether it succeeded, and warns if it did not."""
     try:
         action()
     except CheckpointError as error:
@@ -104,15 +104,15 @@ def _done(action: Callable[[], None]) -> bool:
 
 
 def has_checkpoint(system: System) -> bool:
-    """Whether the run in --out is resumed from a checkpoint: then nothing else is needed for its weights."""
+    """Whether --resume has a checkpoint in --out, from which the weights then come."""
     folder = (system.out or Path()) / CHECKPOINTS
     return system.resume and any(path.name.isdecimal() for path in folder.glob("*"))
 
 
 def restore_run(settings: RunSettings, training: Training, out: Path, config: dict[str, Any]) -> Restored | None:
-    """The last good checkpoint of the run to resume, after printing which; None for a new run.
+    """Restores the last good checkpoint of the run to resume and prints which one it is; None for a new run.
 
-    Raises a ValueError if that is another run than the one with this config.json, or not the same in all processes.
+    Raises a ValueError if the run in the folder has another `config`, or if the processes differ.
     """
     restored = None
     if settings.system.resume:
@@ -128,9 +128,9 @@ def restore_run(settings: RunSettings, training: Training, out: Path, config: di
 
 
 def last_good(out: Path, template: Any) -> Restored | None:
-    """The last checkpoint of a run that is undamaged, None if there is none; the others are named on stderr.
+    """Restores the last undamaged checkpoint of a run, None if there are no checkpoints; names damaged ones on stderr.
 
-    Raises a ValueError if it is of another training, or all are damaged.
+    Raises a ValueError if the checkpoint is of another training, or if all are damaged.
     """
     path = out / CHECKPOINTS
     if path.exists() and not path.is_dir():
@@ -155,7 +155,7 @@ def last_good(out: Path, template: Any) -> Restored | None:
 
 
 def refuse_other_processes(config: dict[str, Any], restored: Restored | None) -> None:
-    """Raises a ValueError unless all processes train the same: their states would differ without a word."""
+    """Raises a ValueError unless all processes train the same; otherwise their states would silently differ."""
     if jax.process_count() == 1:
         return
     settings = {name: value for name, value in config["settings"].items() if name != "process_id"}
@@ -166,23 +166,21 @@ def refuse_other_processes(config: dict[str, Any], restored: Restored | None) ->
     try:
         multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
-        raise ValueError(
-            "the processes have other settings, other data or another checkpoint: start all alike"
-        ) from None
+        raise ValueError("the processes differ in settings, data or checkpoint: start all with the same ones") from None
 
 
 def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -> None:
-    """Raises a ValueError that says in which settings the run in a folder is another one; warns of other versions."""
+    """Raises a ValueError that names the settings in which the folder's run differs; warns of other versions."""
     try:
         earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
         there, data = earlier["settings"], earlier["input"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / CONFIG} cannot be read ({error}): --resume cannot know what run this was") from error
     if there.get("keep") == 0:
-        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite begins it anew")
+        raise ValueError(f"{out} holds a run without checkpoints, made with --keep 0: only --overwrite starts it again")
     different = []
     for field in dataclasses.fields(settings.experiment):
-        # A run that was begun before a setting existed was trained at its default.
+        # A run that started before a setting existed was trained with its default.
         earlier_value, value = there.get(field.name, field.default), config["settings"][field.name]
         if earlier_value != value and not (field.name == "init" and has_checkpoint(settings.system)):
             different.append(f"{flag(field.name)} {earlier_value} there, {value} here")
@@ -202,6 +200,6 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
     changed = [name for name in NUMERIC_PACKAGES if name in then and now.get(name) != then[name]]
     reasons = [", ".join(f"{name} {then[name]} then, {now.get(name)} now" for name in changed)]
     if earlier.get("device") != config["device"]:
-        reasons.append(f"it ran on {earlier.get('device')}, and goes on on {config['device']}")
+        reasons.append(f"it ran on {earlier.get('device')}, and continues on {config['device']}")
     for reason in filter(None, reasons):
-        warn(f"not bit for bit as without the break: {reason}")
+        warn(f"no longer bit-identical to an uninterrupted run: {reason}")

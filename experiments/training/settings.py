@@ -1,4 +1,4 @@
-"""What the programs that train can be told, and `experiments.cars`: dataclasses, which are also the command lines."""
+"""The settings of all programs that train, and of `experiments.cars`: dataclasses that are also command lines."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ DATA_VARIABLE = "STANFORD_CARS_DIR"
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Settings that say how a run is run. A run may be resumed with others."""
+    """Settings that say how a run is executed. A run may be resumed with other ones."""
 
     out: Path | None = None
-    """The run's folder [default: runs/ and a name made of settings and time]."""
+    """The run's folder [default: runs/ and a name made from settings and time]."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
     compare: str | None = None
-    """Train in several frameworks in turn, such as jax,torch, and lay the curves over one another: --out holds a run of
-    each and comparison.png, and every step is logged unless --log-every says otherwise."""
+    """Train in several frameworks in turn, such as jax,torch, and overlay their curves: --out holds a run of each and
+    comparison.png, and every step is logged unless --log-every says otherwise."""
     resume: bool = jax_only(False)
-    """Go on with the run in --out from its last good checkpoint, bit for bit; with none, begin."""
+    """Continue the run in --out from its last good checkpoint, bit for bit; without a checkpoint, start it."""
     dry_run: bool = False
     """Check data, memory and folder, print what was found, and end."""
     keep: int = 2
@@ -42,13 +42,13 @@ class System:
     devices: str = jax_only("1")
     """How many of JAX's devices share each batch, or all."""
     coordinator: str | None = jax_only(None)
-    """HOST:PORT of process 0, to train in several processes; or auto, for what the cluster tells."""
+    """HOST:PORT of process 0, to train in several processes; or auto, to ask the cluster."""
     process_id: int | None = None
     """The number of this process, from 0."""
     num_processes: int | None = None
     """How many processes there are."""
     skip_nonfinite: int = jax_only(0)
-    """How many steps with a loss or gradients that are not finite are left out; one more ends the run."""
+    """How many steps with a non-finite loss or gradients are skipped; one more ends the run."""
     profile: int | None = jax_only(None)
     """How many steps jax.profiler records, into profile/ in the run's folder."""
 
@@ -70,12 +70,12 @@ class System:
         if self.resume and not self.keep:
             raise ValueError("--resume needs checkpoints, and --keep 0 writes none")
         if self.compare is not None and (self.resume or self.coordinator is not None):
-            raise ValueError("--compare trains anew in one process: leave --resume and --coordinator out")
+            raise ValueError("--compare starts new runs, one process each: leave --resume and --coordinator out")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """What every program that trains can be told."""
+    """The settings of every program that trains."""
 
     experiment: OmitArgPrefixes[Experiment] = dataclasses.field(default_factory=Experiment)
     system: OmitArgPrefixes[System] = dataclasses.field(default_factory=System)
@@ -91,13 +91,13 @@ class RunSettings:
                     raise ValueError(f"{flag(field.name)} is for --framework jax, not for {framework}")
 
     def checked(self) -> Self:
-        """These settings, with the optimizer's own learning rate where none is named; raises what `check` raises."""
+        """These settings, with the optimizer's default learning rate if none is given; raises what `check` raises."""
         self.check()
         experiment = self.experiment
         return self.replace(learning_rate=experiment.learning_rate or LEARNING_RATES[experiment.opt])
 
     def replace(self, **changes: Any) -> Self:
-        """These settings but for some, by their names, whichever part they belong to.
+        """These settings with some replaced by name, whichever part they belong to.
 
         Raises:
           ValueError: for an unknown name.
@@ -107,51 +107,51 @@ class RunSettings:
             own = {field.name: changes.pop(field.name) for field in dataclasses.fields(part) if field.name in changes}
             parts[name] = dataclasses.replace(part, **own)
         if changes:
-            raise ValueError(f"there is no setting {min(changes)}")
+            raise ValueError(f"unknown setting {min(changes)}")
         return dataclasses.replace(self, **parts)
 
     def flat(self) -> dict[str, Any]:
-        """All settings by name, as plain JSON values: those of config.json."""
+        """All settings by name, as plain JSON values, for config.json."""
         values = dataclasses.asdict(self.experiment) | dataclasses.asdict(self.system)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class CarsExperiment(Experiment):
-    """Settings that decide what comes out. Their defaults are those of --preset."""
+    """Settings that decide the result. Their defaults are those of --preset."""
 
     preset: Literal["demo", "cars96", "cars224"] = "demo"
-    """Where all other defaults come from: demo draws its own cars, cars96 (what --data alone selects) and cars224 need
+    """Where all other defaults come from: demo draws its own cars; cars96 (the default with --data) and cars224 need
     pictures. `--preset NAME --help` shows its defaults."""
     arch: Arch = "resnet101"
     """The network."""
     zero_gamma: bool = False
     """Start each block as its shortcut: the weight of its last BatchNorm is 0."""
     batch_norm: bool = True
-    """BatchNorm after each convolution; without it they have biases."""
+    """BatchNorm after each convolution; without it, convolutions have biases."""
     image_size: str = "96"
-    """A side, or HEIGHTxWIDTH: 96, 64x96."""
+    """One side, or HEIGHTxWIDTH, in pixels: 96, 64x96."""
     grey: bool = True
     """Grey pictures instead of colour."""
     normalize: bool = True
-    """Subtract each channel's mean over the training pictures and divide by its deviation."""
+    """Subtract each channel's mean over the training pictures and divide by its standard deviation."""
     classes: int | None = None
-    """So many of the classes only, drawn at random but always the same ones."""
+    """Use only this many classes, drawn at random but always the same ones."""
     holdout: float | None = None
-    """Test on this share of each class's training pictures, drawn at random but always the same ones, in place of the
-    test pictures: to choose settings by."""
+    """Test on this share of each class's training pictures, drawn at random but always the same ones, instead of
+    the test pictures: a held-out set to choose settings with."""
     augmentation: Literal["shift", "crop", "none"] = "shift"
-    """Flips, brightness, contrast and: shifts by up to 10%, or random resized crops. none: no change at all."""
+    """Flips, brightness and contrast, with shifts by up to 10% (shift) or random resized crops (crop); or none."""
     gamma_times_steps: float | None = None
-    """AdaBound: gamma times the run's number of updates, in place of --gamma. The bounds then close alike in runs of
-    any length: at 1 they have come half the way, at 100 they are nearly closed."""
+    """AdaBound: gamma times the run's number of updates, instead of --gamma. The bounds then close alike in runs of
+    any length: they end half closed at 1, nearly closed at 100."""
     init: Path | None = None
-    """Weights to start from, as experiments.convert reads them; another number of classes draws a new dense layer.
-    --resume does not read them again."""
+    """Weights to start from, in any format that experiments.convert reads. If the number of classes differs, a new
+    dense layer is drawn. --resume does not read them again."""
     entry: str | None = None
-    """Which network of --init to take where it holds several, say model_ema or teacher."""
+    """Which network of --init to take if it holds several, such as model_ema or teacher."""
     freeze: Literal["none", "backbone"] = "none"
-    """backbone: train the dense layer alone; all before it, from --init, runs as in evaluation."""
+    """backbone: train only the dense layer; the layers before it, from --init, run as in evaluation."""
 
     @property
     def bounds(self) -> dict[str, Any] | None:
@@ -165,7 +165,7 @@ class CarsExperiment(Experiment):
         if self.framework == "torchvision" and not self.batch_norm:
             raise ValueError("--framework torchvision has BatchNorm: --no-batch-norm is for the others")
         if self.zero_gamma and not self.batch_norm:
-            raise ValueError("--zero-gamma is of BatchNorm: pass --no-zero-gamma with --no-batch-norm")
+            raise ValueError("--zero-gamma needs BatchNorm: pass --no-zero-gamma with --no-batch-norm")
         if self.freeze == "backbone" and self.init is None:
             raise ValueError("--freeze backbone needs --init FILE: a randomly initialized backbone must be trained")
         require(self, "be at least 2", lambda value: value >= 2, "classes")
@@ -175,13 +175,13 @@ class CarsExperiment(Experiment):
 
 @dataclasses.dataclass(frozen=True)
 class CarsSystem(System):
-    """Settings that say how a run is run. A run may be resumed with others."""
+    """Settings that say how a run is executed. A run may be resumed with other ones."""
 
     data: Path | None = None
-    """Folder of Stanford Cars in one of the layouts that people have [default: $STANFORD_CARS_DIR]."""
+    """Folder of Stanford Cars, in any of the usual layouts [default: $STANFORD_CARS_DIR]."""
     decode: Literal["cache", "lazy"] = "cache"
     """cache: decode all pictures once, into a memory-mapped file; lazy: each when it is needed, for sets too large for
-    that."""
+    a cache."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
 
@@ -196,15 +196,15 @@ class Settings(RunSettings):
 
 PRESETS = {
     # python -m experiments.cars: runs anywhere, on drawn cars; 87.5% of 600 drawings in 2 to 4 minutes on two cores.
-    # AdaBound's final_lr is 1.0 since it averages gradients where SGD adds them up: that is SGD at 0.1 with momentum
-    # 0.9, and the usual 0.1 would be SGD at 0.01.
+    # AdaBound's final_lr is 1.0 since it averages gradients and SGD adds them up: its limit is SGD at 0.1 with
+    # momentum 0.9; the usual final_lr of 0.1 would give SGD at 0.01.
     "demo": CarsExperiment(preset="demo", image_size="64", zero_gamma=True, epochs=2, batch_size=16, final_lr=1.0),
-    # python -m experiments.cars --data DIR: the grey 96x96 box crops of the project's origins; an epoch takes some ten
-    # minutes on two cores, and two of them reach 0.6% to 0.9% from scratch. The 30 have not been run. No weight decay:
-    # as L2 it would be as large as the gradients, which are 1e-5 and less in most layers and which Adam divides by.
+    # python -m experiments.cars --data DIR: the grey 96x96 crops of the project's origins; an epoch takes some ten
+    # minutes on two cores, and two epochs reach 0.6% to 0.9% from scratch; nobody has run all 30. No weight decay: L2
+    # decay would be as large as the gradients, which are 1e-5 or less in most layers and by whose size Adam divides.
     "cars96": CarsExperiment(preset="cars96", epochs=30, batch_size=16, zero_gamma=True, label_smoothing=0.1),
-    # python -m experiments.cars --preset cars224 --data DIR --init FILE: for fine-tuning. Built and tested as plumbing,
-    # no accuracy is claimed for it.
+    # python -m experiments.cars --preset cars224 --data DIR --init FILE: for fine-tuning. Tests run it on small
+    # data; no accuracy is claimed for it.
     "cars224": CarsExperiment(
         preset="cars224",
         image_size="224",
@@ -219,15 +219,15 @@ PRESETS = {
 
 
 def read_ahead(arguments: list[str] | None, *names: str) -> argparse.Namespace:
-    """Reads single options ahead of the whole command line, whose defaults, also those in --help, depend on them."""
+    """Reads single options before the whole command line, whose defaults (and --help) depend on them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
-        parser.add_argument(f"--{name}", nargs="?")  # without a value: tyro says what is missing
+        parser.add_argument(f"--{name}", nargs="?")  # tyro reports a missing value
     return parser.parse_known_args(arguments)[0]
 
 
 def logging_all(settings: RunSettings, compare: str | None) -> RunSettings:
-    """The defaults for a comparison log every step: means over many would hide where curves part."""
+    """Makes a comparison log every step by default: means over many steps would hide where curves separate."""
     return settings.replace(log_every=1) if compare else settings
 
 
@@ -236,8 +236,8 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
     named = read_ahead(arguments, "preset", "data", "compare", "model")
     if named.model is not None:
         framework = "torchvision" if named.model == "torchvision" else "torch"
-        raise ValueError(f"--model is gone: --framework {framework} stands for --model {named.model}")
-    if named.data == "":  # a variable of the shell that is not set
+        raise ValueError(f"--model was removed: use --framework {framework} instead of --model {named.model}")
+    if named.data == "":  # an unset shell variable
         raise ValueError("--data is empty: name a folder, or leave it out")
     data = named.data or os.environ.get(DATA_VARIABLE)
     preset = named.preset or ("cars96" if data else "demo")
@@ -251,7 +251,7 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
 
 
 def settings_from(values: Mapping[str, Any]) -> Settings:
-    """Settings by name, as protocols have them; what they do not name comes from the preset.
+    """Settings from {name: value}, as in protocols; what is not named comes from the preset.
 
     Raises:
       ValueError: for an unknown name, or values of the wrong type, out of range or that contradict one another.

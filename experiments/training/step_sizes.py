@@ -1,12 +1,12 @@
-"""The step size that each weight gets, layer by layer: where AdaBound's bounds act, and against which scale.
+"""The step size of each weight, layer by layer: where AdaBound's bounds act, on a scale that optimizers share.
 
-Adam, AdaBound and SGD all move a weight by -step · m, m the moving average of its gradients. Adam's step is
+Adam, AdaBound and SGD all move a weight by -step · m, where m averages its gradients. Adam's step is
 learning_rate / sqrt(v); AdaBound clips that; SGD with learning rate a and momentum b has a / (1 - b) everywhere, since
-its momentum adds up gradients instead of averaging them. In this unit the three can be compared.
+its momentum adds up gradients instead of averaging them. In this unit, the three can be compared.
 
 Both functions take the moments of any optimizer but SGD after at least one update, the peak learning rate base_lr, and
-AdaBound's settings; for an optimizer without bounds they give those that it would have had. All steps and bounds that
-they return are those before clipping and include base_lr, wherever the schedule is.
+AdaBound's settings; for an optimizer without bounds, they return the bounds that AdaBound would have. All steps and
+bounds are those at base_lr, wherever the schedule is; steps are those before clipping unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_resnet.adabound import AdaBoundState
 from jax_resnet.step_sizes import StepSizes, step_sizes
 
 MOST_SAMPLED = 4096
-# As one program: operation by operation it is compiled some six times for each shape of a kernel.
+# Jitted as a whole; otherwise XLA compiles some six operations for each shape of a kernel.
 _step_sizes = jax.jit(step_sizes, static_argnames=("b1", "gamma", "final_lr_ratio"))
 
 
@@ -45,7 +45,7 @@ def layer_steps(moments: AdaBoundState, *, base_lr: float, **settings: float) ->
 
 
 def summarize_steps(moments: AdaBoundState, *, base_lr: float, bounded: bool, **settings: float) -> dict[str, float]:
-    """The steps of the latest update in some numbers, for the row of an epoch.
+    """Summarizes the step sizes of the latest update, for the row of an epoch.
 
     Args:
       bounded: whether the optimizer clips its steps.
@@ -72,13 +72,13 @@ def summarize_steps(moments: AdaBoundState, *, base_lr: float, bounded: bool, **
 def _by_name(
     moments: AdaBoundState, base_lr: float, final_lr: float, **settings: float
 ) -> tuple[StepSizes, dict[str, tuple[Any, Any, Any]]]:
-    """The step sizes; and of each parameter, in the order of the network, its steps and its shares at the bounds."""
+    """The step sizes, and {parameter: (steps, share at lower bound, share at upper bound)} in network order."""
     sizes = _step_sizes(moments, final_lr_ratio=final_lr / base_lr, **settings)
     steps, at_lower, at_upper = (flatten_dict(t, sep=".") for t in (sizes.step, sizes.at_lower, sizes.at_upper))
     return sizes, {name: (steps[name], at_lower[name], at_upper[name]) for name in sorted(steps, key=_place)}
 
 
 def _place(name: str) -> list[int | str]:
-    """In the network: the stem, the stages, the blocks by number, the dense layer."""
+    """A sort key for network order: the stem, the stages, their blocks by number, the dense layer."""
     part = 0 if name.startswith("conv1") else 2 if name.startswith("fc") else 1
     return [part, *(int(word) if word.isdigit() else word for word in name.split(".")[:-1])]

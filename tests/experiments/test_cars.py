@@ -208,10 +208,10 @@ def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
     [
         ("--momentum 1", "--momentum must be below 1"),
         ("--loss-scale 0", "--loss-scale must be positive"),
-        ("--opt adam --dampening 0.9", "--dampening is SGD's"),
+        ("--opt adam --dampening 0.9", "--dampening is only for SGD"),
         ("--seed 99999999999999999999", "--seed must be below 2^32"),
         ("--framework torch --model torchvision", "--framework torchvision stands for --model torchvision"),
-        ("--no-batch-norm", "--zero-gamma is of BatchNorm"),
+        ("--no-batch-norm", "--zero-gamma needs BatchNorm"),
         ("--framework torchvision --no-batch-norm", "--framework torchvision has BatchNorm"),
         ("--framework numpy --ema 0.9", "--ema is for --framework jax, not for numpy"),
         ("--classes 1", "--classes must be at least 2"),

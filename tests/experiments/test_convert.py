@@ -168,7 +168,7 @@ def test_keras_names_are_written(tmp_path, capsys):
     weights.save(tmp_path / "in.safetensors", *tree, metadata={"stride_in": "conv1"})
     assert run(tmp_path / "in.safetensors", tmp_path / "out.h5") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].endswith("the same bit for bit, but variances up to rounding, since Keras has another eps")
+    assert printed[-1].endswith("the same bit for bit, except that variances are rounded, since Keras has another eps")
     assert run(tmp_path / "out.h5", tmp_path / "back.safetensors") == 0
     assert weights.read_file(tmp_path / "back.safetensors").metadata == {"stride_in": "conv1"}
     arrays = weights.read_arrays(tmp_path / "back.safetensors")

@@ -133,8 +133,8 @@ def test_torchs_optimizer_leaves_frozen_parameters_out():
 @pytest.mark.parametrize(
     ("framework", "opt", "dampening", "message"),
     [
-        ("numpy", "amsgrad", 0.0, "--opt amsgrad is in JAX alone: --framework numpy has adam, adamw, sgd, adabound"),
-        ("torch", "adaboundw", 0.0, "--opt adaboundw is in JAX alone"),
+        ("numpy", "amsgrad", 0.0, "--opt amsgrad is only in JAX: --framework numpy has adam, adamw, sgd, adabound"),
+        ("torch", "adaboundw", 0.0, "--opt adaboundw is only in JAX"),
         ("torch", "sgd", 0.5, "--dampening is not in torch"),
     ],
 )

@@ -82,7 +82,7 @@ def test_two_processes_of_four_devices_train_as_one(digits, tmp_path):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-9)
         assert ours["train_macro_f1"] == theirs["train_macro_f1"]
     printed = finish(start(digits, tmp_path / "two", run, "--resume"))
-    assert "warning: not bit for bit as without the break: it ran on" in printed
+    assert "warning: no longer bit-identical to an uninterrupted run: it ran on" in printed
 
 
 def stop_by_sigterm(processes, number, out):
@@ -114,7 +114,7 @@ def test_sigterm_to_one_process_stops_both_with_a_checkpoint(digits, tmp_path):
 def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(digits, tmp_path):
     out = tmp_path / "run"
     printed = stop_by_sigterm([start(digits, out, "--model cnn --epochs 5000")], 0, out)
-    assert f"stopped by SIGTERM: the same command with --out {out} --resume goes on" in printed
+    assert f"stopped by SIGTERM: to continue, repeat the command with --out {out} --resume" in printed
 
 
 @pytest.mark.slow

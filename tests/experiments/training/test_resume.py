@@ -76,7 +76,7 @@ def test_stopped_and_gone_on_is_the_run_left_alone(moment, quiet, tmp_path, caps
     assert train(settings_for(out), **moment) == signal.SIGTERM
     assert Checkpoints(out / CHECKPOINTS).steps()[-1] == step  # the current one, due or not
     assert any("test_loss" in row for row in read_metrics(out)) == (step > 5)
-    assert "--resume goes on" in capsys.readouterr().out
+    assert "to continue, repeat the command with --out" in capsys.readouterr().out
     assert train(settings_for(out, resume=True)) is None
     assert f"going on at step {step}" in capsys.readouterr().out
     assert differences(quiet, out) == []
@@ -157,7 +157,7 @@ def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quie
     assert f"{folder / f'{last + 1}.unfinished'} is half-written: it is not used" in printed.err
     assert f"{folder / str(last)} is damaged: " in printed.err
     assert f"going on at step {before}" in printed.out, printed.err
-    assert "warning: not bit for bit as without the break: jax 0.0.1 then" in printed.err
+    assert "warning: no longer bit-identical to an uninterrupted run: jax 0.0.1 then" in printed.err
     assert differences(quiet, out) == []
 
 
@@ -196,8 +196,8 @@ def test_what_is_not_finite_ends_the_run_with_the_state_from_before(quiet, tmp_p
     with pytest.raises(DivergedError) as caught:
         train(settings_for(out), spoiled=[8])
     assert str(caught.value) == (
-        "the loss is nan at step 8 (epoch 2). Not finite are the pictures, the activation conv1, the activation pool, "
-        f"the logits and 5 more; the checkpoint of step 7, before it, is in {out / CHECKPOINTS}: try a lower "
+        "the loss is nan at step 8 (epoch 2). Not finite: the pictures, the activation conv1, the activation pool, "
+        f"the logits and 5 more; the checkpoint of the step before, 7, is in {out / CHECKPOINTS}: try a lower "
         "--learning-rate or --clip-norm in a new --out, or --resume with --skip-nonfinite"
     )
     assert Checkpoints(out / CHECKPOINTS).steps()[-1] == 7
