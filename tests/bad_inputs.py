@@ -184,7 +184,7 @@ COMMAND_LINE = [
          "p.toml: settings: experiments.cars has no setting 'lr'",
          file("p.toml", b'about = "?"\ncontestants = []\n[settings]\nlr = 1\n[final]\nseeds = [1]\nepochs = 1\n')),
     Case("a report without a study", "report empty",
-         "empty holds no study: it has no trials.csv, nor has a folder inside",
+         "empty holds no study: neither it nor a folder inside has a trials.csv",
          a_folder("empty")),
     Case("a read-only folder", "convert w.npz locked/out.npz",
          "locked/out.npz cannot be written: locked is read-only", a_folder("locked", mode=0o555),

@@ -1,7 +1,7 @@
-"""Measures this machine: `python -m experiments.bench NAME`.
+"""Measures speed and memory on this machine: `python -m experiments.bench NAME`.
 
-Contestants take turns on the same number of cores, each in a process of its own. Ratios come first, then medians and
-quartiles. --json keeps every single time, --plot draws them.
+Contestants take turns on the same number of cores, each in its own process. Ratios come first, then medians and
+quartiles. --json keeps every measured time, --plot draws the tables.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from experiments.machine import use_huge_pages
 
 if __name__ == "__main__":
-    use_huge_pages()  # which the contestants' processes inherit
+    use_huge_pages()  # the contestants' processes inherit the setting
 
 import json
 import sys
@@ -36,7 +36,7 @@ BENCHES: dict[str, type[BenchSettings]] = {
 
 
 def run(bench: BenchSettings) -> None:
-    """Measures and prints; writes --json and --plot after each table, so that an interrupted run leaves what it has."""
+    """Measures and prints; writes --json and --plot after each table, so that an interrupted run keeps its tables."""
     bench.check()
     name = next(name for name, settings in BENCHES.items() if type(bench) is settings)
     machine, tables = describe_machine(), []

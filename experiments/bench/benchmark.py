@@ -1,4 +1,4 @@
-"""What every benchmark has: settings, tables of results, ratios and times in them."""
+"""What all benchmarks share: settings, tables of results, and the ratios and times in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Table:
     title: what was measured.
     rows: {name: {column: cell}}; a column's name ends with its unit. A row may lack columns.
     plotted: the columns to draw, side by side.
-    seconds: {name: (rounds, steps)}, every time that was taken, for JSON.
+    seconds: {name: (rounds, steps)}, every measured time, for JSON.
     """
 
     title: str
@@ -39,24 +39,24 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class BenchSettings:
-    """The settings of every benchmark; each sets its own defaults."""
+    """The settings that all benchmarks share; each benchmark has its own defaults."""
 
     arch: Arch = "resnet101"
     """The network."""
     batch_size: int = 8
-    """Images at a time."""
+    """Images in a batch."""
     image_size: str = "96"
-    """A side, or HEIGHTxWIDTH."""
+    """The side of a square, or HEIGHTxWIDTH."""
     precision: Precision = "float32"
-    """Of images, kernels and activations; parameters and statistics stay float32."""
+    """The type of images, kernels and activations in the network; stored parameters and statistics stay float32."""
     rounds: int = 7
-    """The contestants take turns this often."""
+    """How often the contestants take turns."""
     threads: int = dataclasses.field(default_factory=cores)
     """Cores for each contestant [default: all]."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write every measurement of every turn here."""
+    """Write every measurement of every turn to this file."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Draw the tables here: .png, .svg or .pdf."""
+    """Draw the tables in this file: .png, .svg or .pdf."""
 
     def check(self) -> None:
         """Raises a ValueError for settings that make no sense."""
@@ -65,7 +65,7 @@ class BenchSettings:
             values = value if isinstance(value, tuple) else (value,)
             if not values or len(set(values)) < len(values):
                 got = " ".join(map(str, values)) or "nothing"
-                raise ValueError(f"{flag} must be one or more, none twice, got {got}")
+                raise ValueError(f"{flag} takes one or more values, each once, got {got}")
             for number in values:
                 if type(number) is int and number < 1:
                     raise ValueError(f"{flag} must be at least 1, got {number}")
@@ -87,7 +87,7 @@ class BenchSettings:
         raise NotImplementedError
 
     def as_json(self) -> dict[str, Any]:
-        """The settings that shape a measurement, by the names of their flags."""
+        """The settings that affect a measurement, by field name."""
         return {n: v for n, v in dataclasses.asdict(self).items() if n not in ("json", "plot") and v is not None}
 
     def __str__(self) -> str:
@@ -96,13 +96,13 @@ class BenchSettings:
 
 
 def ratios_to_best_torch(seconds: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Each contestant's time over that of the fastest form of PyTorch, the one with the smallest median.
+    """Each contestant's time relative to the fastest mode of PyTorch, the one with the smallest median.
 
     Args:
       seconds: by contestant's name, (rounds,).
 
     Returns:
-      the median over rounds of the ratio within a round, by name; nothing where PyTorch took no part.
+      the median over rounds of the ratio within a round, by name; {} if PyTorch did not take part.
     """
     torch = [name for name in seconds if framework(name) == "torch"]
     if not torch:
@@ -112,6 +112,6 @@ def ratios_to_best_torch(seconds: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def times(seconds: np.ndarray) -> dict[str, Cell]:
-    """The median of any number of times and their quartiles."""
+    """The median and the quartiles of all seconds in an array, in ms."""
     low, middle, high = (float(t) for t in 1e3 * np.percentile(seconds, [25, 50, 75]))
     return {"median ms": middle, "quartiles ms": (low, high)}

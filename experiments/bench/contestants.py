@@ -1,4 +1,4 @@
-"""What `bench step` compares: a network in NumPy, in JAX, flax and Keras, and in PyTorch, in training and inference."""
+"""What `bench step` compares: one network in NumPy, JAX, Flax, Keras and PyTorch, in training and inference."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TASKS: dict[Task, str] = {
 
 
 class Case(NamedTuple):
-    """A network, its input, images (batch_size, height, width, channels), and what is done with it.
+    """A network, its input images (batch_size, height, width, channels), and the task.
 
-    devices: how many of JAX's share the batch; None leaves everything on the first one.
+    devices: how many JAX devices share the batch; None puts everything on the first one.
     """
 
     arch: str
@@ -53,7 +53,7 @@ def batch(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dtype_of(case: Case) -> Any:
-    """JAX's type of activations; None leaves the images' own."""
+    """The dtype of activations in JAX; None keeps that of the images."""
     import jax.numpy as jnp
 
     return jnp.bfloat16 if case.precision == "bfloat16" else None
@@ -86,7 +86,7 @@ def numpy_step(case: Case) -> Step:
 
 
 def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
-    """Puts weights and a batch on `count` of JAX's devices, which share the batch; None leaves all on the first one."""
+    """Puts weights and a batch on `count` JAX devices, which share the batch; None puts all on the first one."""
     import jax
     import jax.numpy as jnp
 
@@ -95,7 +95,7 @@ def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
     if count is None:
         return jax.tree.map(jnp.asarray, (trees, batch))
     if count > jax.device_count():
-        raise ValueError(f"{count} devices: there are {jax.device_count()}")
+        raise ValueError(f"{count} devices: JAX sees {jax.device_count()}")
     mesh = train.data_mesh(jax.devices()[:count])
     return train.replicate(trees, mesh), train.shard_batch(batch, mesh)
 
@@ -103,10 +103,10 @@ def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
 def jax_program(
     case: Case, forward: Callable[..., Any], params: Any, others: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A network as a jitted function, which returns what `numpy_step` does, and its arguments.
+    """A network as a jitted function, whose results are those of `numpy_step`, and its arguments.
 
     Args:
-      case: its images, labels, task and devices are taken.
+      case: gives the images, labels, task and devices.
       forward: (params, others, images, train) -> (logits, others after this batch).
       params, others: what is trained, and what is not, such as running statistics.
     """
@@ -175,7 +175,7 @@ def flax_step(case: Case) -> Step:
 
 def keras_step(case: Case) -> Step:
     """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # in the bench's processes it is set before anything is imported
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # the bench's processes set it before any import
     import keras
 
     if keras.backend.backend() != "jax":
@@ -229,7 +229,7 @@ def torch_step(case: Case, *, channels_last: bool = False, compiled: bool = Fals
 
 
 def torch_done(step: Callable[[], Any]) -> Step:
-    """A step of PyTorch that returns when the work is done: a GPU runs behind."""
+    """A step of PyTorch that returns when the work is done: a GPU works asynchronously."""
     import torch
 
     if not torch.cuda.is_available():

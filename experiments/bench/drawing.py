@@ -15,7 +15,7 @@ from experiments.output.tables import as_text
 
 
 def plot_tables(path: Path, tables: Sequence[Table], title: str) -> None:
-    """Draws a panel of bars per table, one group per row, one bar for each of its plotted columns."""
+    """Draws a panel of bars per table, with a group per row and a bar per plotted column."""
     columns, width = (1, 9) if len(tables) <= 4 else (3, 6)
     bars = max(len(table.rows) * len(table.plotted) for table in tables)
     figure, axes = panels(len(tables), columns, width, 0.9 + 0.24 * bars, margin=0.6)

@@ -1,8 +1,7 @@
-"""Whether pictures come as fast as a training step takes them: `python -m experiments.bench feed --data DIR`.
+"""Whether pictures arrive as fast as a training step needs them: `python -m experiments.bench feed --data DIR`.
 
 The step is that of `experiments.cars`, with augmentation and optimizer. "step alone" gets the same batch each time,
-which is on the device already. The others get theirs as that program does, from the cache in memory or decoded when
-needed.
+already on the device. The other rows get batches as that program does, from the cache in memory or decoded when needed.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
     from experiments.data.dataset import Dataset
 
 ALONE = "step alone"
-PAUSE = 0.5  # seconds between turns, in which batches made ahead for the one before are finished
+PAUSE = 0.5  # seconds between turns, in which batches prepared ahead for the previous turn are finished
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedBench(BenchSettings):
-    """Time the training step of experiments.cars on one batch, and fed with pictures in every way.
+    """Time the training step of experiments.cars on one batch, and with each way of feeding pictures.
 
-    Ratios are of images/s to the step alone. Everything runs in this process, JAX alone; without --data on drawn cars,
-    which are in memory.
+    Ratios are of images/s, relative to the step alone. Everything runs in this process, with JAX only. Without --data
+    the pictures are drawn cars in memory.
     """
 
     data: Path | None = None
@@ -42,10 +41,10 @@ class FeedBench(BenchSettings):
     opt: OptimizerName = "adabound"
     """The optimizer."""
     steps: int = 5
-    """Steps a turn, after one to warm up."""
+    """Steps per turn, after one step to warm up."""
 
     def run(self) -> Iterator[Table]:
-        """Its table."""
+        """Yields its only table."""
         with bound(self.threads), contextlib.ExitStack() as open_batches:
             yield self._measure(open_batches)
 
@@ -82,7 +81,7 @@ class FeedBench(BenchSettings):
         state = training.state
 
         def turn(batches: Iterator[Any], steps: int) -> float:
-            """The seconds of some steps; metrics are read one step late, as by a training."""
+            """The seconds of some steps; metrics are read one step late, as in training."""
             nonlocal state
             start, running = time.perf_counter(), None
             for images, labels in itertools.islice(batches, steps):
@@ -92,7 +91,7 @@ class FeedBench(BenchSettings):
             jax.block_until_ready(running)
             return time.perf_counter() - start
 
-        turn(feeds[ALONE], 1)  # which compiles
+        turn(feeds[ALONE], 1)  # compiles the step
         seconds = {name: np.empty((self.rounds, 1)) for name in feeds}
         for number in tqdm(range(self.rounds), desc="rounds", leave=False):
             for name, batches in feeds.items():

@@ -1,8 +1,8 @@
 """Each distinct layer of a network by itself: `python -m experiments.bench layers`.
 
 Convolutions and the dense layer are matrix products, so their speed is given in GFLOP/s and as a share of what the best
-contestant reaches with one large product in the same run. BatchNorm, ReLU and pooling move memory: their speed is in
-GB/s, for reading the input and writing the output (backward: the gradients too), as if each were touched once.
+contestant reaches with one large product in the same run. BatchNorm, ReLU and pooling mainly move data: their speed is
+in GB/s, and counts the input and the output (backward: the input and both gradients) once each.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Layer(NamedTuple):
     """A layer.
 
     shape: of its input, (N, H, W, C).
-    out_channels: 0 if the layer is no product.
-    kernel: its side; half of it is the padding.
+    out_channels: 0 if the layer is not a matrix product.
+    kernel: its side; the padding is kernel // 2.
     """
 
     kind: Literal["conv", "dense", "norm+relu", "max_pool"]
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of each pass, padding included; 0 if the layer is no product."""
+        """Multiplications and additions of each pass, padding included; 0 if the layer is not a product."""
         return 2 * self.kernel**2 * self.shape[3] * int(np.prod(self.output_shape)) if self.out_channels else 0
 
     @property
@@ -70,7 +70,7 @@ SMALL = Layer("conv", (8, 3, 5, 4), 2, kernel=3)
 
 
 def distinct_layers(case: Case) -> dict[Layer, int]:
-    """The layers of a network from stem to head, and how often it has each."""
+    """The layers of a network from stem to head, and how often each occurs."""
     from experiments.frameworks.jax import make_resnet, resnet
 
     config = make_resnet(case.network)
@@ -109,7 +109,7 @@ def operands(layer: Layer) -> dict[str, np.ndarray]:
 
 
 def numpy_layer(layer: Layer, name: Pass, precision: Precision, *, function: str = "conv2d") -> Step:
-    """The forward pass of a convolution of numpy_ref.layers, by the function's name."""
+    """The forward pass of a convolution, a function of numpy_ref.layers by name."""
     from numpy_ref import layers
 
     refuse_in_numpy(precision)
@@ -142,14 +142,14 @@ def jax_layer(layer: Layer, name: Pass, precision: Precision) -> Step:
 
     if name == "forward":
         return jax_done(jax.jit(forward), (x, weight))
-    # By x or by the weight alone, so that XLA omits the other gradient; what the forward pass keeps is an argument.
+    # Differentiates by x or by the weight only, so that XLA omits the other gradient. The residuals are arguments.
     along, at = {"dx": (lambda x: forward(x, weight), x), "dweight": (lambda weight: forward(x, weight), weight)}[name]
     _, gradient = jax.jit(functools.partial(jax.vjp, along))(at)
     return jax_done(jax.jit(lambda gradient, dy: gradient(dy)), (gradient, dy))
 
 
 def torch_layer(layer: Layer, name: Pass, precision: Precision, *, channels_last: bool = False) -> Step:
-    """PyTorch's layer, in NCHW or channels_last; dx and dweight by autograd, the forward pass before them not timed."""
+    """PyTorch's layer, in NCHW or channels_last; dx and dweight by autograd, without the forward pass before them."""
     import torch
     from torch import Tensor
     from torch.nn import functional as F
@@ -198,18 +198,18 @@ class LayersBench(BenchSettings):
     """Time each distinct layer of a network: forward, input gradient (dx), weight gradient (dweight).
 
     "share" is relative to the fastest matrix product of any contestant, 2048 x 2048 x 2048, measured in the same run.
-    "forward" is in the form for inference; training may take another one (`jax_resnet.cpu`). The first table is a
-    small convolution in which NumPy takes part. The last table is how long all layers of the network take together,
-    without what a compiler gains or loses between them.
+    "forward" has the form for inference; training may use another one (`jax_resnet.cpu`). The first table is of a small
+    convolution and includes NumPy. The last table adds up the times of all layers in the network. It does not show what
+    a compiler gains or loses between them.
     """
 
     contestants: tuple[Literal["jax", "torch", "torch.channels_last"], ...] = tuple(CONTESTANTS)
     """Who takes part."""
     iterations: int = 5
-    """Iterations a turn, after a tenth of them (at least one) to warm up; twenty times as many of the small one."""
+    """Iterations per turn, after a tenth of them to warm up, at least one; twenty times as many for the small layer."""
 
     def run(self) -> Iterator[Table]:
-        """Two single products, the second of which is the peak, a table for each layer, and one of all together."""
+        """Yields tables of the small convolution, the large product (the peak), each layer, and all layers together."""
         names = available(self.contestants)
         with started(list(NUMPY_FORMS), self.threads) as forms, started(names, self.threads) as contestants:
             title = f"{SMALL}, {self.precision}"
@@ -228,14 +228,14 @@ class LayersBench(BenchSettings):
     def _seconds(
         self, layer: Layer, name: Pass, contestants: Sequence[Contestant], steps: int
     ) -> dict[str, np.ndarray]:
-        """(rounds, steps) by contestant, of one pass of a layer."""
+        """Seconds (rounds, steps) of one pass of a layer, by contestant."""
         makers = NUMPY_FORMS | CONTESTANTS
         make_steps = {c.name: functools.partial(makers[c.name], layer, name, self.precision) for c in contestants}
         results = compete(contestants, make_steps, self.rounds, steps)
         return {name: result.seconds for name, result in results.items()}
 
     def _product_table(self, title: str, layer: Layer, contestants: Sequence[Contestant], steps: int) -> Table:
-        """Of the forward pass of a layer by itself."""
+        """The table of the forward pass of one layer."""
         seconds = self._seconds(layer, "forward", contestants, steps)
         rows = {
             name: {"GFLOP/s": layer.operations / float(np.median(taken)) / 1e9} | times(taken)
@@ -251,7 +251,7 @@ class LayersBench(BenchSettings):
         peak: float,
         totals: dict[str, dict[str, float]],
     ) -> Table:
-        """The table of a layer, from seconds by pass and contestant; adds them to the totals."""
+        """The table of a layer, from seconds by pass and contestant; adds the times to the totals."""
         itemsize = 2 if self.precision == "bfloat16" else 4
         unit = "GFLOP/s" if layer.operations else "GB/s"
         rows: dict[str, dict[str, Cell]] = {}

@@ -27,7 +27,7 @@ GROWTH: dict[Axis, list[dict[str, Any]]] = {  # what is replaced in the case, ro
     "depth": [{"arch": arch} for arch in get_args(Arch)],
     "devices": [{"devices": count} for count in (1, 2, 4)],
 }
-VIRTUAL = "--xla_force_host_platform_device_count={}"  # of a CPU
+VIRTUAL = "--xla_force_host_platform_device_count={}"  # splits a CPU into devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class NetworkBench(BenchSettings):
     def measure(
         self, names: Sequence[str], case: Case, *, rounds: int, steps: int, environment: Mapping[str, str] | None = None
     ) -> dict[str, Result]:
-        """`compete` in new processes, with these variables in addition."""
+        """Runs `compete` in new processes, with these additional environment variables."""
         make_steps = {name: functools.partial(CONTESTANTS[name], case) for name in names}
         with started(names, self.threads, environment) as contestants:
             return compete(contestants, make_steps, rounds, steps)
@@ -61,14 +61,14 @@ class NetworkBench(BenchSettings):
 class StepBench(NetworkBench):
     """Time training steps and inference.
 
-    Ratios are to the fastest form of PyTorch in the table. Memory is that of a contestant's process: the most it has
-    held (libraries, weights, compilation), and the part of it that came after its libraries were imported.
+    Ratios are to the fastest mode of PyTorch in the table. Memory is that of a contestant's process: its peak
+    (libraries, weights, compilation), and the part of the peak that came after importing the libraries.
     """
 
     contestants: tuple[ContestantName, ...] = tuple(name for name in CONTESTANTS if name != "jax.remat")
     """Who takes part."""
     steps: int = 3
-    """Steps a turn, after a tenth of them, at least one, to warm up."""
+    """Steps per turn, after a tenth of them (at least one) to warm up."""
 
     def tables(self, names: list[str], case: Case) -> Iterator[Table]:
         results = self.measure(names, case, rounds=self.rounds, steps=self.steps)
@@ -77,7 +77,7 @@ class StepBench(NetworkBench):
 
 
 def step_rows(results: dict[str, Result]) -> dict[str, dict[str, Cell]]:
-    """The rows of a table; ratios are between medians of a round."""
+    """The rows of a table; ratios compare the medians within a round."""
     ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
     return {
         name: ({"ratio": ratios[name]} if ratios else {})
@@ -93,17 +93,17 @@ def step_rows(results: dict[str, Result]) -> dict[str, dict[str, Cell]]:
 
 @dataclasses.dataclass(frozen=True)
 class CompileBench(NetworkBench):
-    """Time the first training step and the first inference, cold and with a warm cache, against torch.compile's.
+    """Time the first training step and the first inference, with a cold and with a warm cache.
 
-    A cold start has an empty cache of compiled programs, a warm one the cache that the cold start has filled. Each is a
-    new process, which has imported its libraries. Ratios are to torch.compile, which takes a minute or more for a deep
-    network: a round takes minutes.
+    A cold start has an empty cache of compiled programs, a warm start the cache that the cold start has filled. Each
+    start is a new process that has imported its libraries. Ratios are to torch.compile, which takes a minute or more
+    for a deep network, so a round takes minutes.
     """
 
     contestants: tuple[Literal["jax", "torch.compile"], ...] = ("jax", "torch.compile")
     """Who takes part."""
     rounds: int = 3
-    """The contestants take turns this often, each from an empty cache."""
+    """How often the contestants take turns, each from an empty cache."""
 
     def tables(self, names: list[str], case: Case) -> Iterator[Table]:
         rounds: list[dict[str, tuple[float, float]]] = []
@@ -115,10 +115,10 @@ class CompileBench(NetworkBench):
 
 
 def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
-    """Seconds of the first step in a process that finds nothing compiled, and in a second one with the same cache."""
+    """Seconds of the first step in a process with an empty cache, and in a second process with the same cache."""
     seconds = []
     with tempfile.TemporaryDirectory() as cache:
-        # Small programs are kept as well, as by `experiments.machine`.
+        # Caches small programs too, as `experiments.machine` does.
         environment = {CACHE_VARIABLES[name]: cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         for _ in range(2):
             with started([name], threads, environment) as (contestant,):
@@ -128,7 +128,7 @@ def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
 
 
 def compile_rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
-    """By contestant the medians over rounds, and the shortest and longest round."""
+    """The median over rounds, and the shortest and the longest round, by contestant."""
     rows: dict[str, dict[str, Cell]] = {name: {} for name in seconds}
     for column, start in enumerate(("cold", "warm")):
         of_start = {name: of_both[:, column] for name, of_both in seconds.items()}
@@ -145,21 +145,21 @@ def compile_rows(seconds: dict[str, np.ndarray]) -> dict[str, dict[str, Cell]]:
 class MemoryBench(NetworkBench):
     """Measure the peak memory of training steps and of inference, by batch size, and their time.
 
-    On a CPU the peak is what a contestant's process has held at most above what it held with its libraries imported:
-    weights, gradients, activations. JAX's program comes from a cache; a column has the peak with compilation. On a GPU
-    it is what the framework has allocated there. Ratios are to torch, eager. "jax.remat" recomputes each block in the
-    backward pass, as --remat does in experiments.cars.
+    On a CPU the peak is a process's highest memory use, less what it used with its libraries imported: weights,
+    gradients, activations. JAX loads its program from a cache; another column has the peak with compilation. On a GPU
+    the peak is what the framework has allocated there. Ratios are to torch, eager. "jax.remat" recomputes each block in
+    the backward pass, as --remat does in experiments.cars.
     """
 
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N...")] = (1, 8, 32)
-    """Images at a time, one table row for each."""
+    """Images in a batch, a table row for each size."""
     contestants: tuple[ContestantName, ...] = ("jax", "jax.remat", "numpy", "torch", "torch.channels_last")
     """Who takes part."""
     rounds: int = 3
-    """Steps of each."""
+    """Measured steps of each contestant."""
 
     def tables(self, names: list[str], case: Case) -> Iterator[Table]:
-        """A row for each contestant and batch size; one contestant after the other, since together they hold much."""
+        """A row for each contestant and batch size; one contestant after the other, because together they need much."""
         rows: dict[str, dict[str, Cell]] = {}
         with tempfile.TemporaryDirectory() as cache:
             for size in self.batch_size:
@@ -174,7 +174,7 @@ class MemoryBench(NetworkBench):
         yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[case.task]}", rows, ("MB",))
 
     def _row(self, name: str, case: Case, cache: str) -> dict[str, Cell]:
-        """Empty if the contestant fails, which it has printed."""
+        """The cells of a row; empty if the contestant fails, which has been printed."""
         options = dict(steps=1, environment={CACHE_VARIABLES["jax"]: cache})
         compiling = {}
         try:
@@ -191,19 +191,19 @@ class MemoryBench(NetworkBench):
 class ScalingBench(NetworkBench):
     """Time a training step (or inference) while one thing grows: batch size, image size, depth, devices.
 
-    The rest stays what the flags say. Ratios are to the fastest form of PyTorch in the row. Devices are for JAX alone,
-    which splits one batch among them. On a CPU they are virtual and share its cores, so their table shows the cost of
+    The other options stay as given. Ratios are to the fastest mode of PyTorch in the row. Only JAX runs on several
+    devices, which share one batch. On a CPU these are virtual and share its cores, so their table shows the cost of
     splitting.
     """
 
     over: tuple[Axis, ...] = get_args(Axis)
-    """What grows, a table each."""
+    """What grows; each has its own table."""
     tasks: tuple[Task, ...] = ("training",)
     """What is run."""
     rounds: int = 5
-    """The contestants take turns this often."""
+    """How often the contestants take turns."""
     steps: int = 1
-    """Steps a turn, after one to warm up."""
+    """Steps per turn, after one step to warm up."""
 
     def tables(self, names: list[str], case: Case) -> Iterator[Table]:
         for axis in self.over:
@@ -219,7 +219,7 @@ class ScalingBench(NetworkBench):
                     results = self.measure(
                         taking_part, grown, rounds=self.rounds, steps=self.steps, environment=environment
                     )
-                except ValueError:  # too large for all of them, too small, or indivisible, and each has said so
+                except ValueError:  # too large, too small or indivisible for all of them: the reasons are printed
                     continue
                 label = f"{axis.replace('-', ' ')} {'x'.join(map(str, change.values()))}"
                 rows[label] = scaling_row(grown, results)
@@ -229,7 +229,7 @@ class ScalingBench(NetworkBench):
 
 
 def scaling_row(case: Case, results: dict[str, Result]) -> dict[str, Cell]:
-    """Ratios to the fastest form of PyTorch, medians and images/s, by contestant."""
+    """Ratios to the fastest mode of PyTorch, medians and images/s, by contestant."""
     ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
     row: dict[str, Cell] = {f"{name} ratio": ratio for name, ratio in ratios.items() if name != "torch"}
     for name, result in results.items():

@@ -1,7 +1,7 @@
-"""Contestants in processes of their own, which take turns.
+"""Contestants that take turns, each in its own process.
 
-Each has its own process because thread pools would get in one another's way, and because memory is counted by process.
-A contestant measures when it is told to.
+Each has its own process because thread pools would interfere with one another, and because memory is counted by
+process. A contestant measures only when it is told to.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tqdm import tqdm
 from experiments.cli import FailedError
 from experiments.machine import give_back_freed_memory
 
-Step = Callable[[], Any]  # what is timed; tests look at what it returns
-MakeStep = Callable[[], Step]  # to be pickled: a function of a module, or functools.partial of one
+Step = Callable[[], Any]  # what is timed; tests check what it returns
+MakeStep = Callable[[], Step]  # can be pickled: a function of a module, or functools.partial of one
 Who, Answer = TypeVar("Who"), TypeVar("Answer")
 
-# By framework, the part of a contestant's name before the first dot: what it imports before it builds anything.
+# What a contestant imports before it builds anything, by framework (its name up to the first dot).
 MODULES = {
     "numpy": ("numpy", "experiments.frameworks.numpy"),
     "jax": ("jax", "experiments.frameworks.jax"),
@@ -47,8 +47,8 @@ class Result(NamedTuple):
 
     first_step: seconds, compilation included.
     seconds: (rounds, steps), of each step.
-    memory_before: MB that its process held once its libraries were imported, before anything was built; 0 on a GPU.
-    peak_memory: MB that it held at most, libraries included; on a GPU what the framework allocated there.
+    memory_before: MB of its process after the imports, before anything was built; 0 on a GPU.
+    peak_memory: MB of its process at the peak, libraries included; on a GPU what the framework allocated there.
     """
 
     first_step: float
@@ -65,29 +65,29 @@ class Contestant:
     """A process that has imported a contestant's libraries and waits; memory_before and peak_memory as in `Result`."""
 
     def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
-        """Starts it on `threads` cores (all if None), with these additional variables."""
+        """Starts it on `threads` cores (all if None), with these additional environment variables."""
         self.name = name
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **(environment or {})}):
             self._ask(_prepare, framework(name))
 
     def build(self, make_step: MakeStep) -> float:
-        """Makes the step that is to be measured and runs it once; returns the seconds of that first step.
+        """Makes the step to measure and runs it once; returns the seconds of this first run.
 
         Raises:
-          FailedError: if it fails, with its message; as does `measure`.
+          FailedError: the step fails, with its message; `measure` raises it too.
         """
         return self._ask(_build, make_step)
 
     def measure(self, steps: int) -> list[float]:
-        """Runs a tenth of the steps, at least one, to warm up after the others' turns; returns the seconds of each."""
+        """Warms up again by a tenth of the steps, at least one; then runs the steps and returns the seconds of each."""
         return self._ask(_measure, steps)
 
     def _ask(self, function: Callable[[Any], Any], argument: Any) -> Any:
         try:
             answer, (self.memory_before, self.peak_memory) = self._process.submit(_answer, function, argument).result()
         except BrokenProcessPool:
-            raise FailedError(f"{self.name} ended without a word") from None
+            raise FailedError(f"the process of {self.name} ended without a message") from None
         except RuntimeError as error:
             raise FailedError(f"{self.name}: {error}") from None
         return answer
@@ -98,11 +98,11 @@ class Contestant:
 
 # In the contestant's process:
 
-_state: dict[str, Any] = {}  # "framework", "memory": before anything was built, "step"
+_state: dict[str, Any] = {}  # "framework", "step", and "memory" before anything was built
 
 
 def _answer(function: Callable[[Any], Any], argument: Any) -> tuple[Any, tuple[float, float]]:
-    """What the function returns, and the memory so far; any error as a RuntimeError, since not all can be pickled."""
+    """The function's result and the memory use; raises any error as a RuntimeError, since not all can be pickled."""
     try:
         return function(argument), _memory_use(_state["framework"], _state["memory"])
     except Exception as error:
@@ -116,9 +116,9 @@ def _prepare(framework: str) -> None:
 
 
 def _build(make_step: MakeStep) -> float:
-    _state.pop("step", None)  # the memory of the one before
+    _state.pop("step", None)  # frees the memory of the previous step
     _state["step"] = make_step()
-    give_back_freed_memory()  # of drawing the weights
+    give_back_freed_memory()  # drawing the weights has used it
     return _seconds(_state["step"])
 
 
@@ -141,7 +141,7 @@ def _memory_use(framework: str, before: float) -> tuple[float, float]:
 
         if torch.cuda.is_available():
             return 0.0, torch.cuda.max_memory_allocated() / 1e6
-    if framework in ("jax", "flax", "keras") and "step" in _state:  # before that, to ask would start JAX
+    if framework in ("jax", "flax", "keras") and "step" in _state:  # asking earlier would start JAX
         import jax
 
         if jax.default_backend() != "cpu":
@@ -151,9 +151,9 @@ def _memory_use(framework: str, before: float) -> tuple[float, float]:
 
 
 def _memory(field: Literal["VmRSS", "VmHWM"]) -> float:
-    """MB that this process holds (VmRSS) or has held at most (VmHWM); nan on systems without Linux's /proc.
+    """The memory of this process in MB, now (VmRSS) or at its peak (VmHWM); nan on systems without Linux's /proc.
 
-    getrusage's ru_maxrss would not do: on Linux a process inherits its parent's.
+    getrusage's ru_maxrss is no alternative: on Linux a process inherits its parent's value.
     """
     try:
         with open("/proc/self/status") as file:
@@ -196,17 +196,17 @@ def available(names: Sequence[str]) -> list[str]:
 def started(
     names: Sequence[str], threads: int | None = None, environment: Mapping[str, str] | None = None
 ) -> Iterator[list[Contestant]]:
-    """The contestants' processes, one after the other; they end with the context."""
+    """Starts the contestants' processes one after the other; they end with the context."""
     with contextlib.ExitStack() as ending:
         yield [ending.enter_context(contextlib.closing(Contestant(name, threads, environment))) for name in names]
 
 
 @contextlib.contextmanager
 def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Binds this process to some cores and sets variables while the context lasts; its children inherit both.
+    """Binds this process to some cores and sets environment variables in the context; child processes inherit both.
 
-    All libraries count the cores that they may use, so none needs a setting of its own. OpenMP's variable is set as
-    well, for systems that cannot bind a process to cores.
+    All libraries count the cores that they may use, so none needs its own setting. OpenMP's variable is set as well,
+    for systems that cannot bind a process to cores.
     """
     if threads is not None:
         environment = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
@@ -254,7 +254,7 @@ def compete(
     seconds = {contestant: [] for contestant in first}
     turns = collections.deque(first)
     for _ in tqdm(range(rounds), desc="rounds", leave=False):
-        turns.rotate(-1)  # nobody always follows the same one, or goes first
+        turns.rotate(-1)  # so that nobody always goes first or always follows the same contestant
         for contestant in turns:
             time.sleep(PAUSE)
             seconds[contestant].append(contestant.measure(steps))

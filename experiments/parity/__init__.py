@@ -1,1 +1,1 @@
-"""The proof that three ResNets are one: `python -m experiments.parity`."""
+"""Checks that the three implementations of ResNet agree: `python -m experiments.parity`."""

@@ -1,4 +1,4 @@
-"""Prints how far JAX, NumPy and PyTorch agree: `python -m experiments.parity --arch resnet101`."""
+"""Prints how closely JAX, NumPy and PyTorch agree: `python -m experiments.parity --arch resnet101`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Optimizer = Literal["sgd", "adam", "adamw", "adabound", "amsbound"]
 class Settings:
     """Compare layers, a ResNet and its training in NumPy and PyTorch with JAX, from the same weights.
 
-    Errors are relative: the largest difference over the largest entry, array by array. The exit code is 1 if an error
-    exceeds its bound, 2 for settings that make no sense, else 0.
+    Errors are relative: the largest difference divided by the largest entry, for each array. The exit code is 1 if an
+    error exceeds its bound, 2 for settings that make no sense, else 0.
     """
 
     arch: Arch = "resnet101"
@@ -32,7 +32,7 @@ class Settings:
     in_channels: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     image_size: str = "64"
-    """A side, or HEIGHTxWIDTH: 96, 64x96."""
+    """The side of a square, or HEIGHTxWIDTH: 96, 64x96."""
     batch_size: int = 8
     """Images in the batch."""
     stride_in: Literal["conv2", "conv1"] = "conv2"
@@ -41,23 +41,23 @@ class Settings:
     batch_norm: bool = True
     """Whether the network has BatchNorm."""
     seed: int = 0
-    """Of all weights and images."""
+    """The seed of all weights and images."""
     dtype: Literal["float64", "float32", "both"] = "both"
-    """Of layers and networks; trajectories are always in float64."""
+    """The dtype of layers and networks; trajectories are always in float64."""
     sections: tuple[Section, ...] = get_args(Section)
-    """What is compared."""
+    """What to compare."""
     frameworks: tuple[Framework, ...] = get_args(Framework)
-    """Who is compared with JAX. Trajectories leave torchvision out: its networks are those of torch_ref."""
+    """What to compare with JAX. Trajectories leave torchvision out, because its networks equal those of torch_ref."""
     trajectory_arch: Arch = "resnet18"
     """The network whose trajectories are compared; a step of a deeper one takes several times as long."""
     optimizers: tuple[Optimizer, ...] = get_args(Optimizer)
     """The optimizers of the trajectories."""
     steps: int = 20
-    """Of each training, on batches of 8 images of 64x64."""
+    """The steps of each training, on batches of 8 images of 64x64."""
     html: Path | None = None
-    """Write the tables and plots as a page here."""
+    """Write the tables and plots to this HTML page."""
     json: Path | None = None
-    """Write the tables here."""
+    """Write the tables to this file."""
 
 
 def check(settings: Settings) -> None:
@@ -96,7 +96,7 @@ def run(settings: Settings) -> int | None:
             compare_all(settings, frameworks, report)
         except KeyboardInterrupt:
             ended_by = signal.SIGINT
-            report.left_out.append("all after Ctrl-C")
+            report.left_out.append("everything after Ctrl-C")
     for title, rows in report.tables.items():
         print(f"\n{title}")
         print_table({row.name: row.columns for row in rows})

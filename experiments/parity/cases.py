@@ -35,7 +35,7 @@ class LayerCase(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
 
     def astype(self, dtype: str) -> LayerCase:
-        """The same with floats of another type."""
+        """The same case with floats of this dtype."""
         arrays, constants = (
             {name: value.astype(dtype) if value.dtype.kind == "f" else value for name, value in values.items()}
             for values in (self.arrays, self.constants)
@@ -51,12 +51,12 @@ class LayerCase(NamedTuple):
 
 
 def cotangent(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """The gradient that is sent back through an output: random, and the same for the same shape."""
+    """The gradient that is sent back through an output: random, but the same for equal shapes."""
     return np.random.default_rng(shape).standard_normal(shape).astype(dtype)
 
 
 def layer_cases(seed: int) -> list[LayerCase]:
-    """Every layer of the design: sizes that are no multiples of the stride, ties in max_pool, zeros in relu."""
+    """Every layer, with sizes that are not multiples of the stride, ties in max_pool and zeros in relu."""
     rng = np.random.default_rng(seed)
 
     def conv2d(size: int, stride: int, padding: int, bias: bool, height: int = 14, width: int = 17) -> LayerCase:
@@ -96,16 +96,16 @@ def layer_cases(seed: int) -> list[LayerCase]:
 
 
 def activation_names(network: ResNet) -> list[str]:
-    """In execution order; a dict that comes out of jit has "layer3.10" before "layer3.2"."""
+    """The names in execution order; jit sorts a dict by name, with "layer3.10" before "layer3.2"."""
     return ["stem", *(block.name for block in resnet.blocks(jax.make_resnet(network))), "pool"]
 
 
 def draw_weights(network: ResNet, seed: int) -> Arrays:
     """Random weights {torchvision's name: array} in its layout, in execution order.
 
-    BatchNorm's initial 1 and 0 would hide half of all mistakes. The last gamma of a block is small, as in trained
-    networks: with 1 each block doubles the variance in evaluation, which makes 2^33 in ResNet-101. It is not 0, which
-    would hide the block.
+    BatchNorm's initial 1 and 0 would hide many mistakes. The last gamma of a block is small, as in trained networks: at
+    1 each block would double the variance in evaluation, which makes a factor of 2^33 in ResNet-101. At 0 the block
+    would be hidden.
     """
     rng = np.random.default_rng(seed)
     initial = numpy_ref.resnet.init(numpy.make_resnet(network), rng, np.float64)
@@ -142,8 +142,8 @@ def check_batch(network: ResNet, batch_size: int, height: int, width: int) -> No
         )
 
 
-# By optimizer: the settings that all frameworks take, in the names of optax. weight_decay is L2 except in adamw. gamma
-# is a hundred times the default, or the bounds would hardly touch anything within 20 steps.
+# The settings of each optimizer in all frameworks, under optax's names. weight_decay is L2 except in adamw. gamma is a
+# hundred times the default; otherwise the bounds would clip hardly anything within 20 steps.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": dict(learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4),
     "adam": dict(learning_rate=1e-3),

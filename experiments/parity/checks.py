@@ -15,10 +15,10 @@ from experiments.parity import in_jax, in_numpy
 from experiments.parity.cases import Arrays, Batch, LayerCase, activation_names, draw_batch
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_errors
 
-# The design's targets for float64. In float32 a layer may lose two of its seven digits to a sum of some hundred
-# products. A network may be ten times as far from JAX as JAX in float32 is from JAX in float64, if that is more.
-# Gradients are no continuous function of the weights: wherever rounding turns a ReLU on or off some of them jump, in
-# JAX itself too. In float32 the length of their whole difference is bounded instead.
+# BOUND_FLOAT64 is the project's target. In float32 a layer may lose two of its seven digits to a sum of some hundred
+# products. A network may have ten times the error of JAX's own float32, or a layer's bound if that is more. Gradients
+# are not continuous in the weights: where rounding turns a ReLU on or off, some of them jump, in JAX too. So in float32
+# only the length of their whole difference is bounded.
 BOUND_FLOAT64 = 1e-10
 LAYER_BOUNDS = {"float64": BOUND_FLOAT64, "float32": 1e-5}
 LOGITS_BOUND_FLOAT32 = 1e-4  # absolute
@@ -31,7 +31,7 @@ FLOAT32_NOTE = (
     "rounding turns a ReLU on or off they jump, in JAX itself too"
 )
 STEP_BOUND = 1e-9
-GROWTH_BOUND = 10.0  # times what one unit in the last place of the weights does
+GROWTH_BOUND = 10.0  # times the distance that one unit in the last place of the weights causes
 
 
 def module_of(framework: str) -> ModuleType:
@@ -75,7 +75,7 @@ def compare_network(
     If float64 comes first, JAX's float32 is compared with it too: most bounds of float32 follow from that error.
 
     Yields:
-      of each comparison its rows and its errors along the network.
+      the rows of each comparison, and its errors along the network.
     """
     images, labels = batch
     order = [*activation_names(network), *state_dict]
@@ -108,7 +108,7 @@ def profile_of(errors: Errors, order: Sequence[str], framework: str, dtype: str,
 
 
 def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, float]]:
-    """The errors of all arrays; a field that is a single array has its own name."""
+    """The errors of all arrays by field; a field that is a single array has one error, under its own name."""
     errors = {}
     for part, ours in results._asdict().items():
         theirs = getattr(reference, part)
@@ -120,7 +120,7 @@ def errors_by_part(results: Results, reference: Results) -> dict[str, dict[str, 
 
 
 def bounds_float32(own: Errors) -> dict[str, float]:
-    """By part, from JAX's own errors; no smaller than that of a layer."""
+    """Bounds by part, from JAX's own errors; none is smaller than the bound of a layer."""
     return {
         part: max(OWN_ERROR_BOUND_FLOAT32 * largest(errors)[0], LAYER_BOUNDS["float32"])
         for part, errors in own.items()
@@ -138,7 +138,7 @@ def rows_by_part(errors: Errors, what: str, framework: str, bounds: Mapping[str,
 
 
 def rows_of_float32(results: Results, reference: Results, what: str, framework: str) -> list[Row]:
-    """The further demands on float32: logits, the best five classes, and the gradients as a whole."""
+    """The rows of the other checks of float32: logits, the best five classes, and the gradients as a whole."""
     difference = np.abs(results.logits - reference.logits)
     image = f"image {difference.max(1).argmax()}"
     ours, theirs = (np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (results.logits, reference.logits))
@@ -156,11 +156,11 @@ def rows_of_float32(results: Results, reference: Results, what: str, framework: 
 
 
 class Growth(NamedTuple):
-    """How trainings diverge that start from the same weights and see the same batches.
+    """How far trainings with the same initial weights and the same batches diverge.
 
     distances: from JAX's training after each step, by framework: the largest relative error over all parameters and
       running statistics.
-    yardstick: the same of a training in JAX whose first weights were moved by one unit in the last place.
+    yardstick: the same for a training in JAX whose initial weights were moved by one unit in the last place.
     """
 
     optimizer: str
@@ -179,10 +179,10 @@ def compare_trainings(
 ) -> tuple[list[Row], Growth]:
     """Trains in all frameworks at once, in float64, each framework twice.
 
-    One training makes each step from the state that JAX had before it, the other makes all steps itself.
+    One training starts each step from the state that JAX had before it; the other makes all steps on its own.
 
     Args:
-      network, state_dict: with the weights to start from.
+      network, state_dict: the network and its initial weights.
       optimizer: a name in `cases.OPTIMIZERS`.
       steps: their numbers, from 1.
       batch_shape: (N, H, W); each step sees another batch.
@@ -230,7 +230,7 @@ def _flat(trees: tuple[Any, Any]) -> Arrays:
 
 
 def moved_by_one_unit(state_dict: Arrays, rng: np.random.Generator) -> Arrays:
-    """Each weight one unit in the last place up or down, at random as rounding does."""
+    """Moves each weight up or down by one unit in the last place, at random like rounding."""
     return {
         name: value if "running" in name else np.nextafter(value, rng.choice([-np.inf, np.inf], value.shape))
         for name, value in state_dict.items()

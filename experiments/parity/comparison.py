@@ -36,8 +36,8 @@ TRAINING_BATCH = (8, 64, 64)  # images, height, width
 class Report:
     """What was found.
 
-    title: who is compared.
-    machine: on which machine, with which versions.
+    title: which frameworks are compared.
+    machine: the machine and the versions.
     left_out: what was not compared, and why.
     tables: rows by title.
     profiles: errors along the network.
@@ -59,13 +59,13 @@ class Report:
 
     @property
     def conclusions(self) -> list[str]:
-        """Notes, what was left out, and in the last line how many bounds hold."""
+        """Notes, what was left out, and as the last line how many bounds hold."""
         broken, count = self.verdicts.count("BROKEN"), len(self.verdicts)
         conclusion = f"{broken} of {count} bounds are BROKEN" if broken else f"all {count} bounds hold"
         return [*self.notes, *(f"left out: {what}" for what in self.left_out), conclusion]
 
     def as_json(self) -> dict[str, Any]:
-        """The tables, row by row, and on which machine they came out."""
+        """The tables, row by row, with the machine and the conclusions."""
         tables = {title: [row._asdict() for row in rows] for title, rows in self.tables.items()}
         return {"title": self.title, "machine": self.machine, "tables": tables, "conclusions": self.conclusions}
 
@@ -80,7 +80,7 @@ def choose_frameworks(settings: Settings) -> tuple[list[str], list[str]]:
     """The frameworks that can be compared, and why the others cannot.
 
     Raises:
-      ValueError: if there is none, or for a batch on which no two implementations can agree.
+      ValueError: no framework can be compared, or the batch is too small for any two to agree.
     """
     network = network_of(settings, settings.arch)
     check_batch(network, settings.batch_size, *parse_image_size(settings.image_size))
@@ -103,7 +103,7 @@ def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -
     """Fills the report; bars on stderr show the progress."""
     dtypes = ["float64", "float32"] if settings.dtype == "both" else [settings.dtype]
     if "layers" in settings.sections:
-        # PyTorch takes part with torch.nn.functional, whichever of its networks do.
+        # Both of PyTorch's networks stand for torch.nn.functional here.
         names = [name for name in ("numpy", "torch") if any(name in framework for framework in frameworks)]
         rows = report.tables.setdefault("Layers: outputs and all gradients", [])
         for dtype, case in progress(list(itertools.product(dtypes, layer_cases(settings.seed))), "layers"):
@@ -115,12 +115,12 @@ def compare_all(settings: Settings, frameworks: Sequence[str], report: Report) -
 
 
 def progress(iterable: Iterable[Item], name: str, total: int | None = None) -> Iterable[Item]:
-    """The same with a bar."""
+    """The same items, with a progress bar."""
     return tqdm(iterable, name, total, unit="", dynamic_ncols=True)
 
 
 def compare_passes(settings: Settings, frameworks: Sequence[str], dtypes: Sequence[str], report: Report) -> None:
-    """A forward and backward pass of the network, in training and in evaluation."""
+    """Compares a forward and backward pass of the network, in training and in evaluation."""
     network = network_of(settings, settings.arch)
     height, width = parse_image_size(settings.image_size)
     weights = draw_weights(network, settings.seed)
@@ -139,7 +139,7 @@ def compare_passes(settings: Settings, frameworks: Sequence[str], dtypes: Sequen
 
 
 def compare_trajectories(settings: Settings, frameworks: Sequence[str], report: Report) -> None:
-    """Trains the network with each optimizer."""
+    """Compares trainings of the network, with each optimizer."""
     network = network_of(settings, settings.trajectory_arch)
     weights = draw_weights(network, settings.seed)
     count, height, width = TRAINING_BATCH

@@ -30,7 +30,7 @@ class Results(NamedTuple):
     def of(
         cls, loss_and_output: tuple[Any, Any], gradients: tuple[Any, Any], to_torch: Callable[[Any, Any], Arrays]
     ) -> Results:
-        """From what jax_resnet or numpy_ref computed, and its (params, batch_stats) -> {torchvision's name: array}."""
+        """From results of jax_resnet or numpy_ref; to_torch: (params, batch_stats) -> {torchvision's name: array}."""
         (loss, out), (dparams, dimages) = loss_and_output, gradients
         return cls(out.logits, loss, out.activations, to_torch({}, out.batch_stats), to_torch(dparams, {}), dimages)
 
@@ -63,13 +63,13 @@ class Row(NamedTuple):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Its texts in a table."""
+        """Its cells in a table."""
         bound = "-" if self.bound is None else f"{self.bound:.0e}"
         return {"error": f"{self.error:.1e}", "bound": bound, "verdict": self.verdict or "-", "where": self.where}
 
 
 def relative_error(ours: Any, reference: Any) -> float:
-    """The largest difference over the largest entry; inf for arrays of different shapes."""
+    """The largest difference divided by the reference's largest entry; inf for arrays of different shapes."""
     if np.shape(ours) != np.shape(reference):
         return math.inf
     difference, largest = _largest_magnitude(np.subtract(ours, reference)), _largest_magnitude(reference)
@@ -79,12 +79,12 @@ def relative_error(ours: Any, reference: Any) -> float:
 
 
 def _largest_magnitude(values: np.ndarray) -> float:
-    """As np.abs(values).max(), without an array of the size of values; nan if one is."""
+    """np.abs(values).max(), without allocating an array for the magnitudes; nan if any value is."""
     return abs(float(np.maximum(np.max(values), -np.min(values))))
 
 
 def relative_errors(ours: Arrays, reference: Arrays) -> dict[str, float]:
-    """By name in the reference's order; inf for a name that only one of them has."""
+    """Errors by name, in the reference's order; inf for a name that only one of them has."""
     errors = {name: relative_error(ours[name], reference[name]) if name in ours else math.inf for name in reference}
     return errors | dict.fromkeys(ours.keys() - reference.keys(), math.inf)
 
@@ -103,6 +103,6 @@ def length_of_difference(ours: Any, reference: Any) -> float:
 
 
 def largest(errors: Mapping[str, float]) -> tuple[float, str]:
-    """The largest error and its name; nan is larger than any."""
+    """The largest error and its name; nan counts as the largest."""
     name = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     return errors[name], name

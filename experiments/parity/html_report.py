@@ -1,4 +1,4 @@
-"""What was compared, as a page with tables and plots."""
+"""Shows the comparison as a page with tables and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.output.page import Block, picture, table, write_html
 from experiments.parity.checks import BOUND_FLOAT64, GROWTH_BOUND, OWN_ERROR, Growth, Profile
 from experiments.parity.comparison import Report
 
-# torch_ref's errors are torchvision's to the bit: markers of different size show both.
+# torch_ref and torchvision have exactly the same errors: markers of different size show both.
 STYLES = {
     OWN_ERROR: dict(color="black", marker=".", ms=3, zorder=3),
     "numpy": dict(color="tab:blue", marker="o", ms=3),
@@ -30,8 +30,8 @@ def write_page(path: Path, report: Report) -> None:
     """Writes the page."""
     head: list[Block] = [report.machine, *(f"{line}." for line in report.conclusions)]
     head.append(
-        "Errors are relative to JAX: the largest difference over the largest entry, array by array; "
-        "*where* names the array that has it."
+        "Errors are relative to JAX: the largest difference divided by the largest entry, for each array. "
+        "*where* names the array with the largest error."
     )
     for dtype in dict.fromkeys(profile.dtype for profile in report.profiles):
         of_dtype = [profile for profile in report.profiles if profile.dtype == dtype]
@@ -39,8 +39,8 @@ def write_page(path: Path, report: Report) -> None:
         head.append(picture(dtype, caption, plot_profiles(of_dtype)))
     if report.growths:
         caption = (
-            "Trainings from the same weights on the same batches: how far each is from JAX's after every step, beside "
-            "a training in JAX whose weights were moved by one unit in the last place (black)."
+            "Trainings from the same weights on the same batches: their distance from JAX's training after each step. "
+            "Black: a training in JAX whose initial weights were moved by one unit in the last place."
         )
         head.append(picture("trainings", caption, plot_growths(report.growths)))
     tables = {
@@ -52,7 +52,7 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def plot_profiles(profiles: Sequence[Profile]) -> Figure:
-    """The errors of activations and of the parameters' gradients from the first layer to the last, of one dtype."""
+    """The errors of activations and of parameters' gradients in one dtype, from the first layer to the last."""
     titles = {"activations": "activations", "gradients": "gradients of parameters"}
     figure, axes = panels(2, 1, 6.4, 3.2)
     for axis, (field, title) in zip(axes, titles.items(), strict=True):
@@ -60,7 +60,7 @@ def plot_profiles(profiles: Sequence[Profile]) -> Figure:
             errors = getattr(profile, field)
             train = profile.mode == "train"
             style = STYLES[profile.framework] | (dict(ls="-", lw=1) if train else dict(ls="--", lw=0.7, alpha=0.6))
-            if len(errors) > 60:  # parameters of all kinds in turn: lines between them would hide one another
+            if len(errors) > 60:  # parameters of all kinds alternate: lines would hide one another
                 style |= dict(ls="", ms=0.6 * style["ms"])
             label = profile.framework if train else None
             axis.plot(range(len(errors)), _positive(errors.values()), label=label, **style)
@@ -73,7 +73,7 @@ def plot_profiles(profiles: Sequence[Profile]) -> Figure:
 
 
 def _positive(errors: Iterable[float]) -> np.ndarray:
-    """Errors of 0 have no place on a logarithmic axis."""
+    """Replaces errors of 0 by nan: a logarithmic axis has no 0."""
     errors = np.array(list(errors))
     return np.where(errors > 0, errors, np.nan)
 
@@ -94,7 +94,7 @@ def plot_growths(growths: Sequence[Growth]) -> Figure:
         steps = range(1, len(growth.yardstick) + 1)
         axis.plot(steps, growth.yardstick, color="black", lw=1.5, label="JAX, weights moved by one unit")
         limit = GROWTH_BOUND * np.array(growth.yardstick)
-        axis.plot(steps, limit, color="tab:red", lw=1, label=f"bound, {GROWTH_BOUND:.0f} times that")
+        axis.plot(steps, limit, color="tab:red", lw=1, label=f"bound, {GROWTH_BOUND:.0f} times the black line")
         for name, distances in growth.distances.items():
             axis.plot(steps, distances, label=name, lw=1, **STYLES[name])
         axis.set(yscale="log", title=growth.optimizer)

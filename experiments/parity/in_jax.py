@@ -48,7 +48,7 @@ def _gradients(network: ResNet) -> Callable[..., Any]:
     """(params, images, batch_stats, labels) -> gradients and new running statistics."""
     gradients = make_gradients(make_resnet(network), train=True)
 
-    @jax.jit  # without loss and logits, which nobody reads
+    @jax.jit  # leaves out the loss and the logits, which nobody reads
     def run(*arguments: Any) -> tuple[Any, Any]:
         (_, out), grads = gradients(*arguments)
         return grads, out.batch_stats
@@ -58,7 +58,7 @@ def _gradients(network: ResNet) -> Callable[..., Any]:
 
 @functools.cache
 def _optimizer(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """init, and update with the new parameters in place of the updates; both jitted."""
+    """init, and an update that returns the new parameters instead of the updates; both jitted."""
     settings = dict(OPTIMIZERS[name])
     if name == "sgd":
         optimizer = optax.chain(optax.add_decayed_weights(settings.pop("weight_decay")), optax.sgd(**settings))
@@ -88,7 +88,7 @@ class Trainer:
         self._count += 1
 
     def state(self) -> TrainerState:
-        """Before the next step."""
+        """The state before the next step."""
         found = {name: optax.tree.get(self._opt_state, name) for name in ("trace", "mu", "nu", "nu_max")}
         moments = {name: tree for name, tree in found.items() if tree is not None}
         return TrainerState(self._count, *self.weights(), jax.device_get(moments))

@@ -40,7 +40,7 @@ class Trainer:
         self._opt_state = self._optimizer.init(self._params)
 
     def load(self, state: TrainerState) -> None:
-        """Continues from there."""
+        """Continues from this state."""
         self._params, self._batch_stats = state.params, state.batch_stats
         self._opt_state = self._opt_state._replace(count=state.count, **state.moments)
 

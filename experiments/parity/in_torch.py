@@ -21,10 +21,10 @@ from torch_ref import adabound
 
 @contextlib.contextmanager
 def exact_on_one_thread() -> Iterator[None]:
-    """Float32 in full, should PyTorch's default device be a GPU, and one thread.
+    """Uses full float32, in case PyTorch's default device is a GPU, and one thread.
 
-    With two on two cores that something else uses too, a step of ResNet-18 took 5.4 s instead of 0.7: the threads wait
-    for one another.
+    With two threads on two cores that other programs use too, a step of ResNet-18 took 5.4 s instead of 0.7 s: the
+    threads wait for one another.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -73,7 +73,7 @@ def run_layer(case: LayerCase) -> Arrays:
 
 
 def _images(images: np.ndarray) -> Tensor:
-    """NHWC -> a copy that is NCHW by its shape, and NHWC in memory as before."""
+    """NHWC -> a copy whose shape is NCHW, and whose layout in memory is still NHWC."""
     return torch.tensor(np.moveaxis(images, -1, 1))
 
 
@@ -136,7 +136,7 @@ class Trainer:
         self._optimizer = OPTIMIZER_CLASSES[optimizer](self._model.parameters(), lr=learning_rate, **settings)
 
     def load(self, state: TrainerState) -> None:
-        """Continues from there."""
+        """Continues from this state."""
         load_weights(self._model, weights.to_torch(state.params, state.batch_stats))
         saved = self._optimizer.state_dict()
         saved["state"] = {}
@@ -145,7 +145,7 @@ class Trainer:
             moments = {MOMENTS[name]: to_tensors(weights.to_torch(tree, {})) for name, tree in state.moments.items()}
             for number, (name, _) in enumerate(self._model.named_parameters()):
                 saved["state"][number] = {key: tensors[name] for key, tensors in moments.items()}
-                if "momentum_buffer" not in moments:  # SGD does not count
+                if "momentum_buffer" not in moments:  # SGD does not count its steps
                     count = torch.tensor(float(state.count)) if counts_in_tensors else state.count
                     saved["state"][number]["step"] = count
         self._optimizer.load_state_dict(saved)

@@ -1,1 +1,1 @@
-"""One page from the folders that experiments.study leaves: what came out, from published files alone."""
+"""Writes one page about the folders that experiments.study leaves, from published files alone."""

@@ -1,4 +1,4 @@
-"""Writes what all studies have shown as one page: `python -m experiments.report results/ --out DIR`."""
+"""Writes the results of all studies as one page: `python -m experiments.report results/ --out DIR`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all 
 class ReportSettings:
     """Write report.md, with its pictures beside it, and index.html, with them inside, from published files alone.
 
-    With --readme the tables of the README and of docs/ are written instead.
+    With --readme, update the tables in Markdown files instead.
     """
 
     results: tyro.conf.Positional[Path]
-    """The folder of one study, or of several."""
+    """The folder of one study, or a folder of several."""
     out: Path = Path("report")
     """The folder to write; files of the same names are replaced."""
     readme: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")] = ()
-    """Write anew the tables that stand in these Markdown files between <!-- table … --> and <!-- end of table -->."""
+    """Update the tables in these Markdown files, each between <!-- table … --> and <!-- end of table -->."""
 
 
 def run(settings: ReportSettings) -> None:
-    """Writes the report, or the tables of Markdown files."""
+    """Writes the report, or the tables in Markdown files."""
     if settings.readme:
         from experiments.report.pages import write_pages
 
         changed = write_pages(settings.readme, settings.results)
-        print("\n".join(f"wrote the tables of {page}" for page in changed) or "all tables are as the results are")
+        print("\n".join(f"wrote the tables of {page}" for page in changed) or "all tables are up to date")
         return
     from experiments.output.page import write_html, write_markdown
     from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
@@ -45,7 +45,7 @@ def run(settings: ReportSettings) -> None:
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
-    # First those that compare two on several seeds, the largest first.
+    # First the studies that compare two contestants on several seeds; larger studies before smaller ones.
     studies.sort(key=lambda study: (not study.compared, study.seeds < 2, -study.pictures, study.name))
     sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
     sections |= {study.name: list(study_section(study)) for study in studies}
@@ -60,7 +60,7 @@ def run(settings: ReportSettings) -> None:
 
 
 def _paragraphs(path: Path) -> list[str]:
-    """Of a text that was written by hand; [] where there is none."""
+    """The paragraphs of a hand-written text; [] if there is none."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 

@@ -10,12 +10,12 @@ import numpy as np
 from scipy import special, stats
 
 CONFIDENCE = 0.95
-BETTER, EQUAL = 0.01, 0.02  # differences of accuracies: the least that counts, and the most that two equal ones have
+BETTER, EQUAL = 0.01, 0.02  # differences of accuracy: the smallest that counts, and the largest between equal ones
 Verdict = Literal["better", "worse", "equal", "not told apart", "unknown"]
 
 
 class Interval(NamedTuple):
-    """A mean and its 95% interval; nan for the ends where a single value gives none."""
+    """A mean and its 95% interval; the ends are nan for a single value."""
 
     mean: float
     low: float
@@ -45,7 +45,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Inter
 
 
 def verdict(difference: Interval) -> Verdict:
-    """What a paired difference of accuracies says of ours.
+    """What a paired difference of accuracies, ours - theirs, says about ours.
 
     Better or worse: the 95% interval excludes 0, and the mean is at least BETTER. Equal: the 90% interval is within
     EQUAL of 0. Unknown: there is no interval.
@@ -67,14 +67,14 @@ def verdict(difference: Interval) -> Verdict:
 
 
 def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval:
-    """The difference of accuracies for other seeds and other test pictures of the same kind.
+    """The difference of accuracies, with an interval for other seeds and other test pictures of the same kind.
 
-    Student's interval over seeds holds for these very test pictures. Here the pictures are a sample as well: what they
-    add to the variance of the mean, beyond chance within a run (a two-way analysis of variance without repetition), is
-    joined to the seeds' half-width in squares. So it is never narrower than that of `paired_difference`.
+    Student's interval over seeds holds for these test pictures only. Here the pictures are a sample as well. A two-way
+    analysis of variance without repetition gives what they add to the variance of the mean, beyond chance within a run.
+    Its half-width and the seeds' add up in squares, so the interval is never narrower than that of `paired_difference`.
 
     Args:
-      ours, theirs: (S, N) booleans, whether the run of seed s names picture n rightly; S >= 2.
+      ours, theirs: (S, N) booleans, whether the run of seed s classifies picture n correctly; S >= 2.
     """
     difference = ours.astype(float) - theirs.astype(float)
     seeds, pictures = difference.shape
@@ -88,27 +88,27 @@ def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval
 
 
 def expected_best(values: Sequence[float]) -> np.ndarray:
-    """What the best of k trials has on average over all choices of k of these, for k = 1 to their number.
+    """The mean of the best of k values over all choices of k of these values, for k = 1 to their number.
 
     >>> expected_best([0.3, 0.1, 0.2]).round(3).tolist()
     [0.2, 0.267, 0.3]
     """
     ranked, count = np.sort(np.asarray(values, float)), len(values)
     drawn = np.arange(1, count + 1)
-    # Of all choices of k those whose best is the one of rank i: its k - 1 companions are among the i below it.
+    # The number of choices of k whose best has rank i: the other k - 1 are among the i values below it.
     ways = special.comb(np.arange(count), drawn[:, None] - 1)
     return ways @ ranked / special.comb(count, drawn)
 
 
 def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = False, draws: int = 2000) -> np.ndarray:
-    """How often tuning would have chosen each of several trials, had it held out other pictures of the same kind.
+    """How often tuning would have chosen each of several trials with other held-out pictures of the same kind.
 
-    A bootstrap: the pictures are drawn again, with replacement, `draws` times, and each time the trial with the highest
-    accuracy is chosen, of equals the one with the lowest loss; or by_loss that with the lowest loss.
+    A bootstrap: the pictures are drawn again `draws` times, with replacement. Each time the trial with the highest
+    accuracy is chosen, and the lowest loss breaks ties; with by_loss, the trial with the lowest loss is chosen.
 
     Args:
-      right: (T, N) booleans, whether trial t names picture n rightly.
-      losses: (T, N), of trial t on picture n.
+      right: (T, N) booleans, whether trial t classifies picture n correctly.
+      losses: (T, N), the loss of trial t on picture n.
 
     Returns:
       (T,) shares of the draws, whose sum is 1.
@@ -123,7 +123,7 @@ def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = F
     """
     trials, pictures = right.shape
     counts = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=draws)
-    ranks = (counts @ losses.T).argsort(1, kind="stable").argsort(1)  # from the lowest; NaN is sorted behind all
+    ranks = (counts @ losses.T).argsort(1, kind="stable").argsort(1)  # 0 for the lowest loss; NaN comes last
     score = -ranks
     if not by_loss:
         score += trials * (counts @ right.T.astype(int))  # one picture more outweighs any rank

@@ -7,8 +7,8 @@ import math
 from experiments.report.analysis import Interval, mean_interval, paired_difference, verdict
 from experiments.report.study_results import Contestant, StudyResults
 
-STABLE = 0.5  # a setting that is chosen again less often than not is one among equals
-NORMAL = 1.96  # standard errors that hold 95%
+STABLE = 0.5  # a setting that is chosen again less often may be no better than others
+NORMAL = 1.96  # standard errors on either side that hold 95%
 
 
 def percent(interval: Interval) -> str:
@@ -34,7 +34,7 @@ def points(interval: Interval) -> str:
 
 
 def answer(results: StudyResults) -> str:
-    """The answer to the study's question, by its numbers alone; "" where it compares no two."""
+    """The answer to the study's question, by its numbers alone; "" if it compares no two contestants."""
     if not results.compared:
         return ""
     ours, theirs = map(results.find, results.compared)
@@ -43,7 +43,7 @@ def answer(results: StudyResults) -> str:
     seeds = sorted(set(ours.by_seed()) & set(theirs.by_seed()))
     if not seeds:
         names = f"{ours.name} and {theirs.name}"
-        return f"{results.name}: the question is still open, no seed has been trained to its end with both {names}."
+        return f"{results.name}: the question is still open, because no seed was trained to its end with both {names}."
     difference, wider = results.answers[ours.name]
     tuned = ", as it was tuned," if ours.tuning or theirs.tuning else ""
     doubts = _doubts(results, ours, theirs)
@@ -86,7 +86,7 @@ def _answer_by_loss(results: StudyResults) -> str:
         if c.finals
     }
     if not losses:
-        return f"{results.name}: the question is still open, no run has reached its end."
+        return f"{results.name}: the question is still open, because no run has reached its end."
     listed = ", ".join(f"{losses[name]:.2f} with {name}" for name in sorted(losses, key=losses.get))
     missing = [contestant.name for contestant in results.contestants if contestant.name not in losses]
     rest = f" {', '.join(missing)}: not yet trained to the end." if missing else ""
@@ -94,7 +94,7 @@ def _answer_by_loss(results: StudyResults) -> str:
 
 
 def answer_row(results: StudyResults) -> dict[str, str] | None:
-    """The answer as a row of a table; None where there is none, or where another measure decides."""
+    """The answer as a row of a table; None if there is no answer, or if another measure decides."""
     if not results.compared or results.measure != "top1" or results.compared[0] not in results.answers:
         return None
     ours, theirs = map(results.find, results.compared)
@@ -112,7 +112,7 @@ def answer_row(results: StudyResults) -> dict[str, str] | None:
 
 
 def _doubts(results: StudyResults, *contestants: Contestant) -> str:
-    """Whose setting hangs on the held-out pictures."""
+    """A sentence on the contestants whose setting depends on the held-out pictures; "" if there are none."""
     shares = {contestant.name: results.chosen_again(contestant) for contestant in contestants}
     weak = [f"{share:.0%} ({name})" for name, share in shares.items() if share is not None and share < STABLE]
     if not weak:
@@ -132,10 +132,10 @@ def limits(results: StudyResults) -> str:
     tuned = next((t for t in theirs.tuning if t.state == "done" and t.test_results), None)
     if tuned is not None:
         pictures = len(tuned.test_results["label"])
-        by = "their loss" if results.chosen_by_loss else f"top-1, in which one is {100 / pictures:.1f} points"
+        by = "loss" if results.chosen_by_loss else f"top-1 (one picture is {100 / pictures:.1f} points)"
         said.append(
-            f"Settings were chosen from {len(theirs.tuning)}, after {tuned.columns['epochs']} epochs, on {pictures:,} "
-            f"held-out pictures by {by}. The intervals hold for the settings so chosen, not for what other draws would "
-            "have brought, nor for what a longer training would want."
+            f"Settings were chosen from {len(theirs.tuning)} trials of {tuned.columns['epochs']} epochs, by {by} on "
+            f"{pictures:,} held-out pictures. The intervals hold for these settings. Other draws or longer training "
+            "could lead to other settings."
         )
     return " ".join(said)

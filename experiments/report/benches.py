@@ -9,10 +9,10 @@ from typing import Any
 
 
 def read_steps(folder: Path, pattern: str = "*.json") -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Yields (machine, title of the table, contestant, row) of each file in order. A row has its times in "seconds".
+    """Yields (machine, title of the table, contestant, row) from files of this benchmark; "seconds" has a row's times.
 
     Raises:
-      ValueError: a file is not one of experiments.bench. Those of other benchmarks are left out.
+      ValueError: a file is not from experiments.bench. Files of its other benchmarks are left out.
     """
     for file in sorted(folder.glob(pattern)):
         try:

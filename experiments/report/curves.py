@@ -17,7 +17,7 @@ from experiments.output.figures import in_percent, label, panels
 from experiments.report.analysis import expected_best, mean_interval, paired_difference
 from experiments.report.study_results import Contestant, StudyResults
 
-OUT_OF_REACH = 4  # medians of the others' distances from 0
+OUT_OF_REACH = 4  # times the median distance from 0; contestants beyond this do not widen the axis
 MAPS_WIDE, DECADES = 4, 3  # maps side by side, and powers of ten on either side of the bound
 PANELS = {"train_loss": "training loss", "test_loss": "test loss", "test_top1": "test top-1"}
 PANELS |= {"at_upper": "share of weights at the upper bound"}
@@ -28,14 +28,14 @@ LEAST_BAND = 3  # seeds; the interval of two is 13 times their standard error, a
 
 
 def plot_curves(contestants: Sequence[Contestant]) -> Figure:
-    """Means over seeds with their 95% intervals, by epoch; shares at the upper bound of optimizers that have one."""
+    """Means over seeds with 95% intervals, by epoch; shares at the upper bound only for optimizers that have one."""
     bounded = [contestant for contestant in contestants if contestant.opt in BOUNDED]
     titles = {column: title for column, title in PANELS.items() if bounded or column != "at_upper"}
     figure, axes = panels(len(titles), len(titles), 4.3, 4.2)
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         curves = [(c, *c.curve(column)) for c in (bounded if column == "at_upper" else contestants)]
         curves = [(contestant, epochs, values) for contestant, epochs, values in curves if len(epochs)]
-        # One that explodes would flatten the others, and its band would cover them.
+        # A curve that explodes would flatten the others, and its band would cover them.
         firsts = [values[:, 0].mean() for _, _, values in curves]
         most = MOST_LOSS * min(firsts, default=math.inf) if column.endswith("loss") else math.inf
         for contestant, epochs, values in curves:
@@ -71,7 +71,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
         reach.append(np.nanmax(np.abs([*each, interval.low, interval.high])))
     axis.axvline(0, color="black", lw=1)
     usual = 1.1 * max((r for r in reach if r < OUT_OF_REACH * np.median(reach)), default=0.0)
-    if usual < max(reach):  # one that learned nothing would press the others together
+    if usual < max(reach):  # a contestant that learned nothing would squeeze the others
         axis.set_xlim(-usual, usual)
         for y, mean in enumerate(means):
             if reach[y] > usual:
@@ -86,7 +86,7 @@ def plot_differences(results: StudyResults, baseline: Contestant) -> Figure:
 
 
 def plot_tuning(results: StudyResults) -> Figure | None:
-    """Every tuning trial: top-1 on held-out pictures over each setting that is drawn; those that failed at 0."""
+    """Every tuning trial: top-1 on held-out pictures over each setting that is drawn; failed trials are at 0."""
     tuned = [contestant for contestant in results.contestants if contestant.ended_tuning]
     if not tuned:
         return None
@@ -115,7 +115,7 @@ def plot_tuning(results: StudyResults) -> Figure | None:
 
 
 def plot_tuning_effort(results: StudyResults) -> Figure | None:
-    """How good the best of k tuning trials is on average; those that failed count as 0. None for fewer than two."""
+    """How good the best of k tuning trials is on average; failed trials count as 0. None if no contestant has two."""
     tuned = [contestant for contestant in results.contestants if len(contestant.ended_tuning) > 1]
     if not tuned:
         return None
@@ -131,7 +131,7 @@ def plot_tuning_effort(results: StudyResults) -> Figure | None:
 
 
 def _steps_of(contestant: Contestant) -> tuple[list[dict[str, Any]], list[str], np.ndarray]:
-    """Of its first final run the rows with step sizes, the kernels, and each one's median step by epoch, (L, E)."""
+    """The rows of its first final run that have step sizes, the kernels, and their median steps by epoch, (L, E)."""
     rows = [row for row in contestant.finals[0].epochs if "at_upper" in row] if contestant.finals else []
     columns = [column for column in rows[0] if column.startswith("step/")] if rows else []
     names = [column.removeprefix("step/") for column in columns]

@@ -1,4 +1,4 @@
-"""Contestants that are the combinations of axes, as a grid: rows by one half of the axes, columns by the other."""
+"""Contestants that combine axes, as a grid: one half of the axes makes the rows, the other half the columns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Grid:
 
 
 def find_grids(contestants: Sequence[Contestant]) -> list[Grid]:
-    """One for each block of a protocol that has two axes or more; their first half goes across."""
+    """A grid for each block of a protocol with two axes or more; the first half of its axes goes across."""
     found: dict[str, list[Contestant]] = {}
     for contestant in contestants:
         if len(contestant.labels) > 1:
@@ -63,7 +63,7 @@ def label(axes: Sequence[str], values: Sequence[str]) -> str:
 
 
 def grid_differences(grid: Grid) -> list[dict[str, str]]:
-    """Along the axis "optimizer", each minus the protocol's first: a row for each combination of the other axes."""
+    """Each optimizer minus the first one of the axis "optimizer": a row for each combination of the other axes."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     first: dict[tuple[str, ...], Contestant] = {}
     for cell in grid.cells.values():
@@ -76,12 +76,12 @@ def grid_differences(grid: Grid) -> list[dict[str, str]]:
             column = f"{cell.labels['optimizer']} minus {baseline.labels['optimizer']}"
             row = rows.setdefault(place, {"": label(tuple(others), place)})
             row[column] = points(paired_difference(cell.by_seed(), baseline.by_seed()))
-    # The first row of a table names its columns.
+    # The first row of a table names its columns, so it must be a complete one.
     return sorted(rows.values(), key=len, reverse=True)
 
 
 def plot_grid(grid: Grid) -> Figure:
-    """Final top-1, the mean over seeds and its interval; of what has not ended nothing."""
+    """Final top-1, the mean over seeds and its interval; a cell without ended runs stays empty."""
     values = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for (row, column), contestant in grid.cells.items():
         values[grid.rows.index(row), grid.columns.index(column)] = contestant.interval().mean
@@ -105,7 +105,7 @@ def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = Fal
     """A column of the metrics by epoch, the mean over seeds: a panel for each row of the grid, a curve for each column.
 
     Args:
-      bounded: only optimizers with bounds.
+      bounded: draw only optimizers with bounds.
     """
     figure, axes = panels(len(grid.rows), PANELS_WIDE, 3.4, 2.6, margin=0.9, sharex=True, sharey=True)
     handles = {}

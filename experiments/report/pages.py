@@ -1,9 +1,9 @@
-"""The tables that stand in the README and in docs/, written from the files in results/.
+"""Writes the tables in the README and in docs/ from the files in results/.
 
 A table stands between `<!-- table WHAT NAMES -->` and `<!-- end of table -->`:
 
-  speed NAME...    time over that of the fastest form of PyTorch, from bench/NAME-1.json, bench/NAME-2.json, …
-  beside-jax NAME  time over that of this project's JAX, from the same files
+  speed NAME...    time relative to the fastest mode of PyTorch, from bench/NAME-1.json, bench/NAME-2.json, …
+  beside-jax NAME  time relative to this project's JAX, from the same files
   parity NAME      the largest errors of a network's pass, from parity/NAME.json
   answer STUDY     what a study's two contestants reach, and the difference by seed
 """
@@ -39,7 +39,7 @@ QUANTITIES = {
 
 
 def write_pages(pages: Iterable[Path], results: Path) -> list[Path]:
-    """Writes the tables of Markdown files anew; returns the files that had others.
+    """Updates the tables in Markdown files; returns the files that changed.
 
     Raises:
       ValueError: a table's source is unknown, is missing, or cannot be read.
@@ -54,7 +54,7 @@ def write_pages(pages: Iterable[Path], results: Path) -> list[Path]:
 
 
 def fill(text: str, results: Path) -> str:
-    """The text of a page with its tables as results/ has them.
+    """The text of a page, with its tables written from results/.
 
     Raises:
       ValueError: see write_pages.
@@ -71,7 +71,7 @@ def fill(text: str, results: Path) -> str:
 
 
 def speed_table(results: Path, *names: str) -> list[dict[str, str]]:
-    """JAX and NumPy over the fastest PyTorch, a row for each measurement and contestant."""
+    """JAX and NumPy relative to the fastest PyTorch, a row for each measurement and contestant."""
     rows: dict[str, dict[str, str]] = {}
     for name in names:
         for title, of_title in _bench(results, name).items():
@@ -84,7 +84,7 @@ def speed_table(results: Path, *names: str) -> list[dict[str, str]]:
 
 
 def beside_jax_table(results: Path, name: str) -> list[dict[str, str]]:
-    """All contestants over JAX: the median over rounds of the ratio of the medians within a round."""
+    """All contestants relative to JAX: the median over rounds of the ratio of the medians within a round."""
     rows: dict[str, dict[str, str]] = {}
     for title, of_title in _bench(results, name).items():
         for contestant, measured in of_title.items():
@@ -128,7 +128,7 @@ def _range(values: Iterable[float]) -> str:
 
 
 def parity_table(results: Path, name: str) -> list[dict[str, str]]:
-    """The largest error of each quantity in float64, in training and, after a stroke, in evaluation."""
+    """The largest error of each quantity in float64, in training and, after a slash, in evaluation."""
     report = json.loads((results / "parity" / f"{name}.json").read_text(encoding="utf-8"))
     errors = {
         (row["what"], row["framework"]): f"{row['error']:.1e}" for rows in report["tables"].values() for row in rows
@@ -144,7 +144,7 @@ def parity_table(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def answer_table(results: Path, study: str) -> list[dict[str, str]]:
-    """What the two that a study compares reach, the range of their tuning trials, and the difference by seed."""
+    """What the two compared contestants reach, the range of their tuning trials, and the difference by seed."""
     found = read_study(results / study)
     ours, theirs = map(found.find, found.compared)
     rows = []

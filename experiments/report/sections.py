@@ -1,4 +1,4 @@
-"""What the report says of a study, and of the benchmarks: words, tables and pictures."""
+"""What the report says about a study and about the benchmarks: words, tables and pictures."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ MEASURES = {"top1": "final top-1", "best_top1": "best epoch", "top5": "top-5", "
 
 
 def overview(studies: list[StudyResults], in_words: list[str]) -> Iterator[Block]:
-    """What is seen first: the answer, a table of it, and the picture that explains it.
+    """The top of the report: the answer, its table, and the picture that explains it.
 
     Args:
       studies: all of them.
-      in_words: paragraphs of the answer that somebody wrote; if there are none, the studies' numbers answer.
+      in_words: hand-written paragraphs of the answer; without them, the studies' numbers give the answer.
     """
     for text in in_words or filter(None, map(answer, studies)):
         yield f"> {text}"
     if rows := [row for row in map(answer_row, studies) if row]:
         yield table(rows)
     caption = (
-        "AdaBound's upper bound at the end of a run, over the median step that Adam takes there. Each dot is a run of "
-        "AdaBound; a line connects runs of a study that varies final_lr and gamma. Far below 1 AdaBound is SGD with "
-        "momentum at that rate, which may be too slow; above 1 it is Adam."
+        "AdaBound's upper bound at the end of a run, divided by the median step that Adam takes there. Each dot is a "
+        "run of AdaBound; a line connects the runs of a study that varies final_lr or gamma. Far below 1, AdaBound is "
+        "SGD with momentum at that rate, which may be too slow; far above 1, it is Adam."
     )
     yield from _picture("upper-bound", plot_upper_bounds(studies), caption)
 
@@ -47,23 +47,23 @@ def upper_bound_section(studies: list[StudyResults]) -> Iterator[Block]:
     """The numbers behind the picture of the overview."""
     if rows := upper_bound_rows(studies):
         yield (
-            "Final top-1 of AdaBound's runs (how many in brackets), by AdaBound's final upper bound over Adam's median "
-            "step. The final upper bound is final_lr · (1 + 1 / (gamma · T)) after T updates. Adam's median step is "
-            "that of the Adam run of the same study that shares the most settings with AdaBound's: after the last "
-            "epoch, the median over layers of each layer's median learning_rate / sqrt(v). Compare along a row: the "
+            "Final top-1 of AdaBound's runs (their number in brackets), by AdaBound's final upper bound divided by "
+            "Adam's median step. The final upper bound is final_lr · (1 + 1 / (gamma · T)) after T updates. Adam's "
+            "median step is the median over layers of each layer's median learning_rate / sqrt(v) after the last "
+            "epoch, in the study's Adam run that shares the most settings with AdaBound's. Compare within a row: "
             "studies differ in data, network and length. A study in which no optimizer learns much shows nothing."
         )
         yield table(rows)
 
 
 def study_section(results: StudyResults) -> Iterator[Block]:
-    """All that a study has shown."""
+    """Everything that a study has shown."""
     if text := answer(results):
         yield text
     yield " ".join(results.about.split())
     ended = [trial for trial in results.trials if trial.state == "done"]
     data = " --data DIR" if any(trial.config["settings"]["data"] for trial in ended) else ""
-    again = f"--out runs/again/{results.name}"  # without it the command goes on with what is published
+    again = f"--out runs/again/{results.name}"  # without --out the command would continue the published study
     yield f"```\npython -m experiments.study experiments/protocols/{results.name}.toml{data} {again}\n```"
     yield from _counts(results)
     if ended:
@@ -107,7 +107,7 @@ def _counts(results: StudyResults) -> Iterator[Block]:
 
 
 def _where(ended: list[Trial]) -> str:
-    """With what the runs were trained."""
+    """The devices, versions and commits with which the runs were trained."""
     configs = [trial.config for trial in ended]
     used = [("jax", "jaxlib") if c["settings"]["framework"] == "jax" else ("torch", "torchvision") for c in configs]
     versions = {f"{name} {c['versions'][name]}" for c, names in zip(configs, used, strict=True) for name in names}
@@ -140,18 +140,18 @@ def _short(text: str) -> str:
 def _listed(results: StudyResults, contestants: list[Contestant]) -> Iterator[Block]:
     """What each contestant reached, and how to read it."""
     yield table([_row(results, contestant) for contestant in contestants])
-    said = ["The final epoch is what counts; the best one is chosen on the test pictures, and flatters."]
+    said = ["The final epoch counts; the best one is chosen on the test pictures, so it is too optimistic."]
     if any(len(contestant.by_seed()) > 1 for contestant in contestants):
         said.insert(0, "Means with 95% intervals (Student's) over seeds.")
     if results.targets:
         said.append(
             "Epochs and seconds to a target are medians over seeds, with the number of runs that reached it if not all "
-            "did. Seconds are those of one run beside others."
+            "did. Seconds are those of one run while others ran beside it."
         )
     if any(contestant.failed for contestant in contestants):
         said.append("A training that failed counts as 0.")
     if beside := [contestant.name for contestant in contestants if contestant.beside]:
-        said.append(f"Of another study: {', '.join(beside)}.")
+        said.append(f"From another study: {', '.join(beside)}.")
     yield " ".join(said)
 
 
@@ -188,14 +188,14 @@ def _chosen_settings(results: StudyResults, trained: list[Contestant]) -> Iterat
         yield f"The settings that tuning chose, by {by} on held-out pictures:"
         yield table(rows)
         yield (
-            "A star: no larger or no smaller value was tried, so a better one may lie beyond it (0 has none). Chosen "
-            "again: how often the same trial would have been chosen on other held-out pictures of their kind (a "
-            "bootstrap). Where that is seldom, the setting is one among equals."
+            "A star: no larger or no smaller value was tried, so a better one may lie beyond it (0 gets no star). "
+            "Chosen again: how often the same setting would have been chosen on other held-out pictures of the same "
+            "kind (a bootstrap). If that is rare, the setting may be no better than others."
         )
 
 
 def _differences(results: StudyResults) -> Iterator[Block]:
-    """Against the second of the two that are compared."""
+    """Differences from the second of the two compared contestants."""
     if not results.answers:
         return
     ours, baseline = map(results.find, results.compared)
@@ -213,9 +213,9 @@ def _differences(results: StudyResults) -> Iterator[Block]:
         ]
     )
     yield (
-        "Paired by seed: same first weights, same batches. Better or worse: the 95% interval over seeds excludes 0, "
+        "Paired by seed: same initial weights, same batches. Better or worse: the 95% interval over seeds excludes 0, "
         "and the mean is at least 1 point. Equal: the 90% interval is within 2 points of 0. Intervals are not "
-        "corrected for their number. The second interval takes the test pictures for a sample as well."
+        "corrected for multiple comparisons. The second interval treats the test pictures as a sample as well."
     )
     caption = f"Differences from {baseline.name}: each seed, the mean, and its 95% interval over seeds."
     yield from _picture(f"{results.name}-differences", curves.plot_differences(results, baseline), caption)
@@ -225,18 +225,18 @@ def _pictures(results: StudyResults, trained: list[Contestant], grids: list[Grid
     few = len(trained) <= curves.MOST_CURVES
     if few:
         caption = (
-            f"Means over seeds, with their 95% intervals from {curves.LEAST_BAND} seeds on. Losses are cut at "
-            f"{curves.MOST_LOSS} times the lowest after one epoch. The share of weights at AdaBound's upper bound is "
-            "the share that SGD trains, in effect."
+            f"Means over seeds, with 95% intervals for {curves.LEAST_BAND} seeds or more. Losses are cut at "
+            f"{curves.MOST_LOSS} times the lowest loss after one epoch. The share of weights at AdaBound's upper bound "
+            "is, in effect, the share that SGD trains."
         )
         yield from _picture(f"{results.name}-curves", curves.plot_curves(trained), caption)
     yield from _tuning(results)
     yield from _grids(results, grids)
     if few:
         caption = (
-            "Each layer's median step over AdaBound's upper bound, by epoch (first seed). Red is above the bound, "
-            "where AdaBound would cut it, blue below. AdaBound's own is white where it is cut. An optimizer without "
-            "bounds is compared with those of its run's settings."
+            "Each layer's median step divided by AdaBound's upper bound, by epoch (first seed). Red: above the bound, "
+            "where AdaBound would clip the step. Blue: below. White: at the bound, where AdaBound clips its own. "
+            "For an optimizer without bounds, the bound follows from its run's final_lr and gamma."
         )
         yield from _picture(f"{results.name}-step-map", curves.plot_step_map(trained), caption)
 
@@ -248,7 +248,7 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
             continue
         yield from _listed(results, trained)
         if rows := grid_differences(grid):
-            yield "Final top-1, by what else differs: each optimizer minus the first, paired by seed."
+            yield "Final top-1 of each optimizer minus the first, paired by seed, for each value of the other axes."
             yield table(rows)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
         name = f"{results.name}-{slug(grid.name)}"
@@ -263,11 +263,11 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
     caption = (
-        "Tuning: every trial, by each setting that was drawn for it; crosses are those that failed. AdamW's weight "
-        "decay is of the weights themselves, the others' is L2 in the gradient."
+        "Tuning: every trial, by each setting that was drawn for it; crosses are failed trials. AdamW's weight decay "
+        "is decoupled from the gradient; that of the others is L2."
     )
     yield from _picture(f"{results.name}-tuning", curves.plot_tuning(results), caption)
-    caption = "What tuning is worth: the best of k trials, on average over all choices of k of them."
+    caption = "What tuning is worth: the best of k trials, averaged over all choices of k trials."
     yield from _picture(f"{results.name}-tuning-effort", curves.plot_tuning_effort(results), caption)
 
 
@@ -277,15 +277,15 @@ def _picture(name: str, figure: Figure | None, caption: str) -> Iterator[Block]:
 
 
 def speed_section(folder: Path) -> Iterator[Block]:
-    """The ratios in the JSON files of `experiments.bench step` in a folder: those of equal measurements side by side.
+    """The ratios in a folder's JSON files of `experiments.bench step`; repeated measurements stand side by side.
 
     Raises:
-      ValueError: one is not such a file.
+      ValueError: a file is not from experiments.bench.
     """
     ratios: dict[str, dict[str, dict[str, list[str]]]] = {}  # by machine, by what was measured, by contestant
     for machine, title, name, row in read_steps(folder):
         if "ratio" in row:
-            measured = title.partition(":")[0]  # what a step consists of is the same in all
+            measured = title.partition(":")[0]  # without what a step consists of, which is always the same
             of_machine = ratios.setdefault(machine, {})
             of_machine.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
     if not ratios:

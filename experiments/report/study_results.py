@@ -34,7 +34,7 @@ KNOWN_COLUMNS = {"contestant", "stage", "number", "state", "seed", "epochs", "fo
 class Trial:
     """A line of trials.csv, and the run behind it.
 
-    columns: the line, without what was not measured.
+    columns: the line, without its empty cells.
     folder: of the run.
     """
 
@@ -57,12 +57,12 @@ class Trial:
         return float(self.columns[column])
 
     def accuracy(self, column: str = "top1") -> float:
-        """One of ACCURACIES; a training that failed has named no picture rightly."""
+        """One of ACCURACIES; 0 for a failed training."""
         return 0.0 if self.state == "failed" else self.number(column)
 
     @functools.cached_property
     def epochs(self) -> list[dict[str, Any]]:
-        """The last row of each whole epoch in its metrics; those of untested epochs have no test_top1."""
+        """The last row of each whole epoch in its metrics; rows of untested epochs have no test_top1."""
         try:
             rows = {row["epoch"]: row for row in read_metrics(self.folder) if float(row["epoch"]).is_integer()}
             last = list(rows.values())[-1]
@@ -80,7 +80,7 @@ class Trial:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What CONFIG_PARTS names of its config.json."""
+        """The parts of its config.json that CONFIG_PARTS names."""
         try:
             config = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
             return {name: config[name] for name in CONFIG_PARTS}
@@ -95,17 +95,17 @@ class Trial:
 
     @property
     def right(self) -> np.ndarray:
-        """Whether each test picture was named rightly, (N,) booleans."""
+        """Whether each test picture was classified correctly, (N,) booleans."""
         return self.test_results["label"] == self.test_results["prediction"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """What was compared: its trials, those of one axis value each where it has axes.
+    """What was compared: a block of the protocol, or one combination of the block's axes, with its trials.
 
-    block: the name that its combinations of axes share in the protocol; its own where it has none.
+    block: the name of the block, which all combinations of its axes share.
     colour: matplotlib's, the same in all pictures of a study.
-    beside: of another study.
+    beside: whether it belongs to another study.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Contestant:
 
     @property
     def finals(self) -> list[Trial]:
-        """Those that reached their end."""
+        """Final runs that reached their end."""
         return [trial for trial in self.final if trial.state == "done"]
 
     @property
@@ -128,7 +128,7 @@ class Contestant:
 
     @property
     def failed(self) -> list[Trial]:
-        """Final runs that broke off, and will again."""
+        """Final runs that failed, as they would again."""
         return [trial for trial in self.final if trial.state == "failed"]
 
     @property
@@ -144,7 +144,7 @@ class Contestant:
         return mean_interval(list(self.by_seed(column).values()))
 
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs (E,) and the column of each final run (S, E), as far as all have it."""
+        """Epochs (E,) and the column of each final run (S, E), up to the last epoch that all have."""
         rows = [[row for row in trial.epochs if column in row] for trial in self.finals]
         length = min((len(of_run) for of_run in rows), default=0)
         if not length:
@@ -153,7 +153,7 @@ class Contestant:
         return epochs, np.array([[row[column] for row in of_run[:length]] for of_run in rows], float)
 
     def right(self) -> dict[int, np.ndarray]:
-        """By seed whether each test picture was named rightly, (N,) booleans; {} if that is not known of all runs."""
+        """By seed whether each test picture was classified correctly, (N,) booleans; {} if unknown for some run."""
         if not all(trial.test_results for trial in self.finals):
             return {}
         right = {trial.seed: trial.right for trial in self.finals}
@@ -162,16 +162,16 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class StudyResults:
-    """A study.
+    """The results of a study.
 
-    name, about: of its protocol.
+    name, about: the study's name, and `about` of its protocol.
     contestants: its own, then those of other studies that it is shown beside.
     compared: the names of the two contestants that its question is about, the second the one to beat; () for none.
-    targets: top-1 whose reaching is told.
+    targets: values of top-1; the report says how soon they were reached.
     searched: the settings that tuning draws, and whether each is a choice (or a number from a range).
     chosen_by_loss: whether tuning chose by the loss on held-out pictures, not by top-1.
-    absent: the studies that it should be shown beside, and that are not there.
-    measure: what it is decided by, "top1" or "train_loss", after the last epoch.
+    absent: the studies that it should be shown beside and that are missing.
+    measure: what decides its question, "top1" or "train_loss", after the last epoch.
     """
 
     name: str
@@ -186,7 +186,7 @@ class StudyResults:
 
     @property
     def trials(self) -> list[Trial]:
-        """Its own."""
+        """Its own runs, without those of other studies."""
         own = [contestant for contestant in self.contestants if not contestant.beside]
         return [trial for contestant in own for trial in (*contestant.tuning, *contestant.final)]
 
@@ -197,7 +197,7 @@ class StudyResults:
 
     @property
     def seeds(self) -> int:
-        """The most seeds that final runs of one contestant have ended with."""
+        """The largest number of seeds whose final runs have ended for one contestant."""
         return max((len(contestant.by_seed()) for contestant in self.contestants), default=0)
 
     @property
@@ -227,7 +227,7 @@ class StudyResults:
 
     @functools.cached_property
     def answers(self) -> dict[str, tuple[Interval, Interval | None]]:
-        """Of each other contestant against the one to beat, by name: see `against`."""
+        """By name: each other contestant `against` the one to beat."""
         if not self.compared or not (theirs := self.find(self.compared[1])).by_seed():
             return {}
         return {c.name: against(c, theirs) for c in self.contestants if c is not theirs and c.by_seed()}
@@ -245,10 +245,10 @@ def against(ours: Contestant, theirs: Contestant) -> tuple[Interval, Interval | 
 
 
 def read_study(folder: Path) -> StudyResults:
-    """Reads a study's folder, and of the folders beside it those whose contestants it is shown with.
+    """Reads a study's folder, and from the folders beside it the contestants that it is shown with.
 
     Raises:
-      ValueError: it is none, or a file in it is damaged; says which.
+      ValueError: the folder holds no study, or a file in it is damaged; the message says which.
     """
     protocol, columns, found = _read(folder)
     spaces = [item for block in protocol["contestants"] for item in block.get("search", {}).items()]
@@ -303,7 +303,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], Sequence[str], dict[str, Contes
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / TRIALS}, line {number}, is damaged: {error}") from error
         name = line["contestant"]
-        # An older trials.csv does not tell the block: the longest that the name begins with.
+        # An older trials.csv has no column for the block: take the longest one that the name begins with.
         block = line.get("block") or max((b for b in axes if name.startswith(f"{b}, ")), key=len, default=name)
         labels = {axis: line[axis] for axis in axes.get(block, ())}
         contestant = found.setdefault(name, Contestant(name, block, labels, f"C{len(found)}"))
@@ -335,7 +335,7 @@ def _check_line(line: Mapping[str, str | None]) -> None:
     if line["state"] == "done":
         for column in ACCURACIES:
             if not 0 <= float(line[column]) <= 1:
-                raise ValueError(f"{column} is {line[column]}, which is no share")
+                raise ValueError(f"{column} is {line[column]}, not between 0 and 1")
 
 
 def find_studies(folder: Path) -> Sequence[Path]:
@@ -346,5 +346,5 @@ def find_studies(folder: Path) -> Sequence[Path]:
     """
     found = [path.parent for path in (folder / TRIALS, *sorted(folder.glob(f"*/{TRIALS}"))) if path.exists()]
     if not found:
-        raise ValueError(f"{folder} holds no study: it has no {TRIALS}, nor has a folder inside")
+        raise ValueError(f"{folder} holds no study: neither it nor a folder inside has a {TRIALS}")
     return found

@@ -1,7 +1,7 @@
-"""AdaBound's upper bound at the end of a run, over the step that Adam takes there.
+"""AdaBound's upper bound at the end of a run, divided by the step that Adam takes there.
 
-`experiments.report.sections.upper_bound_section` says in the report how both are measured. Where the ratio is far below
-1, AdaBound clips nearly all steps and is SGD with momentum at that rate; where it is far above 1, AdaBound is Adam.
+The text of `experiments.report.sections.upper_bound_section` says how both are measured. If the ratio is far below 1,
+AdaBound clips nearly all steps and is SGD with momentum at that rate; if it is far above 1, AdaBound is Adam.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PANELS = {"top1": "final test top-1", "share": "final test top-1 over Adam's", "
 
 
 class Point(NamedTuple):
-    """An AdaBound run: its final upper bound over Adam's median step, and what it and that Adam run reached."""
+    """An AdaBound run: its final upper bound over an Adam run's median step, and what both runs reached."""
 
     study: str
     ratio: float
@@ -37,7 +37,7 @@ class Point(NamedTuple):
 def upper_bound_points(results: StudyResults) -> list[Point]:
     """A point for each final AdaBound run of a study that has an Adam run to compare with.
 
-    A learning rate above final_lr makes SGD of AdaBound on purpose: such runs are left out.
+    A learning rate above final_lr turns AdaBound into SGD on purpose: such runs are left out.
     """
     final = [trial for trial in results.trials if trial.stage == "final" and trial.state == "done"]
     adams = [t for t in final if t.opt == "adam" and _median_step(t) is not None and t.accuracy() > 0]
@@ -93,7 +93,7 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
 
 
 def upper_bound_rows(studies: Sequence[StudyResults]) -> list[dict[str, str]]:
-    """A table: by study the range of final top-1 within each band of the ratio, and that of the Adam runs."""
+    """A table row per study: the range of final top-1 in each band of the ratio, and that of the Adam runs."""
     rows = []
     for study in studies:
         points = upper_bound_points(study)

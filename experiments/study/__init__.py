@@ -1,1 +1,1 @@
-"""Runs a protocol, a comparison written down beforehand: which optimizers, how they are tuned, on how many seeds."""
+"""Runs a protocol, a comparison that is written down first: which optimizers, how they are tuned, how many seeds."""

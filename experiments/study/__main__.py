@@ -1,7 +1,7 @@
 """Runs a protocol to its end: `python -m experiments.study experiments/protocols/cars64_small.toml --data DIR`.
 
-If it is killed, the same command goes on where it was. Started again while it runs, on this machine or on another one
-that sees the same folder, the command is a second worker.
+If the command is killed, run it again to continue. A second start while the first still runs, on this machine or on
+another one that sees the same folder, adds a worker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 try:
-    import optuna  # noqa: F401 (whether it can be: it is an extra)
+    import optuna  # noqa: F401 (an extra that may be missing)
 except ImportError as error:
     raise SystemExit(f'error: experiments.study needs Optuna ({error}): pip install -e ".[study]"') from error
 else:
@@ -40,7 +40,7 @@ class StudySettings:
     runs: int | None = None
     """End after this many runs."""
     dry_run: bool = False
-    """Print what is left to run, and how long it takes by runs that have ended, and end."""
+    """Only print what is left to run, and how long it takes, estimated from ended runs."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def run(settings: StudySettings) -> int | None:
     if settings.dry_run:
         print("nothing was trained: --dry-run")
         return None
-    with ledger.exclusive():  # the protocol's file lies beside what came of it
+    with ledger.exclusive():  # the protocol is kept beside its results
         replace(out / PROTOCOL, protocol.text)
     with own_cores(protocol.cores) as locks:
         ended_by = work(ledger, settings.data, locks, most=settings.runs)

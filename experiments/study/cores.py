@@ -1,4 +1,4 @@
-"""Gives each worker cores of its own: their number decides the order of sums, and so the last digits."""
+"""Gives each worker its own cores: their number decides the order of sums, and so the last digits."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
       number: of cores; None for all of them, shared with others.
 
     Yields:
-      the locks of the cores; a child that has them too keeps the cores when this process is killed.
+      the locks of the cores; a child that inherits them keeps the cores when this process is killed.
     """
     if number is None or not hasattr(os, "sched_setaffinity"):  # a system that cannot bind, such as macOS
         yield []
         return
     allowed = os.sched_getaffinity(0)
-    # For all workers on this machine, whatever their study, of one person.
+    # One folder for all workers of this user on this machine, whatever their study.
     folder = Path(tempfile.gettempdir()) / f"resnet-adabound-cores-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -39,7 +39,7 @@ def own_cores(number: int | None) -> Iterator[list[TextIO]]:
             free = "none is" if not taken else f"only {len(taken)} are"
             raise ValueError(
                 f"the protocol gives each worker {number} of this machine's {len(allowed)} cores, and {free} free: "
-                "others of experiments.study have the rest"
+                "other workers of experiments.study hold the rest"
             )
         os.sched_setaffinity(0, taken)
         try:

@@ -16,10 +16,10 @@ SOBOL_DIMENSIONS = 8  # at least, so that the draws do not depend on how many fi
 def draw(
     search: Mapping[str, BaseDistribution], seed: int, number: int, sampler: Literal["random", "sobol"]
 ) -> dict[str, Any]:
-    """Trial `number` of a contestant. Contestants whose searches begin alike draw alike.
+    """What trial `number` of a contestant draws. Searches that begin with equal fields draw equal values for these.
 
-    "sobol": the point of that number of a scrambled Sobol sequence, of which every power of two fills each range
-    evenly. A field's coordinate is its place in the search.
+    "sobol" takes the trial's point of a scrambled Sobol sequence, whose first 2^k points fill each range evenly. A
+    field's place in the search is its coordinate.
     """
     if sampler == "random":
         of_trial = np.random.SeedSequence([seed, number]).generate_state(1)[0]

@@ -1,8 +1,8 @@
 """Which runs a study has, and how far each is, from the files in the study's folder alone.
 
-A run is done when its metrics have a tested row of its last epoch, and has failed when it left an error.txt; neither
-holds while its checkpoints are there, which the worker removes last. A worker holds the lock file beside a run's folder
-while it trains; the operating system releases the lock when a worker dies, and the next worker goes on with the run.
+A run is done when its metrics have a tested row of its last epoch, and has failed when it left an error.txt. It is
+neither as long as it has checkpoints, which the worker removes last. A worker holds the lock file beside a run's folder
+while it trains; the operating system releases the lock when a worker dies, and the next worker continues the run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Run:
     """One training of a study.
 
     number: of the tuning trial, or the place of the seed in the protocol.
-    drawn: what the search draws for it; of a final run what tuning chose, {} as long as tuning goes on.
+    drawn: what the search draws for it; for a final run what tuning chose, {} until tuning has ended.
     state: "begun" is also the state of a run whose worker has died.
-    rows: of its metrics, those of the epochs that were tested; [] unless it is done.
+    rows: its metrics after tested epochs; [] unless it is done.
     """
 
     contestant: Contestant
@@ -45,13 +45,13 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """Its place in the study's folder."""
+        """Its path inside the study's folder."""
         last = f"seed-{self.seed}" if self.stage == "final" else f"tuning-{self.number:03}"
         return f"{self.contestant.slug}/{last}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of experiments.cars, by field; without its folder."""
+        """Its settings of experiments.cars, by field; without --out and --data."""
         settings = self.contestant.settings | self.drawn | {"seed": self.seed, "epochs": self.epochs}
         return settings if self.holdout is None else settings | {"holdout": self.holdout}
 
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def outcome(self) -> dict[str, float]:
-        """What a run that is done reached, by COLUMNS: after the last epoch, and in the best one."""
+        """The results of a done run, by COLUMNS: after the last epoch, and of the best epoch."""
         last, best = self.rows[-1], max(self.rows, key=lambda row: row["test_top1"])
         measured = [last[f"test_{name}"] for name in ("top1", "top5", "macro_f1", "loss")]
         measured[-1] = math.nan if measured[-1] is None else measured[-1]  # JSON has no NaN
@@ -88,8 +88,8 @@ class Ledger:
     def runs(self) -> list[Run]:
         """All runs of the protocol in the order in which they are begun.
 
-        By group; within a group tuning before final runs, and number by number, so that all contestants are equally far
-        at any time; runs of later seeds after all groups.
+        Groups follow one another. In a group, tuning comes before final runs, and the contestants advance together,
+        number by number. Runs of later seeds come after all groups.
         """
         tuning = {contestant.name: self._tuning_runs(contestant) for contestant in self.protocol.contestants}
         runs = [run for of_one in tuning.values() for run in of_one]
@@ -127,9 +127,9 @@ class Ledger:
         return dataclasses.replace(run, state="begun")
 
     def _best(self, tuning: list[Run], place: int) -> Run | None:
-        """The tuning run at a place on held-out pictures, by what the protocol chooses by.
+        """The tuning run at this place (1 is the best) by the held-out measure that the protocol chooses by.
 
-        None unless all have ended, and as many of them well.
+        None until all tuning runs have ended, or if fewer than `place` of them are done.
         """
         done = [run for run in tuning if run.state == "done"]
         if len(done) < place or not all(run.ended for run in tuning):
@@ -165,11 +165,11 @@ class Ledger:
                 "that have not ended: settings are not chosen again once test results may be known"
             )
         trained, cores = config["settings"].copy(), config.get("device", {}).get("cores")
-        if trained.get("model") == "torchvision":  # until there was --framework torchvision
+        if trained.get("model") == "torchvision":  # before --framework torchvision existed
             trained["framework"] = "torchvision"
         wanted = dataclasses.asdict(settings_from(run.settings).experiment)
         if wanted["gamma_times_steps"]:
-            del wanted["gamma"]  # follows from it and the number of updates
+            del wanted["gamma"]  # follows from gamma_times_steps and the number of updates
         if None not in (cores, self.protocol.cores):
             trained["cores"], wanted["cores"] = cores, self.protocol.cores
         for name, value in wanted.items():
@@ -180,7 +180,7 @@ class Ledger:
         return f"{self.folder} was begun with another protocol: {difference}. Choose another --out, or undo the change"
 
     def take(self) -> tuple[Run, TextIO] | None:
-        """The next run that nobody trains, and its lock, held until it is closed; None if there is none now."""
+        """The next ready run that no worker trains, and its lock, held until closed; None if there is none now."""
         with self.exclusive():
             for run in self.runs():
                 if run.ready and (held := self._hold(run)):
@@ -196,10 +196,10 @@ class Ledger:
             return None
 
     def busy(self, run: Run) -> bool:
-        """Whether a worker trains it."""
+        """Whether a worker trains this run."""
         if not (self.folder / f"{run.folder}.lock").exists():
             return False
-        with self.exclusive():  # or a worker that looks for its next run would find this one held
+        with self.exclusive():  # otherwise a worker that looks for a run could find this one locked
             held = self._hold(run)
             if held:
                 held.close()

@@ -14,8 +14,8 @@ NETWORK = ("preset", "arch", "framework", "batch_norm", "image_size", "grey", "b
 
 
 def print_progress(ledger: Ledger, *, plan: bool = False) -> None:
-    """Prints how far each contestant is, and the time left; with plan also what is searched, and for all workers that
-    there is room for."""
+    """Prints how far each contestant is, and the time left with the busy workers; with plan also what is searched, and
+    the time left with as many workers as there is room for."""
     runs = ledger.runs()
     busy = {run.folder for run in runs if not run.ended and ledger.busy(run)}
     table: dict[str, dict[str, Cell]] = {}
@@ -40,15 +40,15 @@ def print_progress(ledger: Ledger, *, plan: bool = False) -> None:
     if all(run.ended for run in runs):
         print("nothing is left to run")
     elif left := seconds_left(runs):
-        print(f"about {duration(left / workers)} left with {workers} worker{'s' * (workers > 1)}, by the runs before")
+        print(f"about {duration(left / workers)} left with {workers} worker{'s' * (workers > 1)}, based on ended runs")
     elif plan:
         print("how long it takes is not known before a run of each network has ended")
 
 
 def seconds_left(runs: list[Run]) -> float | None:
-    """What all runs that have not ended take one after the other; None if nothing tells.
+    """The time of all runs that have not ended, one after the other; None if it cannot be estimated.
 
-    Measured by the runs of the same network that have ended, the time of starting and compiling included.
+    Estimated from the ended runs of the same network; includes the time of starting and compiling.
     """
 
     def network(run: Run) -> tuple:

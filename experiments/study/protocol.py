@@ -2,17 +2,17 @@
 
     about = "What is asked, on which hardware, how long it takes, what came out."
 
-    cores = 1                       # of each worker [default: all]; begin as many workers as there is room for
+    cores = 1                       # of each worker [default: all]; start as many workers as there is room for
 
-    [settings]                      # of every run, as experiments.cars has them
+    [settings]                      # of every run, named as in experiments.cars
     arch = "resnet18"
 
-    [tuning]                        # leave it out where nothing is searched
+    [tuning]                        # leave this out if nothing is searched
     trials = 8                      # of each contestant that has a search
     epochs = 15
-    holdout = 0.1                   # the share of each class's training pictures that they are compared on
+    holdout = 0.1                   # the share of each class's training pictures that trials are compared on
     seed = 0                        # of the random draws, and of the runs
-    choose_by = "top1"              # of the held-out pictures, or "loss" [default: top1, of equals the lower loss]
+    choose_by = "top1"              # on the held-out pictures, or "loss" [default: top1; the lower loss breaks ties]
     sampler = "random"              # independent draws, or "sobol": draws that spread evenly [default: random]
 
     [final]
@@ -41,10 +41,10 @@
     [report]
     compare = ["AdaBound", "Adam"]  # the two that the question is about, the second the one to beat
     targets = [0.25, 0.5]           # top-1: how soon was it reached?
-    measure = "top1"                # what the question is decided by, or "train_loss" [default: top1]
+    measure = "top1"                # what decides the question, or "train_loss" [default: top1]
     beside = { other = ["SGD"] }    # contestants of another study, in the folder beside, whose final runs are shown too
 
-Contestants of a lower `group` (0 unless it says so) are run to their end before the next group begins.
+A contestant may have a `group` [default: 0]: runs of a lower group are begun before those of a higher one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from experiments.from_table import from_table
 from experiments.study_files import slug
 from experiments.training.settings import CarsExperiment, CarsSystem, settings_from
 
-# What the study sets itself for each run: all that says how it is run, and these.
+# What the study itself sets for each run: everything that says how to run it, and these fields.
 OURS = {field.name for field in dataclasses.fields(CarsSystem)} | {"seed", "epochs", "holdout"}
 CARS_FIELDS = {field.name for field in dataclasses.fields(CarsExperiment)} | OURS
 
@@ -76,7 +76,7 @@ class Contestant:
     labels: which value of each axis this is, by the axis's name.
     settings: of experiments.cars, by field.
     search: what is drawn for each tuning trial, by field.
-    trials, seeds: of its tuning and of its final runs, the later seeds last.
+    trials, seeds: how many tuning trials, and the seeds of its final runs, later seeds last.
     later: the seeds that are begun when everything else has ended.
     tuned_as: the contestant whose tuning finds its settings (itself, if it has a search), and their place there; None
       if it is not tuned.
@@ -100,7 +100,7 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Of each contestant that has a search; see the module."""
+    """The tuning of each contestant that has a search; see the module's docstring."""
 
     trials: int
     epochs: int
@@ -118,7 +118,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What a study runs; see the module."""
+    """What a study runs; see the module's docstring."""
 
     name: str  # of the file, without .toml
     text: str  # of the file
@@ -126,10 +126,10 @@ class Protocol:
     contestants: tuple[Contestant, ...]
     tuning: Tuning | None
     epochs: int  # of the final runs
-    cores: int | None = None  # of each worker, None for all; they decide about rounding
+    cores: int | None = None  # of each worker, None for all; their number affects rounding
 
 
-# The tables of the file, as they stand there.
+# The tables of the file, as they are written there.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _protocol(name: str, text: str, table: Mapping[str, Any]) -> Protocol:
 def _contestants(
     table: dict[str, Any], common: dict[str, Any], final: _Final, tuning: Tuning | None
 ) -> list[Contestant]:
-    """All combinations of a block's axes."""
+    """A contestant for each combination of values of a block's axes."""
     block = from_table(_Block, table, str(table.get("name", "a contestant")))
     block.check(tuning)
     name = block.name
@@ -299,7 +299,7 @@ def _distribution(space: Any, where: str) -> BaseDistribution:
 
 
 def _settings(settings: Any, where: str) -> dict[str, Any]:
-    """Settings of experiments.cars that are not the study's own."""
+    """Returns the settings; raises for those that experiments.cars does not have or that the study sets itself."""
     if not isinstance(settings, dict):
         raise ValueError(f"{where}: settings must be a table, got {settings!r}")
     for field in settings:
@@ -331,7 +331,7 @@ def _check_contestants(contestants: list[Contestant]) -> None:
 
 
 def _check_runs(contestant: Contestant, epochs: int) -> None:
-    """Raises a ValueError unless experiments.cars takes a contestant's settings, with each end of what is searched."""
+    """Raises a ValueError unless experiments.cars takes a contestant's settings, for all ends and choices searched."""
     spaces = {
         field: space.choices if isinstance(space, CategoricalDistribution) else (space.low, space.high)
         for field, space in contestant.search.items()

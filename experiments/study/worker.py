@@ -1,4 +1,4 @@
-"""A worker takes one run after the other and trains each by experiments.cars in a process of its own."""
+"""A worker takes one run after the other and trains each with experiments.cars in its own process."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from experiments.training.processes import leaving_stops_to_a_child
 from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS, replace
 
 CARS = (sys.executable, "-m", "experiments.cars")
-WAIT_SECONDS = 5.0  # between two looks at what other workers are doing
+WAIT_SECONDS = 5.0  # between two checks of what other workers are doing
 
 
 def work(ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, most: int | None) -> int | None:
-    """Trains all that is left of a study, with others or alone.
+    """Trains all that is left of a study, alone or beside other workers.
 
     Args:
       data: the folder of pictures.
-      locks: what else a training shall keep from other workers if this one is killed.
+      locks: what else a training keeps locked if this worker is killed.
       most: runs to train before it ends; None for all.
 
     Returns:
@@ -45,7 +45,7 @@ def work(ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, mos
         taken = ledger.take()
         if taken is None:
             rest = [run for run in ledger.runs() if not run.ended]
-            # After another worker's last tuning run there are final runs to do.
+            # Another worker's last tuning run makes final runs ready.
             if all(run.ready for run in rest) or not any(ledger.busy(run) for run in rest):
                 return None
             if not waiting:
@@ -66,19 +66,19 @@ def work(ledger: Ledger, data: Path | None, locks: Sequence[TextIO] = (), *, mos
 
 
 def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO]) -> int | None:
-    """Trains a run to its end, from where it stands.
+    """Trains a run to its end; continues it if it was begun.
 
     Args:
       locks: the run's and others. The child has them too: if this worker is killed, nobody begins the run a second
         time while its child still trains.
 
     Returns:
-      the signal that ended it before its end, None if there was none.
+      the signal that told it to stop; None if there was none.
     """
     folder = ledger.folder / run.folder
     drawn = [f"{name} {f'{value:.4g}' if isinstance(value, float) else value}" for name, value in run.drawn.items()]
     print(f"\n{run.contestant.name}, {', '.join([folder.name, *drawn])}", flush=True)
-    # Only JAX's runs go on; what a run of another framework left is replaced.
+    # Only runs in JAX can be continued; those of other frameworks start again.
     goes_on = run.settings.get("framework", "jax") == "jax"
     arguments = [*CARS, *command(run.settings, data), f"--out={folder}"]
     arguments += ["--resume", "--keep=1"] if goes_on else ["--overwrite"]
@@ -100,7 +100,7 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO]) 
     elif code:
         raise FailedError(
             f"the run in {folder} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}: see above. Once "
-            "the cause is removed, the same command goes on with it"
+            "the cause is removed, the same command continues it"
         )
     tidy(folder)
     if not ledger.with_state(run).ended:
@@ -109,7 +109,7 @@ def train(ledger: Ledger, run: Run, data: Path | None, locks: Sequence[TextIO]) 
 
 
 def tidy(folder: Path) -> None:
-    """Makes an ended run fit to be published: without what fills disks, and without this machine's paths."""
+    """Prepares an ended run for publication: removes large files and this machine's paths."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     for where, names in dict(settings=("data", "out"), data=("directory", "cache")).items():
         for name in names:
@@ -118,12 +118,12 @@ def tidy(folder: Path) -> None:
     replace(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for name in (WEIGHTS, AVERAGED_WEIGHTS):
         (folder / name).unlink(missing_ok=True)
-    # Last: as long as they are there, the run has not ended, and another worker comes here again.
+    # Last: as long as they exist, the run has not ended, and another worker would take it.
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def command(settings: Mapping[str, Any], data: str | Path | None) -> list[str]:
-    """The arguments of experiments.cars that stand for settings; `data` goes where pictures are needed."""
+    """The arguments of experiments.cars for these settings; adds `data` where pictures are needed."""
     arguments = []
     for field, value in settings.items():
         if isinstance(value, bool):
@@ -136,8 +136,8 @@ def command(settings: Mapping[str, Any], data: str | Path | None) -> list[str]:
 
 
 def write_trials(ledger: Ledger, data: Path | None) -> None:
-    """Writes all runs of the protocol, failures and those to come too, to trials.csv in the study's folder."""
-    with ledger.exclusive():  # of two workers the later one writes what both have done
+    """Writes all runs of the protocol, including failures and open runs, to trials.csv in the study's folder."""
+    with ledger.exclusive():  # so the later of two workers writes what both have done
         runs = ledger.runs()
         rows = [_trial(ledger, run, data) for run in runs]
         axes = dict.fromkeys(axis for run in runs for axis in run.contestant.labels)
@@ -160,7 +160,7 @@ def _trial(ledger: Ledger, run: Run, data: Path | None) -> dict[str, Any]:
         row["error"] = error.read_text(encoding="utf-8").strip()
     row["folder"] = run.folder
     if run.drawn or contestant.tuned_as is None:  # otherwise the settings are not known yet
-        # How many cores compute decides about the last digits.
+        # The number of cores affects the last digits.
         program = f"{f'taskset -c 0-{cores - 1} ' if cores else ''}python -m experiments.cars"
         row["command"] = " ".join([program, *command(run.settings, "DIR" if data else None)])
     return row

@@ -125,8 +125,8 @@ def test_step_table(capsys):
         ([*STEP, "--json", "nowhere/step.json"], "there is no folder nowhere"),
         ([*STEP, "--plot", "step.doc"], "must end in .png, .svg or .pdf"),
         (["memory", "--batch-size", "8", "0"], "--batch-size must be at least 1"),
-        (["memory", "--tasks"], "--tasks must be one or more, none twice, got nothing"),
-        (["step", "--contestants", "numpy", "numpy"], "--contestants must be one or more, none twice, got numpy numpy"),
+        (["memory", "--tasks"], "--tasks takes one or more values, each once, got nothing"),
+        (["step", "--contestants", "numpy", "numpy"], "--contestants takes one or more values, each once, got numpy"),
         (["layers", "--image-size", "31"], "--image-size"),
     ],
 )
@@ -196,7 +196,7 @@ def test_scaling_goes_on_where_a_row_cannot_be_measured(monkeypatch, capsys):
     assert [row[:2] for row in rows(printed, "batch")] == [["size", "2"], ["size", "4"]]
     assert [len(row) for row in rows(printed, "batch")] == [6, 6]  # its size, milliseconds and images/s of both
     assert [row[:1] for row in rows(printed, "devices")] == [["1"]]
-    assert "2 devices: there are 1" in printed
+    assert "2 devices: JAX sees 1" in printed
 
 
 def test_peak_memory_is_that_of_the_contestant_alone():
@@ -315,7 +315,7 @@ def test_turns_rotate():
 
 
 def test_a_contestant_that_dies_is_named():
-    with turns.started(["numpy"], 1) as (contestant,), pytest.raises(FailedError, match="without a word"):
+    with turns.started(["numpy"], 1) as (contestant,), pytest.raises(FailedError, match="without a message"):
         contestant.build(functools.partial(os._exit, 1))
 
 

@@ -220,7 +220,7 @@ def test_final_runs_of_another_study_stand_beside(results, out):
     assert check.find("AdaBound").by_seed() == theirs.by_seed()
     assert check.answers["AdaBound"][0].count == 2
     page = (out / "report.md").read_text()
-    assert "Of another study: AdaBound, Adam." in page
+    assert "From another study: AdaBound, Adam." in page
     answers = [line for line in page[: page.index("## ")].splitlines() if line.startswith("> ")]
     assert [line.partition(":")[0] for line in answers] == ["> small", "> small_check"]
 
@@ -333,7 +333,7 @@ DAMAGES = [  # a file, what stands there (None: all of it), what in its place, a
     ("trials.csv", ",tuning,", ",tunning,", "trials.csv, line 2, is damaged: stage 'tunning' is none"),
     ("trials.csv", ",done,", ",dne,", "trials.csv, line 2, is damaged: state 'dne' is none of open, begun"),
     ("trials.csv", ",done,0,", ",done,x,", "trials.csv, line 2, is damaged: invalid literal for int"),
-    ("trials.csv", ",1.0,", ",5.3,", "is 5.3, which is no share"),
+    ("trials.csv", ",1.0,", ",5.3,", "is 5.3, not between 0 and 1"),
     ("trials.csv", "Adam,Adam,tuning,0", "Adam,Adam,tuning", "is damaged: it has another number of columns"),
     ("protocol.toml", None, "about = ", "protocol.toml is damaged"),
     ("protocol.toml", "seeds = [4, 5]", "seeds = [4, 5, 6]", "trials.csv has 10 runs, and protocol.toml"),
