@@ -25,8 +25,9 @@ from experiments.training.settings import Settings, parse_settings
 
 def train(settings: Settings) -> int | None:
     """Trains in one framework, once the processes are connected; see `train_and_report`."""
+    from experiments.training.loop import count_steps
     from experiments.training.prepare import load_cars, prepare_cars
-    from experiments.training.run import count_steps, train_and_report
+    from experiments.training.run import train_and_report
 
     dataset, experiment = load_cars(settings), settings.experiment
     steps = experiment.epochs * count_steps(dataset.train, experiment.batch_size)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 # Exit codes. If a signal ended a run, the code is 128 plus the signal's number, as in a shell.
@@ -78,6 +79,14 @@ def parse(kind: Any, arguments: list[str] | None, program: str, **options: Any) 
     import tyro
 
     return tyro.cli(kind, args=expanded(arguments), prog=f"python -m experiments.{program}", **options)
+
+
+def check_output_file(name: str, path: Path) -> None:
+    """Raises a ValueError if `path`, a value of the option or argument `name`, is a folder or would lie in none."""
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a folder: name the file to write")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path}: there is no folder {path.parent}")
 
 
 def expanded(arguments: list[str] | None) -> list[str]:

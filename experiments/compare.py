@@ -1,6 +1,6 @@
 """Overlays the curves of several runs: `python -m experiments.compare runs/adam runs/adabound`.
 
-Also trains in several frameworks in turn, for --compare of the programs that train.
+Also trains in several frameworks in turn: --compare of experiments.cars and experiments.mnist.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from experiments.cli import exit_code, parse
+from experiments.cli import check_output_file, exit_code, parse
 from experiments.training.run_folder import CONFIG, METRICS, ends_epoch, read_metrics, refuse_earlier_run
 from experiments.training.settings import RunSettings
 
@@ -32,16 +32,13 @@ def compare(
     Args:
       runs: folders of runs of experiments.cars or experiments.mnist.
       out: the picture to write.
-      against: the name of one of the folders: draw and print how far the other training losses are from its own.
+      against: one run's name: also plot and print how far the other runs' training losses are from its losses.
     """
     from experiments.training.plots import plot_comparison
 
     if not runs:
         raise ValueError("name at least one run folder")
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name the picture to write")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    check_output_file("--out", out)
     names = [run.name for run in runs]
     found = {str(run) if names.count(run.name) > 1 else run.name: read_run(run) for run in runs}
     rows = {name: run_rows for name, (run_rows, _) in found.items()}
@@ -60,7 +57,7 @@ def compare(
 def read_run(run: Path) -> tuple[Rows, str]:
     """The rows of a run's metrics, and a title with network and data; raises a ValueError for any other folder."""
     if not (run / METRICS).is_file() or not (run / CONFIG).is_file():
-        raise ValueError(f"{run} holds no run: there is no {METRICS} or no {CONFIG}")
+        raise ValueError(f"{run} holds no run: {METRICS} or {CONFIG} is missing")
     file = run / METRICS
     try:
         rows = read_metrics(run)
@@ -73,11 +70,11 @@ def read_run(run: Path) -> tuple[Rows, str]:
         return rows, f"{config['input']['arch']} on {config['data']['title']}"
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file} is not that of a training run: {reason}") from error
+        raise ValueError(f"{file} is not from a training run: {reason}") from error
 
 
 def describe_outcome(rows: Rows) -> str:
-    """Describes the result of a run in one line."""
+    """A run's last test result, as text."""
     tested = [row for row in rows if "test_top1" in row]
     if not tested:
         return "not tested yet"
@@ -103,13 +100,13 @@ def loss_distances(rows: Rows, reference: Rows) -> Rows:
 
 
 def describe_distances(distances: Rows) -> str:
-    """Says in one line how far training losses differ, and from which steps on."""
+    """Says in one line how far training losses differ, and the first step beyond each limit."""
     if not distances:
         return "no step was logged by both"
     most = max(distances, key=lambda row: row["distance"])
     text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
     beyond = {limit: [row["step"] for row in distances if not row["distance"] <= limit] for limit in PARTINGS}
-    parted = [f"{limit:.0e} from step {steps[0]}" for limit, steps in beyond.items() if steps]
+    parted = [f"{limit:.0e} at step {steps[0]}" for limit, steps in beyond.items() if steps]
     return f"{text}, by more than {', '.join(parted)}" if parted else text
 
 
@@ -160,7 +157,7 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
         if code > 128:
             break
         if code:
-            print(f"{name} ended with exit code {code}: there is nothing to compare", file=sys.stderr)
+            print(f"{name} ended with exit code {code}: the runs are not compared", file=sys.stderr)
             raise SystemExit(code)
     if folders := [out / name for name in names if (out / name / METRICS).is_file() and read_metrics(out / name)]:
         compare(tuple(folders), out / "comparison.png", folders[0].name)

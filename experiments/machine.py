@@ -129,8 +129,9 @@ def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
         raise Unwritable(str(error)) from error
 
 
-def describe_machine(packages: Sequence[str] = ("numpy", "jax", "torch", "torchvision")) -> str:
-    """Describes processor, cores, pages and the packages' versions in one line."""
+def describe_machine() -> str:
+    """Describes processor, cores, pages and the versions of the frameworks in one line."""
+    packages = ("numpy", "jax", "torch", "torchvision")
     found = versions(packages)
     told = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in packages)
     return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {told}"

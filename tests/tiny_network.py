@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.data.dataset import Dataset, Split
 from experiments.frameworks.common import Network, Recipe, make_training
-from experiments.frameworks.optimizers import make_schedule
+from experiments.frameworks.schedules import make_schedule
 from jax_resnet import layers, weights
 from jax_resnet.resnet import Output
 

@@ -12,7 +12,7 @@ import tyro
 
 from experiments.bench.contestants import Case, Precision
 from experiments.bench.turns import framework
-from experiments.cli import Arch, parse_image_size
+from experiments.cli import Arch, check_output_file, parse_image_size
 from experiments.machine import cores
 from experiments.output.tables import Cell
 
@@ -69,8 +69,8 @@ class BenchSettings:
             for number in values:
                 if type(number) is int and number < 1:
                     raise ValueError(f"{flag} must be at least 1, got {number}")
-            if name in ("json", "plot") and value is not None and not value.parent.is_dir():
-                raise ValueError(f"{flag} {value}: there is no folder {value.parent}")
+            if name in ("json", "plot") and value is not None:
+                check_output_file(flag, value)
         if self.threads > cores():
             raise ValueError(f"--threads {self.threads}: there are {cores()} cores to use")
         if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):

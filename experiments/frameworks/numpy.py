@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.frameworks.common import Array, Arrays, Network, Recipe, ResNet, Training
-from experiments.frameworks.optimizers import as_numbers
+from experiments.frameworks.schedules import as_numbers
 from experiments.machine import numpy_device
 from numpy_ref import fast, layers, optim, train, weights
 

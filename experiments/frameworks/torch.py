@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import jax_resnet.weights
 import torch_ref.resnet
 from experiments.frameworks.common import Array, Arrays, Network, Recipe, ResNet, Training
-from experiments.frameworks.optimizers import as_numbers
+from experiments.frameworks.schedules import as_numbers
 from experiments.machine import torch_device
 from jax_resnet.adabound import AdaBoundState
 from torch_ref import train

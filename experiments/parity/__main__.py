@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-from experiments.cli import Arch, FailedError, exit_code, parse, parse_image_size
+from experiments.cli import Arch, FailedError, check_output_file, exit_code, parse, parse_image_size
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
 
@@ -72,10 +72,8 @@ def check(settings: Settings) -> None:
         )
     parse_image_size(settings.image_size)
     for flag, path in (("--html", settings.html), ("--json", settings.json)):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{flag} {path} is a folder: name the file to write")
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{flag} {path}: there is no folder {path.parent}")
+        if path is not None:
+            check_output_file(flag, path)
 
 
 def run(settings: Settings) -> int | None:

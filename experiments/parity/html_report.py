@@ -35,7 +35,7 @@ def write_page(path: Path, report: Report) -> None:
     )
     for dtype in dict.fromkeys(profile.dtype for profile in report.profiles):
         of_dtype = [profile for profile in report.profiles if profile.dtype == dtype]
-        caption = f"Error per layer along the network, {dtype}. Pale and dashed: evaluation."
+        caption = f"Errors along the network, {dtype}. Pale: evaluation."
         head.append(picture(dtype, caption, plot_profiles(of_dtype)))
     if report.growths:
         caption = (

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import PercentFormatter
 
+from experiments.output.figures import in_percent, save
 from experiments.output.figures import label as as_label
-from experiments.output.figures import save
 from experiments.training.run_folder import ends_epoch
 
 Rows = Sequence[Mapping[str, Any]]
@@ -38,7 +37,7 @@ def plot_curves(path: Path, rows: Rows, title: str) -> None:
             # At high accuracy, the first steps would take up most of the height: the lowest values may lie outside.
             values = [row[key] for row in rows for key in curves.values() if key in row] or [0.0]
             axis.set_ylim(bottom=max(0.0, 1 - 1.5 * (1 - np.quantile(values, 0.05))))
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            in_percent(axis)
         _finish(axis, xlabel="epoch", title=name)
     figure.suptitle(title)
     save(figure, path)
@@ -85,7 +84,7 @@ def plot_comparison(
             size, line = (3 + 2 * width, 1.5 * width) if distances else (4, 1)
             axis.plot(*_points(shown or rows, key), marker, ms=size, lw=line, label=as_label(name))
         _finish(axis, dict(fontsize=8), xlabel="epoch", title=key.replace("_", " "))
-    axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
+    in_percent(axes[2])
     highest = max((row["test_top1"] for rows in runs.values() for row in rows if "test_top1" in row), default=1.0)
     axes[2].set_ylim(0, 1.1 * highest or 1.0)
     for number, name in enumerate(runs):
@@ -153,5 +152,5 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     save(figure, path)
 
 
-def _short(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _short(name: str) -> str:
+    return name if len(name) <= 34 else name[:33] + "…"

@@ -18,7 +18,7 @@ from experiments.data.layouts import LAYOUTS
 from experiments.data.stanford_cars import load_stanford_cars
 from experiments.frameworks.common import Network, Recipe, Training, make_training, resnet_network
 from experiments.frameworks.experiment import Experiment
-from experiments.frameworks.optimizers import make_schedule
+from experiments.frameworks.schedules import make_schedule
 from experiments.training.loop import count_steps
 from experiments.training.processes import choose_devices
 from experiments.training.saving import has_checkpoint

@@ -38,8 +38,8 @@ def test_distances_by_hand(tested):
     assert [row["epoch"] for row in distances] == [0.25, 0.5, 0.75]
     np.testing.assert_allclose([row["distance"] for row in distances], [0, 1e-4, 0.25], rtol=1e-3)
     assert describe_distances(distances) == (
-        "training losses differ by at most 2.5e-01 (step 3 of 3), by more than 1e-12 from step 2, 1e-09 from step 2, "
-        "1e-06 from step 2, 1e-04 from step 3, 1e-02 from step 3"
+        "training losses differ by at most 2.5e-01 (step 3 of 3), by more than 1e-12 at step 2, 1e-09 at step 2, "
+        "1e-06 at step 2, 1e-04 at step 3, 1e-02 at step 3"
     )
 
 
@@ -129,7 +129,7 @@ def test_one_that_fails_ends_it(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "--batch-size 49 exceeds the 48 training pictures" in errors
-    assert "numpy ended with exit code 2: there is nothing to compare" in errors
+    assert "numpy ended with exit code 2: the runs are not compared" in errors
     assert "Traceback" not in errors
 
 

@@ -14,7 +14,7 @@ from experiments.data.augment import augment, normalize, to_unit_range
 from experiments.frameworks import cnn
 from experiments.frameworks.common import Recipe, make_training, resnet_network
 from experiments.frameworks.experiment import TITLES, Experiment
-from experiments.frameworks.optimizers import make_schedule
+from experiments.frameworks.schedules import make_schedule
 from experiments.training import step_sizes
 
 SHAPE = dict(num_classes=7, in_channels=1)

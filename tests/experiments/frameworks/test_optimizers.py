@@ -10,7 +10,7 @@ import pytest
 
 from experiments.frameworks.common import Recipe, adapter, adapter_for
 from experiments.frameworks.experiment import LEARNING_RATES, CommonOptimizerName, Experiment
-from experiments.frameworks.optimizers import as_numbers, make_schedule
+from experiments.frameworks.schedules import as_numbers, make_schedule
 from numpy_ref import optim
 
 
