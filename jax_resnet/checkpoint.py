@@ -269,7 +269,7 @@ def _describe(what: list[Any] | None) -> str:
 
 def _reason(error: Exception) -> str:
     """The operating system's reason if there is one: safetensors puts the system's error number into its message."""
-    if code := re.search(r"\(os error (\d+)\)", str(error)):
+    if code := re.search(r"(?:os error|code:) (\d+)", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
