@@ -1,4 +1,4 @@
-"""AdaBound (Luo et al., ICLR 2019): Adam with clipped step sizes, whose bounds close around the step size of SGD."""
+"""AdaBound (Luo et al., ICLR 2019): Adam with step sizes clipped to bounds that close around the step size of SGD."""
 
 import functools
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def scale_by_adabound(
 
     Args:
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the second moment, and under the root. eps_root > 0 keeps derivatives finite.
+      eps, eps_root: Added outside and inside the root of the second moment. eps_root > 0 keeps derivatives finite.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
       final_lr_ratio: The limit of both bounds, final_lr / base_lr.
       mu_dtype: dtype of the stored first moment; None takes the parameters' dtype.
@@ -112,17 +112,17 @@ def adabound(
 
     Here r is final_lr / base_lr. The learning rate :math:`\alpha_t` is a separate factor, so the bounds follow any
     schedule. The update is computed in at least float32 and rounded once, to the gradients' dtype. For bfloat16
-    parameters pass ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``, which else rounds b2 to 1.
+    parameters pass ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``, which otherwise rounds b2 to 1.
 
     Args:
       learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
-        Momentum here averages gradients: 0.1 with b1 = 0.9 equals SGD at 0.01 with momentum that sums gradients.
+      final_lr: Sets the learning rate of SGD at the end, final_lr · learning_rate / base_lr; None is 0.1.
+        Momentum here averages gradients: 0.1 with b1 = 0.9 equals SGD with rate 0.01 whose momentum sums gradients.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the second moment, and under the root. eps_root > 0 keeps derivatives finite.
+      eps, eps_root: Added outside and inside the root of the second moment. eps_root > 0 keeps derivatives finite.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
       base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0. Pass
-        base_lr or final_lr_ratio if a schedule starts at 0, or if learning_rate is an array, as in inject_hyperparams.
+        base_lr or final_lr_ratio if a schedule starts at 0 or learning_rate is an array, as in inject_hyperparams.
       final_lr_ratio: final_lr / base_lr, instead of both. The final rate then scales with an injected learning_rate.
       weight_decay: Strength of an L2 penalty: weight_decay · params is added to the gradient. May be a schedule.
       mask: Where to apply the decay: a tree of bools, or a function from the parameters to such a tree.
@@ -174,9 +174,9 @@ def amsbound(
 
     Args:
       learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
+      final_lr: Sets the learning rate of SGD at the end, final_lr · learning_rate / base_lr; None is 0.1.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the largest second moment, and under the root.
+      eps, eps_root: Added outside and inside the root of the largest second moment.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
       base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0.
       final_lr_ratio: final_lr / base_lr, instead of both.
@@ -217,13 +217,13 @@ def adaboundw(
     """AdaBound with decoupled weight decay (https://arxiv.org/abs/1711.05101): the decay does not enter the moments.
 
     Subtracts learning_rate · weight_decay · params from the update of :func:`adabound`, as :func:`optax.adamw` does.
-    The authors' AdaBoundW does not multiply by learning_rate: divide a weight_decay tuned for it by learning_rate.
+    The authors' AdaBoundW does not multiply by learning_rate: divide a weight_decay tuned there by learning_rate.
 
     Args:
       learning_rate: A number, or a schedule from the number of updates done (0 at first) to a number.
-      final_lr: The learning rate of SGD at the end if learning_rate is base_lr, else proportional to it; None is 0.1.
+      final_lr: Sets the learning rate of SGD at the end, final_lr · learning_rate / base_lr; None is 0.1.
       b1, b2: Decay rates of the first and of the second moment, in [0, 1).
-      eps, eps_root: Added to the root of the second moment, and under the root.
+      eps, eps_root: Added outside and inside the root of the second moment.
       gamma: How fast the bounds close, > 0; at t = 1 / gamma they are a factor of 2 from their limit.
       base_lr: The learning_rate that final_lr belongs to; None takes learning_rate, or the schedule's value at 0.
       final_lr_ratio: final_lr / base_lr, instead of both.

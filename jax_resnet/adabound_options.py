@@ -26,7 +26,7 @@ def final_to_base(
     """Returns final_lr / base_lr from the arguments that are given; see `jax_resnet.adabound.adabound`.
 
     Raises:
-      ValueError: the arguments give the ratio twice or not at all.
+      ValueError: the arguments give the ratio twice or not at all, or a rate is out of range.
     """
     if final_lr_ratio is not None:
         if final_lr is not None or base_lr is not None:
@@ -53,7 +53,7 @@ def final_to_base(
 def decayed_weights(
     weight_decay: optax.ScalarOrSchedule, mask: optax.Params | Callable | None
 ) -> optax.GradientTransformation:
-    """Returns `optax.add_decayed_weights`, or the identity if weight_decay is 0, whose update needs no parameters."""
+    """Returns `optax.add_decayed_weights`, or for weight_decay 0 the identity, whose update needs no parameters."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)

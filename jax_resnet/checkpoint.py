@@ -72,7 +72,7 @@ class Checkpoints:
         Args:
           step: the number of steps done, which is the checkpoint's name. If an undamaged checkpoint of this step
             exists, it stays and takes only the new score: the new state and the new facts are dropped.
-          state: a tree of arrays, each whole on this process.
+          state: a tree of arrays that are complete on this process.
           facts: JSON values; the caller may change them afterwards.
           score: larger is better; None keeps this checkpoint from being the best.
 
@@ -93,7 +93,7 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._write, step, arrays, facts, score)
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is written and has its final name (the disk may still hold it in a cache).
+        """Returns when the last checkpoint is written and has its final name (it may still be in the disk's cache).
 
         Raises:
           CheckpointError: writing the checkpoint failed.

@@ -49,9 +49,9 @@ ENABLED = True
 
 MIN_DIRECT = 4  # XLA's own convolution needs this height and width: 3x3 kernels on 2x2 images are 60 times slower
 MAX_DIRECT = 128  # with more channels unfolding is faster: XLA's convolution packs the kernel in each call
-MIN_CHANNELS_BY_ROW = 16  # from here on the weight's gradient is faster row by row: 1.6 instead of 2.4 ms at 32
+MIN_CHANNELS_BY_ROW = 16  # from this many on, the weight's gradient is faster row by row: 1.6 ms, not 2.4, at 32
 MIN_ROWS_TURNED = 512  # from this many rows on, xᵀ·dy is faster as (dyᵀ·x)ᵀ if dy has fewer columns than x
-MIN_CHANNELS_WINOGRAD = 16  # Winograd's form needs at least these channels
+MIN_CHANNELS_WINOGRAD = 16  # Winograd's form needs at least this many channels
 # Winograd's form pays for its transforms if it saves this many multiplications per pair of channels. The second number
 # is for 128 channels, where XLA's own convolution is fastest.
 MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
@@ -62,7 +62,7 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def choose(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
-    """Returns cpu(*operands) on a CPU and default(*operands) elsewhere. Lowering the program makes the choice."""
+    """Returns cpu(*operands) on a CPU and default(*operands) elsewhere. JAX chooses when it lowers the program."""
     if not ENABLED:
         return default(*operands)
     return lax.platform_dependent(*operands, cpu=cpu, default=default)
@@ -154,7 +154,7 @@ def _unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
 
 
 def _fold(dpatches: Array, x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The transpose of `_unfold`: sums the gradients of all copies of each value of x, in one pass. Shaped like x."""
+    """The transpose of `_unfold`: for each value of x, returns the sum of the gradients of its copies, in one pass."""
 
     def unfold_by_taps(x):
         return jnp.concatenate(_taps(_pad(x, padding), kh, kw, stride, *dpatches.shape[1:3]), axis=3)
@@ -261,14 +261,14 @@ def max_pool_vjp(x: Array, y: Array, dy: Array, *, window: int, stride: int, pad
 
 
 def moments(rows: Array) -> tuple[Array, Array]:
-    """The mean and biased variance of each column, in two passes. XLA:CPU materializes the squares in one pass, too."""
+    """The mean and biased variance of each column, in two passes: one pass would also materialize the squares."""
     mean = rows.mean(0)
     centred = rows - mean
     return mean, (centred * centred).mean(0)
 
 
 def materialize(x: Array) -> Array:
-    """Returns x, computed once. Without this XLA:CPU fuses a chain of residual sums into each use and recomputes it."""
+    """Returns x, computed once. Otherwise XLA:CPU fuses a chain of residual sums into each use and recomputes it."""
     return choose(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
@@ -280,7 +280,7 @@ def recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
     again = jax.custom_vjp(run)
 
     def forward(*inputs):
-        y, _ = jax.vjp(run, *inputs)  # like the second run in the forms for training: run(*inputs) takes others
+        y, _ = jax.vjp(run, *inputs)  # uses the forms for training, as the second run does; run(*inputs) uses others
         return y, inputs
 
     def backward(inputs, cotangents):

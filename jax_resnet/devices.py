@@ -26,8 +26,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def shard_batch(arrays: Any, mesh: Mesh) -> Any:
     """Distributes a batch over the devices of a mesh along the first axis.
 
-    Each process passes its own rows. The batch is the rows of all processes, in their order. Its size must be a
-    multiple of the number of devices.
+    Each process passes its own rows. The batch consists of the rows of all processes, in process order. Its size must
+    be a multiple of the number of devices.
     """
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), arrays)

@@ -1,4 +1,4 @@
-"""Downloads weights such as "hf:timm/resnet50.a1_in1k" from Hugging Face's hub. Needs the extra hub.
+"""Downloads weights such as "hf:timm/resnet50.a1_in1k" from Hugging Face's hub. Needs the pip extra "hub".
 
 Files stay in the cache of huggingface_hub; cached files need no network. The variables HF_ENDPOINT, HF_HOME, HF_TOKEN
 and HF_HUB_OFFLINE have the same effect as in huggingface_hub.
@@ -30,14 +30,14 @@ def fetch(name: str | os.PathLike) -> Path:
       name: "hf:owner/name", "hf:owner/name@revision", or either with a file: "hf:owner/name/folder/file.pth".
 
     Returns:
-      the path on this machine: of the folder, or of the file if `name` has one.
+      the local path of the folder, or of the file if `name` has one.
 
     Raises:
       ValueError: huggingface_hub is missing, the hub cannot be reached, or it has no such repository or file.
     """
     match = _NAME.fullmatch(os.fspath(name))
     if match is None:
-        raise ValueError(f"{name} is no name on the hub: expected hf:owner/name, with @revision or /file after it")
+        raise ValueError(f"{name} is not a name on the hub: expected hf:owner/name[@revision][/file]")
     try:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError

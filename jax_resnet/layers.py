@@ -185,7 +185,7 @@ def _normalize_bwd(
     ignored, because `batch_norm` stops their gradients.
     """
     x, weight, mean, inverse_deviation = residuals
-    # Without this XLA:CPU would keep both x and x - mean in memory from the forward pass on.
+    # Without this, XLA:CPU would keep both x and x - mean in memory from the forward pass on.
     x = cpu.once_known(cotangents[0], x)
     rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
     dy = _at_least_float32(cotangents[0].reshape(rows.shape))
@@ -202,7 +202,7 @@ _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 @jax.custom_vjp
 def relu(x: Array) -> Array:
-    """max(x, 0), with gradient 0 at 0. Any shape."""
+    """max(x, 0) for any shape, with gradient 0 at 0."""
     return _positive_part(x)
 
 
@@ -223,7 +223,7 @@ relu.defvjp(_relu_fwd, _relu_bwd)
 
 
 def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), without overflow. Any shape."""
+    """1 / (1 + exp(-x)) for any shape, without overflow."""
     return jax.nn.sigmoid(x)
 
 
@@ -306,7 +306,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     Args:
       logits: (N, K) float.
-      labels: (N,) integer class numbers from 0 to K - 1. Values are not checked; others give meaningless losses.
+      labels: (N,) integer class numbers from 0 to K - 1. They are not checked; wrong ones give meaningless losses.
 
     Returns:
       losses, (N,). The caller takes the mean.

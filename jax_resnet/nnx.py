@@ -86,10 +86,10 @@ class ResNet(nnx.Module):
       config: the architecture, also an attribute.
       arrays: (params, batch_stats) as `resnet.init` and `weights.load` return them. float16 and bfloat16 become
         float32.
-      rngs: draws the arrays by `resnet.init` with its stream "params", if arrays is None.
+      rngs: `resnet.init` draws the arrays with the stream "params" of rngs if arrays is None.
 
     Raises:
-      ValueError: both arrays and rngs are missing, or the arrays do not fit config.
+      ValueError: arrays and rngs are both missing, or the arrays do not fit config.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ def _layers(variables: Mapping[str, nnx.Variable], prefix: str = "") -> dict[str
 
 
 def _flat(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Array]:
-    """Returns {"downsample.0.weight": array, …} of the variables of one kind."""
+    """Returns {"downsample.0.weight": array, …} for the variables of one kind."""
     state = nnx.to_pure_dict(nnx.state(module, kind))
     return {".".join(map(str, path)): array for path, array in flatten_dict(state).items()}
 

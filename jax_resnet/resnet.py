@@ -80,7 +80,7 @@ def init(config: ResNetConfig, key: Array, dtype: Any = None) -> tuple[dict[str,
     """Draws the parameters and the initial running statistics of a network.
 
     Convolutions are normal with deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, by fan-out). BatchNorm
-    weights are 1 and biases 0. The dense layer is uniform within ±1/sqrt(in), as PyTorch's Linear. Without BatchNorm
+    weights are 1 and biases 0. The dense layer is uniform within ±1/sqrt(in), as in PyTorch's Linear. Without BatchNorm
     activations would explode with depth, so convolutions and their biases then take PyTorch's default, uniform within
     ±1/sqrt(kh·kw·C).
 

@@ -36,7 +36,7 @@ Loss = Callable[[Array, Array], Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a step changes.
+    """Everything that a step changes.
 
     step: () int32, the number of steps done.
     params, batch_stats, opt_state: the arrays of the network and the state of the optimizer.
@@ -136,7 +136,7 @@ def _make_gradients(
 ) -> Gradients:
     _refuse_unknown(apply, options)
     if label_smoothing and loss is not layers.softmax_cross_entropy:
-        raise ValueError("label_smoothing is for the default loss: with another loss, smooth the labels there")
+        raise ValueError("label_smoothing is for the default loss: with another loss, smooth the labels inside it")
 
     options = dict(options, loss=loss, label_smoothing=label_smoothing, train=not freeze_backbone, apply=apply)
 
@@ -186,7 +186,7 @@ def _in_parts(gradients: Gradients, parts: int, freeze_backbone: bool) -> Gradie
 def _unless_nonfinite(
     state: TrainState, changed: TrainState, loss_scale: Any, finite: Array, failed: Array, skip_nonfinite: int
 ) -> TrainState:
-    """Returns `changed` if it is finite and at most skip_nonfinite steps failed, else `state`; with new counts."""
+    """Returns `changed` if it is finite and at most skip_nonfinite steps failed, else `state`. Updates the counts."""
     running = state.nonfinite <= skip_nonfinite
     nonfinite = state.nonfinite + (running & failed)
     kept = jax.tree.map(lambda new, old: jnp.where(finite & running, new, old), changed, state)
@@ -212,8 +212,8 @@ def make_train_step(
     """Builds the jitted training step. The step compiles once per shape and donates (consumes) its state.
 
     A step whose loss or gradients are not finite changes no weight, no statistic and no optimizer state. The first
-    skip_nonfinite such steps still count as steps. After one more the state never changes again, so a caller that reads
-    the metrics late still has the last good state.
+    skip_nonfinite such steps still count as steps. After one more, the state never changes again, so a caller that
+    reads the metrics late still has the last good state.
 
     Args:
       config: the architecture.
@@ -242,8 +242,8 @@ def make_train_step(
 
     Raises:
       TypeError: an option that apply does not take; raised here.
-      ValueError: label_smoothing with a loss other than the default; raised here. The step raises it for a batch that
-        accumulate or the number of devices does not divide.
+      ValueError: label_smoothing with a loss other than the default; raised here. The step raises one for a batch
+        that accumulate or the number of devices does not divide.
     """
     gradients = _make_gradients(config, loss, label_smoothing, apply, freeze_backbone, options)
     if accumulate > 1:
@@ -328,7 +328,7 @@ def make_eval_step(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:
-    """Builds the jitted evaluation step. Takes the arguments of `make_train_step`, but `preprocess` takes only images.
+    """Builds the jitted evaluation step. Arguments are as for `make_train_step`, but `preprocess` takes only images.
 
     Returns:
       step(params, batch_stats, images, labels) -> a dict of arrays (N,), one value per example: "loss", "prediction"

@@ -26,8 +26,8 @@ class Storage:
 class Tensor:
     """A view of a storage, of which `array` makes a copy. For an unusual kind (sparse, quantized) `array` raises.
 
-    negative, conjugate: PyTorch's bits of lazy results, such as x.conj() and its .imag: the storage holds the values
-      before the sign is changed.
+    negative, conjugate: the bits by which PyTorch marks lazy results, such as x.conj() and x.conj().imag. The storage
+      holds the values before the sign is changed.
     """
 
     storage: Storage

@@ -20,7 +20,7 @@ from jax_resnet.weight_files import to_torch_layout
 __all__ = ["ARCHITECTURES", "check_arrays", "describe", "diagnosis", "recognize"]
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-_LISTED = 8  # how many differences between a file and a network a message lists
+_LISTED = 8  # the largest number of differences that a message lists
 _NEW_HEAD = 'training with --init draws a new one, as head="new" does in Python'
 
 
@@ -85,7 +85,7 @@ def _hint(name: str, expected: tuple[int, ...], given: tuple[int, ...], arrays: 
 
 
 def recognize(arrays: Mapping[str, np.ndarray], arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
-    """Recognizes by names and shapes which network weights belong to. `check_arrays` checks whether all of them fit.
+    """Recognizes the network of these weights by names and shapes. `check_arrays` checks whether all of them fit.
 
     Weights do not show which convolution of a bottleneck applies the stride: stride_in is always torchvision's.
 
@@ -127,7 +127,7 @@ def describe(config: resnet.ResNetConfig) -> str:
 
 
 def diagnosis(arrays: Mapping[str, np.ndarray], config: resnet.ResNetConfig) -> str | None:
-    """Says which other network the arrays belong to; None if they fit config's blocks or none is known."""
+    """Says which other network the arrays belong to; None if they fit config's blocks or no known network."""
     if "layer1.0.conv1.weight" not in arrays:
         return None
     try:

@@ -65,11 +65,11 @@ _KERAS_VARIABLES = {2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "
 class Contents(NamedTuple):
     """What a file holds.
 
-    arrays: {dotted name: array}; in place of an array an `unpickling.Tensor`, whose method `array()` makes it.
+    arrays: {dotted name: array}. Pickles give an `unpickling.Tensor`, whose method `array()` makes the array.
     others: the dotted names of all other entries, such as "epoch".
     metadata: {name: text} of a .safetensors file.
     path: the file or the checkpoint that was read, if a folder was given.
-    notes: the checkpoint of a run that was read, if later ones are damaged.
+    notes: a sentence for the user on which checkpoint was read, if later ones are damaged.
     """
 
     arrays: dict[str, Any]
@@ -109,7 +109,7 @@ def read_contents(path: Path) -> Contents:
 
 
 class Unreadable(ValueError):
-    """A file that is no weight file, or one that is not supported. The message continues after the file's name."""
+    """A file is no weight file, or is one that is not supported. The message continues after the file's name."""
 
 
 def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
@@ -227,7 +227,7 @@ def _hdf5_arrays(group: Any, h5py: Any, prefix: str = "", depth: int = 0) -> Ite
 
 
 def _read_shards(path: Path, index: bytes) -> Contents:
-    """Reads the files that Hugging Face's index names: it says which file holds which array."""
+    """Reads the files that Hugging Face's index names. The index says which file holds which array."""
     parts = json.loads(index)["weight_map"]
     arrays: dict[str, Any] = {}
     for name in sorted({str(name) for name in parts.values()}):

@@ -2,7 +2,7 @@
 
 The search looks for the first kernel of the first block, `layer1.0.conv1.weight` in torchvision's names. The part of
 the array's name before this is the prefix of the network, such as an entry of a checkpoint or an attribute of a module.
-Arrays with another prefix are left out: an optimizer, a loss, a teacher network.
+Other arrays are left out, such as an optimizer or a teacher, except for a dense layer beside the network.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
     """Finds the network in a file. Of several networks it takes the trained one, not the moving average of its weights.
 
     Args:
-      arrays: {name: array}, NumPy arrays or objects whose method `array()` returns one. Only the network's are called.
+      arrays: {name: array}, NumPy arrays or objects whose method `array()` makes one; only the network's are made.
       others: the names of entries that are not arrays.
       entry: a part of the prefix of the network to take, such as "teacher" or "state_dict_ema".
 
@@ -218,7 +218,7 @@ def _made(name: str, array: Any) -> np.ndarray:
 def _summary(names: Iterable[str], prefix: str) -> Iterator[str]:
     """Groups names by the first component that differs from the prefix, and describes each group.
 
-    A group of one entry gets its whole name. A group with a number for a name gets its first members in brackets.
+    A group of one entry gets the full name of the entry. If the name of a group is a number, its first members follow.
     """
     groups: dict[str, list[str]] = {}
     path = prefix.split(".")

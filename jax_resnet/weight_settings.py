@@ -20,7 +20,7 @@ _HARMLESS = {"num_classes", "in_chans", "drop_rate", "drop_path_rate", "zero_ini
 
 
 def settings_beside(path: Path) -> dict[str, Any]:
-    """Reads the settings of the folder of Hugging Face, or of the training run, that path is in; {} for other files.
+    """Reads the settings of the Hugging Face folder or training run that holds path; returns {} for other files.
 
     Raises:
       ValueError: a settings file cannot be read.

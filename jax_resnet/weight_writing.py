@@ -24,7 +24,7 @@ Names = Literal["torchvision", "huggingface", "keras"]
 
 
 def check_suffix(path: Path, names: Names | None = None) -> Names:
-    """Returns the library whose names a file with this suffix gets. Ignores upper and lower case.
+    """Returns the library whose names a file with this suffix gets. Ignores the case of the suffix.
 
     Raises:
       ValueError: the suffix is unknown or does not fit `names`.

@@ -5,7 +5,7 @@ batch_stats have the same names as paths, kernels (kh, kw, in, out) and dense we
 transposes each array.
 
 Reading recognizes the format of a file by its content, finds the ResNet under any prefix, and turns the names of
-Hugging Face and Keras into torchvision's (`read_file` lists the formats). Writing can use the names of either. Only
+Hugging Face and Keras into torchvision's (`read_file` lists the formats). Writing can use all three. Only
 writing .pth and .pt files needs PyTorch.
 """
 
@@ -75,7 +75,7 @@ class WeightFile(NamedTuple):
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Converts torchvision's keys and layout into (params, batch_stats), nested dicts of NumPy arrays of equal dtypes.
+    """Converts torchvision's keys and layout into (params, batch_stats), nested dicts of NumPy arrays. Keeps dtypes.
 
     Args:
       state_dict: {key: array}. An array is anything that NumPy converts, or a PyTorch tensor on any device.
@@ -115,8 +115,8 @@ def save(
       metadata: {name: text}, for .safetensors only.
 
     Raises:
-      ValueError: the suffix is unknown; or the format or the other library cannot hold the network (metadata, bfloat16
-        in .npz, stride_in="conv2" in Keras); or torch or h5py, which the suffix needs, is missing.
+      ValueError: the suffix is unknown; the format or the library cannot hold what is given (metadata, bfloat16 in
+        .npz, stride_in="conv2" in Keras); or torch or h5py, which the suffix needs, is missing.
     """
     write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
 
@@ -130,7 +130,7 @@ def load(
     key: jax.Array | None = None,
     entry: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a file into (params, batch_stats) of a network. All names and shapes must fit and all values be finite.
+    """Reads a file into (params, batch_stats) of a network. Names and shapes must fit, and all values must be finite.
 
     Args:
       path: a file, a folder or a name on Hugging Face's hub, as for `read_file`.
@@ -222,7 +222,7 @@ def read_file(path: str | os.PathLike, entry: str | None = None) -> WeightFile:
       FileNotFoundError: there is no such file.
       ValueError: path is a pipe or device (neither is opened); the file cannot be read, would unpack to more than 16
         GiB, or is a pickle with more than data, which would run code; it holds no ResNet or several; or the config.json
-        beside the file is that of a network that computes something else with these weights.
+        beside the file describes a network that computes something else with these weights.
     """
     path = hub.fetch(path) if hub.is_name(path) else Path(path)
     contents = read_contents(path)
@@ -247,6 +247,6 @@ def _to_numpy(value: Any) -> np.ndarray:
     if not hasattr(value, "detach"):
         return np.asarray(value)
     tensor = value.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # torch cannot convert bfloat16 to NumPy; through float32 it is exact
+    if str(tensor.dtype) == "torch.bfloat16":  # torch cannot convert it to NumPy directly; float32 is exact
         return tensor.float().numpy().astype(jnp.bfloat16)
     return tensor.numpy()

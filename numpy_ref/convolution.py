@@ -61,8 +61,8 @@ def conv2d_unfolded(
     """2-D cross-correlation as one matrix product (im2col). Arguments and results are those of `conv2d`.
 
     Each output pixel depends on one patch of x. With the patches as rows, y = patches·weight is a dense layer and has
-    the gradient of a dense layer. dx sums the gradients of all patches that contain a pixel. The vjp keeps the patches,
-    which need kh·kw times the memory of x at stride 1.
+    the gradient of a dense layer. At each pixel, dx is the sum over all patches that contain it. The vjp keeps the
+    patches, which need kh·kw times the memory of x at stride 1.
     """
     _check_conv2d(x, weight, bias, stride, padding)
     kh, kw, _, filters = weight.shape
@@ -84,8 +84,8 @@ def conv2d(
 ) -> tuple[Array, Vjp]:
     """2-D cross-correlation: `conv2d_unfolded` on one block of images at a time.
 
-    The vjp keeps only the arguments and unfolds each block again. The patches of a block fit into the cache, so this
-    takes about as long as reading stored patches from memory.
+    The vjp keeps only the arguments and unfolds each block again. The patches of a block fit into the cache, so
+    unfolding takes about as long as reading stored patches from memory.
 
     Args:
       x: (N, H, W, C) float.
@@ -114,7 +114,7 @@ def conv2d(
 def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
     """Applies one dense layer to every pixel, without unfolding."""
     matrix = weight[0, 0]
-    pixels = x[:, ::stride, ::stride]  # a view; the vjp does not keep its rows, which are a copy if stride > 1
+    pixels = x[:, ::stride, ::stride]  # a view; the vjp reshapes it again, because with stride > 1 the rows are a copy
 
     def vjp(dy: Array) -> tuple[Array, Array]:
         rows, dy_rows = pixels.reshape(-1, x.shape[3]), dy.reshape(-1, matrix.shape[1])

@@ -219,7 +219,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Vjp]:
 
 
 def sequential(x: Array, *steps: tuple[Any, ...]) -> tuple[Array, Vjp]:
-    """Runs layers one after the other. Its vjp is the chain rule.
+    """Runs layers one after the other. The vjp applies the chain rule.
 
     Args:
       x: the input of the first layer.

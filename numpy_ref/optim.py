@@ -245,7 +245,7 @@ def adabound(
 
     References:
       Luo et al., `Adaptive Gradient Methods with Dynamic Bound of Learning Rate
-      <https://openreview.net/forum?id=Bkg3g2R9FX>`_, ICLR 2019, as its authors' code runs it
+      <https://openreview.net/forum?id=Bkg3g2R9FX>`_, ICLR 2019, as the authors' code computes it
     """
     _check_ranges(b1=b1, b2=b2, eps=eps, eps_root=eps_root, gamma=gamma, final_lr=final_lr)
     ratio = final_lr / _base_lr(learning_rate, base_lr)
@@ -300,7 +300,7 @@ def _learning_rate(learning_rate, count):
 
 
 def _base_lr(learning_rate, base_lr):
-    """Returns the learning rate that final_lr belongs to. An array gives none, because its value may change."""
+    """Returns the learning rate that final_lr belongs to. Refuses an array, because its value may change."""
     is_inferred = base_lr is None
     if is_inferred:
         base_lr = float(learning_rate(0)) if callable(learning_rate) else learning_rate

@@ -2,8 +2,8 @@
 
 Read this module from `apply` down. A part of the network without running statistics returns (output, vjp); a part that
 may have them returns ((output, new running statistics), vjp). The vjp takes the gradient of the output and returns
-(dparams, dx). dparams holds the gradients of the part's parameters in a dict like params; dx is the gradient of its
-input. `numpy_ref.fast` computes the same numbers several times faster.
+(dparams, dx). dparams holds the gradients of the part's parameters in a dict like params; dx is the gradient of the
+part's input. `numpy_ref.fast` computes the same numbers several times faster.
 
 A network is a `ResNetConfig` and two nested dicts of arrays, `params` and `batch_stats`. Their paths joined by "." are
 torchvision's keys: `params["layer1"]["0"]["conv1"]["weight"]` is `layer1.0.conv1.weight`.
@@ -47,7 +47,7 @@ Vjp = Callable[[Array], tuple[Tree, Array]]  # dy -> (dparams, dx)
 
 
 class Output(NamedTuple):
-    """The result of `apply`, next to the vjp.
+    """What `apply` returns besides the vjp.
 
     logits: (N, num_classes), before any softmax.
     batch_stats: the running statistics after this batch. Evaluation returns the arrays that were passed in.
@@ -208,7 +208,7 @@ def init(config: ResNetConfig, rng: np.random.Generator, dtype: Any = np.float32
     """Draws the initial parameters and running statistics of a network.
 
     Convolutions are normal with standard deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, fan-out).
-    BatchNorm weights are 1 and biases 0. A dense layer (C, K) is uniform in ±1/sqrt(C), as PyTorch's Linear. Without
+    BatchNorm weights are 1 and biases 0. A dense layer (C, K) is uniform in ±1/sqrt(C), as in PyTorch's Linear. Without
     BatchNorm, activations would grow exponentially with depth, so convolutions and their biases are then uniform in
     ±1/sqrt(kh·kw·C), PyTorch's default.
 

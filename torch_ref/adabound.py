@@ -65,8 +65,8 @@ class AdaBound(Optimizer):
 
         Args:
           params: parameters, named parameters, or groups: dicts of parameters with their own options. A group may set
-            any argument below except foreach, and base_lr, the learning rate that final_lr belongs to. The default of
-            base_lr is the group's lr. Pass base_lr if lr is 0.
+            base_lr, the learning rate that final_lr belongs to, and every argument below except foreach. The default
+            of base_lr is the group's lr. Pass base_lr if lr is 0.
           lr: the learning rate.
           betas: the decay rates of the two moments, in [0, 1).
           final_lr: the learning rate of SGD at the end if lr equals base_lr. It scales with lr.
@@ -74,7 +74,7 @@ class AdaBound(Optimizer):
           eps: added to the root of the second moment.
           weight_decay: strength of an L2 penalty: weight_decay · parameter is added to the gradient.
           amsbound: whether to use the largest second moment so far, as AMSBound does.
-          foreach: whether one kernel updates many parameters, which needs more memory. By default only on CUDA, where
+          foreach: whether one kernel updates many parameters, which needs more memory. None means only on CUDA, where
             kernel launches take most of the time. On a CPU, memory access dominates, so separate updates are faster.
 
         Raises:
@@ -255,7 +255,7 @@ def _correction_and_limits(group: Mapping[str, Any], t: int, dtype: torch.dtype)
 
 
 def _one_minus_power(beta: float, t: int) -> float:
-    """1 - beta**t with all its digits."""
+    """1 - beta**t without cancellation."""
     return -math.expm1(t * math.log(beta)) if beta else 1.0
 
 

@@ -48,7 +48,7 @@ class Settings:
     pictures: tyro.conf.Positional[tuple[Path, ...]]
     """Files in any format that Pillow reads."""
     weights: str
-    """A weight file of any kind, or .stablehlo; the folder of a run (it may still train) or one of its checkpoints;
+    """A weight file of any kind, or .stablehlo; the folder of a run (finished or not) or one of its checkpoints;
     hf:OWNER/NAME for Hugging Face's hub; or torchvision, which downloads weights for ImageNet."""
     arch: Arch | None = None
     """The network [default: a file's own, resnet101 for torchvision]."""
@@ -92,7 +92,7 @@ class Classifier:
 
 def check_settings(settings: Settings) -> None:
     """Raises a ValueError for values that are out of range or do not apply to these weights."""
-    # Not in __post_init__, because tyro prints errors from there in a box of several lines.
+    # This is not in __post_init__, because tyro prints errors from there in a box of several lines.
     if not settings.pictures and settings.export is None:
         raise ValueError("name at least one picture")
     if settings.pictures and settings.export is not None:
@@ -152,7 +152,7 @@ def load_classifier(settings: Settings) -> Classifier:
         if config.num_classes != len(class_names):
             class_names = [f"class {number}" for number in range(config.num_classes)]
         elif class_names is imagenet.class_names() and settings.weights != TORCHVISION:
-            notes += ("names assumed: ImageNet's",)
+            notes += ("the names are assumed to be ImageNet's",)
     arrays = {name: array.astype(np.float32) for name, array in file.arrays.items()}
     return Classifier(arch, config, arrays, class_names, preparation, notes=notes)
 

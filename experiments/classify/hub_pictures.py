@@ -1,4 +1,4 @@
-"""Reads what settings beside weights of timm, Hugging Face or Keras say about pictures and classes."""
+"""Reads what the settings beside weights of timm or Hugging Face say about pictures and classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def preparation(settings: Mapping[str, Any]) -> Middle | None:
       the preparation, or None if the settings do not mention pictures.
 
     Raises:
-      ArithmeticError, AttributeError, KeyError, TypeError, ValueError: they are not what timm and Hugging Face write.
+      ArithmeticError, AttributeError, KeyError, TypeError, ValueError: timm and Hugging Face write no such settings.
     """
     if "input_size" in (of_timm := settings.get("pretrained_cfg", settings)):
         told = _of_timm(of_timm)
@@ -40,7 +40,7 @@ def preparation(settings: Mapping[str, Any]) -> Middle | None:
 
 
 def _of_timm(told: Mapping[str, Any]) -> Middle:
-    """As timm's create_transform for evaluation, which keeps the share crop_pct of the shorter side."""
+    """Does what timm's create_transform does for evaluation; the crop keeps the share crop_pct of the shorter side."""
     height, width = told["input_size"][1:]
     share, mode = float(told["crop_pct"]), told.get("crop_mode", "center")
     if mode == "squash":
@@ -53,7 +53,7 @@ def _of_timm(told: Mapping[str, Any]) -> Middle:
 
 
 def _of_hugging_face(told: Mapping[str, Any]) -> Middle:
-    """As Hugging Face's ConvNextImageProcessor, which its ResNets use, and ViTImageProcessor."""
+    """Does what Hugging Face's ConvNextImageProcessor (for ResNets) and ViTImageProcessor do."""
     size, crop = told["size"], told.get("crop_size")
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop

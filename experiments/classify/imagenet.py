@@ -27,7 +27,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def resize_for(path: Path) -> int:
-    """The shorter side in pixels for a weight file: V2's if it has the name of torchvision's V2, otherwise V1's."""
+    """The shorter side in pixels for a weight file: V2's if the file is named like torchvision's V2, otherwise V1's."""
     return V2_RESIZE if path.name.startswith(V2_FILES) else V1_RESIZE
 
 

@@ -79,7 +79,7 @@ class Middle:
             size = "{}x{}".format(*colours.size)
             raise ValueError(f"{size} pixels are too elongated: resizing would give {width * height:,} pixels")
         (high, wide), resized = self.crop, colours.resize((width, height), Image.Resampling(self.resample))
-        left, top = round((width - wide) / 2), round((height - high) / 2)  # half to even, as torchvision
+        left, top = round((width - wide) / 2), round((height - high) / 2)  # rounds half to even, as torchvision does
         pixels = np.asarray(resized.crop((left, top, left + wide, top + high)))
         return pixels[..., ::-1] if self.bgr else pixels
 

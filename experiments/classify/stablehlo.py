@@ -52,10 +52,10 @@ def write(
 
 
 def read(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Reads the files of `write`.
+    """Reads the files that `write` has written.
 
     Returns:
-      the network as a function of pictures, compiled once for each N; the facts.
+      the network as a function of pictures, compiled once for each N, and the facts.
 
     Raises:
       ValueError: a file is missing, damaged, or does not belong to the other.

@@ -64,7 +64,7 @@ def _shift(key: Array, image: Array) -> Array:
 
 
 def _resized_crop(key: Array, image: Array) -> Array:
-    """A random box resized to the picture's size (Szegedy et al. 2014, arXiv:1409.4842; boxes here from 35%)."""
+    """A random box resized to the picture's size (Szegedy et al. 2014, arXiv:1409.4842; here >= 35% of the area)."""
     height, width, _ = image.shape
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     side = jnp.sqrt(jax.random.uniform(area_key, minval=0.35, maxval=1.0))

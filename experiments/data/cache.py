@@ -83,7 +83,7 @@ Make = Callable[[Create], dict[str, Any]]  # fills arrays, returns facts about t
 
 
 def columns_in(folder: Path | None) -> tuple[dict[str, Column], Create]:
-    """An empty {name: column}, and the function that adds a column to it or replaces the one of that name."""
+    """Returns an empty {name: column}, and a function that adds a column to it or replaces the column of this name."""
     columns: dict[str, Column] = {}
 
     def create(name: str, item_shape: tuple[int, ...], dtype: str) -> Column:
@@ -123,7 +123,7 @@ def load_or_make(
       key: JSON values that differ whenever the arrays would.
       size: bytes that the arrays will take; compared with the free space of the disk before `make` is called.
       make: called with create(array name, item shape, dtype). Its exceptions are passed on, and then nothing is kept.
-        If the cache cannot be written, `make` is called a second time, for an entry in memory.
+        If the cache cannot be written, `make` is called (again) for an entry in memory.
       refuse: an entry's facts -> the reason to make an undamaged entry again, or None.
     """
     notes, reason = [], None
@@ -228,7 +228,7 @@ def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> in
 
 
 def discard(directory: Path) -> None:
-    """Renames an entry, so that no process opens a half-removed one, then removes it."""
+    """Renames an entry and then removes it, so that no process opens a half-removed entry."""
     aside = directory.with_name(f"partial-{directory.name}-discarded-{secrets.token_hex(4)}")
     with refused_as_unwritable(directory.parent), contextlib.suppress(FileNotFoundError):
         directory.rename(aside)

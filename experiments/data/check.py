@@ -43,7 +43,7 @@ class Scan(NamedTuple):
 def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
     """Reads every label and every pixel of a data set once.
 
-    Pictures are equal if all their decoded pixels are; other crops or encodings of one photograph are not found.
+    Pictures with equal decoded pixels are equal; other crops or encodings of one photograph are not found.
 
     Args:
       dataset: its images are read a few megabytes at a time; slices along their first axis must be arrays.

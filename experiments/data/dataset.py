@@ -106,7 +106,7 @@ def _draw(labels: np.ndarray, shares: np.ndarray, generator: np.random.Generator
     return np.sort(np.concatenate(chosen))
 
 
-# Random parts of a data set, the same ones at every call. The new title describes the part.
+# These functions draw random parts of a data set, the same at every call. The new title describes the part.
 
 
 def draw_classes(dataset: Dataset, count: int) -> Dataset:

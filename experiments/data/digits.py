@@ -72,7 +72,7 @@ def mnist(layout: str, directory: Path, splits: Mapping[str, Split]) -> Dataset:
 
 
 def find_files(directory: Path) -> dict[str, Path]:
-    """Finds the four files, {name: path}, in the folder or a folder inside (MNIST/raw/); raises a DataError if not."""
+    """Finds the four files, {name: path}, in the folder or one inside it (MNIST/raw/); else raises a DataError."""
     if not directory.is_dir():
         raise DataError(f"--data {directory} {'is no folder' if directory.exists() else 'does not exist'}: {HINT}")
     for level in folder_levels(directory, {"mnist", "raw", "data", "archive"}):
@@ -92,7 +92,7 @@ def find_files(directory: Path) -> dict[str, Path]:
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """Finds a file, also under a name with a dot (mirrors) or in a folder of the same name (Kaggle)."""
+    """Finds a file, also with .idx in its name (from mirrors) or in a folder of the same name (from Kaggle)."""
     files = [stem + suffix for stem in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")]
     paths = [directory / file for file in files] + [directory / file / file for file in files]
     return next((path for path in paths if path.is_file()), None)
@@ -139,7 +139,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({reason_of(error)})") from error
     if len(data) > MAX_FILE_BYTES:
-        raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: this is none of MNIST's files")
+        raise DataError(f"{path} unpacks to more than {MAX_FILE_BYTES:,} bytes: no file of MNIST is that large")
     expected = UNSIGNED_BYTES << 8 | dimensions
     magic = int.from_bytes(data[:4], "big")
     if magic != expected:

@@ -170,7 +170,7 @@ def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
       Exception: the picture cannot be decoded.
     """
     with open_image(data) as image:
-        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # loading drops this
+        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # image.load() clears this list
         image.load()
         turned = is_turned(image)
         kind, highest = depth_of(image, sixteen)

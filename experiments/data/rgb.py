@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image
 
-# Pillow refuses pictures above twice its limit; for each picture between the limit and that it would print a warning.
+# Pillow refuses pictures above twice its limit, and would print a warning for each picture between once and twice it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 NUMBERS, FRACTIONS, COLOURS = "whole numbers", "floating-point numbers", "16-bit colours"  # kinds of deep pixels
@@ -72,7 +72,7 @@ def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, flo
         if not 0 <= lowest <= highest < (math.inf if image.mode[0] == "I" else 65536):
             raise ValueError(f"pixels from {lowest:g} to {highest:g}: expected 0 to 65535")
         return (FRACTIONS if image.mode == "F" else NUMBERS), highest
-    if sixteen:  # Pillow keeps the upper 8
+    if sixteen:  # Pillow keeps the upper 8 bits
         return COLOURS, max(high for _, high in image.convert("RGB").getextrema()) << 8 | 255
     return None, None
 
@@ -80,7 +80,7 @@ def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, flo
 def white_of(kind: str, highest: float) -> int:
     """The white of pixels up to `highest`: the maximum of 1 (masks, fractions), 2, 4, 8, 10, 12, 14 or 16 bits.
 
-    Fractions may exceed white by a tenth (a white of 1 by half), because filters overshoot at edges.
+    Fractions may exceed white by a tenth, or by half if white is 1, because filters overshoot at edges.
     """
     if kind == FRACTIONS:
         highest = highest / 1.1 if highest > 1.5 else 1

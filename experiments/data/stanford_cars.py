@@ -1,4 +1,4 @@
-"""Reads Stanford Cars from a folder in any known layout, decoded once into a cache, or at each access.
+"""Reads Stanford Cars from a folder in any known layout. Decodes it once into a cache, or at each access.
 
 Stanford Cars has 196 classes of cars, 8,144 train and 8,041 test pictures (Krause, Stark, Deng, Fei-Fei: 3D Object
 Representations for Fine-Grained Categorization, 3dRR-13, 2013).
@@ -32,7 +32,7 @@ FULL = {"train": 8144, "test": 8041}
 FULL_CLASSES = 196
 REMARKS = {  # notes on decoded pictures: for one, for several
     "clipped": ("box reaches a pixel beyond its picture, clipped", "boxes reach a pixel beyond their picture, clipped"),
-    "turned": tuple(f"{need} turning, says EXIF; used as stored" for need in ("picture needs", "pictures need")),
+    "turned": tuple(f"{need} turning according to EXIF; used as stored" for need in ("picture needs", "pictures need")),
 }
 CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # at most, for each picture: place, label, sums
 
@@ -197,7 +197,7 @@ class Reader:
         return Split(images, np.array(entry.arrays[f"{split}-labels"]), names)
 
     def refuse_bad_pictures(self, failures: list[Failure]) -> None:
-        """Raises a DataError for bad pictures, unless skip_bad, and if half of all pictures miss their box."""
+        """Raises a DataError for bad pictures unless skip_bad, and always if half of all pictures miss their box."""
         total, directory = sum(self.folder.counts.values()), self.folder.directory
         outside = [failure for failure in failures if failure.kind == "box"]
         if 2 * len(outside) >= total:

@@ -128,7 +128,7 @@ class EvaluationBatches(Batches):
 def put_ahead(
     batches: Iterable[Batch], put: Callable[[np.ndarray, np.ndarray], OnDevice], ahead: int = 2
 ) -> Iterator[OnDevice]:
-    """Yields put(images, labels) of each batch, such as arrays on the devices; `ahead` later results wait there.
+    """Yields put(images, labels) of each batch, such as arrays on the devices. Puts `ahead` later batches in advance.
 
     JAX copies asynchronously, so copying a batch during the step before it costs no time and needs no thread. grain's
     device_put uses two threads, and does not support arrays that are spread over processes.

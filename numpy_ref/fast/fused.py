@@ -124,9 +124,9 @@ def _column_sums(block: Array) -> Array:
 
 
 def _shift_and_measure(x: Array, origin: Array, gather: Gather) -> tuple[int, Array, Array]:
-    """Subtracts origin (C,) from x in place; the number, mean and biased variance of x's values before, per channel.
+    """Subtracts origin (C,) from x in place. Returns count, mean and biased variance of the original x of all threads.
 
-    One pass for both moments. Subtracting each channel's first value avoids cancellation if |mean| >> deviation.
+    One pass computes both moments. Subtracting a channel's first value avoids cancellation if |mean| >> deviation.
     """
     first, second = np.zeros_like(origin), np.zeros_like(origin)
     for block, scratch in _blocks(x):

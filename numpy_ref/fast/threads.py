@@ -2,7 +2,7 @@
 
 NumPy itself uses several cores only for matrix products, and each core then fetches data from the other cores' caches.
 Here each thread works on the same images in every layer, so their data stay in one core's cache. Threads run in
-parallel because NumPy functions release Python's global lock.
+parallel because NumPy functions release the GIL.
 """
 
 from __future__ import annotations

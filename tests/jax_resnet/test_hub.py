@@ -104,7 +104,7 @@ def test_names_on_the_hub(name, file, server):
 
 
 MISTAKES = {
-    "no name": ("hf:resnet50", "is no name on the hub: expected hf:owner/name"),
+    "no name": ("hf:resnet50", "is not a name on the hub: expected hf:owner/name"),
     "no such repository": ("hf:no/body", "cannot be downloaded: "),
     "no weights": ("hf:my/empty", r"has none of model\.safetensors, .*: name a weight file, hf:owner/name/FILE"),
     "no such file": ("hf:timm/small/a.bin", r"has none of a\.bin"),

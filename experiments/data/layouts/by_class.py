@@ -135,7 +135,7 @@ def explain_missing(root: Path, split: str, found: dict[str, Classes]) -> str:
 
 
 def number_classes(root: Path, splits: dict[str, Classes]) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """{split: {name of a class folder: number}} and the classes' names.
+    """Returns {split: {name of a class folder: number}} and the names of the classes.
 
     Names that differ only in outer spaces, capitals or Unicode composition are one class, since macOS and Windows
     change names in these ways. Raises a DataError if one split has both spellings.
@@ -165,5 +165,5 @@ def leftover_notes(root: Path, splits: dict[str, Classes]) -> list[str]:
     if others:
         notes.append(not_pictures(root, others))
     if loose := sum(classes.loose for classes in splits.values()):
-        notes.append(f"{counted(loose, 'picture', 'pictures')} in {root} not in a class folder; left out")
+        notes.append(f"{counted(loose, 'picture is', 'pictures are')} outside the class folders of {root} and left out")
     return notes

@@ -193,7 +193,7 @@ def read_annotations(path: Path, num_classes: int, labelled: bool = False) -> di
 
 def read_mat(path: Path, variable: str) -> np.ndarray:
     """One variable of a MATLAB file as a one-dimensional array; raises a DataError if it cannot be read."""
-    from scipy.io import loadmat  # takes a fifth of a second, which only this layout needs
+    from scipy.io import loadmat  # the import takes a fifth of a second, and only this layout needs it
 
     try:
         content = loadmat(path, squeeze_me=True)

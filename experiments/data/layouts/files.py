@@ -124,5 +124,5 @@ def not_pictures(root: Path, others: Iterable[str]) -> str:
 def is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself: no folder in any case
+    except OSError:  # a link to itself is no folder
         return False

@@ -1,4 +1,4 @@
-"""Reads split names from the names of folders and files, recognizes leftovers of programs, and words messages."""
+"""Reads split names from the names of folders and files, recognizes leftovers of programs, and formats messages."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COPY = re.compile(r"( \(\d+\)| ?- ?copy.*| copy.*)\.parquet$", re.I)  # names of
 def parquet(root: Path) -> PictureFolder | None:
     """Reads the files, or returns None if the names of files and their folders refer to no split.
 
-    Class names come from the files' metadata, else from the README.md beside them, else they are the numbers.
+    Class names come from the files' metadata or else from the README.md beside them. Otherwise they are the numbers.
 
     Raises:
       DataError: a file is missing, damaged, or of another data set, or pyarrow is not installed.
@@ -136,7 +136,7 @@ def check_file(path: Path) -> tuple[int, int, tuple[str, ...]]:
             raise DataError(f"{path}: column 'image' must hold the bytes of pictures, got {image}")
         labels = opened.read(["label"]).column("label")
         if labels.null_count or not pyarrow.types.is_integer(labels.type):
-            raise DataError(f"{path}: column 'label' must be whole numbers without gaps, got {labels.type}")
+            raise DataError(f"{path}: column 'label' must be whole numbers without missing values, got {labels.type}")
         highest = pyarrow.compute.max(labels).as_py() or 0
         return opened.metadata.num_rows, highest, names_in_metadata(schema.metadata or {})
 

@@ -168,7 +168,7 @@ def test_pictures_that_are_to_be_turned_are_told(tmp_path):
     Image.new("RGB", (9, 9)).save(root / "test" / folder_name(1) / "9.jpg", exif=exif)
     notes = load(root, tmp_path).source["notes"]
     name = f"test/{folder_name(1)}/9.jpg"
-    assert f"1 picture needs turning, says EXIF; used as stored: {name}" in notes
+    assert f"1 picture needs turning according to EXIF; used as stored: {name}" in notes
 
 
 def test_all_bad_pictures_are_counted_and_ten_named(tmp_path):
