@@ -200,8 +200,8 @@ def test_scaling_goes_on_where_a_row_cannot_be_measured(monkeypatch, capsys):
 
 
 def test_peak_memory_is_that_of_the_contestant_alone():
-    """Memory of this process must not count; with getrusage, a process would start with its parent's peak. The bound
-    is 0.95, since a little of the allocation fits into memory that importing has freed.
+    """Memory of this process must not count; with getrusage, a process would start with its parent's peak. The lower
+    bound is 0.95, since a little of the allocation fits into memory that importing has freed.
     """
     ours, theirs = 2**28, 2**26  # bytes
     held = np.ones(ours // 8)
@@ -212,7 +212,7 @@ def test_peak_memory_is_that_of_the_contestant_alone():
 
 
 def test_ratios_are_to_the_best_torch():
-    """The best form has the lower median. Ratios are taken within rounds, so that a slow round cancels."""
+    """The best form has the lowest median. Ratios are taken within rounds, so that a slow round cancels."""
     slow_round = np.array([1, 1, 10])
     seconds = {"jax": 3 * slow_round, "torch": 4 * slow_round, "torch.channels_last": 2 * slow_round}
     assert benchmark.ratios_to_best_torch(seconds) == {"jax": 1.5, "torch": 2.0, "torch.channels_last": 1.0}

@@ -68,7 +68,7 @@ def test_missing_classes():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_plain_pictures(channels):
-    """All pixels of a plain picture have one colour, in any channels. Plain pictures are no copies of one another."""
+    """All pixels of a plain picture have one colour, in 1 or 3 channels. Plain pictures do not count as copies."""
     train, test = noise(5, 0, channels), noise(2, 1, channels)
     train[1:4] = range(7, 7 + channels)
     train[3, 2, 2, channels - 1] += 1

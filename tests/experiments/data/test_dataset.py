@@ -135,7 +135,7 @@ def test_channel_statistics_are_exact(shape):
 
 
 def test_channel_statistics_of_a_constant_are_exactly_so():
-    """Sums of whole numbers leave no variance by rounding."""
+    """Sums of whole numbers leave no variance from rounding."""
     mean, deviation = channel_statistics(np.full((7, 3, 3, 2), 51, np.uint8))
     assert mean.tolist() == [0.2, 0.2]
     assert deviation.tolist() == [0.0, 0.0]

@@ -117,7 +117,7 @@ def test_linear_classifier_on_pixels_does_badly():
 
 
 def test_the_linear_classifier_is_a_fair_yardstick():
-    """It finds classes that are patterns under noise, with fewer and with more pixels than pictures."""
+    """The classifier finds classes that are patterns under noise, with fewer and with more pixels than pictures."""
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 6
     for pixels in (40, 2000):

@@ -96,7 +96,7 @@ def test_adams_are_optaxs(name, theirs):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", get_args(CommonOptimizerName))
 def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
-    """They agree over twenty steps of a cosine in float64; 1e-12 is for the order of multiplications."""
+    """The optimizers agree in twenty steps of a cosine in float64; 1e-12 is for the order of multiplications."""
     ours = recipe(name, make_schedule("cosine", 0.1, 20, 0), weight_decay=weight_decay)
     start = jax.tree.map(jnp.asarray, START)
     jaxs = descend(updating(adapter("jax").make_optimizer(ours), start), start, 20)

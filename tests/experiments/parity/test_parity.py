@@ -188,7 +188,7 @@ def unbiased_in_jax(batch_norm, x, weight, *arrays, train, eps=1e-5):
 
 
 def unbiased_in_numpy(batch_norm, x, weight, *arrays, train, eps=1e-5, gather=alone, **settings):
-    """Does the same. Each thread has a part of the images; gather collects their numbers of values."""
+    """Does what unbiased_in_jax does. A thread has a part of the images; gather collects their counts."""
     s = math.sqrt(1 - 1 / sum(gather(x.size // x.shape[-1]))) if train else 1.0
     outputs, vjp = batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2, gather=gather, **settings)
 
@@ -401,7 +401,7 @@ def test_nan_is_the_largest_error_and_broken():
     ("shift", "logits", "top5"), [(0.0, "ok", "ok"), (2e-4, "BROKEN", "ok"), (0.3, "BROKEN", "BROKEN")]
 )
 def test_float32_logits_have_an_absolute_bound(shift, logits, top5):
-    """One of ten logits, 0.2 apart, is moved; too far a move changes the second image's top-5."""
+    """One of ten logits, 0.2 apart, is moved; moved too far, it changes the second image's top-5."""
     reference = np.tile(0.2 * np.arange(10.0), (2, 1))
     ours = reference.copy()
     ours[1, 8] += shift

@@ -19,7 +19,7 @@ def test_mean_interval_is_that_of_a_t_test():
 
 
 def test_paired_difference_takes_the_seeds_that_both_have():
-    """What all runs of a seed share cancels: the interval is far narrower than that of a mean."""
+    """What all runs of a seed share cancels: the interval is far narrower than the interval of a mean."""
     generator = np.random.default_rng(1)
     of_seed = generator.normal(0.5, 0.05, 6)
     ours = {seed: of_seed[seed] + 0.02 + generator.normal(0, 0.002) for seed in range(6)}
@@ -43,7 +43,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_other_pictures_widen_an_interval():
-    """Two networks differ on a few pictures in all seeds: this is certain here, less so for other pictures."""
+    """Two networks differ on a few pictures in all seeds: this is certain for these pictures, less so for others."""
     generator = np.random.default_rng(3)
     theirs = np.tile(generator.random(800) < 0.5, (5, 1))
     ours = theirs.copy()

@@ -75,7 +75,7 @@ def change_last_row(run_folder, **changes):
 
 
 def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
-    """It tunes, runs the best setting on every seed, fills trials.csv and removes large files."""
+    """A study tunes, runs the best setting on every seed, fills trials.csv and removes large files."""
     assert run(protocol, out) == 0
     rows = trials(out)
     assert len(rows) == 2 * (3 + 2)
