@@ -1,4 +1,4 @@
-"""Every case of tests/bad_inputs.py by its command: its message, exit code 2, and nothing broken is left."""
+"""Each command of tests/bad_inputs.py prints its message, exits with code 2 and leaves nothing broken."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MAIN = {
     "study": experiments.study.__main__.main,
     "report": experiments.report.__main__.main,
 }
-TIMEOUT = 120  # seconds, of a process that takes 5 where nothing else runs
+TIMEOUT = 120  # seconds; the process takes 5 on an idle machine
 NOBODY = 65534
 
 
@@ -51,7 +51,7 @@ def pattern(message: str) -> str:
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    """What is below a folder; of files, kind and rights, size and time."""
+    """Modes of all files and folders in a folder; of files, also size and time."""
     found = {}
     for directory, folders, files in os.walk(folder):
         for name in folders + files:
@@ -63,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 
 def check(case: Case, code: int, printed: str, folder: Path, before: dict[str, tuple]) -> None:
-    """Exit code 2, this message and no other, and the folder as it was."""
+    """Asserts exit code 2, the case's message and an unchanged folder."""
     assert code == 2, printed
     assert "Traceback" not in printed
     lines = printed.replace(f"{folder}/", "").replace(str(folder), ".").splitlines()
@@ -74,14 +74,14 @@ def check(case: Case, code: int, printed: str, folder: Path, before: dict[str, t
             told, _, listed = told.partition("\n")
             assert all(line.startswith("  ") for line in listed.splitlines()), printed
         assert re.fullmatch(pattern(f"error: {case.message}"), told), printed
-    else:  # the parser's own, in a box
+    else:  # the parser prints its errors in a box
         boxed = [line.strip(" │").removeprefix("Error parsing Settings: ") for line in lines]
         assert any(re.fullmatch(pattern(case.message), line) for line in boxed), printed
     assert snapshot(folder) == before
 
 
 def check_cache(cache: Path) -> None:
-    """Complete entries or none."""
+    """Asserts that every entry is complete."""
     for entry in cache.glob("*/*"):
         assert not entry.name.startswith("partial-")
         assert not entry.name.startswith("stanford-cars") or (entry / "entry.json").is_file()
@@ -103,7 +103,7 @@ def cases(*ways: str) -> list:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty folder to be in, with a cache beside it."""
+    """An empty working directory, with a cache beside it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name, value in environment(tmp_path / "cache").items():
@@ -113,7 +113,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {"XDG_CACHE_HOME": str(cache), "COLUMNS": "1000"}  # the parser breaks no lines then
+    return {"XDG_CACHE_HOME": str(cache), "COLUMNS": "1000"}  # so that the parser breaks no lines
 
 
 @pytest.mark.parametrize("case", cases("here"))
@@ -124,7 +124,7 @@ def test_bad_input(case, folder, capsys):
     capsys.readouterr()
     try:
         code = MAIN[program](arguments)
-    except SystemExit as stop:  # the parser's own
+    except SystemExit as stop:  # raised by the parser
         code = stop.code
     check(case, code, capsys.readouterr().err, folder, before)
     check_cache(folder.parent / "cache")
@@ -157,10 +157,10 @@ RUNNER = f"""if True:
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """All cases that are not for this process, in two processes: {case: (exit code, stderr, folder, snapshot)}."""
+    """Runs the cases "process" and "nobody", each in one process: {case: (exit code, stderr, folder, snapshot)}."""
     results = {}
     with tempfile.TemporaryDirectory() as top:
-        os.chmod(top, 0o755)  # nobody must get into it, as not into pytest's folders
+        os.chmod(top, 0o755)  # the user nobody cannot enter pytest's folders
         npz()(Path(top))
         bad_picture(b"")(Path(top))
         for how in ("process", "nobody"):
@@ -176,7 +176,7 @@ def elsewhere():
             command = [sys.executable, "-c", RUNNER, how, top]
             with contextlib.ExitStack() as stack:
                 answers = stack.enter_context(open(Path(top) / f"{how}.jsonl", "w+", encoding="utf-8"))
-                with contextlib.suppress(subprocess.TimeoutExpired):  # what came before the one that hangs is told
+                with contextlib.suppress(subprocess.TimeoutExpired):  # the answers before a hanging case remain
                     subprocess.run(
                         command,
                         input=json.dumps(orders),
@@ -203,7 +203,7 @@ def test_bad_input_in_another_process(case, elsewhere):
     "case", [PICTURES[12], WEIGHT_FILES[6], COMMAND_LINE[4]], ids=lambda case: f"{case.command}: {case.what}"
 )
 def test_as_a_command(case, tmp_path):
-    """As people start it: no message of Python's, no wait."""
+    """Runs `python -m`, as people do: no traceback, no hang."""
     (tmp_path / "here").mkdir()
     case.make(tmp_path / "here")
     before = snapshot(tmp_path / "here")
@@ -231,7 +231,7 @@ NAMES = ("two words", 'it\'s "quoted"', "a\nb", "Škoda 🚗", "$(HOME) *", "caf
 
 
 def test_classify_takes_any_name(folder, capsys):
-    """And any kind of picture: CMYK, 16 bits, several frames, a palette, transparent."""
+    """classify also takes pictures in CMYK, of 16 bits, of several frames, with a palette or alpha."""
     npz()(folder)
     kinds = (
         NOISE.convert("CMYK"),
@@ -253,7 +253,7 @@ def test_classify_takes_any_name(folder, capsys):
 
 
 def test_cars_takes_any_name(folder, capsys):
-    """Of the folder, its classes, its pictures and the run: trained, tested and written down."""
+    """The folder, its classes, its pictures and the run may have any name."""
     data, out = folder / NAMES[1] / "cars\n🚗", folder / "a run's\nfolder 🚗"
     for split_name in ("train", "test"):
         for name in NAMES:

@@ -40,7 +40,7 @@ def few_drawings(monkeypatch):
 
 
 def cars_folder(root, per_class=6, size=48):
-    """Stanford Cars in miniature, by class: three classes of noise around a grey of their own."""
+    """A tiny Stanford Cars by class: three classes, each noise around its own grey level."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for number, name in enumerate(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Audi S4 Sedan 2012"]):
@@ -53,7 +53,7 @@ def cars_folder(root, per_class=6, size=48):
 
 
 def train(out, *arguments):
-    """Of a tiny run in this process: the exit code."""
+    """Trains in this process; returns the exit code."""
     return cars.main([*TINY, *map(str, arguments), "--out", str(out)])
 
 
@@ -63,7 +63,7 @@ def config_of(out):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A tiny run of the demo, done twice, by the command and in this process: the folders and what was printed."""
+    """Runs a tiny demo by the command and in this process; returns the folders and what the command printed."""
     first, second = (tmp_path_factory.mktemp("runs") / name for name in ("first", "second"))
     environment = {k: v for k, v in os.environ.items() if k != DATA_VARIABLE}
     command = [sys.executable, "-m", "experiments.cars", *TINY, "--out", str(first)]
@@ -96,7 +96,7 @@ def test_every_test_picture_has_its_prediction(demo):
 
 
 def test_metrics_are_flat_fractions(demo):
-    """At the end of an epoch also the bounds, the shares at them, and the steps of the 21 kernels."""
+    """The end of an epoch adds the bounds, the shares at the bounds, and the steps of 21 kernels."""
     last = read_metrics(demo[0][0])[-1]
     bounds = {"step_lower", "step_upper", "at_lower", "at_upper"}
     kernels = {name for name in last if name.startswith("step/")}
@@ -105,7 +105,7 @@ def test_metrics_are_flat_fractions(demo):
 
 
 def test_the_same_seed_gives_the_same_run(demo):
-    """Bit for bit, times aside, and weights too: two processes."""
+    """Metrics, except times, and weights agree bit for bit."""
     first, second = (
         [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in read_metrics(folder)]
         for folder in demo[0]
@@ -122,8 +122,8 @@ def test_classify_answers_as_the_runs_own_test(framework, demo, tmp_path, capsys
 
 
 def test_stanford_cars_by_class_and_fine_tuning(few_drawings, tmp_path, capsys):
-    """A folder of cars, colour, not square, with a picture that cannot be read; then from its weights with --init, grey
-    and with another head. In NumPy, which compiles nothing."""
+    """One picture cannot be read; the first run is in colour and not square. Runs in grey and with another head then
+    start from its weights with --init. NumPy compiles nothing."""
     data = cars_folder(tmp_path / "cars")
     bad = data / "train" / "Acura RL Sedan 2012" / "00003.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
@@ -190,7 +190,7 @@ def test_settings_of_a_protocol_are_checked(values, message):
 
 
 def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
-    """Three classes, some of their training pictures in place of the test pictures, not normalized, no BatchNorm."""
+    """The run has three classes, tests on held-out training pictures, and has no normalization and no BatchNorm."""
     parts = ["--classes", "3", "--holdout", "0.2", "--no-normalize", "--no-batch-norm", "--no-zero-gamma"]
     assert train(tmp_path / "run", *parts, "--test-limit", "24", "--epochs", "1", "--framework", "numpy") == 0
     config = config_of(tmp_path / "run")
@@ -224,7 +224,7 @@ def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
     ],
 )
 def test_settings_that_cannot_be(arguments, message, few_drawings):
-    """Those that docs/bad-input.md does not have."""
+    """docs/bad-input.md has more bad settings."""
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare.load_cars(parse_settings([*TINY, *arguments.split()]))
 
@@ -234,7 +234,7 @@ def test_an_earlier_run_is_kept(demo, capsys):
     before = (folder / "metrics.jsonl").read_bytes()
     assert train(folder) == 2
     assert "--overwrite" in capsys.readouterr().err
-    # Nor is it lost to a start that fails.
+    # A failing start keeps the earlier run.
     assert train(folder, "--batch-size", "61", "--overwrite") == 2
     assert (folder / "metrics.jsonl").read_bytes() == before
 
@@ -265,7 +265,7 @@ def test_bad_weights_are_named(changes, message, demo, tmp_path, capsys):
 
 
 def test_a_frozen_backbone(demo, tmp_path):
-    """From the demo's weights, in .pth: the dense layer alone has changed after it, and its steps are shown."""
+    """Training from the demo's weights in .pth changes the dense layer alone, and shows only its steps."""
     pytest.importorskip("torch", reason="needs the extra torch")
     source, target = tmp_path / "weights.pth", tmp_path / "run"
     before = weights.read_arrays(demo[0][0] / "weights.safetensors")
@@ -278,7 +278,7 @@ def test_a_frozen_backbone(demo, tmp_path):
 
 
 def test_resuming_needs_the_checkpoint_alone(demo, tmp_path, capsys):
-    """Not the file of --init; what it cannot do it refuses with a way out; the checkpoint says what network it is."""
+    """The file of --init may be gone. More epochs are refused with a way out. The checkpoint describes its network."""
     start, out = tmp_path / "start.safetensors", tmp_path / "run"
     shutil.copy(demo[0][0] / "weights.safetensors", start)
     assert train(out, "--keep", "1", "--init", start) == 0
@@ -306,7 +306,7 @@ def test_compared_runs_of_one_name_are_told_apart(demo, tmp_path, capsys):
 
 
 def test_stanford_cars_by_the_command(stanford_cars_dir, tmp_path):
-    """The real pictures through the real command, a small draw of them."""
+    """The program trains on a small draw of the real pictures."""
     limits = ["--limit", "196", "--test-limit", "196", "--epochs", "1", "--batch-size", "16"]
     assert train(tmp_path / "run", "--data", stanford_cars_dir, *limits) == 0
     config = config_of(tmp_path / "run")
@@ -317,7 +317,7 @@ def test_stanford_cars_by_the_command(stanford_cars_dir, tmp_path):
 
 @pytest.mark.slow
 def test_demo_learns_what_logistic_regression_does_not(tmp_path):
-    """The README's first command: ResNet-101 with AdaBound reaches 80% of held-out drawings, far above pixels."""
+    """With the README's first command ResNet-101 reaches 80% on the test set, 20 points above a linear classifier."""
     assert cars.main(["--opt", "adabound", "--out", str(tmp_path / "run")]) == 0
     reached = read_metrics(tmp_path / "run")[-1]["test_top1"]
     linear = pixel_accuracy(drawn_cars((64, 64), **prepare.DRAWINGS, grey=True, seed=0))

@@ -1,4 +1,4 @@
-"""The command `python -m experiments.classify`: one answer in three frameworks, by anybody's weights or a run's."""
+"""`python -m experiments.classify`: three frameworks give one answer, with a run's weights or anybody else's."""
 
 import dataclasses
 import json
@@ -34,10 +34,10 @@ def torchvision_inputs(pictures):
 
 
 def torchvision_model(arch, images):
-    """A seeded torchvision model in evaluation: running statistics of these images, logits of deviation 2 for them.
+    """A seeded torchvision model in evaluation mode, with these images' statistics, and logits of deviation 2 for them.
 
-    Blocks add little to what they are given, as in trained networks. Where they add as much as that, PyTorch's
-    own logits in float32 are 4e-4 from those in float64 (ResNet-101, photographs), here 8e-6.
+    Blocks add little to their input, as in trained networks. If a block added as much as its input, PyTorch's own
+    float32 logits would be 4e-4 from the float64 logits (ResNet-101, photographs); here they are 8e-6 off.
     """
     torch.manual_seed(0)
     model = torchvision.models.get_model(arch)
@@ -47,7 +47,7 @@ def torchvision_model(arch, images):
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.uniform_(*((0.1, 0.3) if name.endswith(last) else (0.5, 1.5)))
                 module.bias.normal_(0, 0.1)
-                module.momentum = None  # the plain average of what it meets
+                module.momentum = None  # the plain average of all batches
         model.train()(images)
         model.fc.weight *= 2 / model.eval()(images).std()
     return model
@@ -55,7 +55,7 @@ def torchvision_model(arch, images):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Three pictures of patches, of other sizes and modes."""
+    """Three pictures of patches, in three sizes and modes."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for mode, size in {"RGB": (300, 400), "L": (500, 260), "RGBA": (224, 224)}.items():
@@ -93,7 +93,7 @@ def logits_of(pictures, path, framework):
 
 
 def check_frameworks_against_torchvision(model, path, pictures):
-    """float32: 1e-4 absolute on logits of deviation 2 is the project's target for whole networks; the same order."""
+    """Logits of deviation 2 agree to 1e-4, the project's target in float32; the top five have the same order."""
     with torch.inference_mode():
         expected = model(torchvision_inputs(pictures)).numpy()
     for framework in FRAMEWORKS:
@@ -138,7 +138,7 @@ def test_json_and_table_say_the_same(resnet18, pictures, capsys):
 
 
 def test_more_pictures_than_a_batch(resnet18, pictures, monkeypatch):
-    """Each as if alone, the last, half-filled batch too; 1e-5, as other batch sizes sum in another order."""
+    """Each picture has the logits that it has alone, also in a half-filled batch; 1e-5 is for the order of sums."""
     alone = np.concatenate([logits_of([picture], resnet18[1], "numpy") for picture in pictures])
     monkeypatch.setattr(classify, "BATCH_SIZE", 2)
     np.testing.assert_allclose(logits_of(pictures, resnet18[1], "numpy"), alone, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ PREPARATIONS = {  # a file's name, what is asked for, torchvision's preparation
 
 @pytest.mark.parametrize(("name", "arguments", "options"), PREPARATIONS.values(), ids=PREPARATIONS)
 def test_pictures_are_prepared_as_the_weights_want(name, arguments, options, resnet18, tmp_path, capsys):
-    """By the file's name, the settings beside it, or as asked for; of noise other sizes would give other answers."""
+    """The file's name, the settings beside it or --resize decide. On noise, another size gives another answer."""
     picture = Image.fromarray(noise(300, 400, 3))
     picture.save(tmp_path / "noise.png")
     weights.save(tmp_path / name, *weights.from_torch(resnet18[0].state_dict()))
@@ -186,7 +186,7 @@ def cars_dataset():
 
 @pytest.fixture(scope="module")
 def run(cars_dataset, tmp_path_factory):
-    """What experiments.cars writes of a network for grey pictures that are not square; the network is not trained."""
+    """The folder of an untrained network, as experiments.cars writes it, for grey pictures that are not square."""
     folder = tmp_path_factory.mktemp("run")
     mean, std = channel_statistics(cars_dataset.train.images)
     description = describe_input("resnet18", cars_dataset, {"mean": mean.tolist(), "std": std.tolist()})
@@ -197,7 +197,7 @@ def run(cars_dataset, tmp_path_factory):
 
 
 def test_what_was_white_in_the_run_is_white_here(run, cars_dataset):
-    """A dark picture of 12 bits in 16, which on its own would be four times as light."""
+    """On its own, a dark picture of 12 bits in 16 would be four times as light."""
     source = cars_dataset.source | {"white": {"whole numbers": 4095}}
     description = describe_input(
         "resnet18", dataclasses.replace(cars_dataset, source=source), {"mean": [0], "std": [1]}
@@ -212,9 +212,9 @@ def test_what_was_white_in_the_run_is_white_here(run, cars_dataset):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_run_classifies_with_its_own_preparation_and_names(framework, run, cars_dataset, tmp_path, capsys):
-    """Probabilities under the run's names, as torchvision's ResNet-18 gives them, for pictures of the run's size.
+    """torchvision's ResNet-18 gives the same probabilities to the run's names, for pictures of the run's size.
 
-    1e-4, as for logits, of which probabilities are less apart.
+    The tolerance is 1e-4 as for logits; probabilities differ less.
     """
     folder, dataset = run, cars_dataset
     images = dataset.test.images[:3]
@@ -239,7 +239,7 @@ def test_a_run_classifies_with_its_own_preparation_and_names(framework, run, car
 
 
 def test_an_exported_run_answers_the_same(run, resnet18, pictures, tmp_path, capsys):
-    """Within 1e-5, for another compilation: a run's network and one for ImageNet, each with its own pictures."""
+    """A run's network and one for ImageNet keep their preparation; 1e-5 leaves room for another compilation."""
     told = ("arch", "preparation", "notes")
     for source, name in ((run, "run.stablehlo"), (resnet18[1], "imagenet.stablehlo")):
         assert classify.main(["--weights", str(source), "--export", str(tmp_path / name)]) == 0
@@ -271,7 +271,7 @@ def test_a_runs_file_alone_is_enough_and_takes_pictures_of_any_size_and_colour(r
 
 
 def test_it_needs_no_torch(resnet18, pictures, tmp_path):
-    """With torch and torchvision made impossible to import JAX and NumPy answer; torch is a clear error."""
+    """If torch and torchvision cannot be imported, JAX and NumPy answer, and torch is a clear error."""
     path = tmp_path / "weights.safetensors"
     weights.save(path, *weights.from_torch(resnet18[0].state_dict()))
     program = """if True:
@@ -297,7 +297,7 @@ def test_it_needs_no_torch(resnet18, pictures, tmp_path):
 
 
 def test_torchvisions_weights_are_read_where_torch_hub_keeps_them(resnet18, pictures, tmp_path, capsys, monkeypatch):
-    """A file put where the error says is used without a network, and is not trusted to be more than data."""
+    """A file that is put where the error says needs no network, and is refused if it is more than data."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     url = "http://127.0.0.1:9/resnet18-00000000.pth"  # nothing listens there
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
@@ -359,7 +359,7 @@ MISTAKES = {  # arguments, what the one line on stderr says; more are in bad_inp
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_exit_code_2_and_one_line(arguments, message, files, pictures, capsys, monkeypatch):
-    """In JAX, too, where XLA may lose a nan in a maximum: 224x224 is a size at which it did."""
+    """XLA may lose a nan in a maximum, as at 224x224; JAX must report a nan there, too."""
     monkeypatch.chdir(files)
     told = [str(pictures[0]) if argument == "picture" else argument for argument in arguments.split()]
     assert classify.main(told) == 2
@@ -370,7 +370,7 @@ def test_a_mistake_is_exit_code_2_and_one_line(arguments, message, files, pictur
 
 @pytest.mark.parametrize("name", ["good.npz", "timm.safetensors"])
 def test_classes_without_names_are_numbered(name, files, pictures, capsys):
-    """Also where another program's metadata share two names with a run's."""
+    """Another program's metadata may have two of a run's names."""
     answer = asked(capsys, pictures[0], "--weights", files / name, "--framework", "torch")
     (rows,) = answer["pictures"].values()
     assert sorted(row["class"] for row in rows) == ["class 0", "class 1", "class 2"]
@@ -393,7 +393,7 @@ HUB_SETTINGS = {  # what stands beside the weights; the shorter side or both, th
 
 @pytest.mark.parametrize(("settings", "shorter", "crop", "resample"), HUB_SETTINGS.values(), ids=HUB_SETTINGS)
 def test_settings_of_a_hub(settings, shorter, crop, resample):
-    """What timm 1.0 and transformers 5.24 do with them."""
+    """timm 1.0 and transformers 5.24 do the same."""
     of_timm = "input_size" in settings
     numbers = ("mean", "std") if of_timm else ("image_mean", "image_std")
     settings = settings | {name: [0.5, 0.4, 0.3] for name in numbers}

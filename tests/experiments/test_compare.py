@@ -1,4 +1,4 @@
-"""Where curves part, and several frameworks by one command."""
+"""Where loss curves part, and one command for several frameworks."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_equal_curves_and_strangers():
 
 
 def start(names, out, *more, **options):
-    """The command with --compare, in a process of its own."""
+    """Starts the command with --compare in its own process."""
     command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", names, "--out", str(out), *more]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, cwd=ROOT, env=ALONE, **pipes, **options)
@@ -60,7 +60,7 @@ def start(names, out, *more, **options):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """The demo in three frameworks, by the command; the folder and what was printed."""
+    """Trains the demo in three frameworks; returns the folder and what was printed."""
     folder = tmp_path_factory.mktemp("runs") / "compared"
     process = start("jax,numpy,torchvision", folder)
     printed, errors = process.communicate()
@@ -71,7 +71,7 @@ def compared(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.xdist_group("compared")
 def test_one_command_trains_in_all_and_compares(compared):
-    """Every step is logged, under the same names; the first losses are one, the others as far as float32 lets them."""
+    """Every step is logged, under the same names. The first losses agree to 1e-6, the fourth to 1e-3, in float32."""
     folder, printed = compared
     found = {name: read_metrics(folder / name) for name in ("jax", "numpy", "torchvision")}
     for name, ours in found.items():
@@ -124,7 +124,7 @@ def test_frameworks_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_one_that_fails_ends_it(tmp_path):
-    """Its own message, and its exit code."""
+    """The failed run's message and exit code are passed on."""
     process = start("numpy,jax", tmp_path / "run", "--batch-size", "49")
     _, errors = process.communicate()
     assert process.returncode == 2
@@ -134,7 +134,7 @@ def test_one_that_fails_ends_it(tmp_path):
 
 
 def test_ctrl_c_ends_all_and_compares_what_there_is(tmp_path):
-    """In a process group of its own, as a terminal's: the one that is training reports, the others do not begin."""
+    """The process group gets SIGINT, as in a terminal: the current run reports, and the next one does not begin."""
     folder = tmp_path / "run"
     heard = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = start("numpy,jax", folder, "--epochs", "400", **heard)

@@ -107,7 +107,7 @@ def test_the_case_of_a_suffix_does_not_matter(suffix, path, state_dict):
 
 
 def test_batch_counts_are_added_for_torch(state_dict, tmp_path, capsys):
-    """Files that are made from this one keep them."""
+    """Files that are made from the new file keep the counts."""
     trees = weights.from_torch(state_dict)
     weights.save(tmp_path / "in.npz", *trees)
     assert run(tmp_path / "in.npz", tmp_path / "out.pth") == 0
@@ -128,7 +128,7 @@ def test_metadata_is_kept_where_the_format_has_it(state_dict, tmp_path, capsys):
 
 
 def test_names_and_layers_that_were_called_otherwise_are_said(state_dict, tmp_path, capsys):
-    """The file has torchvision's names, from Hugging Face's names, with a dense layer of another name or none."""
+    """Hugging Face's names become torchvision's, with a dense layer of another name or none."""
     theirs = {naming.HUGGING_FACE.theirs(name): value for name, value in state_dict.items()}
     theirs = {name if name.startswith("cl") else f"resnet.{name}": value for name, value in theirs.items()}
     torch.save(theirs, tmp_path / "in.bin")
@@ -161,7 +161,7 @@ def test_hugging_faces_names_are_written(path, tmp_path, capsys):
 
 
 def test_keras_names_are_written(tmp_path, capsys):
-    """If the network has its strides where Keras has them; others are refused."""
+    """The network must have its strides where Keras has them."""
     config, rng = resnet.resnet50(num_classes=3, stride_in="conv1"), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
     tree = jax.tree.map(lambda spec: rng.random(spec.shape, np.float32), shapes)
@@ -182,7 +182,7 @@ def test_keras_names_are_written(tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_run_becomes_its_weight_file(tmp_path, capsys):
-    """It has the metadata of the run's own file; --entry selects the average."""
+    """The metadata come from config.json; --entry selects the average."""
     params, batch_stats = resnet.init(resnet.resnet18(num_classes=3, in_channels=1), jax.random.key(0))
     average = {"params": jax.tree.map(lambda a: a + 1, params), "batch_stats": batch_stats}
     state = {"params": params, "batch_stats": batch_stats, "opt_state": {"mu": params}, "ema": average}

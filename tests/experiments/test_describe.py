@@ -12,7 +12,7 @@ import torchvision
 from experiments import describe
 from jax_resnet import resnet
 
-# As torchvision publishes them with its weights (IMAGENET1K_V1), multiply-adds in units of 1e9.
+# {name: (parameters, multiply-adds in units of 1e9)}, as torchvision publishes them with IMAGENET1K_V1.
 PUBLISHED = {
     "resnet18": (11_689_512, 1.81),
     "resnet34": (21_797_672, 3.66),
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 def counted_by_torch(name, height, width):
-    """{layer: (output's shape (H, W, C), multiply-adds)} of torchvision's network, from a run of it on no data."""
+    """{layer: (output's shape (H, W, C), multiply-adds)} of torchvision's network, run without data."""
     rows = {}
 
     def record(layer, module, inputs, output):
@@ -43,7 +43,7 @@ def counted_by_torch(name, height, width):
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("size", [(224, 224), (65, 96)], ids=str)
 def test_every_layer_is_torchvisions(name, size):
-    """Shape and multiply-adds of every convolution and of the dense layer; all parameters. 65 is odd in every stage."""
+    """Shapes, multiply-adds and parameters agree, of convolutions and the dense layer. 65 is odd in every stage."""
     rows = list(describe.layer_rows(getattr(resnet, name)(), *size))
     expected, parameters = counted_by_torch(name, *size)
     assert {row.name: (row.shape, row.multiply_adds) for row in rows if row.multiply_adds} == expected
@@ -58,7 +58,7 @@ def test_every_layer_is_torchvisions(name, size):
 @pytest.mark.parametrize("name", ["resnet18", "resnet101"])
 @pytest.mark.parametrize("settings", [{}, {"stride_in": "conv1"}, {"batch_norm": False}, {"in_channels": 1}], ids=str)
 def test_shapes_and_parameters_are_those_of_the_network(name, settings):
-    """Of apply's activations, where both have them, and of init's arrays; the stride in conv1 makes less work."""
+    """Shapes are those of apply's activations, where both have them; parameters are those of init's arrays."""
     config = getattr(resnet, name)(num_classes=7, **settings)
     params, batch_stats = jax.eval_shape(lambda: resnet.init(config, jax.random.key(0)))
     images = jax.ShapeDtypeStruct((1, 64, 97, config.in_channels), jnp.float32)
@@ -75,7 +75,7 @@ def test_shapes_and_parameters_are_those_of_the_network(name, settings):
 
 
 def test_the_papers_bottleneck_does_less():
-    """v1 strides before the 3x3, v1.5 in it: 7.6e9 (He et al. 2015, table 1) and 7.8e9 for ResNet-101."""
+    """v1 strides before the 3x3, v1.5 in it: ResNet-101 has 7.6e9 (He et al. 2015, table 1) and 7.8e9."""
     v1, v15 = (
         sum(row.multiply_adds for row in describe.layer_rows(resnet.resnet101(stride_in=stride_in), 224, 224))
         for stride_in in ("conv1", "conv2")

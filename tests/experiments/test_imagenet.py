@@ -33,7 +33,7 @@ def torchvisions(path, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_photographs_are_prepared_as_in_torchvision(version, photos_dir):
-    """To the bit, normalization included."""
+    """They agree to the bit, normalization included."""
     photos = sorted(photos_dir.iterdir())
     assert {Image.open(photo).mode for photo in photos} == {"RGB", "L"}
     for photo in photos:
@@ -63,7 +63,7 @@ PICTURES = {  # mode, width, height, suffix
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("mode", "width", "height", "suffix"), PICTURES.values(), ids=PICTURES)
 def test_every_size_and_mode_is_prepared_as_in_torchvision(mode, width, height, suffix, version, tmp_path):
-    """To the bit; noise, in which every pixel that is off shows."""
+    """They agree to the bit; noise shows every pixel that is off."""
     path = tmp_path / f"picture{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 4), np.uint8)
     Image.fromarray(noise).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)
@@ -100,7 +100,7 @@ def test_torchvisions_files_are_known_by_their_names(arch, tmp_path):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A function that makes a local server stand in for torchvision's, with a given file, and returns its URL."""
+    """A function that serves a file in place of torchvision's server, and returns the file's URL."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "served"
@@ -122,7 +122,7 @@ def served(tmp_path, monkeypatch):
 
 
 def test_a_download_is_kept(served, tmp_path, monkeypatch):
-    """Into torch.hub's own folder, checked, once."""
+    """The file is downloaded once, into torch.hub's folder."""
     contents = b"weights"
     name = f"resnet18-{hashlib.sha256(contents).hexdigest()[:8]}.pth"
     served(name, contents)
@@ -150,7 +150,7 @@ def test_a_failed_download_says_where_to_put_the_file(case, served, tmp_path, mo
 
 
 def test_the_version_is_torchvisions_unless_asked_for(tmp_path, monkeypatch):
-    """Files of any content, where the error message says."""
+    """Empty files stand for the weights in torch.hub's folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)

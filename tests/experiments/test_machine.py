@@ -1,4 +1,4 @@
-"""experiments.machine, in processes of their own: a program that starts itself anew; the cache of what was compiled."""
+"""experiments.machine in separate processes: a program that restarts itself, and the cache of compiled programs."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def start(folder, *command, tunables):
 
 @on_request
 def test_a_program_starts_anew_as_the_same(tmp_path):
-    """Process, arguments, Python's options, exit code, and what else was told to glibc."""
+    """A restart keeps the process, arguments, Python's options, exit code and other glibc tunables."""
     arguments, before = ["two words", "-é", ""], "glibc.malloc.perturb=0"
     pid, found = start(tmp_path, "-X", "dev", "-m", "program", *arguments, tunables=before)
     tunables = f"{before}:glibc.malloc.hugetlb=1"
@@ -52,9 +52,9 @@ def test_a_program_starts_anew_as_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("command", "tunables"),
     [
-        (["-m", "program"], "glibc.malloc.hugetlb=0"),  # somebody has decided
-        (["-X", "huge_pages", "-m", "program"], ""),  # started anew already, by something that drops variables
-        (["program.py"], ""),  # no program of this project's way
+        (["-m", "program"], "glibc.malloc.hugetlb=0"),  # the user has decided
+        (["-X", "huge_pages", "-m", "program"], ""),  # restarted already, by something that drops variables
+        (["program.py"], ""),  # not started with -m
     ],
 )
 def test_a_program_does_not_start_anew(tmp_path, command, tunables):

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """400 + 50 pictures whose digit is easy to see."""
+    """400 + 50 pictures with digits that are easy to tell."""
     return write_mnist(tmp_path_factory.mktemp("data"), train=400, test=50)
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Runs a model in a framework, once: the function (model, framework) -> folder."""
+    """A function (model, framework) -> folder, which trains each pair once."""
     root, done = tmp_path_factory.mktemp("runs"), {}
 
     def run(model, framework):
@@ -75,10 +75,10 @@ def test_a_run_leaves_its_files(model, framework, runs):
 
 
 def test_the_frameworks_give_one_curve_and_learn(runs):
-    """The same weights and batches in float32: 2e-4 for rounding over 20 steps. frameworks/test_optimizers.py compares
-    each optimizer in float64, frameworks/test_common.py ResNets.
+    """Weights and batches are the same, in float32; 2e-4 leaves room for rounding over 20 steps.
+    frameworks/test_optimizers.py compares each optimizer in float64, frameworks/test_common.py compares ResNets.
 
-    The bar's place is easy to see: in the end all of 50 test pictures but a few are right; guessing gets 10%.
+    The digits are easy to tell: in the end at least 90% of the 50 test pictures are right; guessing gets 10%.
     """
     theirs, *others = (read_metrics(runs("cnn", name)) for name in TITLES)
     for ours in others:
@@ -114,14 +114,14 @@ def test_numpys_steps_compile_nothing(data):
         training.eval_step(state.params, state.batch_stats, images, labels)
         assert not compiled
         jax.jit(lambda x: x + 1)(1)
-        assert compiled  # what would have been noticed
+        assert compiled  # the listener hears a compilation
     finally:
         jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("framework", TITLES)
 def test_the_cnns_file_is_pytorchs(framework, runs, data):
-    """Conv2d, ReLU, Flatten and Linear in PyTorch's layout, by SciPy: the accuracy of the run's last row."""
+    """SciPy applies the file as PyTorch's layers would, and reaches the accuracy of the run's last row."""
     folder = runs("cnn", framework)
     arrays = load_file(folder / "weights.safetensors")
     shapes = {name: value.shape for name, value in arrays.items()}
@@ -145,7 +145,7 @@ def test_the_cnns_file_is_pytorchs(framework, runs, data):
 
 
 def test_classify_answers_as_the_runs_own_test(runs, data, tmp_path, capsys):
-    """Of pictures of 28x28, which it pads as the training did."""
+    """classify pads the 28x28 pictures as the training did."""
     folder = runs("resnet18", "jax")
     assert json.loads((folder / "config.json").read_text())["input"]["pad"] == 2
     check_classify(folder, load_mnist(data).test.images[:8], "numpy", tmp_path, capsys)
@@ -168,7 +168,7 @@ def test_an_optimizer_that_not_all_frameworks_have_is_no_choice(tmp_path, capsys
 
 
 def test_offline_is_exit_code_2_in_a_process(tmp_path):
-    """Nothing is listening where the proxy is said to be; TFDS's own folder is empty."""
+    """Nothing listens at the proxy's address, and TFDS's folder is empty."""
     pytest.importorskip("tensorflow_datasets", reason="needs the extra tfds")
     offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     environment = os.environ | offline | {"TFDS_DATA_DIR": str(tmp_path)}
@@ -189,7 +189,7 @@ def test_a_diverging_run_ends_with_exit_code_1(framework, data, tmp_path, capsys
 
 
 def test_a_few_real_digits(mnist_dir, tmp_path):
-    """The real files through the real command: 3,000 digits once reach 85% of the 10,000 (guessing: 10%)."""
+    """One epoch over 3,000 real digits reaches 85% on the 10,000 test digits; guessing reaches 10%."""
     arguments = ["--data", str(mnist_dir), "--limit", "3000", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert mnist.main(arguments) == 0
     assert read_metrics(tmp_path / "run")[-1]["test_top1"] >= 0.85
@@ -197,6 +197,6 @@ def test_a_few_real_digits(mnist_dir, tmp_path):
 
 @pytest.mark.slow
 def test_the_cnn_reaches_98_percent(mnist_dir, tmp_path):
-    """The command of the README, in NumPy: 3 epochs of Adam."""
+    """A command of docs/cars.md: 3 epochs of Adam in NumPy."""
     assert mnist.main(["--model", "cnn", "--data", str(mnist_dir), "--out", str(tmp_path / "run")]) == 0
     assert read_metrics(tmp_path / "run")[-1]["test_top1"] >= 0.98

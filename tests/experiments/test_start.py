@@ -27,7 +27,7 @@ print(json.dumps(found))
 
 
 def imports(*commands):
-    """What has been imported once each of the programs has ended, all in one process."""
+    """Runs programs in one process; returns the heavy modules imported by the end of each."""
     done = subprocess.run([sys.executable, "-c", IMPORTS, *commands], cwd=ROOT, capture_output=True, text=True)
     return {command: HEAVY & set(modules) for command, modules in json.loads(done.stdout).items()}
 
@@ -39,7 +39,7 @@ def test_help_and_describe_import_nothing_heavy():
 
 
 def test_training_needs_no_torch():
-    """With torch and torchvision made impossible to import everything still imports."""
+    """If torch and torchvision cannot be imported, the training modules still can."""
     blocked = "import sys; sys.modules.update(torch=None, torchvision=None); import experiments.training.prepare"
     code = f"{blocked}, experiments.training.run, experiments.mnist, jax_resnet"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -48,7 +48,7 @@ def test_training_needs_no_torch():
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", [["describe", "--arch", "resnet101"], ["cars", "--help"]])
 def test_a_closed_pipe_ends_a_program_quietly(command, unbuffered):
-    """As `| head -1` does, here before the first line."""
+    """The pipe is closed before the first line; `| head -1` closes it after one."""
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""The benchmarks run and print what they say; what they measure is not tested."""
+"""The benchmarks run and print their tables; the measured times are not tested."""
 
 import contextlib
 import functools
@@ -74,7 +74,7 @@ def without_torch(monkeypatch):
 
 @pytest.mark.usefixtures("without_torch")
 def test_step_prints_and_writes_its_tables(tmp_path, monkeypatch, capsys):
-    """In processes, as it is run; those that are not installed are left out."""
+    """Contestants run in processes; those that are not installed are left out."""
     files = [tmp_path / "step.json", tmp_path / "step.png"]
     options = ["--contestants", "numpy", "torch", "--json", str(files[0]), "--plot", str(files[1])]
     assert main([*STEP, *options]) == 0
@@ -153,7 +153,7 @@ def test_where_nothing_is_installed_all_are_left_out(arguments, names, monkeypat
 
 
 def test_a_contestant_that_fails_is_left_out(capsys):
-    """A network that there is not: its process says so instead of hanging, and the others go on."""
+    """The network is unknown: its process says so instead of hanging, and the others go on."""
     case = contestants.Case("resnet19", 2, 32, 32)
     make_steps = {
         "jax": functools.partial(contestants.jax_step, case),
@@ -185,7 +185,7 @@ def test_where_all_fail_nobody_is_left(arguments, message, capsys):
 
 @pytest.mark.usefixtures("here")
 def test_scaling_goes_on_where_a_row_cannot_be_measured(monkeypatch, capsys):
-    """A batch too small for training; devices on a machine with one GPU, which cannot be several."""
+    """A batch may be too small for training, and a machine may have too few devices."""
     monkeypatch.setattr(networks, "VIRTUAL", "")
     monkeypatch.setitem(networks.GROWTH, "batch-size", [{"batch_size": size} for size in (1, 2, 4)])
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--contestants", "jax", "numpy"]
@@ -200,8 +200,8 @@ def test_scaling_goes_on_where_a_row_cannot_be_measured(monkeypatch, capsys):
 
 
 def test_peak_memory_is_that_of_the_contestant_alone():
-    """What is held here must not count there; a process starts with its parent's peak as getrusage counts it. 0.95: a
-    little of what is allocated fits into memory that importing has freed.
+    """Memory of this process must not count; with getrusage, a process would start with its parent's peak. The lower
+    bound is 0.95, since a little of the allocation fits into memory that importing has freed.
     """
     ours, theirs = 2**28, 2**26  # bytes
     held = np.ones(ours // 8)
@@ -212,7 +212,7 @@ def test_peak_memory_is_that_of_the_contestant_alone():
 
 
 def test_ratios_are_to_the_best_torch():
-    """The better form by its median; the ratio is taken within rounds, so that a slow round cancels."""
+    """The best form has the lowest median. Ratios are taken within rounds, so that a slow round cancels."""
     slow_round = np.array([1, 1, 10])
     seconds = {"jax": 3 * slow_round, "torch": 4 * slow_round, "torch.channels_last": 2 * slow_round}
     assert benchmark.ratios_to_best_torch(seconds) == {"jax": 1.5, "torch": 2.0, "torch.channels_last": 1.0}
@@ -221,7 +221,7 @@ def test_ratios_are_to_the_best_torch():
 
 @pytest.mark.usefixtures("here")
 def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
-    """Drawn cars are in memory; a folder of pictures is decoded at need as well."""
+    """Drawn cars are in memory; a folder of pictures is also decoded lazily."""
     monkeypatch.setitem(prepare.DRAWINGS, "train_count", 196)
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
     assert main(["feed", *arguments]) == 0
@@ -241,7 +241,7 @@ def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
 
 
 def test_remat_takes_less_memory(monkeypatch):
-    """In one program, as a training step is: XLA:CPU does not merge the second run of a block with the first."""
+    """The step is one program: XLA:CPU does not merge the second run of a block with the first."""
     patch_shallow(monkeypatch, "resnet50")
     case = contestants.Case("resnet50", 4, 64, 64)
     programs = [contestants.our_program(case, remat=remat) for remat in (False, True)]
@@ -274,7 +274,7 @@ def programs(cache):
 
 
 def test_compile_starts_cold_and_then_warm(monkeypatch):
-    """The first start finds no compiled program, the second one those of the first, and compiles no other."""
+    """The first start finds no compiled program; the second finds those of the first and compiles no other."""
     seen = []
 
     @contextlib.contextmanager
@@ -306,7 +306,7 @@ def test_an_interrupted_run_leaves_what_it_has_and_says_so(tmp_path, monkeypatch
 
 
 def test_turns_rotate():
-    """So that nobody always follows the same contestant; each has built its step before."""
+    """No contestant always follows the same one; each has built its step before."""
     took = []
     make_steps = {name: lambda name=name: lambda: took.append(name) for name in "abc"}
     results = turns.compete(list(map(Here, "abc")), make_steps, rounds=3, steps=1)
@@ -320,7 +320,7 @@ def test_a_contestant_that_dies_is_named():
 
 
 def test_compile_prints_its_table(tmp_path, monkeypatch):
-    """Ratios are to torch.compile, where it took part."""
+    """Ratios are to torch.compile, if it takes part."""
     taken = {"jax": (6.0, 1.0), "torch.compile": (60.0, 20.0)}
     monkeypatch.setattr(networks, "cold_and_warm", lambda name, case, threads: taken[name])
     monkeypatch.setattr(networks, "available", list)
@@ -336,7 +336,7 @@ def test_compile_prints_its_table(tmp_path, monkeypatch):
 @needs_torch
 @pytest.mark.usefixtures("here")
 def test_memory_prints_its_table(capsys):
-    """Ratio, MB, median and quartiles; who cannot is left out, JAX has the peak with compilation as well."""
+    """Rows have ratio, MB, median and quartiles; JAX's also has the peak with compilation. NumPy is left out."""
     arguments = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1"]
     arguments += ["--tasks", "inference", "--precision", "bfloat16", "--contestants", "jax", "numpy", "torch"]
     assert main(["memory", *arguments]) == 0
@@ -347,7 +347,7 @@ def test_memory_prints_its_table(capsys):
 
 
 def test_memory_grows_with_the_batch(capsys):
-    """In processes of their own."""
+    """Each batch has its own process."""
     arguments = ["--arch", "resnet18", "--batch-size", "1", "64", "--image-size", "32", "--tasks", "inference"]
     assert main(["memory", *arguments, "--contestants", "numpy", "--rounds", "1"]) == 0
     small, large = (float(row[1]) for row in rows(capsys.readouterr().out, "numpy, batch"))
@@ -355,7 +355,7 @@ def test_memory_grows_with_the_batch(capsys):
 
 
 def test_devices_share_the_batch():
-    """The logits on two virtual devices, which only a new process can have, are those on one."""
+    """Two virtual devices, which only a new process can have, give the logits of one device."""
     case = contestants.Case("resnet18", 4, 32, 32, task="inference")
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     with turns.started(["jax"], None, flags) as (contestant,):
@@ -370,7 +370,7 @@ def check_devices(case):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot bind a process to cores")
 def test_threads_bind_a_contestant_to_cores():
-    """It finds so many cores, and this process still has its own."""
+    """A contestant has one core and its variables; this process keeps its own."""
     before = os.sched_getaffinity(0)
     with turns.started(["numpy"], threads=1, environment={"SOMETHING": "1"}) as (contestant,):
         contestant.build(functools.partial(functools.partial, check_what_is_inherited))

@@ -35,7 +35,7 @@ def from_flax(tree):
 
 
 def to_flax(arrays, like):
-    """The inverse, with the structure of like."""
+    """The inverse, with the structure of `like`."""
     flat = flatten_dict(arrays, sep=".")
     return unflatten_dict({path: flat[ours] for path, ours in zip(flatten_dict(like), from_flax(like), strict=True)})
 
@@ -56,7 +56,7 @@ def network_results(name: str, task: contestants.Task) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def same_weights(monkeypatch, x64):
-    """Has all networks, one block a stage, start with numpy_ref's weights of seed 0, and makes all of it float64."""
+    """Gives all networks one block per stage, numpy_ref's weights of seed 0, and float64."""
     patch_shallow(monkeypatch, "resnet18")
     monkeypatch.setitem(linen.STAGES, "resnet18", (1, 1, 1, 1))
     images, labels = contestants.batch(CASE)
@@ -90,16 +90,16 @@ def same_weights(monkeypatch, x64):
 @pytest.mark.usefixtures("same_weights")
 @pytest.mark.parametrize("task", ["training", "inference"])
 def test_networks_compute_the_same(task):
-    """Loss, running statistics and every gradient, or logits; 1e-10 leaves room for rounding in float64.
+    """Loss, running statistics and gradients agree, or logits; 1e-10 leaves room for rounding in float64.
 
-    In float32 a ReLU's input that is 0 up to rounding may switch, and gradients jump by percents, between PyTorch's two
-    layouts as well.
+    In float32 rounding may switch a ReLU whose input is nearly 0, and gradients jump by percents, even between
+    PyTorch's two layouts.
     """
     expected = network_results("numpy", task)
     for name in ("jax", "jax.remat", "torch", "torch.channels_last", "flax") if TORCH else ("jax", "jax.remat", "flax"):
         results = network_results(name, task)
         for key in [key for key in results if name == "flax" and key.endswith("running_var")]:
-            del results[key], expected[key]  # flax keeps the biased variance, the others the unbiased one; it is last
+            del results[key], expected[key]  # flax comes last and keeps the biased variance, the others the unbiased
         assert results.keys() == expected.keys()
         for key, reference in expected.items():
             tolerance = 1e-10 * np.abs(reference).max()
@@ -109,7 +109,7 @@ def test_networks_compute_the_same(task):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra bench")
 def test_keras_computes_a_network_of_that_size():
-    """ResNet-50 with biases in its convolutions; its numbers are its own."""
+    """Keras' ResNet-50 has biases in its convolutions."""
     case = contestants.Case("resnet50", 2, 32, 32)
     loss, _, grads = contestants.keras_step(case)()
     assert 0 < loss < 20
@@ -126,7 +126,7 @@ def test_keras_computes_a_network_of_that_size():
 
 
 def test_the_layers_of_a_network_are_all_there():
-    """Every convolution and dense layer, counted by its multiply-adds: those of `experiments.describe`."""
+    """Convolutions and the dense layer sum to the multiply-adds of `experiments.describe`."""
     for arch, channels in (("resnet18", 3), ("resnet101", 1)):
         case = contestants.Case(arch, 2, 64, 96, channels=channels)
         found = layers.distinct_layers(case)
@@ -146,7 +146,7 @@ LAYERS = [
 
 @pytest.mark.parametrize("name", ["numpy", "numpy.unfolded", "jax", "torch", "torch.channels_last"])
 def test_small_convolutions_compute_the_same(name):
-    """The output of the plain loops; float32 sums of at most some hundred terms."""
+    """The plain loops give the same; 1e-5 is for float32 sums of a few hundred terms."""
     if name.startswith("torch") and not TORCH:
         pytest.skip("needs the extra torch")
     result = (layers.NUMPY_FORMS | layers.CONTESTANTS)[name](layers.SMALL, "forward", "float32")()
@@ -159,7 +159,7 @@ def test_small_convolutions_compute_the_same(name):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_layer_contestants_compute_the_same(layer, channels_last):
-    """float32 sums of at most some hundred terms."""
+    """1e-5 is for float32 sums of a few hundred terms."""
     for name in layer.passes:
         ours = np.asarray(jax.tree.leaves(layers.jax_layer(layer, name, "float32")())[0])
         theirs = layers.torch_layer(layer, name, "float32", channels_last=channels_last)()

@@ -1,4 +1,4 @@
-"""Augmentation: keyed, jitted, and each change what it says."""
+"""Augmentation is keyed and jitted; each change does what it says."""
 
 import functools
 
@@ -22,7 +22,7 @@ def run(place, images, seed=0):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Without changes of brightness and contrast."""
+    """Keeps brightness and contrast as they are."""
     monkeypatch.setattr(module, "BRIGHTNESS", 0.0)
     monkeypatch.setattr(module, "CONTRAST", 0.0)
 
@@ -35,7 +35,7 @@ def test_the_key_decides(place):
 
 
 def test_flips_half_of_the_pictures_and_shifts_all_by_whole_pixels(plain):
-    """16x20 with a tenth: up to 2 rows and 2 columns, with the edge repeated; all 50 occur in 1,000 draws.
+    """A tenth of 16x20 is up to 2 rows and 2 columns, and edges are repeated; 1,000 draws have all 50 results.
 
     1,000 fair coins fall outside of 430 to 570 once in 100,000."""
     image = pictures(1)

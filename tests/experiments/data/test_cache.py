@@ -1,4 +1,4 @@
-"""The cache: complete or not there, whatever happens to the processes and files."""
+"""A cache entry is complete or absent, whatever happens to processes and files."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_damaged_entry_is_made_again_and_said_so(tmp_path, damage, told):
 
 def test_of_two_that_make_an_entry_the_first_one_stays(tmp_path):
     def slow(create):
-        load(tmp_path, Maker())  # meanwhile another one is faster
+        load(tmp_path, Maker())  # meanwhile another load is faster
         return {**Maker()(create), "slow": True}
 
     check(load(tmp_path, slow))
@@ -141,7 +141,7 @@ def test_what_the_maker_raises_leaves_nothing(tmp_path):
 
 
 def test_an_unwritable_folder_falls_back_to_memory(tmp_path):
-    """A file in the folder's place: permissions would not stop root."""
+    """A file is in the folder's place: permissions would not stop root."""
     (tmp_path / "file").write_text("")
     make = Maker()
     entry = load(tmp_path / "file" / "cache", make)

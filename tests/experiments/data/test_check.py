@@ -1,4 +1,4 @@
-"""What is found out about a data set before a training: counts, missing classes, copies, plain pictures."""
+"""The check of a data set before a training finds counts, missing classes, copies and plain pictures."""
 
 import itertools
 import time
@@ -41,7 +41,7 @@ def test_of_a_sound_set_there_is_only_to_count():
 
 
 def test_the_demos_drawings_are_sound():
-    """Six classes, none of them rare, no drawing twice."""
+    """No class is rare, and no drawing occurs twice."""
     found = check_dataset(drawn_cars((32, 32), train_count=120, test_count=60, grey=True, seed=0))
     assert [finding.severity for finding in found] == ["fact", "fact"]
 
@@ -68,25 +68,25 @@ def test_missing_classes():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_plain_pictures(channels):
-    """Of one colour, whatever its channels; they are no copies of one another, but a single other pixel counts."""
+    """All pixels of a plain picture have one colour, in 1 or 3 channels. Plain pictures do not count as copies."""
     train, test = noise(5, 0, channels), noise(2, 1, channels)
     train[1:4] = range(7, 7 + channels)
     train[3, 2, 2, channels - 1] += 1
     test[0] = 255
     dataset = dataset_of(train, [0, 1, 1, 1, 2], test, [0, 1])
-    assert texts(dataset, "warning")[1:] == [  # behind the class that is not in test
+    assert texts(dataset, "warning")[1:] == [  # after the class that has no test picture
         "2 train pictures are of one colour throughout: train picture 1 (sedan), train picture 2 (sedan); replace them",
         "1 test picture is of one colour throughout: test picture 0 (coupe); replace it",
     ]
 
 
 def test_copies():
-    """Within and across splits, under the same and under another class, each on its own line."""
+    """Copies within and across splits, of the same and of another class, have separate lines."""
     train, test = noise(8, 0), noise(6, 1)
     train[3] = train[1]  # the same class
-    train[5], train[6] = train[2], train[2]  # another and, with it, the same class again
+    train[5], train[6] = train[2], train[2]  # another class, and the same class again
     test[0] = train[0]  # the same class
-    test[1], test[2] = train[4], train[4]  # another class, and one of each
+    test[1], test[2] = train[4], train[4]  # another class, and the same class
     test[5] = test[4]
     dataset = dataset_of(train, [0, 1, 2, 1, 0, 0, 2, 1], test, [0, 1, 0, 2, 1, 1])
     assert texts(dataset, "warning") == [
@@ -121,7 +121,7 @@ def test_only_the_first_few_are_named():
 
 
 class Slices:
-    """Pictures of which only slices can be had, as those that are decoded when they are needed."""
+    """Pictures that can only be sliced, as pictures that are decoded when they are needed."""
 
     def __init__(self, images):
         self.images, self.shape, self.read = images, images.shape, []
@@ -152,7 +152,7 @@ def write_cars(root):
 
 @pytest.mark.parametrize("decode", ["cache", "lazy"])
 def test_files_are_named_and_what_the_reader_knows_is_told(decode, tmp_path):
-    """A picture that cannot be read is left out without confusing the names of the others; nothing is told twice."""
+    """An unreadable picture is left out, and the names of the others stay correct; nothing is told twice."""
     root = write_cars(tmp_path / "cars")
     (root / "train" / "A 'x'" / "0.png").write_bytes(b"")
     (root / "test" / "A 'x'" / "7.png").write_bytes((root / "train" / "Bé" / "1.png").read_bytes())
@@ -177,7 +177,7 @@ def test_format():
 
 
 def test_it_is_fast():
-    """16,000 pictures of 96x96, in two splits: some 0.4 s; ten times that is for a busy machine."""
+    """16,000 pictures of 96x96 in two splits take about 0.4 s; 4 s is for a busy machine."""
     images = np.random.default_rng(0).integers(0, 256, (8000, 96, 96, 1), np.uint8)
     dataset = dataset_of(images, np.arange(8000) % 3, images, np.arange(8000) % 3)
     started = time.perf_counter()
@@ -188,7 +188,7 @@ def test_it_is_fast():
 
 @pytest.mark.slow
 def test_the_real_cars(stanford_cars_dir, tmp_path):
-    """What is known of the copies at hand: 38 pairs, 36 of them of two classes, 19 across the splits."""
+    """The data have 38 pairs of copies: 36 pairs are of two classes, 19 lie across the splits."""
     dataset = load_stanford_cars(stanford_cars_dir, (32, 32), True, cache_dir=tmp_path)
     found = {text.partition(":")[0] for text in texts(dataset, "warning")}
     assert found == {

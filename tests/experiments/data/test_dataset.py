@@ -1,4 +1,4 @@
-"""Balanced subsets and the statistics of channels."""
+"""Subsets of data sets and the statistics of channels."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_the_seed_decides():
 
 
 def test_every_example_and_every_remainder_can_be_drawn():
-    """Of 200 seeds: an example is missed with probability (2/3)^200."""
+    """200 seeds miss an example with probability (1/2)^200."""
     split = split_of([3, 3])
     subsets = [balanced_subset(split, 3, seed) for seed in range(200)]
     assert {int(number) for subset in subsets for number in subset.images.ravel()} == set(range(6))
@@ -69,7 +69,7 @@ def dataset_of(counts):
 
 
 def test_drawn_classes_are_always_the_same():
-    """Their pictures, all of them, under new numbers that go with the new names."""
+    """All pictures of a drawn class stay, with a new number that goes with the new names."""
     whole = dataset_of([5, 6, 7, 8, 9, 10])
     few = draw_classes(whole, 3)
     assert few.class_names == draw_classes(whole, 3).class_names
@@ -94,7 +94,7 @@ def test_a_part_of_the_test_pictures_is_balanced_and_in_the_title():
 
 
 def test_what_is_held_out_is_not_trained_on():
-    """A tenth of each class, rounded, but at least one; the test pictures are in neither part."""
+    """A tenth of each class is held out, rounded, but at least one picture."""
     whole = dataset_of([2, 10, 26])
     held = hold_out(whole, 0.1)
     assert np.bincount(held.test.labels).tolist() == [1, 1, 3]
@@ -124,7 +124,7 @@ def test_more_than_there_is_is_refused(take, message):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 4, 3), (300, 70, 71, 3)])
 def test_channel_statistics_are_exact(shape):
-    """Against NumPy's float64 on all pixels, whose own sums leave 1e-12; the last case has two chunks."""
+    """NumPy gives the same in float64; its own sums err by 1e-12. The last case has two chunks."""
     images = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
     images[..., 0] //= 3
     mean, deviation = channel_statistics(images)
@@ -135,7 +135,7 @@ def test_channel_statistics_are_exact(shape):
 
 
 def test_channel_statistics_of_a_constant_are_exactly_so():
-    """Whole numbers: no variance is left over from rounding."""
+    """Sums of whole numbers leave no variance from rounding."""
     mean, deviation = channel_statistics(np.full((7, 3, 3, 2), 51, np.uint8))
     assert mean.tolist() == [0.2, 0.2]
     assert deviation.tolist() == [0.0, 0.0]

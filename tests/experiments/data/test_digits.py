@@ -27,7 +27,7 @@ def check_digits(dataset):
 
 
 def test_real_files(mnist_dir, capsys):
-    """Known facts: the classes' counts, the first ten digits, and the mean and deviation that everybody uses."""
+    """The classes' counts, the first ten digits, the mean and the deviation are the known values."""
     dataset = load_mnist(mnist_dir)
     assert dataset.train.images.shape == (60_000, 28, 28, 1)
     assert dataset.test.images.shape == (10_000, 28, 28, 1)
@@ -62,7 +62,7 @@ def test_idx_files(name, tmp_path, capsys):
     dataset = load_mnist(write_mnist(tmp_path, name=name))
     check_digits(dataset)
     assert dataset.source["layout"] == "idx files"
-    assert "20 train pictures" in capsys.readouterr().err  # and not 60,000: said, not refused
+    assert "20 train pictures" in capsys.readouterr().err  # instead of 60,000: a warning, no error
 
 
 def test_compressed_or_not_is_seen_in_the_content(tmp_path):
@@ -121,7 +121,7 @@ def test_of_two_sets_the_one_called_mnist_is_taken_or_none(tmp_path):
 
 
 def test_another_set_of_that_size_is_not_called_mnist(tmp_path, capsys):
-    """Fashion-MNIST has the same files and counts, but as many pictures of each class."""
+    """Fashion-MNIST has the same files and counts, but equally many pictures of each class."""
     write_mnist(tmp_path, train=60_000, test=10)
     assert load_mnist(tmp_path).title == f"pictures in {tmp_path}"
     assert "is this Fashion-MNIST?" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_without_tensorflow_datasets_the_command_and_the_way_round_it_are_named(
 
 @pytest.fixture
 def network(monkeypatch):
-    """Stands for the network: requests of TFDS's host and downloads by TFDS are written down, and fail on demand."""
+    """Stands for the network: records requests of TFDS's host and TFDS's downloads; requests fail on demand."""
     tensorflow_datasets = pytest.importorskip("tensorflow_datasets", reason="needs the extra tfds")
     import requests
 
@@ -223,7 +223,7 @@ def test_what_tfds_downloads_is_read_as_it_is(network, tmp_path):
 
 
 def test_what_is_downloaded_already_needs_no_network(network, tmp_path):
-    """TFDS's names of downloads: host, path, checksum."""
+    """TFDS names a download by path and checksum."""
     network.files = write_mnist(tmp_path / "elsewhere", name=lambda name: f"{name}.gz")
     for name in NAMES:
         path = tmp_path / "downloads" / "mnist" / f"cvdf-datasets_mnist_{name}rkbE8mCsSQWHEgQDiwGmwKETYxrS1aI.gz"

@@ -1,4 +1,4 @@
-"""Drawn cars: the same pictures from the same seed, and classes that only the shape of a car tells apart."""
+"""Drawn cars: a seed always gives the same pictures, and only the shape of a car tells its class."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_same_seed_same_pictures_other_seed_others():
 
 
 def test_a_picture_does_not_depend_on_the_counts():
-    """20 is no multiple of the number of classes: the last run of classes is cut short, and its start stays."""
+    """20 is no multiple of the number of classes: the last run of classes is cut short, but its start is the same."""
     few, many = drawn_cars((32, 32), 20, 4, grey=True, seed=1), drawn_cars((32, 32), 31, 13, grey=True, seed=1)
     for short, long in ((few.train, many.train), (few.test, many.test)):
         np.testing.assert_array_equal(short.images, long.images[: len(short)])
@@ -51,7 +51,7 @@ def test_a_picture_does_not_depend_on_the_counts():
 
 
 def test_grey_is_the_luma_of_the_same_pictures():
-    """BT.601, rounded to the nearest: half a grey level."""
+    """BT.601, rounded to the nearest, is half a level off at most."""
     grey, rgb = (drawn_cars((32, 32), 6, 6, grey=grey, seed=2).train.images for grey in (True, False))
     assert np.abs(grey[..., 0] - rgb @ [0.299, 0.587, 0.114]).max() <= 0.5 + 1e-9
 
@@ -68,7 +68,7 @@ def test_classes_are_balanced_to_within_one(cars, count):
 
 
 def test_order_is_shuffled(cars):
-    """No run of six repeats the order of the one before it more often than by chance (1 in 720)."""
+    """Runs of six rarely repeat the order of the run before (1 in 720 by chance)."""
     runs = cars.train.labels.reshape(-1, len(CLASS_NAMES))
     assert (runs[1:] == runs[:-1]).all(1).mean() < 0.05
     assert len(np.unique(runs, axis=0)) > 100
@@ -83,11 +83,11 @@ def test_draw_car_depends_on_its_generator_only(class_name):
     assert (first != other).any()
 
 
-# What gives a class away, and what does not.
+# What predicts a class, and what does not.
 
 
 def test_mean_colour_does_not_predict_the_class(cars):
-    """Chance is 1/6; its standard deviation over 480 pictures is 0.017, and 0.25 is five of them above."""
+    """Chance is 1/6, with a standard deviation of 0.017 over 480 pictures; 0.25 is five deviations above."""
     train, test = (split.images.mean((1, 2)) for split in (cars.train, cars.test))
     assert logistic_regression_accuracy(train, cars.train.labels, test, cars.test.labels) < 0.25
 
@@ -95,7 +95,7 @@ def test_mean_colour_does_not_predict_the_class(cars):
 def test_classes_are_equally_bright(cars):
     """The mean over 250 pictures of standard deviation ~35 is known to 2 grey levels; the classes differ by 6 or less.
 
-    The spread is not the same: a large body, lighter where the sky is darker, evens the picture out.
+    The spreads differ: a large body, lighter where the sky is darker, evens the picture out.
     """
     brightness = cars.train.images.mean((1, 2, 3))
     by_class = [brightness[cars.train.labels == label] for label in range(len(CLASS_NAMES))]
@@ -117,7 +117,7 @@ def test_linear_classifier_on_pixels_does_badly():
 
 
 def test_the_linear_classifier_is_a_fair_yardstick():
-    """Where a class is a pattern of pixels under noise, it finds it: with fewer and with more pixels than pictures."""
+    """The classifier finds classes that are patterns under noise, with fewer and with more pixels than pictures."""
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 6
     for pixels in (40, 2000):

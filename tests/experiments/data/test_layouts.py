@@ -1,4 +1,4 @@
-"""Tiny folders of every layout, as people bring them and spoilt. More refusals are in bad_inputs.py."""
+"""Tiny folders of every layout, as people bring them or spoilt. bad_inputs.py has more refusals."""
 
 import json
 import re
@@ -73,7 +73,7 @@ LAYOUTS = {  # the layout's name and what is special; what makes the folder
 
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
-    """The boxes are noise on black: one pixel off, and all of them differ."""
+    """The boxes are noise on black: a shift by one pixel changes them all."""
     layout = case.partition(",")[0]
     LAYOUTS[case](tmp_path / "found")
     dataset = load(tmp_path / "found", tmp_path)
@@ -133,7 +133,7 @@ def test_splits_are_words(names, train, test, note):
 
 
 def hub_cache(root):
-    """Two snapshots, whose files are links without a suffix into blobs/."""
+    """Two snapshots of links to files in blobs/ that have no suffix."""
     repository = root / "hub" / "datasets--x--stanford_cars"
     make_parquet(repository / "blobs")
     for snapshot in ("0ld", "1new"):
@@ -153,7 +153,7 @@ NO_LAYOUT = "is in no known layout; "
 
 
 def split_of_tfds(number, **facts):
-    """Other facts of a split in dataset_info.json."""
+    """Changes facts of a split in dataset_info.json."""
 
     def change(root):
         info = json.loads((root / "dataset_info.json").read_text())
@@ -163,7 +163,7 @@ def split_of_tfds(number, **facts):
     return change
 
 
-# What people bring: what makes it, what is done to it, what is noted about it. All of it is the same seven pictures.
+# Each case has what makes the folder, what changes it, and the note about it. All give the same seven pictures.
 TAKEN = {
     "Train and Test": (make_by_class, moved("train", "Train"), moved("test", "Test"), ""),
     "cars_train and cars_test by class": (make_by_class, moved("train", "cars_train"), moved("test", "cars_test"), ""),
@@ -235,7 +235,7 @@ def test_what_people_bring_is_taken_for_what_it_is(tmp_path, case):
 
 
 def test_a_name_composed_in_two_ways_is_one_class(tmp_path):
-    """macOS takes letters apart: e and an accent."""
+    """macOS may store ë as an e and an accent."""
     for split, form in (("train", "NFC"), ("test", "NFD")):
         a_picture(*(f"{split}/{unicodedata.normalize(form, name)}/1.png" for name in ("Citroën", "Škoda")))(tmp_path)
     assert load(tmp_path, tmp_path).class_names == ("Citroën", "Škoda")
@@ -251,7 +251,7 @@ def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
 
-# What is wrong: what makes it, what is done to it, what the message says; more in bad_inputs.py.
+# Each case has what makes the folder, what changes it, and the message; more are in bad_inputs.py.
 REFUSED = {
     "by class: one folder for both": (
         make_by_class, removed("test"), linked("test", "train"),
@@ -441,7 +441,7 @@ def test_the_real_devkit(devkit_dir):
 
 
 def test_the_real_cars_agree_with_the_real_devkit(stanford_cars_dir, devkit_dir, tmp_path):
-    """By class: file names and class names are the devkit's, so beside it its boxes would be used (and refused)."""
+    """The folders by class have the devkit's file and class names, so the boxes of a devkit beside them are used."""
     for name, target in (("train", stanford_cars_dir), ("test", stanford_cars_dir), ("devkit", devkit_dir.parent)):
         (tmp_path / name).symlink_to(target / name)
     folder = find_pictures(tmp_path)

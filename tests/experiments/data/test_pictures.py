@@ -1,4 +1,4 @@
-"""One picture at a time: what Pillow may hand over, boxes, and files that are no pictures."""
+"""One picture at a time: what Pillow may return, boxes, and files that are no pictures."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("data", "expected"), KINDS.values(), ids=KINDS)
 def test_every_kind_of_picture_gives_its_colours_and_their_luminance(data, expected):
-    """Two levels of 255 leave room for JPEG; one of CMYK's roundings is in there, too. Grey has ITU-R 601's weights."""
+    """Two levels of 255 leave room for JPEG and for CMYK's rounding. Grey has ITU-R 601's weights."""
     for decoding, colour in ((WHOLE, expected), (GREY, [np.dot(expected, (0.299, 0.587, 0.114))])):
         pixels = decode(data, None, decoding).pixels
         assert pixels.shape == decoding.shape
@@ -81,7 +81,7 @@ def test_a_note_of_the_cameras_orientation_is_left_alone():
 
 
 def test_the_aspect_ratio_is_not_kept():
-    """Left half black, right half white stays so, whatever the size: nothing is cut off or padded."""
+    """A picture that is half black, half white stays so at another size: nothing is cut or padded."""
     pixels = np.zeros((10, 40, 3), np.uint8)
     pixels[:, 20:] = 255
     decoded = decode(encoded(Image.fromarray(pixels)), None, Decoding((20, 8), grey=True, margin=None)).pixels
@@ -93,7 +93,7 @@ def test_the_aspect_ratio_is_not_kept():
 
 
 def test_fine_patterns_become_their_mean():
-    """A resize that picks pixels, in place of weighing them, would give black or white."""
+    """A resize that picks pixels instead of averaging them would give black or white."""
     checkerboard = np.indices((60, 60)).sum(0) % 2 * np.uint8(255)
     data = encoded(Image.fromarray(checkerboard.astype(np.uint8)))
     decoded = decode(data, None, Decoding((6, 6), grey=True, margin=None)).pixels
@@ -144,12 +144,12 @@ def test_a_picture_is_cut_before_it_is_resized():
 
 
 def colours_of(bits):
-    """A PNG of 16 bits for each colour, the highest value of these bits in all pixels."""
+    """A PNG of 16 bits for each colour; all pixels have the highest value of `bits` bits."""
     return png_file(8, b"\x10\2\0\0\0", (b"\0" + (2**bits - 1).to_bytes(2, "big") * 3 * 8) * 8)
 
 
 def test_16_bit_colours_of_fewer_bits_are_refused_where_the_set_has_no_others():
-    """Pillow keeps the upper 8: they would be nearly black without a word."""
+    """Pillow keeps the upper 8 bits: pictures would be nearly black without a warning."""
     first = decode(colours_of(12), None, WHOLE)
     assert (first.kind, first.highest) == (COLOURS, 4095)
     failure = decode_or_explain(
@@ -192,7 +192,7 @@ def test_a_missing_file_is_explained(tmp_path):
 
 
 def test_many_pictures_come_in_order_with_the_bad_ones_among_them():
-    """Large and small ones in turn, so that the threads finish out of order."""
+    """Large and small pictures mix, so that the threads finish out of order."""
     sources = []
     for number in range(100):
         edge = 400 if number % 7 == 0 else 2

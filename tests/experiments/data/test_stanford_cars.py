@@ -42,7 +42,7 @@ def test_size_and_channels(tmp_path, grey, channels):
 
 @pytest.mark.parametrize(("margin", "size"), [(0, (20, 20)), (2, (24, 24)), (16, (30, 40)), (None, (30, 40))])
 def test_the_margin_widens_the_boxes(tmp_path, margin, size):
-    """The box's 20 pixels stay as they are where the result has the size of the widened box."""
+    """The box's 20x20 pixels are unchanged if the result has the size of the widened box."""
     dataset = load(make_original(tmp_path / "found"), tmp_path, image_size=size, margin=margin)
     left, top = (4, 2) if margin in (16, None) else (margin, margin)
     _, _, photograph = next(photographs("train"))
@@ -71,7 +71,7 @@ def test_any_suffix_in_any_case_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_boxes_outside_most_pictures_are_an_error(tmp_path, skip_bad):
-    """Crops beside the devkit of the photographs: cutting them again would give anything but the car."""
+    """Crops lie beside the devkit of the photographs: cutting them again would miss the cars."""
     root = make_with_devkit(tmp_path / "found", cut=crop)
     message = "7 of 7 pictures .* do not contain their box.*box x 5 to 24, y 3 to 22 in a picture of 20x20.*devkit"
     with pytest.raises(DataError, match=message):
@@ -143,7 +143,7 @@ def test_a_bad_picture_is_named_and_skipped_only_when_told(tmp_path, reason, cap
     ],
 )
 def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, dtype, suffix, expected, white, decode):
-    """Of pictures with more than 8 bits; on its own the first one would be lighter than it is beside the second."""
+    """In pictures of more than 8 bits, the highest value in the whole set decides what is white."""
     root = make_by_class(tmp_path / "found")
     for number, value in enumerate(values):
         pixels = Image.fromarray(np.full((9, 9), value, dtype))

@@ -1,4 +1,4 @@
-"""Streamed batches are those of a training in memory, whatever makes them; lazily decoded pictures are the cache's."""
+"""Streamed batches equal those of a training in memory, and lazily decoded pictures equal the cache's."""
 
 import itertools
 import threading
@@ -32,7 +32,7 @@ SIZE = (12, 10)
 
 
 def jpeg(split, number):
-    """A photograph of its own content."""
+    """A JPEG with content of its own."""
     return encoded(Image.fromarray(noise(20, 30, 3, seed=[len(split), number])).resize((64, 48)), "JPEG")
 
 
@@ -46,7 +46,7 @@ def make_jpegs(root):
 
 
 def make_array_record(root):
-    """The same pictures in the order in which the folders hold them."""
+    """Writes the same pictures in the order of the folders."""
     examples = {
         split: [
             {"image": jpeg(split, number), "label": number % 3, "id": b"%05d" % number, "bbox": [0.1, 0.2, 0.9, 0.7]}
@@ -68,7 +68,7 @@ def load(root, decode, **options):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """{form: (its data set, what the cache holds as an array)}; the boxes of array_record are cut out in both."""
+    """{form: (its split, the same split from the cache in memory)}; array_record's boxes are cut out in both."""
     root = tmp_path_factory.mktemp("stream")
     found = {}
     for name, make in MAKERS.items():
@@ -85,14 +85,14 @@ def in_memory(split):
 
 
 def assert_equal(split, expected):
-    """Pictures, labels and the pictures' statistics, bit for bit."""
+    """Asserts equal pictures, labels and statistics, bit for bit."""
     np.testing.assert_array_equal(split.images[:], expected.images[:])
     np.testing.assert_array_equal(split.labels, expected.labels)
     np.testing.assert_array_equal(channel_statistics(split.images), channel_statistics(expected.images))
 
 
 def expected_batches(split):
-    """What a training takes, epoch after epoch."""
+    """A training's batches, epoch after epoch."""
     batches = []
     for epoch in range(EPOCHS):
         order = np.random.default_rng([SEED, epoch]).permutation(len(split))
@@ -108,7 +108,7 @@ def collect(split, **options):
 
 
 def assert_same(found, expected, part=(0, 1)):
-    """Bit for bit, the rows of a part."""
+    """Asserts equal rows of a part, bit for bit."""
     index, count = part
     rows = slice(index * BATCH_SIZE // count, (index + 1) * BATCH_SIZE // count)
     assert len(found) == len(expected)
@@ -156,7 +156,7 @@ def test_an_epoch_takes_no_picture_twice():
 @pytest.mark.parametrize("batch_size", [4, 7, 8])
 @pytest.mark.parametrize("form", FORMS)
 def test_evaluation_takes_all_pictures_in_order(loaded, form, batch_size):
-    """22 pictures: the last batch is filled up with the first of them."""
+    """The first picture fills up the last batch of the 22 pictures."""
     split, cached = loaded[form]
     filling = [0] * (-len(split) % batch_size)
     assert filling
@@ -290,7 +290,7 @@ def test_bad_pictures_are_refused_or_skipped_as_with_the_cache(tmp_path):
     assert lazy.source["skipped"] == cached.source["skipped"] == ["train/a/00003.jpg", "test/b/00001.jpg"]
     for name in ("train", "test"):
         assert_equal(getattr(lazy, name), getattr(cached, name))
-    with pytest.raises(DataError, match="2 of 29 pictures"):  # also where the cache knows it
+    with pytest.raises(DataError, match="2 of 29 pictures"):  # also if the cache knows them
         load(root, "lazy")
 
 

@@ -1,4 +1,4 @@
-"""experiments.frameworks: one training in three frameworks, step by step, and what a framework does not have."""
+"""experiments.frameworks: one training in three frameworks, step by step, and the error without PyTorch."""
 
 import functools
 import sys
@@ -29,7 +29,7 @@ def shallow(one_thread):
 
 
 def recipe(**changes):
-    """A cosine, decay and smoothed labels, on pictures that are changed at random by the step."""
+    """A recipe with a cosine, decay, smoothed labels and augmentation whose key is the step."""
     precision = changes.get("precision", "float64")
 
     def preprocess(images):
@@ -54,7 +54,7 @@ def resnet18():
 
 
 def run(training, images, labels):
-    """All losses, the evaluation after the last step, and the arrays before and after."""
+    """All losses, the last evaluation, the arrays before and after, and the moments."""
     state, losses, before = training.state, [], training.arrays(training.state.params, training.state.batch_stats)
     before = {name: array.copy() for name, array in before.items()}
     for _ in range(STEPS):
@@ -85,8 +85,8 @@ def in_jax(batch):
 @pytest.mark.parametrize("freeze_backbone", [False, True])
 @pytest.mark.parametrize("name", ["numpy", "torch", "torchvision"])
 def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
-    """Three steps in float64, augmented: 1e-8 of an array's largest entry, since BatchNorm's 16 values per channel
-    magnify rounding; the first loss, the weights before and the names are the same."""
+    """Three augmented steps in float64 agree to 1e-8 of an array's largest entry: BatchNorm's 16 values per channel
+    magnify rounding. The first losses agree to 1e-12; the weights before and the names are the same."""
     training = make_training(resnet18(), recipe(framework=name, freeze_backbone=freeze_backbone))
     losses, results, before, after, moments = run(training, *batch)
     their_losses, their_results, their_before, their_after, their_moments = in_jax(freeze_backbone)
@@ -125,7 +125,7 @@ def test_float32_stays_float32(batch):
 
 
 def test_the_small_network_is_one(x64):
-    """Its module in PyTorch has the weights that the others have, its dense layer in another order."""
+    """Losses and weights agree, though PyTorch's module orders the dense layer in another way."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (8, 28, 28, 1), np.uint8), rng.integers(0, 10, 8).astype(np.int32)
     network = cnn.network(cnn.init(rng))

@@ -35,7 +35,7 @@ def updating(optimizer, params, apply_updates=optax.apply_updates):
 
 
 def descend(update, params, steps=5):
-    """Steps along 0.5·|w - 1|²."""
+    """Takes steps down 0.5·|w - 1|²."""
     for _ in range(steps):
         params = update(jax.tree.map(lambda w: w - 1.0, params), params)
     return params
@@ -69,7 +69,7 @@ def test_sgd_by_hand(dampening):
 
 
 def test_a_scaled_loss_is_a_scaled_rate_for_sgd():
-    """A power of two: to the bit. Adam does not mind."""
+    """A power of two is exact. Adam ignores the scale."""
     rate = optax.constant_schedule(0.4)
     plain, scaled = recipe("sgd", rate), recipe("sgd", optax.constant_schedule(0.1), loss_scale=4.0)
     params = jax.tree.map(jnp.asarray, START)
@@ -96,7 +96,7 @@ def test_adams_are_optaxs(name, theirs):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", get_args(CommonOptimizerName))
 def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
-    """Twenty steps along a cosine in float64, the bias without decay; 1e-12 for the order of multiplications."""
+    """The optimizers agree in twenty steps of a cosine in float64; 1e-12 is for the order of multiplications."""
     ours = recipe(name, make_schedule("cosine", 0.1, 20, 0), weight_decay=weight_decay)
     start = jax.tree.map(jnp.asarray, START)
     jaxs = descend(updating(adapter("jax").make_optimizer(ours), start), start, 20)
@@ -154,7 +154,7 @@ def test_what_a_framework_does_not_have_is_refused(framework, opt, dampening, me
     ],
 )
 def test_schedules(name, expected):
-    """By hand; and as plain numbers, with a warm-up, what jit computes, to the bit."""
+    """Rates are as by hand; as plain numbers, with a warm-up, they equal jit's to the bit."""
     schedule = make_schedule(name, 1.0, 100, 0)
     for step, rate in expected.items():
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-2, abs=1e-4)

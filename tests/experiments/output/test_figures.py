@@ -1,4 +1,4 @@
-"""Names in plots: every one is drawn as it is, and one that no font can draw is replaced and noted."""
+"""Names in plots are drawn as they are; characters that no font has are replaced and noted."""
 
 import io
 
@@ -22,7 +22,7 @@ NAMES = {
 
 @pytest.fixture
 def no_other_fonts(monkeypatch):
-    """A machine with matplotlib's own fonts alone, and nothing noted yet."""
+    """DejaVu Sans is the only font, and nothing has been noted yet."""
     usual = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
     figures.fonts_for.cache_clear()
@@ -52,7 +52,7 @@ def test_names_are_drawn_as_they_are(no_other_fonts, capsys):
 
 
 def test_another_font_is_found(monkeypatch):
-    """Here one of matplotlib's own stands for a font with more characters than the usual one."""
+    """One of matplotlib's fonts stands for a font with more characters than the usual one."""
     monkeypatch.setattr(figures, "_drawn_by", lambda file: frozenset("汽" if "STIXGeneral.ttf" in file else "a"))
     figures.fonts_for.cache_clear()
     families, missing = figures.fonts_for(frozenset("a汽"))

@@ -1,4 +1,4 @@
-"""`python -m experiments.parity`: its tables are complete, its page too, and the mistakes that people make break it.
+"""`python -m experiments.parity`: its tables and its page are complete, and common mistakes break its bounds.
 
 The networks have one block in each stage: tests/test_parity_grid.py has the deep ones. JAX's results are computed once
 for all tests: compiling them is most of the time.
@@ -36,7 +36,7 @@ PARTS = ["logits", "loss", "activations", "running statistics", "parameter gradi
 
 @pytest.fixture(scope="module", autouse=True)
 def jax_once():
-    """Shallow networks; each layer and each pass is computed in JAX once: the same seed gives the same arrays."""
+    """Makes networks shallow and computes each layer and pass in JAX once: one seed always gives the same arrays."""
 
     def remembered(run, key_of):
         results = {}
@@ -93,7 +93,7 @@ def test_every_row_is_there_and_holds(tmp_path, capsys):
     assert len(re.findall(r'<img alt="(Error per layer|Trainings from)', text)) == 2
     assert text.count("data:image/png;base64,") == 2
     assert text.count("<td>ok</td>") == len(expected)
-    assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
+    assert not re.search(r'(src|href)="(?!data:|#)', text)  # the page needs no other file
 
 
 def test_float32_layers(capsys):
@@ -102,7 +102,7 @@ def test_float32_layers(capsys):
 
 
 def test_what_is_compared_is_not_alike(x64):
-    """Results that are all 0, or the gradient that is sent back, would be equal for no good reason."""
+    """Constant results, or results equal to an argument, would agree for no good reason."""
     for case in cases.layer_cases(0):
         results = in_jax.run_layer(case)
         for name, value in results.items():
@@ -112,7 +112,7 @@ def test_what_is_compared_is_not_alike(x64):
                     assert relative_error(value, argument) > 1e-3, (case.title, name)
 
 
-NETWORKS = [  # (N, H, W), mode, dtypes; 64x64 in colour is above, other depths in tests/test_parity_grid.py
+NETWORKS = [  # network, (N, H, W), mode, dtypes; 64x64 in colour is above, other depths in tests/test_parity_grid.py
     (ResNet("resnet18", in_channels=1), (8, 64, 96), "train", ("float64", "float32")),
     (ResNet("resnet18"), (1, 224, 224), "eval", ("float64",)),
     (ResNet("resnet50", in_channels=1, stride_in="conv1"), (8, 45, 33), "train", ("float64",)),
@@ -123,9 +123,9 @@ NETWORKS = [  # (N, H, W), mode, dtypes; 64x64 in colour is above, other depths 
 @needs_torch
 @pytest.mark.parametrize(("network", "shape", "mode", "dtypes"), NETWORKS, ids=str)
 def test_a_network_of_every_kind(network, shape, mode, dtypes, x64):
-    """In grey, v1, without BatchNorm, on pictures with odd sides, not square, large, in float32; the program's bounds.
+    """The program's bounds hold in grey, for v1, without BatchNorm, on large, odd or oblong pictures, and in float32.
 
-    Names and shapes are compared as well: an array that only one has is an infinite error.
+    Names and shapes are compared as well: an array that only one framework has is an infinite error.
     """
     weights = cases.draw_weights(network, seed=0)
     batch = cases.draw_batch(network, shape, np.random.default_rng(1))
@@ -148,7 +148,7 @@ def test_a_broken_bound_stands_out(tmp_path):
 
 
 def test_float32_bounds_follow_jaxs_own_error():
-    """Ten times that, at least a layer's bound; gradients have none."""
+    """A bound is ten times JAX's error and at least a layer's bound; gradients have none."""
     own = {"logits": {"logits": 1e-5}, "loss": {"loss": 0.0}, "parameter_gradients": {"fc.bias": 0.3}}
     assert compare.bounds_float32(own) == pytest.approx({"logits": 1e-4, "loss": 1e-5})
 
@@ -166,7 +166,7 @@ def test_length_of_difference(ours, expected):
 
 
 def padded_as_same(conv2d, x, weight, bias=None, *, stride=1, padding=0):
-    """The padding "SAME": as much as the output needs, the odd pixel at the end."""
+    """Pads as "SAME" does: as much as the output needs, with the odd pixel at the end."""
     total = [
         max((-(-side // stride) - 1) * stride + size - side, 0)
         for side, size in zip(x.shape[1:3], weight.shape[:2], strict=True)
@@ -188,7 +188,7 @@ def unbiased_in_jax(batch_norm, x, weight, *arrays, train, eps=1e-5):
 
 
 def unbiased_in_numpy(batch_norm, x, weight, *arrays, train, eps=1e-5, gather=alone, **settings):
-    """The same; a thread has a part of the images, gather brings together how many values there are."""
+    """Does what unbiased_in_jax does. A thread has a part of the images; gather collects their counts."""
     s = math.sqrt(1 - 1 / sum(gather(x.size // x.shape[-1]))) if train else 1.0
     outputs, vjp = batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2, gather=gather, **settings)
 
@@ -243,7 +243,7 @@ MISTAKES = {  # where it is made, the section and framework that show it, the pa
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_caught(mistake, monkeypatch, capsys):
-    """Exit code 1, and the rows that the mistake concerns are BROKEN in training, no others."""
+    """The exit code is 1, and in training exactly the rows that the mistake concerns are BROKEN."""
     make, section, framework, broken = MISTAKES[mistake]
     if framework != "numpy" and not TORCH:
         pytest.skip("needs the extra torch")
@@ -270,7 +270,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
 def test_the_mistaken_padding_is_xlas_same(size, stride, x64):
-    """Output and gradients: the mistake is that padding and nothing else."""
+    """Output and gradients agree: only the padding is mistaken."""
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((2, 14, 17, 3)), rng.standard_normal((size, size, 3, 4))
     y, vjp = padded_as_same(numpy_ref.layers.conv2d, x, weight, stride=stride, padding=size // 2)
@@ -284,7 +284,7 @@ def test_the_mistaken_padding_is_xlas_same(size, stride, x64):
 
 
 def test_the_mistaken_variance_is_the_unbiased_one(x64):
-    """In both implementations: output and gradients as the formula has them, running values as they should be."""
+    """In both implementations output and gradients follow the formula, and running values are correct."""
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((4, 3, 2, 5)), *rng.uniform(0.5, 1.5, (2, 5))
     running, dy = rng.uniform(0.5, 1.5, (2, 5)), rng.standard_normal((4, 3, 2, 5))
@@ -401,7 +401,7 @@ def test_nan_is_the_largest_error_and_broken():
     ("shift", "logits", "top5"), [(0.0, "ok", "ok"), (2e-4, "BROKEN", "ok"), (0.3, "BROKEN", "BROKEN")]
 )
 def test_float32_logits_have_an_absolute_bound(shift, logits, top5):
-    """Of ten logits, 0.2 apart, one is moved; the second image has another top-5 if that is too far."""
+    """One of ten logits, 0.2 apart, is moved; moved too far, it changes the second image's top-5."""
     reference = np.tile(0.2 * np.arange(10.0), (2, 1))
     ours = reference.copy()
     ours[1, 8] += shift
@@ -419,7 +419,7 @@ def test_float32_logits_have_an_absolute_bound(shift, logits, top5):
 
 
 def test_weights_hide_nothing():
-    """No value that BatchNorm starts with, and no two arrays alike."""
+    """No array is constant, and another seed changes them all."""
     weights = cases.draw_weights(ResNet("resnet18"), seed=0)
     for name, value in weights.items():
         assert np.ptp(value) > 0.05, name
@@ -430,7 +430,7 @@ def test_weights_hide_nothing():
 
 
 def test_moved_by_one_unit():
-    """Every weight moves, by the distance to its neighbour; half of them up."""
+    """Every weight moves to a neighbouring float, half of them up; running values stay."""
     weights = cases.draw_weights(ResNet("resnet18"), seed=0)
     moved = compare.moved_by_one_unit(weights, np.random.default_rng(0))
     for name, value in weights.items():
@@ -438,7 +438,7 @@ def test_moved_by_one_unit():
             assert moved[name] is value
         else:
             steps = np.abs(moved[name] - value) / np.spacing(np.abs(value))
-            assert set(np.unique(steps)) <= {0.5, 1.0}, name  # half of one just below a power of 2
+            assert set(np.unique(steps)) <= {0.5, 1.0}, name  # half a spacing below a power of 2
     kernel = "layer4.0.conv2.weight"
     assert np.mean(moved[kernel] > weights[kernel]) == pytest.approx(0.5, abs=0.01)
 

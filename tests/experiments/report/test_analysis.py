@@ -19,7 +19,7 @@ def test_mean_interval_is_that_of_a_t_test():
 
 
 def test_paired_difference_takes_the_seeds_that_both_have():
-    """What all runs of a seed share cancels: the interval is far narrower than those of the two means."""
+    """What all runs of a seed share cancels: the interval is far narrower than the interval of a mean."""
     generator = np.random.default_rng(1)
     of_seed = generator.normal(0.5, 0.05, 6)
     ours = {seed: of_seed[seed] + 0.02 + generator.normal(0, 0.002) for seed in range(6)}
@@ -43,7 +43,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_other_pictures_widen_an_interval():
-    """Two networks that differ on a few pictures in all seeds: certain for these pictures, less so for others."""
+    """Two networks differ on a few pictures in all seeds: this is certain for these pictures, less so for others."""
     generator = np.random.default_rng(3)
     theirs = np.tile(generator.random(800) < 0.5, (5, 1))
     ours = theirs.copy()
@@ -60,9 +60,9 @@ def test_other_pictures_widen_an_interval():
 
 @pytest.mark.parametrize(("of_seeds", "of_pictures"), [(0.0, 0.5), (0.05, 0.0), (0.03, 0.5), (0.01, 1.5)])
 def test_an_interval_over_seeds_and_pictures_holds_the_truth(of_seeds, of_pictures):
-    """500 studies with both drawn anew, the true difference 0: 95% of them but for four standard errors.
+    """Of 500 intervals 95%, less four standard errors, hold the true difference, 0.
 
-    Seeds decide how good a run is, pictures for whom they are hard. And it is never the narrower one.
+    Each study draws anew how good a seed is and how hard a picture is. The interval over seeds is never wider.
     """
     generator = np.random.default_rng(4)
     inside = 0

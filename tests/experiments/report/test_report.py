@@ -1,4 +1,4 @@
-"""The report: what it says follows from the files of the runs, and bad files are named."""
+"""What a report says follows from the files of the runs; a report names bad files."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from experiments.study import worker
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A study of the fake training, one over two axes of numbers, and one that is shown beside the first."""
+    """Three studies of the fake training; `map` has two axes of numbers, `small_check` shows runs of `small`."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "small.toml").write_text(SMALL)
     axes = SMALL[SMALL.index("[settings]") : SMALL.index("[tuning]")]
@@ -44,13 +44,13 @@ def results(tmp_path_factory):
 
 
 def report_on(folder, out):
-    """The report's Markdown."""
+    """Writes a report; returns its Markdown."""
     assert report.main([str(folder), "--out", str(out)]) == 0
     return (out / "report.md").read_text()
 
 
 def change_trials(study, change):
-    """Changes lines of a study's trials.csv in place: `change` takes each, {column: text}, and may add others."""
+    """Changes a study's trials.csv: `change` takes each line, {column: text}, and may return one to add."""
     path = study / "trials.csv"
     lines = list(csv.DictReader(path.read_text().splitlines()))
     more = [other for line in lines if (other := change(line))]
@@ -58,7 +58,7 @@ def change_trials(study, change):
 
 
 def write_trials(path, lines):
-    """Those columns that the first line has."""
+    """Writes the columns that the first line has."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
@@ -67,7 +67,7 @@ def write_trials(path, lines):
 
 @pytest.fixture(scope="module")
 def out(results, tmp_path_factory):
-    """The folder of a report on all of them."""
+    """The folder of a report on all results."""
     folder = tmp_path_factory.mktemp("out")
     report_on(results, folder)
     return folder
@@ -75,7 +75,7 @@ def out(results, tmp_path_factory):
 
 @pytest.fixture
 def copied(results, tmp_path):
-    """A copy to damage."""
+    """A copy of the results to damage."""
     return shutil.copytree(results, tmp_path / "results")
 
 
@@ -117,7 +117,7 @@ def test_text_from_files_is_shown_and_not_obeyed(tmp_path):
 
 
 def test_the_answer_follows_the_runs(results, copied):
-    """Both contestants are trained alike by the fake; once one's runs are made better, the answer names it."""
+    """The fake trains both contestants alike; once AdaBound's runs are better, the answer says so."""
     assert "so the two are not told apart" in answer(read_study(results / "small"))
 
     def better(line):
@@ -144,7 +144,7 @@ def test_the_training_loss_may_be_what_counts(copied, tmp_path):
 
 
 def test_epochs_without_a_test_are_in_the_curves_of_training_alone(copied, tmp_path):
-    """As --test-every 2 leaves them."""
+    """The files are those of --test-every 2."""
     for path in (copied / "small").glob("*/*/metrics.jsonl"):
         first, second, *rest = map(json.loads, path.read_text().splitlines())
         first = {name: value for name, value in first.items() if not name.startswith("test_")}
@@ -156,7 +156,7 @@ def test_epochs_without_a_test_are_in_the_curves_of_training_alone(copied, tmp_p
 
 
 def test_a_trials_file_without_blocks_is_still_read(copied):
-    """As studies left it before there was that column: a contestant's block follows from its name."""
+    """Without the column a contestant's block follows from its name."""
     path = copied / "map" / "trials.csv"
     lines = list(csv.DictReader(path.read_text().splitlines()))
     del lines[0]["block"]
@@ -167,7 +167,7 @@ def test_a_trials_file_without_blocks_is_still_read(copied):
 
 
 def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
-    """By hand: final_lr · (1 + 1 / (gamma · 3 updates)) over the median of the steps 1, 20 / 3 and 0.5."""
+    """The ratio is final_lr · (1 + 1 / (gamma · 3 updates)) over 1, the median of the steps 1, 20 / 3 and 0.5."""
     small = read_study(results / "small")
     drawn = small.find("AdaBound").final[0].number("final_lr")
     points = upper_bound_points(small)
@@ -197,7 +197,7 @@ def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, ou
 
 
 def test_a_setting_that_hangs_on_the_held_out_pictures_is_no_secret(copied):
-    """One trial names all pictures rightly; then another one does so too, with a lower loss."""
+    """One trial predicts all pictures correctly; then another does so too, with a lower loss."""
     best, *_, last = sorted(read_study(copied / "small").find("Adam").tuning, key=lambda trial: -trial.accuracy())
     for trial, loss, share, said in ((best, 1.0, 1.0, False), (last, 0.5, 0.0, True)):
         header, *lines = (trial.folder / "predictions.csv").read_text().splitlines()
@@ -247,7 +247,7 @@ def test_an_answer_is_called_interim_until_all_seeds_have_ended(copied):
 
 
 def test_a_training_that_failed_counts_as_nothing_right(copied, tmp_path):
-    """To leave it out would make the better of an optimizer the more often it diverges."""
+    """Without failed runs an optimizer would look better the more often it diverges."""
     path = copied / "small" / "trials.csv"
     path.write_text(path.read_text().replace("AdaBound,final,1,done,", "AdaBound,final,1,failed,"))
     results = read_study(copied / "small")
@@ -260,7 +260,7 @@ def test_a_training_that_failed_counts_as_nothing_right(copied, tmp_path):
 
 
 def test_the_best_of_the_others_is_measured_against_the_better_of_the_two(copied):
-    """A third contestant, a copy of one of the two with other accuracies."""
+    """The third contestant is a copy of Adam with other accuracies."""
 
     def copy(line):
         if (line["contestant"], line["stage"]) == ("Adam", "final"):
@@ -284,14 +284,14 @@ def test_an_unfinished_study_says_so(copied, tmp_path):
 
 
 def test_benchmarks_and_notes_are_part_of_it(copied, tmp_path):
-    """Runs of one measurement side by side."""
+    """Repeated measurements stand side by side."""
     (copied / "map" / "bench").mkdir()
     for number, ratio in enumerate((0.891, 0.9)):
         rows = {"jax": {"ratio": ratio, "quartiles ms": [10.0, 12.0]}, "torch": {"ratio": 1.0}}
         table = {"title": "training step: gradients", "rows": rows, "seconds": {}}
         bench = {"benchmark": "step", "machine": "two cores", "settings": {"rounds": 7}, "tables": [table]}
         (copied / "map" / "bench" / f"step-{number}.json").write_text(json.dumps(bench))
-    memory = bench | {"benchmark": "memory"}  # its ratios are not of times
+    memory = bench | {"benchmark": "memory"}  # these ratios are not of times
     (copied / "map" / "bench" / "memory.json").write_text(json.dumps(memory))
     (copied / "map" / "notes.md").write_text("cars96: no GPU was at hand.\n")
     page = report_on(copied / "map", tmp_path / "out")
@@ -311,7 +311,7 @@ def test_bad_arguments_are_named(results, tmp_path, capsys):
 
 
 def test_axes_become_a_grid():
-    """The first half of the axes across, the rest down, both in the protocol's order; a missing cell stays empty."""
+    """The first half of the axes goes across, the rest down, in the protocol's order; a missing cell stays empty."""
     values = [("Adam", "0.001", "own", "as it was"), ("Adam", "0.002", "own", "both"), ("SGD", "0.001", "own", "both")]
     axes = ("optimizer", "learning_rate", "network", "input")
     contestants = [Contestant(", ".join(v), "A", dict(zip(axes, v, strict=True)), "C0") for v in values]
@@ -327,7 +327,7 @@ def test_axes_become_a_grid():
     assert plot_grid_curves(grid, "test_top1", "test top-1") is None  # nothing has been trained
 
 
-DAMAGES = [  # a file, what stands there (None: all of it), what in its place, and what is said
+DAMAGES = [  # a file, the old text (None: all of it), the new text, and the message
     ("trials.csv", None, "a,b\n1,2\n", "trials.csv is not that of a study"),
     ("trials.csv", None, b"\xff\xfe", "trials.csv is damaged"),
     ("trials.csv", ",tuning,", ",tunning,", "trials.csv, line 2, is damaged: stage 'tunning' is none"),
@@ -369,7 +369,7 @@ def test_an_answer_by_hand_stands_first(copied, tmp_path):
 
 
 def trained(name, labels, accuracies):
-    """A contestant with a final run for each seed, 1 on."""
+    """A contestant with a final run for each accuracy; seeds start at 1."""
     columns = [{"stage": "final", "state": "done", "seed": f"{n}", "top1": f"{a}"} for n, a in enumerate(accuracies, 1)]
     return Contestant(name, "block", labels, "C0", final=[Trial(of_run, Path(name)) for of_run in columns])
 
@@ -404,7 +404,7 @@ def test_one_that_learned_nothing_does_not_press_the_differences_together():
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
-    """matplotlib would leave it out."""
+    """matplotlib would omit such a name."""
     ended = Trial({"stage": "tuning", "state": "done", "top1": "0.5"}, Path())
     contestants = [Contestant(name, name, {}, "C0", tuning=[ended, ended]) for name in ("_Adam", "SGD")]
     (axis,) = plot_tuning_effort(StudyResults("small", "", contestants, (), (), {})).axes
@@ -412,7 +412,7 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
 
 
 def test_a_grid_of_which_nothing_was_trained_yet_is_left_out(copied, tmp_path):
-    """Beside another one of the same study."""
+    """Another grid of the study is plotted."""
     with open(copied / "map" / "protocol.toml", "a") as file:
         file.write('[[contestants]]\nname = "later"\naxes.learning_rate = [0.001, 0.01]\naxes.momentum = [0.8, 0.9]\n')
     path = copied / "map" / "trials.csv"

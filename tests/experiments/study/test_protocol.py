@@ -20,7 +20,7 @@ OTHER = '[[contestants]]\nname = "other"\n'
 
 @pytest.mark.parametrize("path", sorted(PROTOCOLS.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_protocol_can_be_read_and_its_published_runs_are_its_own(path):
-    """The state of each run and what it drew are as trials.csv has them; its settings are the protocol's."""
+    """trials.csv has the state and the draws of each run; the settings are the protocol's."""
     protocol = read_protocol(path)
     ledger = Ledger(protocol, RESULTS / path.stem)
     ledger.check()
@@ -96,7 +96,7 @@ def test_a_bad_protocol_is_refused_by_name(tmp_path, capsys, old, new, said):
     assert "small.toml" in error
 
 
-# A contestant that is tuned as another, with seeds of its own, in a later group; "s" is a final run's seed.
+# A contestant in a later group, with Adam's tuning and its own seed; "s" marks the seed of a final run.
 SECOND = OTHER + 'seeds = [7]\ngroup = 1\ntuned_as = { contestant = "Adam", place = 2 }\n'
 LATER, LESS = ("seeds = [4, 5]", "seeds = [4]\nlater_seeds = [5]"), ('name = "Adam"\n', 'name = "Adam"\ntrials = 1\n')
 
@@ -134,7 +134,7 @@ def test_the_order_of_runs(tmp_path, changes, order):
 
 @pytest.mark.parametrize("sampler", ["random", "sobol"])
 def test_draws_stay_within_what_is_searched_and_differ(tmp_path, sampler):
-    """A Sobol sequence besides puts one of eight draws into each eighth of a range, and evenly often each choice."""
+    """A Sobol sequence also puts one of eight draws into each eighth of a range, and draws choices equally often."""
     text = SMALL.replace("holdout = 0.1", f'holdout = 0.1\nsampler = "{sampler}"').replace("trials = 3", "trials = 8")
     (tmp_path / "small.toml").write_text(text)
     ours, other = read_protocol(tmp_path / "small.toml").contestants

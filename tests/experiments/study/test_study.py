@@ -1,4 +1,4 @@
-"""The runs of a study are each trained once, as the protocol says, whatever happens to its workers."""
+"""Each run of a study is trained once, as the protocol says, whatever happens to the workers."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Trains nothing, with cores for this test alone; returns the file with a line for each epoch that was trained."""
+    """Replaces trainings with fakes, and keeps cores apart from other tests; returns the file with a line per epoch."""
     log = tmp_path / "log.txt"
     monkeypatch.setattr(worker, "CARS", (sys.executable, str(FAKE)))
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.05)
@@ -49,7 +49,7 @@ def fake(monkeypatch, tmp_path):
 
 
 def epochs(trials):
-    """That are trained: two contestants, two epochs a trial, three a final run."""
+    """Two contestants train two epochs in a trial, three in each of two final runs."""
     return 2 * (trials * 2 + 2 * 3)
 
 
@@ -75,7 +75,7 @@ def change_last_row(run_folder, **changes):
 
 
 def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
-    """Tuning, then the best setting on every seed; all of it in trials.csv, and the large files gone."""
+    """A study tunes, runs the best setting on every seed, fills trials.csv and removes large files."""
     assert run(protocol, out) == 0
     rows = trials(out)
     assert len(rows) == 2 * (3 + 2)
@@ -91,15 +91,15 @@ def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
         assert values(tuned + final, "block") == {name}
         assert all("--holdout" in row["command"] for row in tuned)
         assert not any("--holdout" in row["command"] for row in final)
-    assert rates[0] == rates[1]  # both draw the same ones
+    assert rates[0] == rates[1]  # both draw the same rates
     assert len(set(rates[0])) == 3
     assert (out / "protocol.toml").read_text() == SMALL
     assert not list(out.glob("*/*/*.safetensors"))
     assert not list(out.glob("*/*/checkpoints"))
     assert not [path for path in out.glob("**/*") if path.is_file() and str(tmp_path) in path.read_text()]
     assert "10 of 10 runs" in capsys.readouterr().out
-    # What a worker leaves that is killed between a run's end and the removal of its large files; the journal of an
-    # earlier version is ignored.
+    # A worker that is killed between a run's end and the removal of large files leaves them. An old journal is
+    # ignored.
     folder = out / "adam" / "seed-4"
     (folder / "checkpoints").mkdir()
     (folder / "weights.safetensors").write_text("large")
@@ -111,7 +111,7 @@ def test_runs_a_protocol_to_its_end(protocol, fake, out, tmp_path, capsys):
 
 
 def test_settings_and_places_reach_the_runs(protocol, fake, out):
-    """The second-best setting of another's tuning; epochs without a test; gamma from the number of updates."""
+    """A run gets another's second-best setting, untested epochs, and gamma from the number of updates."""
     text = SMALL.replace("[settings]", "[settings]\ntest_every = 2\ngamma_times_steps = 6.0", 1)
     second = '[[contestants]]\nname = "second"\nseeds = [9]\nsettings = { opt = "adam" }\n'
     protocol.write_text(text.replace("[report]", second + 'tuned_as = { contestant = "Adam", place = 2 }\n[report]'))
@@ -128,7 +128,7 @@ def test_settings_and_places_reach_the_runs(protocol, fake, out):
 
 
 def test_tuning_may_choose_by_the_loss(protocol, fake, out, capsys):
-    """The trial with the lowest top-1 is given the lowest loss, once all trials have ended."""
+    """The trial with the lowest top-1 is chosen once it has the lowest loss."""
     by_loss = SMALL.replace("holdout = 0.1", 'holdout = 0.1\nchoose_by = "loss"')
     protocol.write_text(by_loss)
     assert run(protocol, out, "--runs", "6") == 0
@@ -143,7 +143,7 @@ def test_tuning_may_choose_by_the_loss(protocol, fake, out, capsys):
 
 
 def test_a_test_loss_that_is_no_number_is_a_result(protocol, fake, out):
-    """The last update may spoil what is tested afterwards: the run ends, and does not win by its loss."""
+    """The last update may spoil the test after it: the run ends, and does not win by its loss."""
     assert run(protocol, out, "--runs", "6") == 0
     for number, loss in enumerate((None, 2.0, 1.0)):  # three that are equal but for their loss
         change_last_row(out / "adam" / f"tuning-{number:03}", test_top1=0.9, test_loss=loss)
@@ -164,7 +164,7 @@ def test_in_pieces_it_is_the_same(protocol, fake, out, tmp_path):
 
 
 def start(protocol, out, seconds):
-    """A worker in a process of its own, with the fake training."""
+    """Starts a worker with the fake training in a process."""
     code = (
         "import sys; from experiments.study import worker, __main__ as study; "
         f"worker.CARS = (sys.executable, {str(FAKE)!r}); worker.WAIT_SECONDS = 0.05; sys.exit(study.main(sys.argv[1:]))"
@@ -188,7 +188,7 @@ def check_trained_once(fake, trials=3):
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["the worker alone", "its training too"])
 def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group, capsys):
-    """SIGKILL while a run trains: the next worker goes on with that very run, and no epoch is trained twice."""
+    """SIGKILL while a run trains: the next worker continues that run, and no epoch is trained twice."""
     protocol.write_text(SMALL.replace("trials = 3", "trials = 1"))
     process = start(protocol, out, seconds=1)
     wait_for(lambda: fake.exists() and fake.read_text())
@@ -223,7 +223,7 @@ def test_without_free_cores_it_says_so(protocol, fake, out, capsys):
     with own_cores(len(all_cores)):
         assert run(protocol, out) == 2
         assert f"each worker 1 of this machine's {len(all_cores)} cores, and none is free" in capsys.readouterr().err
-        assert run(protocol, out, "--dry-run") == 0  # needs none
+        assert run(protocol, out, "--dry-run") == 0  # a dry run needs no cores
     assert run(protocol, out, "--runs", "1") == 0
     assert os.sched_getaffinity(0) == all_cores
 
@@ -272,7 +272,7 @@ def test_a_training_that_diverges_is_a_result(protocol, fake, out):
     ],
 )
 def test_a_training_that_cannot_be_run_is_none(protocol, fake, out, capsys, old, new, said):
-    """Lack of memory or of data says nothing about an optimizer: the study ends, and tries it again next time."""
+    """Lack of memory or of data says nothing about an optimizer: the study ends, and the next start tries again."""
     protocol.write_text(SMALL.replace(old, new, 1))
     for _ in range(2):
         assert run(protocol, out, "--runs", "1") == 1
@@ -281,7 +281,7 @@ def test_a_training_that_cannot_be_run_is_none(protocol, fake, out, capsys, old,
 
 
 def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, out, capsys):
-    """More seeds may come, and before the final runs more trials; all else would mix two studies."""
+    """Seeds may be added, and trials before the final runs; other changes would mix two studies."""
     protocol.write_text(SMALL.replace("trials = 3", "trials = 2"))
     assert run(protocol, out, "--runs", "3") == 0
     protocol.write_text(SMALL)
@@ -321,7 +321,7 @@ def test_bad_input_is_named(capsys, arguments, said):
 
 
 def test_without_optuna_it_says_what_to_install():
-    """And the report, which reads files alone, does without."""
+    """The report only reads files and needs no Optuna."""
     blocked = (
         "import sys; sys.modules.update(optuna=None); import experiments.report.__main__, experiments.study.__main__"
     )
@@ -332,7 +332,7 @@ def test_without_optuna_it_says_what_to_install():
 
 @pytest.mark.slow
 def test_a_real_study_on_drawn_cars(tmp_path, out, capfd):
-    """Two optimizers, really trained, stopped once by SIGTERM; then the dry run finds nothing left."""
+    """A study of two real optimizers is stopped once by SIGTERM, then ends; a dry run counts 4 of 4."""
     path = tmp_path / "real.toml"
     text = SMALL.replace('image_size = "32"', 'image_size = "32"\nlimit = 64').replace("trials = 3", "trials = 1")
     path.write_text(text.replace("seeds = [4, 5]", "seeds = [4]").replace("epochs = 3", "epochs = 1"))

@@ -28,11 +28,11 @@ def split(n):
 
 
 def run(tmp_path, losses, *, array=np.asarray, interrupt_at=None, number=signal.SIGINT, **changes):
-    """Trains a fake network whose losses are given. It takes classes 0 and 1 for what they are and class 2 for class 1;
-    in tests it is always right. Its metrics are made by `array`.
+    """Trains a fake network with the given losses. In training it takes class 2 for class 1 and is right otherwise;
+    in tests it is always right. `array` makes its metrics.
 
     Returns:
-      what ended it, the test results of each report, the rows, and the pictures of each batch.
+      what ended the run, each report's test results, the rows, each batch's pictures, each test batch's shape.
     """
     found = SimpleNamespace(reports=[], trained=[], tested=[])
     losses = iter(losses)
@@ -64,11 +64,11 @@ def run(tmp_path, losses, *, array=np.asarray, interrupt_at=None, number=signal.
 
 @pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
 def test_rows_of_a_run(array, tmp_path):
-    """Metrics in NumPy, which have been computed, and in JAX, which are read a step later."""
+    """NumPy's metrics are there after a step; JAX's are read one step later."""
     found = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], array=array)
     rows, seen = found.rows, found.trained
     assert found.ended_by is None
-    assert len(found.reports) == 1  # at the end; the run is shorter than the time between two
+    assert len(found.reports) == 1  # at the end; the run is shorter than the time between two reports
     assert [(row["epoch"], row["step"]) for row in rows] == [(2 / 3, 2), (1, 3), (5 / 3, 5), (2, 6)]
     assert [row["train_loss"] for row in rows] == [5.5, 5, 2.5, 2]
     for row, batches in zip(rows, (seen[:2], seen[:3], seen[3:5], seen[3:6]), strict=True):
@@ -88,7 +88,7 @@ def test_rows_of_a_run(array, tmp_path):
 
 
 def test_some_epochs_are_not_tested(tmp_path):
-    """Their row holds the epoch's means and says that it ends one; the last epoch is tested in any case."""
+    """An untested epoch, too, ends with a row of its means; the last epoch is always tested."""
     found = run(tmp_path, range(12, 0, -1), epochs=4, test_every=3)
     ends = [row for row in found.rows if ends_epoch(row)]
     assert [row["epoch"] for row in ends] == [1, 2, 3, 4]
@@ -102,7 +102,7 @@ def test_some_epochs_are_not_tested(tmp_path):
 @pytest.mark.parametrize(("interrupt_at", "tested"), [(2, []), (5, [3])], ids=["in the first epoch", "in the second"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_report(number, interrupt_at, tested, tmp_path):
-    """The step under way ends first (its state is what is reported), then nothing more is run."""
+    """The current step ends first; then the run reports, and no other step begins."""
     before = signal.getsignal(number)
     found = run(tmp_path, [6.0, 5.0, 4.0, 3.0, 2.0], interrupt_at=interrupt_at, number=number)
     assert found.ended_by == number
@@ -113,7 +113,7 @@ def test_a_signal_ends_with_a_report(number, interrupt_at, tested, tmp_path):
 
 
 def test_the_same_signal_once_more_acts_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     try:
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGINT)
@@ -159,7 +159,7 @@ def test_devices_are_plain_values():
 
 
 def test_macro_f1_by_hand():
-    """Class 0: 2 of 3 found, 2 of 2 predicted right: F1 4/5. Class 1: 1 of 1, 1 of 2: 2/3. Class 2 never occurs."""
+    """Class 0 has recall 2/3, precision 2/2 and F1 4/5; class 1 has recall 1/1, precision 1/2 and F1 2/3."""
     labels, predictions = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     assert macro_f1(labels, predictions) == pytest.approx((4 / 5 + 2 / 3) / 2)
     assert macro_f1(np.array([0, 0]), np.array([3, 3])) == 0

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, by the command line: two that train together, SIGTERM, SIGKILL."""
+"""Trainings in separate processes, by the command line: two that train together, SIGTERM, SIGKILL."""
 
 import os
 import re
@@ -27,7 +27,7 @@ FLAGS = (
 
 
 def start(data, out, arguments, *more, flags=""):
-    """experiments.mnist in a process of its own."""
+    """Starts experiments.mnist in a new process."""
     command = [sys.executable, "-m", "experiments.mnist", *arguments.split(), *more, "--data", str(data)]
     return subprocess.Popen(
         [*command, "--framework", "jax", "--limit", "48", "--batch-size", "16", "--out", str(out), "--log-every", "1"],
@@ -52,7 +52,7 @@ def digits(tmp_path):
 
 
 def together(data, out, arguments):
-    """Two processes of one training."""
+    """Starts two processes of one training."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
@@ -61,7 +61,7 @@ def together(data, out, arguments):
 
 
 def distance(one, other):
-    """The largest difference of an array of the last checkpoints, over its largest entry."""
+    """The largest difference of the last checkpoints, relative to an array's largest entry."""
     both = [Checkpoints(out / CHECKPOINTS) for out in (one, other)]
     (arrays, _), (others, _) = (checkpoints.read(checkpoints.steps()[-1]) for checkpoints in both)
     assert arrays.keys() == others.keys()
@@ -70,7 +70,7 @@ def distance(one, other):
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_train_as_one(digits, tmp_path):
-    """ResNet-18 in float64, six steps: parameters, statistics, moments, metrics; the reports are written once."""
+    """After six steps of ResNet-18 in float64 checkpoints and metrics agree, and one process alone reports."""
     run = "--model resnet18 --epochs 2 --precision float64"
     finish(start(digits, tmp_path / "one", run))
     printed = [finish(process) for process in together(digits, tmp_path / "two", run)]
@@ -86,9 +86,9 @@ def test_two_processes_of_four_devices_train_as_one(digits, tmp_path):
 
 
 def stop_by_sigterm(processes, number, out):
-    """After three rows, by one of the processes: what the first has printed; a checkpoint of the current step is there.
+    """Sends SIGTERM to one process after three rows; returns what the first process has printed.
 
-    Within 30 seconds, where one process trains.
+    The last row's step must have a checkpoint. A training of one process must end within 30 seconds.
     """
     end = time.monotonic() + 600
     while soak.rows(out) < 3:
@@ -119,7 +119,7 @@ def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(di
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit(tmp_path, capsys):
-    """At least five of them while a checkpoint is being written: what is left of it is named at the next start."""
+    """At least five kills interrupt the writing of a checkpoint; the next start names the half-written one."""
     assert soak.main(["--kills", "20", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     (writing,) = re.findall(r"20 times SIGKILL, (\d+) while a checkpoint was being written", printed)

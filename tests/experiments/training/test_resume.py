@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on is the run that was never stopped, bit for bit; and what can go wrong with that."""
+"""A run that is stopped and resumed equals one that was never stopped, bit for bit; and what can go wrong."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS, read_
 from experiments.training.settings import RunSettings, System
 from jax_resnet.checkpoint import Checkpoints
 
-STEPS = 3 * 5  # epochs, batches of 6 of 30 pictures
+STEPS = 3 * 5  # 3 epochs of 30 pictures in batches of 6
 
 
 def settings_for(out, **changes):
@@ -28,9 +28,9 @@ def settings_for(out, **changes):
 
 
 def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoiled=(), **parts):
-    """Runs the tiny training; sends itself a signal in a step, or in a batch of a test. Returns what ended it.
+    """Runs the tiny training, with a signal in a step or in a test's batch. Returns what ended the training.
 
-    In the spoiled steps the pictures are not numbers. Parts replace those of the training.
+    In the spoiled steps the pictures are nan. `parts` replace fields of the training.
     """
 
     def prepare(settings, data):
@@ -57,7 +57,7 @@ def train(settings, *, kill_at=None, number=signal.SIGTERM, in_test=None, spoile
 
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory):
-    """The run that is left alone."""
+    """A run that is never stopped."""
     out = tmp_path_factory.mktemp("quiet") / "run"
     assert train(settings_for(out)) is None
     assert Checkpoints(out / CHECKPOINTS).steps()[-1] == STEPS
@@ -70,11 +70,11 @@ def quiet(tmp_path_factory):
     ids=lambda moment: " ".join(f"{name}-{number}" for name, number in moment.items()),
 )
 def test_stopped_and_gone_on_is_the_run_left_alone(moment, quiet, tmp_path, capsys):
-    """In the first step, at and around the end of an epoch, in the last step of all; and in the second test of the
-    first epoch, that of the averages: after all its steps, before its row."""
+    """The signal comes in the first step, around the end of an epoch, in the last step, or in the second test of the
+    first epoch, which tests the averages: after the epoch's steps, before its row."""
     out, step = tmp_path / "run", moment.get("kill_at", 5)
     assert train(settings_for(out), **moment) == signal.SIGTERM
-    assert Checkpoints(out / CHECKPOINTS).steps()[-1] == step  # the current one, due or not
+    assert Checkpoints(out / CHECKPOINTS).steps()[-1] == step  # the current step's, due or not
     assert any("test_loss" in row for row in read_metrics(out)) == (step > 5)
     assert "to continue, repeat the command with --out" in capsys.readouterr().out
     assert train(settings_for(out, resume=True)) is None
@@ -91,7 +91,7 @@ def test_stopped_many_times(quiet, tmp_path):
 
 
 def test_a_difference_would_be_seen(quiet, tmp_path):
-    """That the comparison is one: another seed, and one bit in the metrics."""
+    """The comparison finds another seed, and a changed bit in the metrics."""
     out = tmp_path / "run"
     train(settings_for(out, seed=1))
     found = differences(quiet, out)
@@ -106,7 +106,7 @@ def test_a_difference_would_be_seen(quiet, tmp_path):
 
 @pytest.fixture
 def stopped(quiet, tmp_path):
-    """Makes a run killed by SIGKILL, as far as files go: the first checkpoints of the quiet one, all of its metrics."""
+    """Makes the files that SIGKILL leaves: the quiet run's first checkpoints, all its metrics and half a row."""
 
     def stop(keep_last):
         out = tmp_path / "run"
@@ -191,7 +191,7 @@ def test_what_cannot_go_on_is_refused(change, settings, message, stopped):
 
 
 def test_what_is_not_finite_ends_the_run_with_the_state_from_before(quiet, tmp_path):
-    """Step 8 fails. The message has the step and the layers; what was saved goes on to the quiet run's end."""
+    """Step 8 fails. The message names the step and the layers; the resumed run ends as the quiet one."""
     out = tmp_path / "run"
     with pytest.raises(DivergedError) as caught:
         train(settings_for(out), spoiled=[8])
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_left_out_up_to_a_limit(tmp_path):
 
 
 def test_a_disk_that_is_full_is_said_and_the_run_goes_on(quiet, tmp_path, capsys, monkeypatch):
-    """At step 10: the results are the same, and the checkpoints around it are there."""
+    """The checkpoint of step 10 is missing; the results are the same."""
     out = tmp_path / "run"
     save_file = safetensors.numpy.save_file
 

@@ -1,4 +1,4 @@
-"""Step sizes by layer, by hand."""
+"""Step sizes by layer, checked by hand."""
 
 import jax.numpy as jnp
 import optax
@@ -21,9 +21,9 @@ def after_one_update(optimizer):
 
 @pytest.mark.parametrize("optimizer", [optax.adam(1e-3), optax.amsgrad(1e-3), adabound(1e-3)])
 def test_first_update_by_hand(optimizer, tmp_path):
-    """Adam moves by learning_rate · sign(g), and m is 0.1·g: its step is learning_rate / (0.1·|g|).
+    """Adam moves by learning_rate · sign(g), and m is 0.1·g: the step is learning_rate / (0.1·|g|).
 
-    The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. The names are those of kernels, in the
+    The bounds at t = 1 are 0.1 · 0.001/1.001 and 0.1 · 1.001/0.001 = 100.1. Only kernels are listed, in the
     network's order.
     """
     steps = layer_steps(moments_of(after_one_update(optimizer)), **SETTINGS)
