@@ -117,7 +117,6 @@ def test_step_table(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*STEP, "--rounds", "0"], "at least 1"),
         ([*STEP, "--batch-size", "0"], "at least 1"),
         ([*STEP, "--image-size", "8"], "--image-size"),
         ([*LAYERS, "--iterations", "0"], "at least 1"),

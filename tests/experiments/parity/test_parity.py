@@ -353,8 +353,6 @@ def test_frameworks_that_are_not_installed_are_named(monkeypatch, capsys):
         (["--in-channels", "0"], "--in-channels and --steps must be at least 1"),
         (["--steps", "0"], "--in-channels and --steps must be at least 1"),
         (["--image-size", "31"], "--image-size takes one side or HEIGHTxWIDTH"),
-        (["--html", "/no/such/folder/page.html"], "there is no folder /no/such/folder"),
-        (["--frameworks"], "must not be empty"),
         (["--frameworks", "torchvision"], "torchvision has no part in trajectories"),
         (
             ["--no-batch-norm", "--frameworks", "torchvision", "--sections", "layers"],

@@ -309,7 +309,6 @@ def test_another_protocol_in_the_same_folder_is_refused(protocol, fake, out, cap
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nosuch.toml"], "nosuch.toml"),
         ([str(PROTOCOLS / "origins.toml")], "pass --data DIR"),
         ([str(PROTOCOLS / "origins.toml"), "--data", "nosuch"], "--data nosuch is no folder"),
         ([str(PROTOCOLS / "origins.toml"), "--runs", "0"], "--runs must be at least 1"),
