@@ -26,7 +26,7 @@ def logistic_regression_accuracy(
     test_labels: np.ndarray,
     l2_strengths: Sequence[float] = L2_STRENGTHS,
 ) -> float:
-    """The best test accuracy over the strengths, each fit to convergence. The test set selects: it is an upper bound.
+    """The best test accuracy over the strengths, each fit to convergence: an upper bound, since the test set selects.
 
     Minimizes mean cross-entropy + strength/2 · D·|W|² on D features standardized by the training set. At the
     optimum W is a combination of the training examples, so the search stays in the space that they span, whatever the
