@@ -72,7 +72,7 @@ def run(optimizer, params, grads, steps=5):
 
 
 def assert_close(actual, expected, rtol):
-    """Relative to the largest entry of each array; same structure and dtypes."""
+    """Structure and dtypes are the same; rtol is relative to the largest entry of each array."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype

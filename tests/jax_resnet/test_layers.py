@@ -362,7 +362,7 @@ POOLS = [(8, 8, 3, 2, 1), (7, 9, 3, 2, 1), (6, 6, 2, 2, 0), (5, 5, 3, 1, 1), (9,
 
 @pytest.mark.parametrize("case", POOLS, ids=str)
 def test_max_pool(case, x64):
-    """Against its definition, and its gradient against central differences, on values without ties."""
+    """Outputs match the definition and gradients match central differences, on values without ties."""
     h, w, window, stride, padding = case
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.permutation(2 * h * w * 3).reshape(2, h, w, 3) - 100.0) / 100  # negative at the border too

@@ -369,7 +369,7 @@ def start_on_virtual_devices(*arguments):
 
 
 def errors_of(process):
-    """By number of devices: (after the first step, after the last)."""
+    """{number of devices: [error after the first step, after the last]}."""
     printed, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     return json.loads(printed.splitlines()[-1])

@@ -90,8 +90,8 @@ RULES = [  # schedule, class, options
 def test_rule_of_the_authors(schedule, optimizer_class, options):
     """2,000 steps in float64 of a least-squares fit in batches of 4, whose inputs have scales from 0.003 to 1.
 
-    Both compute their own gradients. The problem is convex, so differences shrink; 1e-12 is for rounding, most of all
-    in 1 - 0.999**t in the rule (1e-13 at t = 1).
+    Both compute their own gradients. The problem is convex, so differences shrink; 1e-12 is for rounding, most of it
+    in the rule's 1 - 0.999**t (1e-13 at t = 1).
     """
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((32, 6)) * 10.0 ** np.linspace(-2.5, 0, 6)
