@@ -10,7 +10,7 @@ COLOURS = {"experiments": "#dfe8f3", "libraries": "#f3e6d0"}
 
 
 def floors() -> list[list[str]]:
-    """The floors of the contracts, from the top: of experiments, then the three implementations."""
+    """The floors of the contracts, from the top: those inside experiments, then the three implementations."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     inside = next(found for found in layers if "experiments" not in found)
@@ -38,7 +38,7 @@ def draw(path: Path) -> None:
     axis.set(xlim=(-0.02, 1.02), ylim=(0.5, len(rows) + 0.6))
     axis.set_axis_off()
     axis.set_title("Imports go downwards only", fontsize=12)
-    figure.savefig(path, dpi=130, metadata={"Description": str(rows)})  # by which a test knows what was drawn
+    figure.savefig(path, dpi=130, metadata={"Description": str(rows)})  # for the test that checks what was drawn
     plt.close(figure)
 
 

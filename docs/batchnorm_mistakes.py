@@ -37,13 +37,13 @@ def unbiased_normalization(x: Array, weight: Array, **others: Any) -> tuple[Any,
 
 
 def biased_running_variance(x: Array, *, running_var: Array, **others: Any) -> tuple[Any, Callable]:
-    """Takes the biased variance into the running one."""
+    """Updates the running variance with the biased variance."""
     (y, new_mean, _), vjp = right(x, running_var=running_var, **others)
     return (y, new_mean, 0.9 * running_var + 0.1 * x.var(AXES)), vjp
 
 
 def constants(x: Array, weight: Array, *, mean_too: bool, **others: Any) -> tuple[Any, Callable]:
-    """A backward pass that takes the variance for a constant, and perhaps the mean too."""
+    """A backward pass that treats the variance as a constant, and perhaps the mean too."""
     outputs, vjp = right(x, weight, **others)
 
     def vjp_of_constants(dy: Array) -> tuple[Array, ...]:
@@ -55,7 +55,7 @@ def constants(x: Array, weight: Array, *, mean_too: bool, **others: Any) -> tupl
 
 
 def eps_outside_root(x: Array, weight: Array, bias: Array, **others: Any) -> tuple[Any, Callable]:
-    """Divides by sqrt(var) + eps; the backward pass is that of this formula."""
+    """Divides by sqrt(var) + eps; the backward pass belongs to this formula."""
     (y, *statistics), vjp = right(x, weight, bias, **others)
     deviation, centred, n = x.std(AXES), x - x.mean(AXES), x.size // x.shape[-1]
     factor = np.sqrt(deviation**2 + EPS) / (deviation + EPS)  # this formula's y - bias over the right one's
@@ -69,7 +69,7 @@ def eps_outside_root(x: Array, weight: Array, bias: Array, **others: Any) -> tup
     return ((y - bias) * factor + bias, *statistics), vjp_of_product
 
 
-MISTAKES: dict[str, tuple[Callable, float]] = {  # its BatchNorm, and what the block's input is multiplied by
+MISTAKES: dict[str, tuple[Callable, float]] = {  # the BatchNorm with the mistake, and a factor for the block's input
     "unbiased variance normalizes": (unbiased_normalization, 1),
     "running variance from the biased variance": (biased_running_variance, 1),
     "momentum 0.9 instead of 0.1": (functools.partial(right, momentum=0.9), 1),
@@ -107,7 +107,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def text(error: float) -> str:
-    """In percent with two digits; what is below 1e-10 is rounding."""
+    """The error in percent with two digits; below 1e-10 it is rounding and becomes 0."""
     return "0" if error < 1e-10 else "< 0.001%" if error < 1e-5 else f"{float(f'{100 * error:.2g}'):g}%"
 
 

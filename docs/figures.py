@@ -53,7 +53,7 @@ def arrow(axes: Axes, start: Point, end: Point, color: str = INK, width: float =
 
 
 def grid(axes: Axes, corner: Point, values: np.ndarray, colors: np.ndarray, size: float = 10) -> None:
-    """A matrix as cells of side 1, its first row at the top; corner is its upper left one."""
+    """Draws a matrix as cells of side 1, its first row at the top; corner is the upper left corner."""
     colors = np.broadcast_to(colors, values.shape)
     for (i, j), value in np.ndenumerate(values):
         x, y = corner[0] + j, corner[1] - i - 1
@@ -67,7 +67,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def batchnorm_graph() -> None:
-    """Where x goes in BatchNorm, and the three ways on which the gradient comes back."""
+    """How x flows through BatchNorm, and the three paths on which the gradient comes back."""
     figure, axes = canvas(4.4, (-0.2, 8.7), (-0.7, 7.6))
     box(axes, (1.6, 6.9), "x", 1.2)
     box(axes, (5.6, 5.6), "mean μ", 1.8)
@@ -147,7 +147,7 @@ def im2col() -> None:
 
 
 def fold_figure() -> None:
-    """How often a pixel is in a patch is how often it receives a gradient."""
+    """A pixel receives one gradient from each patch that contains it."""
     ones = np.ones((4, 9))
     counts = fold(ones, (1, 4, 4, 1), 3, 3, 1, 0)[0, :, :, 0]
     figure, axes = canvas(3.7, (-0.3, 10.6), (-10.6, 1.2))

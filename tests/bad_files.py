@@ -1,4 +1,4 @@
-"""Files and folders with their mistakes, for the cases of bad_inputs.py: what makes them in a folder."""
+"""Creates the files and folders that the cases of bad_inputs.py need, with their mistakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BAD = "train/Audi/bad.jpg"
 
 
 def cars(*changes: Change) -> Change:
-    """cars/, two classes of two pictures in train and in test, changed."""
+    """Creates cars/ with two classes of two pictures in train and in test, then changes it."""
     return inside("cars", a_picture(*NAMES), *changes)
 
 
@@ -45,7 +45,7 @@ NOISE = Image.fromarray(noise(64, 64, 3))
 
 
 def png_bomb() -> bytes:
-    """20,000x20,000 pixels in some kilobytes."""
+    """A PNG of less than a kilobyte that claims 20,000x20,000 pixels."""
     return png_file(20_000, b"\1\0\0\0\0", bytes(20_000 // 8 + 1) * 200)
 
 
@@ -58,13 +58,13 @@ def jpeg_bomb() -> bytes:
 
 
 def sparse_file(root: Path) -> None:
-    """5 GB by its size, nothing on the disk."""
+    """Creates a picture file of 5 GB that takes no space on the disk."""
     with (root / BAD).open("wb") as file:
         file.truncate(5 * 10**9)
 
 
 def devkit(meta: dict | bytes | None = None, **changes) -> Change:
-    """cars/ in the original layout, with changes of the train annotations' fields, or another cars_meta.mat."""
+    """Creates cars/ in the original layout, with changed fields in the train annotations or another cars_meta.mat."""
 
     def change(root: Path) -> None:
         make_original(root)
@@ -86,7 +86,7 @@ def idx(*shape: int, value: int = 0) -> bytes:
 
 
 def digits(**changes: bytes | None) -> Change:
-    """digits/ with MNIST's four files, 20 digits to train and 5 to test on; None leaves one out."""
+    """Creates digits/ with MNIST's four files, 20 training and 5 test digits; None leaves a file out."""
 
     def made(folder: Path) -> None:
         write_mnist(folder / "digits", test=5)
@@ -100,7 +100,7 @@ def digits(**changes: bytes | None) -> Change:
 
 @functools.cache
 def network(in_channels: int = 3) -> dict[str, np.ndarray]:
-    """The arrays of a ResNet-18 for 5 classes, all zeros but the variances, in float16 since that is short."""
+    """The arrays of a ResNet-18 for 5 classes, all zeros but the variances, in float16 to keep files small."""
     config = resnet.resnet18(num_classes=5, in_channels=in_channels)
     shapes = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
     arrays = weights.to_torch(*jax.tree.map(lambda spec: np.zeros(spec.shape, np.float16), shapes))
@@ -108,12 +108,12 @@ def network(in_channels: int = 3) -> dict[str, np.ndarray]:
 
 
 def npz(name: str = "w.npz", change: Callable[[dict], dict] = lambda arrays: arrays) -> Change:
-    """A network's weights after a change."""
+    """Writes a network's weights to an .npz file after a change."""
     return lambda folder: np.savez(folder / name, **change(network()))
 
 
 def trained_network(**layers: object) -> dict[str, object]:
-    """The same in PyTorch, with other weights in some layers."""
+    """The arrays of network() as PyTorch tensors, with other weights in some layers."""
     import torch
 
     changes = {f"{name}.weight": value for name, value in layers.items()}
@@ -133,7 +133,7 @@ def file(name: str, content: bytes) -> Change:
 
 
 def pth(contents: Callable[[], object]) -> Change:
-    """w.pth as PyTorch writes it."""
+    """Writes w.pth with torch.save."""
 
     def made(folder: Path) -> None:
         torch = pytest.importorskip("torch", reason="needs the extra torch")
@@ -170,7 +170,7 @@ def safetensors_header(header: bytes | dict, data: bytes = b"") -> Change:
 
 
 def shortened(name: str) -> Change:
-    """A weight file without its last third."""
+    """Writes a weight file and cuts off its last 1,200 bytes."""
 
     def made(folder: Path) -> None:
         if name.endswith(".pth"):
@@ -182,7 +182,7 @@ def shortened(name: str) -> Change:
 
 
 def zip_bomb(folder: Path) -> None:
-    """An archive that says it unpacks to 20 GB."""
+    """Writes an archive that claims to unpack to 24 GB."""
     with zipfile.ZipFile(folder / "w.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in "abcdef":
             archive.writestr(f"{name}.npy", bytes(10**6))
@@ -197,12 +197,12 @@ def run_folder(
 
 
 def for_classify(*names_and_data: tuple[str, bytes]) -> Change:
-    """Weights and pictures."""
+    """Creates w.npz and the named files."""
     return changed(npz(), *(file(name, data) for name, data in names_and_data))
 
 
 def noisy_digits(seed: int, train: int = 20, test: int = 5) -> Change:
-    """digits/ with MNIST's four files, none of its pictures like another."""
+    """Creates digits/ with MNIST's four files and random pictures, no two of them equal."""
 
     def made(folder: Path) -> None:
         write_mnist(folder / "digits", train=train, test=test)
@@ -214,7 +214,7 @@ def noisy_digits(seed: int, train: int = 20, test: int = 5) -> Change:
 
 @functools.cache
 def trained() -> Path:
-    """A folder with digits/ and run/, of five steps, whose checkpoint is run/checkpoints/5."""
+    """A folder with digits/ and run/, a run of five steps whose checkpoint is run/checkpoints/5."""
     from experiments import mnist
 
     folder = Path(tempfile.mkdtemp())
@@ -226,19 +226,19 @@ def trained() -> Path:
 
 
 def stopped_run(*changes: Change) -> Change:
-    """digits/ and a run on them to go on with, changed."""
+    """Creates digits/ and a run on them that can be resumed, then changes them."""
     return changed(lambda folder: shutil.copytree(trained(), folder, dirs_exist_ok=True), *changes)
 
 
 def foreign_checkpoint(folder: Path) -> None:
-    """Of another network, and later."""
+    """Saves a later checkpoint, of another network."""
     checkpoints = Checkpoints(folder)
     checkpoints.save(9, {"weight": np.ones(3)}, {})
     checkpoints.close()
 
 
 def foreign_facts(folder: Path) -> None:
-    """The same arrays, with what another program says of them."""
+    """Saves a later checkpoint with the same arrays but another program's facts."""
     checkpoints = Checkpoints(folder)
     checkpoints.save(6, checkpoints.read(5)[0], {"name": "mine"})
     checkpoints.close()

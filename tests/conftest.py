@@ -1,4 +1,4 @@
-"""Real data for tests that can use it, which is no part of the repository: without it they are skipped. Memory."""
+"""Fixtures for real data, threads and memory. The repository holds no real data: tests that need it skip without it."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_configure(config):
-    """What one test has compiled the others read, in all workers and programs: many train the same tiny network."""
+    """Shares compiled programs among all tests, workers and subprocesses: many train the same tiny network."""
     if not hasattr(config, "workerinput"):
         config.compiled = tempfile.mkdtemp(prefix="compiled-by-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.compiled
@@ -56,13 +56,13 @@ def mnist_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def photos_dir() -> Path:
-    """Six photographs of ImageNet, their class in the file's name; one of them is grey."""
+    """Six photographs of ImageNet with their class in the file's name; one of them is grey."""
     return folder_or_skip("photos")
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For small problems: where cores are shared, torch's threads would mostly wait for one another."""
+    """Limits torch to one thread: in small problems on shared cores, its threads mostly wait for one another."""
     torch = pytest.importorskip("torch", reason="needs the extra torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def give_memory_back():
 
 @pytest.fixture(autouse=True)
 def memory_given_back(request):
-    """After slow tests, each of which may compile a deep network: a worker that kept all of them took 10 GB."""
+    """Frees memory after slow tests: each may compile a deep network, and a worker that keeps them all takes 10 GB."""
     yield
     if request.node.get_closest_marker("slow"):
         give_memory_back()
@@ -94,6 +94,6 @@ def memory_given_back(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def memory_given_back_after_a_file():
-    """Compiled programs are of no use to the next file, and two workers kept 13 GB of them."""
+    """Frees memory after each file, since the next one cannot use its compiled programs: 13 GB in two workers."""
     yield
     give_memory_back()

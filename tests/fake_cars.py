@@ -1,8 +1,8 @@
-"""Stands for experiments.cars in tests of experiments.study: leaves a run's files within milliseconds.
+"""Stands in for experiments.cars in tests of experiments.study: writes a run's files within milliseconds.
 
-A contestant is the better the nearer its learning rate is to 0.01; one above 1 diverges. Each epoch appends a line to
-the file $FAKE_CARS_LOG, takes $FAKE_CARS_SECONDS, and is kept when it is killed, as checkpoints would. A run of 13
-epochs ends before the first.
+The nearer a contestant's learning rate is to 0.01, the better it does; a rate above 1 diverges. Each epoch takes
+$FAKE_CARS_SECONDS and appends a line to the file $FAKE_CARS_LOG. A killed run keeps its finished epochs, as with
+checkpoints. A run of 13 epochs ends before the first.
 """
 
 import csv
@@ -50,7 +50,7 @@ targets = [0.2, 0.99]
 
 
 def read_settings() -> dict[str, object]:
-    """--name=value, numbers where they are numbers: importing experiments.training.settings would take seconds."""
+    """Parses --name=value, with numbers as numbers; importing experiments.training.settings would take seconds."""
     settings = dict(DEFAULTS)
     for argument in sys.argv[1:]:
         name, _, text = argument.removeprefix("--").partition("=")

@@ -1,4 +1,4 @@
-"""What happens to folders of data before people bring them: functions of a folder, to be put together."""
+"""What may have happened to a user's data folder, as functions of the folder that can be combined."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Change = Callable[[Path], object]
 
 
 def changed(*changes: Change) -> Change:
-    """One after the other; the first makes the folder."""
+    """Applies the changes in order; the first one creates the folder."""
     return lambda root: [change(root) for change in changes]
 
 
 def inside(name: str, *changes: Change) -> Change:
-    """In a folder in it."""
+    """Applies the changes to the subfolder of this name."""
     return lambda root: [change(root / name) for change in changes]
 
 
 def each(names: Iterable[str], do: Change) -> Change:
-    """Does this to the paths of these names; the folders that they are in are made."""
+    """Applies a function to the path of each name, after creating the folder around it."""
 
     def change(root: Path) -> None:
         for name in names:
@@ -38,7 +38,7 @@ def a_file(*names: str, content: bytes = b"\0\5\26\7") -> Change:
 
 
 def a_picture(*names: str) -> Change:
-    """Noise, the same for the same file name."""
+    """Writes pictures of noise; equal file names have equal pictures."""
     return each(names, lambda path: path.write_bytes(encoded(noise(40, 40, 3, seed=list(os.fsencode(path.name))))))
 
 
@@ -51,7 +51,7 @@ def a_folder(*names: str, mode: int = 0o777) -> Change:
 
 
 def linked(name: str, target: str) -> Change:
-    """A link; the target is relative to the folder that it is in, or absolute."""
+    """Creates a symbolic link; the target is absolute, or relative to the link's folder."""
     return each([name], lambda path: path.symlink_to(target))
 
 
@@ -64,7 +64,7 @@ def removed(*names: str) -> Change:
 
 
 def cut(name: str, size: int | None = None) -> Change:
-    """Its first half, or its first bytes, or all but its last ones where the size is negative."""
+    """Keeps a file's first half, or its first `size` bytes; a negative size cuts bytes from the end."""
 
     def shorten(path: Path) -> None:
         whole = path.stat().st_size
@@ -74,5 +74,5 @@ def cut(name: str, size: int | None = None) -> Change:
 
 
 def locked(*names: str) -> Change:
-    """Nobody may read these."""
+    """Takes away all permissions, so that only root can read these."""
     return each(names, lambda path: path.chmod(0))

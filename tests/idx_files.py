@@ -24,7 +24,7 @@ def digits(count, seed):
 
 
 def write_mnist(root, train=20, test=10, name=lambda name: name):
-    """Writes the four files under the names that `name` makes of their own, compressed where it ends in .gz."""
+    """Writes the four files, each under name(its usual name), compressed where that ends in .gz."""
     root.mkdir(parents=True, exist_ok=True)
     arrays = [*digits(train, seed=0), *digits(test, seed=1)]
     for file_name, array in zip(NAMES, arrays, strict=True):

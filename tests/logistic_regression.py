@@ -1,4 +1,4 @@
-"""What a linear classifier on raw values reaches: the yardstick for how much of a data set needs a network."""
+"""The accuracy of a linear classifier on raw values: a yardstick for how much of a data set needs a network."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def logistic_regression_accuracy(
     test_labels: np.ndarray,
     l2_strengths: Sequence[float] = L2_STRENGTHS,
 ) -> float:
-    """The best test accuracy over the strengths, each fit to convergence: an upper bound, as the test set picks.
+    """The best test accuracy over the strengths, each fit to convergence: an upper bound, since the test set selects.
 
     Minimizes mean cross-entropy + strength/2 · D·|W|² on D features standardized by the training set. At the
-    optimum W is a combination of the training examples, so it is enough to look in the space they span, however many
-    pixels there are. In their principal axes XᵀX is diagonal and the problem well conditioned after a rescaling.
+    optimum W is a combination of the training examples, so the search stays in the space that they span, whatever the
+    number of pixels. In their principal axes XᵀX is diagonal, and a rescaling makes the problem well conditioned.
 
     Args:
       train_x, test_x: (N, …) numbers; all but the first axis are features.
       train_labels, test_labels: (N,) class numbers from 0.
-      l2_strengths: tried from the largest to the smallest, each from the last one's solution.
+      l2_strengths: tried from the largest to the smallest; each fit starts from the previous solution.
 
     Returns:
       The share of test examples classified correctly, in [0, 1].

@@ -1,20 +1,20 @@
-"""Trains a small ResNet on meshes of virtual devices and prints how far it gets from one device, as JSON.
+"""Trains a small ResNet on meshes of virtual devices and prints its distance from one device's training as JSON.
 
     export PYTHONPATH=.
     python tests/mesh_trajectory.py float64 20 2 4 8
     python tests/mesh_trajectory.py float64 20 8 --coordinator 127.0.0.1:1234 --process-id 0 & … --process-id 1
 
-The second form is for two processes of four devices each; process 0 prints. To be run in processes of their own: XLA
-wants to know at its start how many devices to pretend.
+The second form is for two processes of four devices each; process 0 prints. The script needs a process of its own: XLA
+reads the number of virtual devices at its start.
 
 In float64 an error is an array's largest difference over its largest entry. float32 needs another measure and another
-problem. A ReLU whose input lies within rounding of zero opens on one mesh and not on the other, in one of some 300,000
-places every few steps: in a ResNet-18 with 16 pictures of 32x32 the first was seen in step 3, a single gate of layer4,
-whose map is 1x1 there; a bias was 4% off after that step, and the next had a hundred such gates. One array then says
-little. So in float32 an error is the length of the differences of all parameters (or of all statistics) over their
-length, the batch is larger and the rate small: in that ResNet-18, with 1e-3, they grew to 3.5% in 20 steps on 2 and on
-4 devices. What a mistake makes of it, there: one wrong label among the 64 pictures 8.4e-5 after one step and 2.1e-3
-after 20, over both bounds.
+problem. Where the input of a ReLU is within rounding of zero, its gate may open on one mesh only: one of some 300,000
+gates does so every few steps. In a ResNet-18 with 16 pictures of 32x32, the first one was in layer4, whose map is 1x1,
+in step 3. One bias was 4% off after that step, and the next step had a hundred such gates. A single array then says
+little. So in float32 an error is the length of the difference of all parameters (or of all statistics) over their
+length. The batch is also larger and the learning rate smaller: with 1e-3, that ResNet-18 was 3.5% off after 20 steps on
+2 and on 4 devices. For comparison, one wrong label among the 64 pictures gives 8.4e-5 after one step and 2.1e-3 after
+20, over both bounds.
 """
 
 import argparse
@@ -74,12 +74,12 @@ def by_name(tree):
 
 
 def largest_error(ours, reference):
-    """Of an array."""
+    """The largest error of an array."""
     return max(max(relative_errors(*both).values()) for both in zip(ours, reference, strict=True))
 
 
 def largest_length(ours, reference):
-    """Of all parameters or all statistics."""
+    """The larger of the errors of all parameters and of all statistics."""
     return max(length_of_difference(*both) for both in zip(ours, reference, strict=True))
 
 

@@ -44,7 +44,7 @@ def encoded(image, file_format="PNG", **options):
 
 
 def png_file(side, header, rows):
-    """A PNG of side x side pixels from the end of its header and its rows, as Pillow does not write it."""
+    """A PNG that Pillow does not write: side x side pixels, with this end of the header and these rows."""
 
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -92,7 +92,7 @@ def make_devkit(directory, test_directory=None, **changes):
 
 
 def make_with_devkit(root, cut=whole):
-    """By class, with the devkit beside train/ and test/."""
+    """Cars by class, with the devkit beside train/ and test/."""
     make_devkit(make_by_class(root, cut) / "devkit")
     return root
 
@@ -119,7 +119,7 @@ FEATURES = {
 
 
 def make_tfds(root, file_format="tfrecord", name="cars196"):
-    """The files that TFDS writes; the boxes are divided as TFDS's cars196 does it."""
+    """The files that TFDS writes; the boxes are relative, as in TFDS's cars196."""
     x1, y1, x2, y2 = BOX
     bbox = [y1 / HEIGHT, x1 / WIDTH, y2 / HEIGHT, x2 / WIDTH]
     examples = {
@@ -159,7 +159,7 @@ HUGGINGFACE = {"huggingface": json.dumps({"info": {"features": {"label": {"names
 
 
 def make_parquet(root, names="metadata", pattern="{split}-0000{part}-of-00002.parquet"):
-    """Two files a split, as Hugging Face cuts them."""
+    """Two parquet files per split, as on Hugging Face."""
     for split in LABELS:
         rows = [
             {"image": {"bytes": encoded(crop(photograph)), "path": name}, "label": label}

@@ -1,6 +1,6 @@
 """Networks of numpy_ref with random parameters, the passes of one batch, and the distance between two results.
 
-BatchNorm's parameters and running statistics are random: with 1 and 0 half of the possible bugs would not show. The
+BatchNorm's parameters and running statistics are random: as 1 and 0 they would hide half of the possible bugs. The
 weight of a block's last BatchNorm is a quarter of the others. Each block then adds less to its shortcut, as in a
 trained network, and a deep network in training does not magnify rounding by itself.
 """
@@ -26,7 +26,7 @@ def network(name, **options):
 
 
 def randomized(rng, tree):
-    """The same tree with other values in its vectors, variances positive."""
+    """The same tree with other values in its vectors; variances stay positive."""
     if isinstance(tree, dict):
         return {name: randomized(rng, value) for name, value in tree.items()}
     return tree if tree.ndim > 1 else tree + 0.5 * rng.random(tree.shape) - 0.2
@@ -49,7 +49,7 @@ def labels_of(n):
 
 
 def passes(module, config, params, batch_stats, images, train, **options):
-    """All that a forward and a backward pass give, of the mean cross-entropy where there is a dense layer."""
+    """Everything that a forward and a backward pass of the mean cross-entropy give."""
     out, vjp = module.apply(config, params, batch_stats, images, train=train, return_activations=True, **options)
     losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels_of(len(images)))
     dparams, dimages = vjp(*vjp_loss(np.full(len(images), 1 / len(images))))
@@ -57,7 +57,7 @@ def passes(module, config, params, batch_stats, images, train, **options):
 
 
 def relative(ours, theirs):
-    """The largest difference over the largest entry: what feeds a BatchNorm has a tiny gradient in some directions."""
+    """The largest difference over the largest entry: before a BatchNorm, some directions have tiny gradients."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
     return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)

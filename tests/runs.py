@@ -1,4 +1,4 @@
-"""What a run of a program that trains must have left, whatever it was trained on."""
+"""Checks what the run of a training program leaves behind, whatever its data."""
 
 import json
 
@@ -14,7 +14,7 @@ TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
 
 
 def check_files(folder, *pictures):
-    """Configuration, metrics, weights, TensorBoard's file, and pictures that are not blank."""
+    """The folder has configuration, metrics, weights, predictions, TensorBoard's file, and no blank pictures."""
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "weights.safetensors", "predictions.csv", *pictures} <= names
     assert [name for name in names if name.startswith("events.out.tfevents")]
@@ -23,7 +23,7 @@ def check_files(folder, *pictures):
 
 
 def check_rows(folder, steps, ends, more=frozenset()):
-    """At these steps there are rows of flat fractions and whole numbers; those at the end of an epoch have more."""
+    """The metrics have rows of plain numbers at these steps; the rows at `ends` have test metrics too."""
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == steps
     assert [row["step"] for row in rows if "test_loss" in row] == ends
@@ -34,9 +34,9 @@ def check_rows(folder, steps, ends, more=frozenset()):
 
 
 def check_classify(folder, images, framework, tmp_path, capsys):
-    """It answers as the run's own test did, from the run's folder alone; images are the first test pictures, grey.
+    """classify answers as the run's own test did, from the folder alone; images are the first test pictures, grey.
 
-    2e-3 is the rounding of predictions.csv and of batches of another size.
+    2e-3 is for the rounding in predictions.csv and in batches of another size.
     """
     expected = read_test_results(folder / "predictions.csv")
     paths = [str(tmp_path / f"{number}.png") for number in range(len(images))]

@@ -1,4 +1,4 @@
-"""Kills a training again and again, lets it go on each time, and compares it with one that was never killed.
+"""Kills a training repeatedly, resumes it each time, and compares it with one that was never killed.
 
     python tests/soak.py                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
 
@@ -34,10 +34,10 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def run_killed(out: Path, kills: int, rng: random.Random) -> int:
-    """Runs the training to its end, killing it on the way; its stderr and stdout are in <out>.log.
+    """Runs the training to its end and kills it on the way; its stderr and stdout go to <out>.log.
 
     Returns:
-      how many of the kills met a checkpoint that was being written, and is half-written now.
+      the number of kills that left a half-written checkpoint.
     """
     unfinished = 0
     with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
@@ -58,14 +58,14 @@ def run_killed(out: Path, kills: int, rng: random.Random) -> int:
 
 
 def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng: random.Random) -> bool:
-    """Returns when it is time to kill; False if the process has ended before."""
-    delay, more = rng.random(), rng.randint(1, 5)  # so many steps, or half as many checkpoints, are let pass
+    """Waits until it is time to kill; returns False if the process ends before that."""
+    delay, more = rng.random(), rng.randint(1, 5)  # the kill waits for `more` steps, or half as many checkpoints
     cut = rows(out)
     seen: set[Path] = set()
     while process.poll() is None:
         now = time.monotonic() - start
-        cut = min(cut, rows(out))  # it is cut back to the checkpoint before it grows
-        if kind == "time" and (now > 20 * delay or rows(out) >= cut + more):  # so that all the kills fit one training
+        cut = min(cut, rows(out))  # a resumed run first cuts its metrics back to the checkpoint
+        if kind == "time" and (now > 20 * delay or rows(out) >= cut + more):  # all kills must fit into one training
             return True
         if kind == "checkpoint":
             seen |= fresh_unfinished(out, start)
@@ -82,7 +82,7 @@ def wait_for(kind: str, process: subprocess.Popen, start: float, out: Path, rng:
 
 
 def fresh_unfinished(out: Path, start: float) -> set[Path]:
-    """The checkpoints that this process is writing; not what the one before has left half-written."""
+    """The checkpoints that this process is writing, without those that an earlier one left half-written."""
     since = time.time() - (time.monotonic() - start)
     try:
         return {path for path in Checkpoints(out / CHECKPOINTS).unfinished() if path.stat().st_mtime > since}
@@ -121,7 +121,7 @@ def timeless_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def soak(out: Path, kills: int, seed: int) -> bool:
-    """Runs both trainings in a folder and prints what was met; returns whether they are equal in every bit."""
+    """Runs both trainings in a folder and prints what happened; returns whether they are equal in every bit."""
     started = time.monotonic()
     quiet, killed = out / "quiet", out / "killed"
     out.mkdir(parents=True, exist_ok=True)
@@ -149,12 +149,12 @@ def soak(out: Path, kills: int, seed: int) -> bool:
 
 
 def run(kills: int = 20, seed: int = 0, out: Path | None = None) -> int:
-    """Kill a training and let it go on, again and again, and compare the result with an undisturbed one.
+    """Kill and resume a training repeatedly, and compare the result with an undisturbed one.
 
     Args:
-      kills: how often.
-      seed: of the moments.
-      out: keep both runs and their logs here; without it in a temporary folder.
+      kills: the number of kills.
+      seed: of the random times of the kills.
+      out: the folder that keeps both runs and their logs; by default a temporary one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         try:

@@ -1,4 +1,4 @@
-"""What stands in a code fence of the README or of docs/ runs; shell commands are taken by their programs."""
+"""The Python in the code fences of the pages runs, and the programs accept the shell commands."""
 
 import functools
 import importlib
@@ -20,7 +20,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
 def shell_commands():
-    """The commands `python -m experiments.…` of all pages, with the values of shell variables in place."""
+    """The commands `python -m experiments.…` of all pages, with shell variables replaced by their values."""
     found = []
     for page in PAGES:
         whole = page.read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ class Parsed(BaseException):
 
 @pytest.mark.parametrize("command", shell_commands())
 def test_shell_commands_are_taken(command, monkeypatch):
-    """Nothing is run: the program's parser, which ends the program for what it does not know, reads all arguments."""
+    """Nothing is run: only the program's parser reads all arguments, and it exits at one that it does not know."""
     parse, from_dict = tyro.cli, tyro.extras.subcommand_cli_from_dict
 
     def cli(f, **kwargs):
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     for make in (models.resnet18, models.resnet50):
         torch.save(make().state_dict(), folder / f"{make.__name__}.pth")
-    repository = folder / "hub" / "models--timm--resnet50.a1_in1k"  # as huggingface_hub keeps what it has downloaded
+    repository = folder / "hub" / "models--timm--resnet50.a1_in1k"  # the layout of huggingface_hub's cache
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_runs(page, folder, monkeypatch):
-    """All fences of a page one after the other, as a reader would type them."""
+    """All Python fences of a page run in order, as a reader would type them."""
     fences = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
     monkeypatch.chdir(folder)
     if any('"hf:' in fence for fence in fences):
@@ -100,13 +100,13 @@ def test_python_runs(page, folder, monkeypatch):
 
 
 def test_tables_are_as_the_results_are():
-    """Or `python -m experiments.report results/ --readme PAGES` writes them anew."""
+    """If they differ, `python -m experiments.report results/ --readme PAGES` updates them."""
     texts = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
     assert [name for name, text in texts.items() if fill(text, ROOT / "results") != text] == []
 
 
 def test_the_architecture_is_drawn_as_the_contracts_are():
-    """Or `python docs/architecture.py` draws it anew."""
+    """If it differs, `python docs/architecture.py` draws it again."""
     floors = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["floors"]
     with Image.open(ROOT / "docs" / "architecture.png") as picture:
         assert picture.text["Description"] == str(floors())

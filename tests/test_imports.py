@@ -1,4 +1,4 @@
-"""The contracts of pyproject.toml hold: which part of the project may import which."""
+"""The project keeps the contracts in pyproject.toml, which say which part may import which."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def test_contracts():
-    """In a process of its own: import-linter's console keeps the standard output that it meets first."""
+    """import-linter runs in a process of its own, since its console keeps the first standard output that it sees."""
     lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", lint, "--no-cache"], cwd=Path(__file__).parents[1], capture_output=True, text=True

@@ -16,7 +16,7 @@ def test_there_are_three():
 
 @every_notebook
 def test_outputs_are_kept_and_small(path):
-    """Run once in order, no error among the outputs, no warning, no path of somebody's machine, at most 150 kB."""
+    """The cells ran once, in order. The outputs have no error, warning or local path, and the file is below 150 kB."""
     text = path.read_text(encoding="utf-8")
     cells = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -30,7 +30,7 @@ def test_outputs_are_kept_and_small(path):
 @pytest.mark.slow
 @every_notebook
 def test_a_notebook_runs(path, monkeypatch):
-    """Its own assertions hold. Without the real digits mnist draws some."""
+    """The notebook's own assertions hold. Without the real digits, the notebook mnist draws some."""
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("MNIST_DIR", str(ROOT.parent / "shared" / "data" / "mnist"))

@@ -1,11 +1,11 @@
 """The full grid of parity: five depths, train and eval, colour and grey, three sizes; optimizers on deeper networks.
 
 Every depth runs in colour on 64x64 in training and in evaluation, in grey on 64x96 in training, and in colour on
-224x224 in evaluation; how channels and size go together in other ways does not depend on the depth: ResNet-18 stands
-for all.
+224x224 in evaluation. Only ResNet-18 runs the other combinations of channels and size, since they do not depend on the
+depth.
 
-All five optimizers on ResNet-18 are what `python -m experiments.parity` runs; here are three. On deeper networks all
-five take half an hour on two cores; here are two on ResNet-50 and one on ResNet-101. All five:
+`python -m experiments.parity` runs all five optimizers on ResNet-18; this file runs three. On deeper networks all five
+take half an hour on two cores; this file runs two on ResNet-50 and one on ResNet-101. These commands run all five:
 
     python -m experiments.parity --sections trajectories --trajectory-arch resnet50
     python -m experiments.parity --sections trajectories --trajectory-arch resnet101 --frameworks torch_ref
@@ -61,12 +61,12 @@ OTHER_NETWORKS = [["--stride-in", "conv1"], ["--no-batch-norm"], ["--seed", "1"]
 
 @pytest.mark.parametrize("options", OTHER_NETWORKS, ids=str)
 def test_other_networks(options):
-    """Both dtypes, through the program; its bounds."""
+    """The program compares both dtypes, with its own bounds."""
     assert parity.main(["--sections", "network", "--arch", "resnet50", *options]) == 0
 
 
 STEPS = range(1, 21)
-# The deeper ones take 8 to 10 GB each: in one group, they run one after the other.
+# The deeper trainings take 8 to 10 GB each; in one group, they run one after the other.
 TRAININGS = [
     *(("resnet18", optimizer, ("numpy", "torch_ref")) for optimizer in ("adam", "adamw", "adabound")),
     ("resnet50", "sgd", ("numpy", "torch_ref")),
@@ -78,8 +78,8 @@ TRAININGS = [
 @pytest.mark.xdist_group("trainings")
 @pytest.mark.parametrize(("arch", "optimizer", "frameworks"), TRAININGS, ids=str)
 def test_trainings(arch, optimizer, frameworks, x64):
-    """20 steps in float64: each from the same state to 1e-9, and running free within ten times what one unit in the
-    last place of the weights does, the targets of the design."""
+    """20 steps in float64 meet the design's targets: 1e-9 for a step from the same state, and for a free run ten times
+    the effect of one unit in the last place of the weights."""
     network = ResNet(arch)
     weights = cases.draw_weights(network, seed=0)
     rows, growth = compare.compare_trainings(network, weights, optimizer, STEPS, TRAINING_BATCH, frameworks, seed=0)

@@ -23,7 +23,7 @@ def write_tfds(root, name, version, features, class_names, examples, file_format
     """Writes a prepared data set and returns its folder.
 
     Args:
-      root: the folder, not there yet.
+      root: the folder, which must not exist yet.
       name, version: of the data set.
       features: what features.json says, by name.
       class_names: of the feature "label".

@@ -1,4 +1,4 @@
-"""A network that compiles in a second, with BatchNorm, and pictures for it: for tests of what is around a network."""
+"""A network with BatchNorm that compiles in a second, and pictures for it, to test the code around a network."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def dataset():
 
 
 def training(settings, data, *, spoiled=()):
-    """As `prepare` of a program makes it, with random augmentation; in the spoiled steps, from 1, it makes NaN."""
+    """A training as a program's `prepare` makes it, with random augmentation; spoiled steps, from 1, get NaN."""
     key = jax.random.key(settings.experiment.seed)
 
     def preprocess_train(images, step):

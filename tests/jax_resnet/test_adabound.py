@@ -72,7 +72,7 @@ def run(optimizer, params, grads, steps=5):
 
 
 def assert_close(actual, expected, rtol):
-    """Relative to the largest entry of each array; same structure and dtypes."""
+    """Structure and dtypes are the same; rtol is relative to the largest entry of each array."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
@@ -86,8 +86,8 @@ def assert_close(actual, expected, rtol):
 def recurrence(
     param, grads, learning_rates, final_lr, base_lr, b1, b2, eps, gamma, eps_root, l2, decoupled, is_amsbound
 ):
-    """The paper's Algorithm 2 with the authors' corrections of bias and their bounds, in NumPy; one array, a list of
-    (update, where it was clipped: -1, 0 or 1), one per step."""
+    """The paper's Algorithm 2 with the authors' bias correction and bounds, in NumPy, for one array. Returns a list
+    with one (update, where it was clipped: -1, 0 or 1) per step."""
     m, v, v_max, history = np.zeros_like(param), np.zeros_like(param), np.zeros_like(param), []
     for t, (grad, learning_rate) in enumerate(zip(grads, learning_rates, strict=True), start=1):
         g = grad + l2 * param
@@ -106,7 +106,7 @@ def recurrence(
 
 
 def through_zero(t):
-    """From 2e-3 down to 0 at t = 80, 0 until 120, up again; at 80 Adam would be at its end."""
+    """The rate falls from 2e-3 to 0 at t = 80, stays 0 until t = 120, and rises again."""
     return 2e-3 * np.maximum(0.0, np.abs(t - 100.0) - 20.0) / 80.0
 
 
@@ -150,8 +150,8 @@ CASES = {
 
 @pytest.mark.parametrize(("alias", "options"), CASES.values(), ids=CASES)
 def test_updates_follow_the_recurrence(alias, options, x64):
-    """Float64, 200 steps, each update within 1e-12 of the largest entry; 1 - 0.999 alone, as the recurrence has it,
-    costs 1e-13. Scales of gradients are apart by 1e8, one scale per array, so that both bounds act and neither does."""
+    """In float64, 200 updates are within 1e-12 of the largest entry; the recurrence's 1 - 0.999 alone costs 1e-13. The
+    arrays' gradients differ in scale by up to 1e8, so that each bound acts somewhere and neither does elsewhere."""
     steps, rng = 200, np.random.default_rng(0)
     scales = {"small": 1e-5, "middle": 0.1, "large": 1e3}
     params = {name: rng.normal(size=6) * min(scale, 10.0) for name, scale in scales.items()}
@@ -197,14 +197,14 @@ def test_amsbound_differs_from_adabound_where_gradients_shrink():
         _, state = optimizer.update(grads, optimizer.init(params))
         return optimizer.update(small, state)[0]["a"]
 
-    # b2 = 0.5 halves v while its maximum stays: the step is smaller by sqrt(2).
+    # b2 = 0.5 halves v while its maximum stays: AMSBound's step is smaller by sqrt(2).
     ratio = second_update(adabound(1e-3, b2=0.5, eps=0.0)) / second_update(amsbound(1e-3, b2=0.5, eps=0.0))
     np.testing.assert_allclose(ratio, np.sqrt(2), rtol=1e-5)  # float32
 
 
 def test_a_tiny_gamma_is_adam(x64):
-    """With eps = 0, as the eps of AdaBound's authors is not corrected for bias. 1e-12: the order of a few operations,
-    and optax's 1 - b**t, which cancels."""
+    """eps is 0, since AdaBound's authors do not correct it for bias. 1e-12 is for the order of a few operations and for
+    the cancellation in optax's 1 - b**t."""
     params, grads = params_and_grads(jnp.float64)
     updates, _ = run(jitted(adabound(0.02, eps=0.0, gamma=1e-12)), params, grads, steps=30)
     expected, _ = run(jitted(optax.adam(0.02, eps=0.0)), params, grads, steps=30)
@@ -213,7 +213,7 @@ def test_a_tiny_gamma_is_adam(x64):
 
 @pytest.mark.parametrize("gamma", [1e20, 1e300])
 def test_a_huge_gamma_is_sgd_with_averaged_momentum_and_final_lr(gamma, x64):
-    """1e-14: rounding. At 1e300 gamma·t is within float64, at 1e38 and float32 see the next test."""
+    """1e-14 is for rounding. gamma·t fits into float64 even at 1e300; in the next test it overflows float32."""
     params, grads = params_and_grads(jnp.float64)
     updates, _ = run(jitted(adabound(0.02, final_lr=0.5, gamma=gamma)), params, grads, steps=30)
     sgd = optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.5))
@@ -227,14 +227,14 @@ def test_gamma_times_t_may_overflow():
     assert_close(updates, run(sgd, params, grads)[0], 1e-6)
 
 
-# What optax asks of its own, beside its battery (test_optax_battery.py).
+# What optax asks of its optimizers, beyond its own tests (test_optax_battery.py).
 
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtypes_of_updates_and_state(make, dtype):
-    """Updates have the gradients' dtype, nu at least float32, and shapes and dtypes of the state never change: scan
-    would refuse. mu has the parameters' dtype unless mu_dtype says otherwise."""
+    """Updates have the gradients' dtype, nu at least float32, and mu the parameters' dtype unless mu_dtype is given.
+    Shapes and dtypes of the state never change, or scan would raise."""
     with jax.enable_x64(dtype == "float64"):
         optimizer = make()
         params, grads = params_and_grads(dtype)
@@ -269,7 +269,7 @@ def test_mu_dtype(mu_dtype):
 
 
 def test_arrays_of_different_dtypes_in_one_tree(x64):
-    """Each array as if it were alone: the update of a float32 array is computed in float32."""
+    """Each array is updated as if it were alone: a float32 array is computed in float32."""
     params = {"single": jnp.array([1.0, 2.0], jnp.float32), "double": jnp.array([3.0, 4.0], jnp.float64)}
     optimizer = adaboundw(0.1, amsbound=True)
     state = optimizer.init(params)
@@ -293,7 +293,7 @@ def test_weakly_typed_parameters_get_a_state_that_does_not_change_its_type():
 
 @every_optimizer
 def test_jit_changes_nothing(make):
-    """1e-5: float32 and XLA's fusion. Every array by its largest entry."""
+    """1e-5 of each array's largest entry is for float32 and XLA's fusion."""
     optimizer = make()
     params, grads = params_and_grads()
     assert_close(run(jitted(optimizer), params, grads), run(optimizer, params, grads), 1e-5)
@@ -301,7 +301,7 @@ def test_jit_changes_nothing(make):
 
 @every_optimizer
 def test_vmap_is_a_loop(make):
-    """The state too has a leading axis, the count included. 1e-5: float32."""
+    """The whole state has a leading axis, including the count. 1e-5 is for float32."""
     optimizer = make()
     models = [params_and_grads(seed=seed) for seed in range(3)]
     params, grads = stack(*models)
@@ -333,7 +333,7 @@ def test_compiles_once_whatever_the_schedule_says():
 
 @every_alias
 def test_a_step_may_donate_its_state(alias):
-    """Two names for one buffer, such as nu_max = nu at the start, would be donated twice: an error."""
+    """A buffer with two names, such as nu_max = nu at the start, would be donated twice, which raises."""
     optimizer = alias(1e-3)
     params, grads = params_and_grads()
     state = optimizer.init(params)
@@ -345,7 +345,7 @@ def test_a_step_may_donate_its_state(alias):
 
 @every_optimizer
 def test_abstract_parameters_and_explicit_sharding(make):
-    """init takes shapes only; types of the state, with their sharding, are those after update."""
+    """init accepts bare shapes; an update keeps the types of the state, including their sharding."""
     optimizer = make()
     state = optimizer.init(jax.ShapeDtypeStruct((2, 4), jnp.float16))
     assert find_state(state).mu.shape == (2, 4)
@@ -371,7 +371,7 @@ def test_tree_map_params_sees_the_moments_and_not_the_count(make):
 
 @every_optimizer
 def test_masked(make):
-    """What is masked out passes through and has no moments, the rest is as if alone."""
+    """Masked gradients pass through and have no moments; the others are updated as if alone."""
     params, grads = params_and_grads()
     optimizer = optax.masked(make(), {"a": True, "b": False})
     updates, state = run(optimizer, params, grads)
@@ -488,7 +488,7 @@ def test_a_base_lr_that_is_no_rate_is_refused(alias, base_lr):
 
 @every_alias
 def test_a_traced_learning_rate_is_not_inferred_from(alias):
-    """Neither as it is nor through a schedule that closes over it; a schedule of constants is, even inside jit."""
+    """A traced rate, or a schedule with one inside, needs base_lr. A schedule of constants does not, even in jit."""
     params = jnp.ones(2, jnp.float32)
 
     def first_update(learning_rate, **kwargs):
@@ -506,7 +506,7 @@ def test_a_traced_learning_rate_is_not_inferred_from(alias):
 
 @every_alias
 def test_injected_constants_change_nothing(alias):
-    """1e-4: 1 - b2 of an array is that of 0.999 in float32, wrong by 3e-5."""
+    """1e-4: in a float32 array, b2 = 0.999 is rounded, so 1 - b2 is wrong by 1e-5."""
     options = {"learning_rate": 1e-2, "final_lr": 0.5, "gamma": 0.1, "base_lr": 1e-2}
     params, grads = params_and_grads()
     updates, state = run(jitted(optax.inject_hyperparams(alias)(**options)), params, grads)
@@ -517,7 +517,7 @@ def test_injected_constants_change_nothing(alias):
 
 @every_alias
 def test_an_injected_schedule_is_a_schedule(alias, x64):
-    """1e-13: float64. The bounds follow the schedule through base_lr."""
+    """1e-13 is for float64. The bounds follow the schedule through base_lr."""
     schedule = optax.linear_schedule(0.0, 2e-2, 4)
     params, grads = params_and_grads(jnp.float64)
     injected = optax.inject_hyperparams(alias)(learning_rate=schedule, final_lr=0.1, base_lr=1e-3)
@@ -530,7 +530,7 @@ def test_an_injected_schedule_is_a_schedule(alias, x64):
 
 @every_alias
 def test_final_lr_ratio_is_another_way_to_say_final_lr(alias, x64):
-    """From a warm-up that starts at 0; without any of the three final_lr is 0.1. Bit for bit the same."""
+    """With a warm-up from 0, both ways give the same bits. Without any of these options, final_lr is 0.1."""
     warm_up = optax.linear_schedule(0.0, 1e-2, 3)
     params, grads = params_and_grads(jnp.float64)
     expected, _ = run(alias(warm_up, 0.5, base_lr=1e-2, gamma=0.1), params, grads)
@@ -566,7 +566,7 @@ def test_an_injected_learning_rate_needs_base_lr_and_scales_the_update(alias):
 
 
 def test_every_hyperparameter_of_the_transform_can_be_an_array(x64):
-    """1e-12: log(b) of an array is JAX's, of a number Python's."""
+    """1e-12: JAX computes log(b) of an array, Python that of a number."""
     options = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "gamma": 0.1, "final_lr_ratio": 2.0, "eps_root": 1e-8}
     params, grads = params_and_grads(jnp.float64)
     injected = optax.inject_hyperparams(scale_by_adabound)(**options, amsbound=True)
@@ -619,8 +619,8 @@ def test_decay_is_where_the_mask_says(alias, mask):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_bias_correction_keeps_float32s_digits(traced):
-    """1e-6, a few units in the last place; 1 - 0.9999**t in float32 is wrong by 1e-4 at t = 1 (rounded 0.9999 by 3e-4,
-    so an array has to be a power of two away from 1). Steps are 1 / |g| up to eps."""
+    """1e-6 is a few units in the last place; 1 - 0.9999**t in float32 is wrong by 2e-4 at t = 1, as it rounds 0.9999.
+    So arrays b1 and b2 are a power of two away from 1. nu is that of gradients of 1: steps are 1 / (1 - b1**t)."""
     b1, b2 = 1 - 2.0**-6, 1 - 2.0**-12
     convert = (lambda x: jnp.float32(x)) if traced else (lambda x: x)
     for t in (1, 2, 10, 1000, 100_000):
@@ -633,7 +633,7 @@ def test_bias_correction_keeps_float32s_digits(traced):
 
 
 def test_the_count_keeps_float64(x64):
-    """1e-13 at a count where float32 would round t, and its logarithm's product, by 1e-8."""
+    """Errors are below 1e-13 at a count that float32 would round by 6e-8."""
     t = 16_777_217
     b2 = 1 - 1e-8
     state = AdaBoundState(jnp.int32(t), jnp.zeros(1), jnp.ones(1), None)
@@ -655,8 +655,8 @@ def test_the_count_stops_at_its_largest_value():
 @every_alias
 @pytest.mark.parametrize("count", [0, 1_000_000], ids=["first", "late"])
 def test_float16_neither_overflows_nor_loses_the_step(alias, count):
-    """The same as float32 up to float16's rounding, from its smallest number to its largest, at the first step (where
-    the upper bound is 1e5, and the square of a gradient 4e9) and late (where 100 times a gradient is 6e6)."""
+    """Updates are those of float32, rounded, for gradients from float16's smallest number to nearly its largest. At the
+    first step the upper bound is 1e5 and the square of a gradient 4e9; late, 100 times a gradient is 6e6."""
     grads = jnp.array([0.0, 6e-8, 1e-4, -1.0, 300.0, 6e4, -6e4], jnp.float16)
     optimizer = alias(1e-3, mu_dtype=jnp.float32)
 
@@ -674,7 +674,7 @@ def test_float16_neither_overflows_nor_loses_the_step(alias, count):
 
 @every_alias
 def test_bfloat16_second_moment_decays_and_parameters_stay_bfloat16(alias):
-    """1e-4: 300 roundings of float32. In bfloat16 0.999 is 1 and nu would stay."""
+    """1e-4 is for 300 roundings of float32. In bfloat16 0.999 is 1, and nu would not decay."""
     optimizer = alias(1e-3)
     params = jnp.ones(3, jnp.bfloat16)
     _, state = optimizer.update(jnp.ones(3, jnp.bfloat16), optimizer.init(params), params)
@@ -702,7 +702,7 @@ def test_low_precision_is_rounded_once(alias):
 
 
 def test_a_moment_kept_in_bfloat16_is_computed_in_float32():
-    """mu_dtype rounds what is stored and nothing else: neither its decay nor the update; 1e-6: float32."""
+    """mu_dtype rounds only the stored moment, neither its decay nor the update. 1e-6 is for float32."""
     optimizer = scale_by_adabound(mu_dtype=jnp.bfloat16, gamma=1e10, final_lr_ratio=1.0)  # both bounds at 1
     grads = jnp.linspace(-1.0, 1.0, 100, dtype=jnp.float32)
     _, state = optimizer.update(grads, optimizer.init(grads))
@@ -712,7 +712,7 @@ def test_a_moment_kept_in_bfloat16_is_computed_in_float32():
 
 
 def test_eps_root_lets_gradients_through_the_update():
-    """At a gradient of 0 the root has an infinite derivative."""
+    """Without eps_root, the root has an infinite derivative at a gradient of 0."""
 
     def updated(gradient, eps_root):
         optimizer = adabound(0.1, eps_root=eps_root)
@@ -723,12 +723,12 @@ def test_eps_root_lets_gradients_through_the_update():
     assert -np.inf < derivative(0.0, 1e-8) < 0
 
 
-# Looking inside, and the state elsewhere.
+# Step sizes, and the state in wrappers and checkpoints.
 
 
 @every_alias
 def test_step_sizes_explain_the_update(alias):
-    """update = -learning_rate · clip(step, lower, upper) · mu of the new state; 1e-6: float32. Shares are exact."""
+    """update = -learning_rate · clip(step, lower, upper) · mu of the new state, to 1e-6 (float32). Shares are exact."""
     options = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "gamma": 1.0, "eps_root": 1e-10}
     optimizer = alias(0.1, final_lr=0.2, weight_decay=0.0, **options)
     params = {"w": jnp.array([1e-3, 0.5, 2.0, 80.0], jnp.float32), "b": jnp.array([1e3, 1e3], jnp.float32)}
@@ -740,7 +740,7 @@ def test_step_sizes_explain_the_update(alias):
         np.testing.assert_allclose(
             updates[name], -0.1 * np.clip(sizes.step[name], sizes.lower, sizes.upper) * state.mu[name], rtol=1e-6
         )
-    # At t = 1 the root of v is that of its correction times |g|, and 5 = 1 / (1 - b1); eps and eps_root cost 2%.
+    # At t = 1 the correction turns the root of v into |g|, and 5 = 1 / (1 - b1); eps and eps_root cost up to 2%.
     np.testing.assert_allclose(sizes.step["w"], 5 / params["w"], rtol=2e-2)
     assert jax.tree.map(float, sizes.at_upper) == {"w": 0.5, "b": 0.0}
     assert jax.tree.map(float, sizes.at_lower) == {"w": 0.25, "b": 1.0}
@@ -771,7 +771,7 @@ def test_the_state_is_found_in_every_wrapper(make):
 
 @every_optimizer
 def test_the_state_survives_orbax(make, tmp_path):
-    """Structure, dtypes and every bit; the next update is the same."""
+    """Structure, dtypes and every bit survive, and the next update is the same."""
     params, grads = params_and_grads(jnp.bfloat16)
     optimizer = make()
     _, state = run(optimizer, params, grads, steps=3)

@@ -1,4 +1,4 @@
-"""jax_resnet.checkpoint: bit-exact, asynchronous, and whatever is damaged is noticed."""
+"""jax_resnet.checkpoint: checkpoints are bit-exact and asynchronous, and damage is noticed."""
 
 import errno
 import json
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_the_state_to_the_bit(small, written):
 
 
 def test_the_step_after_a_save_may_consume_the_state(tmp_path):
-    """The write goes on while the donated buffers are overwritten; what was saved is the state from before."""
+    """The write goes on while later steps overwrite the donated buffers; the checkpoint has the state from before."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), amsbound(1e-3))
     state, step = state_of(optimizer), make_train_step(CONFIG, optimizer, ema_decay=0.9)
     images, labels = jnp.ones((2, 32, 32, 1)), jnp.asarray([0, 1])
@@ -80,7 +80,7 @@ def test_the_step_after_a_save_may_consume_the_state(tmp_path):
 
 
 def test_facts_may_change_after_a_save(small, tmp_path):
-    """They too are written while the training goes on: a list that grew meanwhile made a checkpoint useless."""
+    """Facts are written while the training goes on: a list that grows meanwhile must not spoil the checkpoint."""
     checkpoints = Checkpoints(tmp_path)
     losses: list[int] = []
     for step in range(1, 6):
@@ -132,7 +132,7 @@ def test_the_score_that_a_step_took_later_outlives_the_process(small, tmp_path):
 
 
 def test_a_checkpoint_of_orbax_is_refused(small, tmp_path):
-    """As earlier versions wrote them; with one word on what to do, and not as damaged, or it would be passed over."""
+    """Earlier versions wrote it. The error says what to do; a DamagedError would let callers skip the checkpoint."""
     (tmp_path / "5" / "record").mkdir(parents=True)
     (tmp_path / "5" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(MismatchError, match=r"5 was written by orbax, .*: continue with that version"):
@@ -164,7 +164,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
 def test_every_damaged_file_is_noticed_or_not_needed(how, small, written, tmp_path, capfd):
-    """Whatever happens to a file: the checkpoint is refused, or all that comes back is right. Nothing in between."""
+    """Whatever happens to a file, either the checkpoint is refused or everything that comes back is right."""
     files = [path.relative_to(written) for path in (written / "5").rglob("*") if path.is_file()]
     refused = 0
     for file in files:

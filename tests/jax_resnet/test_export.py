@@ -54,7 +54,7 @@ def exported(function, arrays, shape, constraints=()):
     ids=["inference N", "inference N, H, W", "training N"],
 )
 def test_symbolic_sizes(function, shape, sizes, arrays):
-    """The same as with the sizes themselves, 1e-5 of an array's largest for rounding in float32."""
+    """Results are those of fixed sizes; 1e-5 of an array's largest entry is for rounding in float32."""
     constraints = ("h >= 32", "w >= 32") if "h" in shape else ()
     program = exported(function, arrays, shape, constraints)
     assert program.platforms == PLATFORMS
@@ -66,7 +66,7 @@ def test_symbolic_sizes(function, shape, sizes, arrays):
 
 
 def test_another_process_serves_it_without_this_package(arrays, tmp_path):
-    """From the file alone; 1e-5 of the largest logit for another compilation."""
+    """The program's file is enough; 1e-5 of the largest logit is for another compilation."""
     serve = functools.partial(infer, *arrays)
     shape = export.symbolic_shape("n, 32, 32, 3")
     program = export.export(jax.jit(serve), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, jnp.float32))

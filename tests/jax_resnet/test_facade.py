@@ -29,7 +29,7 @@ def test_networks_are_functions(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_networks_spell_out_their_keywords(name):
-    """All fields of the configuration but what the name says, with the same defaults, and each reaches its field."""
+    """The keywords are the fields that the name leaves open; each has the configuration's default and sets a field."""
     make = getattr(jr, name)
     fields = {field.name: field.default for field in dataclasses.fields(jr.ResNetConfig)[2:]}
     parameters = inspect.signature(make).parameters
@@ -54,7 +54,7 @@ def test_a_network_in_three_lines():
 
 @pytest.mark.parametrize("name", ["jax_resnet", *MODULES])
 def test_public_names_are_meant(name):
-    """`__all__` has every name that a module defines without an underscore, and nothing else."""
+    """`__all__` has every name that a module defines without an underscore, and only names that exist."""
     module = importlib.import_module(name)
     defined = {
         key

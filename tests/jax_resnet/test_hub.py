@@ -42,7 +42,7 @@ def files():
 
 @pytest.fixture
 def server(files, tmp_path, monkeypatch):
-    """Its address; huggingface_hub asks it, and has an empty cache."""
+    """The running server; huggingface_hub asks it, and has an empty cache."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -81,7 +81,7 @@ def server(files, tmp_path, monkeypatch):
 
 
 def test_weights_are_downloaded_once(server, files):
-    """And then read from the cache, without a network; float16 becomes float32."""
+    """The second read comes from the cache, without a network; float16 becomes float32."""
     for _ in range(2):
         file = weights.read_file("hf:timm/small")
         assert (file.path.name, file.settings) == ("model.safetensors", {"architecture": "resnet18"})

@@ -63,7 +63,7 @@ def convolution(case, rng, dtype="float64"):
 
 
 def without_forms(monkeypatch, function):
-    """function(), run as on a GPU or TPU: without what `jax_resnet.cpu` has for a CPU."""
+    """Runs function() as on a GPU or TPU, without the forms that `jax_resnet.cpu` has for a CPU."""
     with monkeypatch.context() as patch:
         patch.setattr(forms, "ENABLED", False)
         return function()
@@ -71,8 +71,8 @@ def without_forms(monkeypatch, function):
 
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 def test_conv2d_is_its_formula(case, x64, monkeypatch):
-    """Cross-correlation with zeros on all sides alike: in inference and in training, in the forms for a CPU and without
-    them; their gradients are the same. 1e-13 and 1e-12 leave room for the order of summation only."""
+    """Cross-correlation with equal padding on all sides, in inference and in training. The forms for a CPU have the
+    plain form's outputs and gradients. 1e-13 and 1e-12 leave room for the order of summation only."""
     rng = np.random.default_rng(0)
     conv, (x, weight, bias) = convolution(case, rng)
     *_, kh, kw, s, p = case
@@ -103,7 +103,7 @@ def test_conv2d_gradients(case, x64):
     check_gradients(conv, *arrays, rng=rng)
 
 
-FLOAT32_CONVOLUTIONS = [  # inference takes XLA's own convolution but for the last; each has something that may go wrong
+FLOAT32_CONVOLUTIONS = [  # in inference all but the last take XLA's own convolution; each is a special case
     (8, 8, 8, 8, 16, 3, 3, 1, 1),
     (8, 9, 7, 8, 4, 3, 3, 2, 1),
     (8, 8, 10, 8, 4, 3, 3, 2, 1),
@@ -119,7 +119,7 @@ FLOAT32_CONVOLUTIONS = [  # inference takes XLA's own convolution but for the la
 
 @pytest.mark.parametrize("case", FLOAT32_CONVOLUTIONS, ids=str)
 def test_float32_convolutions_are_those_of_float64(case, x64):
-    """With gradients, in the library that XLA:CPU has for float32 only; 1e-5 of the largest for rounding."""
+    """Outputs and gradients, in the library that XLA:CPU has for float32 only; 1e-5 of the largest is for rounding."""
     rng = np.random.default_rng(4)
     conv, (x, weight, _) = convolution(case, rng)
     dy = random(rng, *jax.eval_shape(conv, x, weight).shape)
@@ -137,7 +137,7 @@ def test_float32_convolutions_are_those_of_float64(case, x64):
 
 
 def test_float32_takes_the_forms_that_are_fastest():
-    """In inference XLA's own convolution where picture and channels suit it; in training products alone."""
+    """Inference takes XLA's own convolution where picture and channels suit it; training takes products only."""
 
     def program(size, channels, dtype, train=False):
         x, weight = jnp.zeros((8, size, size, channels), dtype), jnp.zeros((3, 3, channels, channels), dtype)
@@ -157,7 +157,7 @@ def test_float32_takes_the_forms_that_are_fastest():
     for other in ((2, 32, "float32"), (5, 512, "float32"), (5, 32, "bfloat16")):
         assert count(*other) == (0, 1)
     for case in ((5, 32, "float32"), (2, 32, "float32"), (5, 512, "float32"), (5, 32, "bfloat16")):
-        assert count(*case, train=True) == (0, 5)  # the weight's gradient row by row of the kernel
+        assert count(*case, train=True) == (0, 5)  # the weight's gradient takes a product per row of the kernel
     assert count(5, 8, "float32", train=True) == (0, 3)
     for size, turned in ((8, True), (5, False)):  # 512 positions and 200
         assert ("optimization_barrier" in program(size, 32, "float32", train=True)) == turned
@@ -165,7 +165,7 @@ def test_float32_takes_the_forms_that_are_fastest():
 
 @pytest.mark.parametrize("late", [0.0, np.inf, -0.0, np.nan, []], ids=str)
 def test_once_known_changes_no_value(late):
-    """Whatever the late value is; for a nan by 1e-37 at the most."""
+    """No late value changes x, except a nan: it may change x by up to 1e-37."""
     x = np.array([1.5, -np.inf, 0.0, np.nan, 1e30], np.float32)
     late = jnp.broadcast_to(jnp.float32(late).reshape(-1, 1), (2, 3) if np.size(late) else (0, 3))
     atol = 1e-37 if jnp.isnan(late).any() else 0
@@ -173,7 +173,7 @@ def test_once_known_changes_no_value(late):
 
 
 def test_a_nan_stays_in_its_channel():
-    """And an empty batch has gradients."""
+    """A nan in one channel of dy leaves the gradients of other channels alone. An empty batch has a gradient of 0."""
 
     def dweight(x, dy):
         return jax.vjp(functools.partial(layers.conv2d, padding=1), x, jnp.ones((3, 3, 4, 8)))[1](dy)[1]
@@ -185,11 +185,11 @@ def test_a_nan_stays_in_its_channel():
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("shape", [(3, 6, 6, 2), (8, 8, 8, 16)], ids=str)  # the second by rows of the kernel, turned
+@pytest.mark.parametrize("shape", [(3, 6, 6, 2), (8, 8, 8, 16)], ids=str)  # the second takes kernel rows, turned
 def test_second_derivatives(shape, train, x64):
-    """Forward over reverse against reverse over reverse, and against central differences of the gradient.
+    """Forward over reverse equals reverse over reverse and central differences of the gradient.
 
-    1e-12 of the largest is for rounding, 1e-6 for the differences' steps of 1e-6, in which no value meets a kink.
+    1e-12 of the largest is for rounding, 1e-6 for the differences' steps of 1e-6, in which no value crosses a kink.
     """
     rng = np.random.default_rng(5)
     gamma, beta, mean, var = norm_arguments(rng, 4)
@@ -220,7 +220,7 @@ def test_second_derivatives(shape, train, x64):
 
 
 def test_once_known_keeps_work_apart():
-    """XLA merges what is computed twice, but not beyond this."""
+    """XLA merges equal computations, but not across once_known."""
 
     def twice(between):
         def function(x, y):
@@ -235,7 +235,7 @@ def test_once_known_keeps_work_apart():
 
 
 def test_winograd_is_among_the_cases():
-    """And not where it does not pay, or would lose digits."""
+    """Winograd's form is chosen for two cases only, and not in bfloat16, where it would lose digits."""
     rng = np.random.default_rng(0)
     chosen = []
     for case in CONVOLUTIONS:
@@ -250,7 +250,7 @@ def test_winograd_is_among_the_cases():
 def test_conv2d_in_bfloat16_is_summed_in_float32_and_rounded_once(case, x64):
     """Outputs and gradients are those of the same numbers in float64, up to half a unit in the last of 8 bits.
 
-    float32's sums add up to 1e-6 of the largest entry. Rounded at each of a patch's taps, a gradient is off by more.
+    float32's sums add up to 1e-6 of the largest entry. A gradient rounded at each tap of a patch is off by more.
     """
     rng = np.random.default_rng(7)
     n, h, w, c, k, kh, kw, stride, padding = case
@@ -284,7 +284,7 @@ def test_batch_norm_gradients(shape, train, x64):
     def normalize(x, weight, bias):
         return layers.batch_norm(x, weight, bias, mean, var, train=train)[0]
 
-    if train and shape[0] == 2:  # two values become ±1 whatever they are: keep them from rounding to equal
+    if train and shape[0] == 2:  # two distant values become ±1, with no gradient: keep them close
         x = jnp.stack([jnp.zeros(shape[1:]), jnp.ones(shape[1:]) * 0.01])
     else:
         x = random(rng, *shape)
@@ -292,7 +292,7 @@ def test_batch_norm_gradients(shape, train, x64):
 
 
 def test_batch_norm_by_formula(x64):
-    """Normalized with the biased variance, the running variance from the unbiased one, momentum 0.1."""
+    """The biased variance normalizes, the unbiased one enters the running variance, and the momentum is 0.1."""
     rng = np.random.default_rng(1)
     x = np.asarray(random(rng, 4, 3, 2, 5)) * 3 + 2
     weight, bias, running_mean, running_var = (np.asarray(a) for a in norm_arguments(rng, 5))
@@ -310,8 +310,8 @@ def test_batch_norm_by_formula(x64):
 
 @pytest.mark.parametrize("first", ["typical", "outlier"])
 def test_batch_norm_survives_a_large_mean(first):
-    """Mean 1e3 and deviation 1 in float32: within 1e-3 of float64, where unshifted one-pass moments are off by
-    percents. Also when the value that shifts the moments is itself ten deviations off."""
+    """float32 is within 1e-3 of float64 at mean 1e3 and deviation 1, even if the value that shifts the moments is
+    itself ten deviations off. Unshifted one-pass moments would be off by percents."""
     rng = np.random.default_rng(2)
     x = (1e3 + rng.standard_normal((8, 12, 12, 16))).astype(np.float32)
     if first == "outlier":
@@ -362,7 +362,7 @@ POOLS = [(8, 8, 3, 2, 1), (7, 9, 3, 2, 1), (6, 6, 2, 2, 0), (5, 5, 3, 1, 1), (9,
 
 @pytest.mark.parametrize("case", POOLS, ids=str)
 def test_max_pool(case, x64):
-    """Against its definition, and its gradient against central differences, on values without ties."""
+    """Outputs match the definition and gradients match central differences, on values without ties."""
     h, w, window, stride, padding = case
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.permutation(2 * h * w * 3).reshape(2, h, w, 3) - 100.0) / 100  # negative at the border too
@@ -374,7 +374,7 @@ def test_max_pool(case, x64):
 
 
 def test_forms_of_max_pool_and_batch_norm_are_one_function(x64, monkeypatch):
-    """On small whole numbers, where most windows have ties. 1e-13 for the order of summation."""
+    """The input is small whole numbers, so most windows have ties. 1e-13 is for the order of summation."""
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.integers(-2, 3, (2, 9, 8, 3)).astype(float))
     arguments = norm_arguments(rng, 3)
@@ -390,13 +390,13 @@ def test_forms_of_max_pool_and_batch_norm_are_one_function(x64, monkeypatch):
 
 
 def test_a_tie_belongs_to_the_first_position():
-    """2x2 windows of equal values: row-major first. A maximum of slices would split it."""
+    """In a 2x2 window of equal values, the first in row-major order gets dy. A maximum of slices would split it."""
     gradient = jax.grad(lambda x: layers.max_pool(x, window=2, stride=2, padding=0).sum())(jnp.ones((1, 4, 4, 1)))
     np.testing.assert_array_equal(gradient[0, :, :, 0], np.kron(np.ones((2, 2)), [[1, 0], [0, 0]]))
 
 
 def test_relu_by_hand():
-    """The gradient at 0 is 0, as torch's; jnp.maximum has 1/2 there."""
+    """The gradient at 0 is 0, as in torch; jnp.maximum has 1/2 there."""
     x = jnp.array([-1.0, 0.0, 2.0])
     np.testing.assert_array_equal(layers.relu(x), [0, 0, 2])
     np.testing.assert_array_equal(jax.grad(lambda x: layers.relu(x).sum())(x), [0, 0, 1])
@@ -437,7 +437,7 @@ def test_dense(with_bias, x64):
 
 
 def test_softmax_cross_entropy(x64):
-    """By hand: logits log 1, log 2, log 5 are probabilities 1/8, 1/4, 5/8. Then gradients."""
+    """Logits log 1, log 2, log 5 are probabilities 1/8, 1/4, 5/8. Gradients match central differences."""
     logits = jnp.log(jnp.array([[1.0, 2.0, 5.0], [5.0, 2.0, 1.0]]))
     losses = layers.softmax_cross_entropy(logits, jnp.array([1, 0]))
     np.testing.assert_allclose(losses, [np.log(4), np.log(8 / 5)], rtol=1e-14)
@@ -447,7 +447,7 @@ def test_softmax_cross_entropy(x64):
 
 
 def test_softmax_cross_entropy_is_stable():
-    """Logits of ±1e4 in float32: the loss is their difference, its gradient finite."""
+    """At logits of ±1e4 in float32, a wrong answer costs their difference, a right one 0; gradients are exact."""
     logits = jnp.array([[1e4, -1e4], [-1e4, 1e4]])
     labels = jnp.array([1, 1])
     np.testing.assert_array_equal(layers.softmax_cross_entropy(logits, labels), [2e4, 0])
@@ -490,7 +490,7 @@ def test_mistakes_are_named(call, message):
 
 
 def test_nan_survives_a_network():
-    """A training that diverges must show: jnp.maximum in relu lost nan in some of XLA's fusions, at this size."""
+    """A training that diverges must show. At this size, some of XLA's fusions of jnp.maximum would lose the nan."""
     config = resnet.resnet18()
     params, batch_stats = resnet.init(config, jax.random.key(0))
     batch_stats["bn1"]["running_var"] = jnp.full(64, -1.0)

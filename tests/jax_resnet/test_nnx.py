@@ -1,4 +1,4 @@
-"""jax_resnet.nnx: the numbers of the functions that it stands around, and the ways in which Flax's users use it."""
+"""jax_resnet.nnx: the same numbers as the functions that it wraps, and the ways in which Flax's users use it."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ LABELS = np.array([0, 3, 1, 4], np.int32)
 
 @pytest.fixture(scope="module")
 def arrays():
-    """float64, with no BatchNorm weight or running statistic at its first value, so that none can be mistaken."""
+    """float64, with random BatchNorm weights and running statistics, so that a mistake in any of them shows."""
     rng = np.random.default_rng(0)
 
     def drawn(spec):
@@ -40,7 +40,7 @@ def assert_same(ours, theirs):
 
 
 def as_dict(state):
-    """With the numbers of blocks as text, as params and batch_stats have them."""
+    """A nested dict with the numbers of blocks as text, as in params and batch_stats."""
     flat = {".".join(map(str, path)): array for path, array in flatten_dict(nnx.to_pure_dict(state)).items()}
     return unflatten_dict(flat, sep=".")
 
@@ -50,7 +50,7 @@ def mean_loss(model, x):
 
 
 def test_names_are_torchvisions(arrays, x64):
-    """The paths of both kinds of variables joined by "."."""
+    """The paths of both kinds of variables, joined by ".", are those of params and batch_stats."""
     model = ResNet(CONFIG, arrays)
     for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True):
         assert flatten_dict(as_dict(nnx.state(model, kind)), sep=".").keys() == flatten_dict(tree, sep=".").keys()
@@ -65,7 +65,7 @@ def test_parts_are_attributes_and_blocks_go_by_number():
 
 
 def test_blocks_are_modules(arrays, x64):
-    """As Grad-CAM needs them: the last activation, and the gradient of a logit with respect to it. Bit for bit."""
+    """Grad-CAM needs the last activation, here bit for bit, and the gradient of a logit with respect to it."""
     model = ResNet(CONFIG, arrays)
     model.eval()
     activations = model.features(images())
@@ -77,7 +77,7 @@ def test_blocks_are_modules(arrays, x64):
 
 
 def test_train_and_eval_set_the_mode(arrays, x64):
-    """A new model trains, as all of Flax's do; an argument goes before the mode. Bit for bit."""
+    """A new model is in training mode, as in Flax; the argument train overrides the mode. Results agree bit for bit."""
     model = ResNet(CONFIG, arrays)
     trained, evaluated = model(images(), train=True), ResNet(CONFIG, arrays)(images(), train=False)
     assert not np.array_equal(trained, evaluated)
@@ -91,7 +91,7 @@ def test_train_and_eval_set_the_mode(arrays, x64):
 
 
 def test_is_drawn_as_init_does():
-    """From the stream "params" of rngs, as every module of Flax."""
+    """The model draws from the stream "params" of rngs, as every Flax module does."""
     model = ResNet(CONFIG, rngs=nnx.Rngs(params=3))
     assert_same(model.arrays(), resnet.init(CONFIG, nnx.Rngs(params=3).params()))
     with pytest.raises(ValueError, match=r"pass arrays, .*, or rngs"):
@@ -100,7 +100,7 @@ def test_is_drawn_as_init_does():
 
 @pytest.mark.parametrize(("method", "field"), [("__call__", "logits"), ("features", "activations")])
 def test_logits_and_features_are_those_of_apply(method, field, arrays, x64):
-    """Bit for bit, both jitted; in evaluation no running statistic changes."""
+    """Both are jitted and agree bit for bit; in evaluation no running statistic changes."""
     model = ResNet(CONFIG, arrays)
     ours = nnx.jit(lambda model, x: getattr(model, method)(x, train=False))(model, images())
 
@@ -114,7 +114,7 @@ def test_logits_and_features_are_those_of_apply(method, field, arrays, x64):
 
 
 def test_gradients_and_statistics_are_those_of_the_function(arrays, x64):
-    """Of a training step, the statistics in place. Bit for bit: XLA gets the same program."""
+    """A training step agrees bit for bit, as XLA gets the same program; the model changes its statistics in place."""
     params, batch_stats = arrays
 
     def function(params, batch_stats, x):
@@ -198,7 +198,7 @@ class Classifier(nnx.Module):
 
 
 def test_as_a_backbone_with_weights_of_a_file(arrays, tmp_path):
-    """Those of a float16 file, in float32; gradients in head and backbone, none in the head that is not used."""
+    """A float16 file loads as float32. Gradients reach the head and the backbone, but not the backbone's own head."""
     weights.save(tmp_path / "a.safetensors", *jax.tree.map(lambda a: a.astype(np.float16), arrays))
     loaded = weights.load(tmp_path / "a.safetensors", CONFIG)
     model = Classifier(ResNet(CONFIG, loaded), 7, nnx.Rngs(0))
@@ -228,7 +228,7 @@ def count(model):
 
 
 def test_a_replaced_head_is_trained_counted_saved_and_loaded(arrays, x64, tmp_path):
-    """An nnx.Linear, as weight and bias; the network's own head loads what it has saved. 1e-12: products' order."""
+    """An nnx.Linear is saved as weight and bias, which the network's own head loads. 1e-12 is for the order of sums."""
     model = ResNet(CONFIG, arrays)
     parameters = count(model)
     pooled = model.features(images(), train=False)["pool"]
@@ -263,7 +263,7 @@ def test_without_a_head_logits_are_the_pooled_vector(arrays):
 
 
 def test_vmap_over_an_ensemble():
-    """Two networks in one, drawn and run; each as if alone. 1e-5: float32, sums in another order."""
+    """Two networks drawn and run as one give what each gives alone. 1e-5 is for float32 sums in another order."""
     keys = jax.random.split(jax.random.key(0), 2)
     models = nnx.vmap(lambda key: ResNet(CONFIG, rngs=nnx.Rngs(params=key)))(keys)
     models.eval()
@@ -274,7 +274,7 @@ def test_vmap_over_an_ensemble():
 
 
 def test_orbax_round_trip(arrays, x64, tmp_path):
-    """The state of a model and of its optimizer, restored into another's; bit for bit."""
+    """The state of a model and of its optimizer is restored into others bit for bit."""
 
     def make(start):
         model = ResNet(CONFIG, start)

@@ -1,4 +1,4 @@
-"""optax's own tests of its optimizers, optax/_src/alias_test.py of its package, run on AdaBound's three entries."""
+"""optax's own tests of its optimizers (optax/_src/alias_test.py in its package), run on AdaBound's three aliases."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ import pytest
 
 from jax_resnet.adabound import adabound, adaboundw, amsbound
 
-# final_lr: beyond 2e-3 SGD diverges on the Rosenbrock function, whose curvature is 1000.
+# final_lr is 1e-3: above 2e-3, SGD diverges on the Rosenbrock function, whose curvature is 1000.
 ENTRIES = tuple(
     {"opt_name": alias.__name__, "opt_kwargs": {"learning_rate": 1e-2, "final_lr_ratio": 0.1}}
     for alias in (adabound, amsbound, adaboundw)
@@ -22,7 +22,7 @@ BATTERY = Path(optax.__file__).parent / "_src" / "alias_test.py"
 
 
 def battery() -> list[unittest.TestCase]:
-    """Its cases that go over the table of optimizers, with our entries for its own; no complex types, no pmap."""
+    """optax's cases that use its table of optimizers, with our entries in the table; without complex types and pmap."""
     if not BATTERY.is_file() or importlib.util.find_spec("absl") is None:
         return []
     source, tables = re.subn(r"^_OPTIMIZERS_UNDER_TEST = \(.*?^\)$", "", BATTERY.read_text(), flags=re.M | re.S)
@@ -32,7 +32,7 @@ def battery() -> list[unittest.TestCase]:
     with mock.patch.dict(sys.modules, {"sklearn": mock.MagicMock(), "optax_battery": module}):  # for tests of L-BFGS
         exec(compile(source, BATTERY, "exec"), module.__dict__)
     ours = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}
-    module.alias = types.SimpleNamespace(**vars(module.alias), **ours)  # where it looks for an optimizer of a name
+    module.alias = types.SimpleNamespace(**vars(module.alias), **ours)  # where it looks up an optimizer by name
     cases = unittest.defaultTestLoader.loadTestsFromTestCase(module.AliasTest)
     return [case for case in cases if "bound" in str(case) and not re.search("complex|with_pmap", str(case))]
 

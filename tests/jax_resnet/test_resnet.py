@@ -1,4 +1,4 @@
-"""jax_resnet.resnet: the published sizes, the order of blocks, the options, and what bad input gets to hear."""
+"""jax_resnet.resnet: the published sizes, the order of blocks, the options, and the errors for bad input."""
 
 import functools
 
@@ -88,9 +88,9 @@ def plain_forward(config, params, batch_stats, images):
 @pytest.mark.parametrize("stride_in", ["conv2", "conv1"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet101"])
 def test_network_is_its_table(arch, stride_in, x64):
-    """Under jit, which sorts the keys "0", "1", "10", "11", ..., "2": ResNet-101 has 23 blocks in a stage and tells.
+    """jit sorts the keys as "0", "1", "10", "11", ..., "2": ResNet-101, with 23 blocks in a stage, shows a wrong order.
 
-    Relative to the largest entry 1e-12, for the order of operations in 101 layers of float64.
+    1e-12 of the largest entry is for the order of operations in 101 layers of float64.
     """
     config = getattr(resnet, arch)(num_classes=7, in_channels=1, stride_in=stride_in)
     params, batch_stats = randomized(config)
@@ -111,8 +111,8 @@ def loss(config, params, batch_stats, images, labels, **options):
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_gradients_of_a_network(batch_norm, x64):
-    """By parameters of every kind and by the images, against central differences along random directions, one for each
-    array (those with a kink within the step are why it is 1e-5 and not 1e-8)."""
+    """Gradients by parameters of every kind and by the images match central differences along one random direction per
+    array. 1e-5 and not 1e-8, because some steps cross a kink."""
     config = resnet.ResNetConfig("basic", **SMALL, in_channels=1, batch_norm=batch_norm)
     params, batch_stats = randomized(config)
     rng = np.random.default_rng(2)
@@ -148,7 +148,7 @@ def moved(params, images, name, by):
 
 
 def test_running_statistics_of_a_network(x64):
-    """The stem's, by formula; and in evaluation they come back as they are."""
+    """The stem's statistics follow the formula; evaluation returns all statistics unchanged."""
     config = resnet.ResNetConfig("basic", **SMALL)
     params, batch_stats = randomized(config)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)))
@@ -178,7 +178,7 @@ def small_loss(block, **options):
 
 @pytest.mark.parametrize(("block", "train", "remat"), [("basic", True, True), ("bottleneck", False, False)])
 def test_hessian_vector_products(block, train, remat, x64):
-    """Forward over reverse and reverse over reverse, within 1e-10 of an array's largest."""
+    """Forward over reverse equals reverse over reverse, within 1e-10 of an array's largest entry."""
     loss, params = small_loss(block, train=train, remat=remat)
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), params)
@@ -194,8 +194,8 @@ def test_hessian_vector_products(block, train, remat, x64):
 
 
 def test_remat_and_the_forms_for_a_cpu_change_nothing(x64, monkeypatch):
-    """A network's loss and gradients: recomputed blocks, and those without either; 1e-12 of an array's largest is for
-    rounding."""
+    """Loss and gradients are the same with and without remat, and without the forms for a CPU. 1e-12 of an array's
+    largest entry is for rounding."""
 
     def gradients(remat):
         jax.clear_caches()  # equal blocks are traced once, whatever the switch
@@ -212,7 +212,7 @@ def test_remat_and_the_forms_for_a_cpu_change_nothing(x64, monkeypatch):
 
 
 def test_no_classes_gives_the_pooled_vector():
-    """The same draws otherwise, and no dense layer, in float32 at least."""
+    """The other parameters are drawn as with a dense layer. The vector is float32 even with bfloat16 activations."""
     headless, whole = (resnet.ResNetConfig("basic", **SMALL | dict(num_classes=n)) for n in (0, 3))
     params, batch_stats = resnet.init(headless, jax.random.key(0))
     others, _ = resnet.init(whole, jax.random.key(0))
@@ -243,7 +243,7 @@ def test_eps_and_momentum_of_batch_norm():
 
 
 def test_bfloat16_activations():
-    """Activations take the type, logits, pooled vector and statistics stay float32, and all stays near float32."""
+    """Activations are bfloat16; logits, pooled vector and statistics are float32. The logits stay near float32's."""
     config = resnet.resnet18(num_classes=10)
     params, batch_stats = randomized(config, dtype=np.float32)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), jnp.float32)
@@ -252,12 +252,12 @@ def test_bfloat16_activations():
     assert {half.activations[name].dtype for name in ("stem", "layer4.1")} == {jnp.dtype(jnp.bfloat16)}
     assert {half.logits.dtype, half.activations["pool"].dtype} == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves(half.batch_stats)} == {jnp.dtype(jnp.float32)}
-    # 8 bits a value, and some 20 layers whose errors are independent: a few percent of the largest logit.
+    # Values have 8 bits, and the errors of some 20 layers are independent: a few percent of the largest logit.
     assert np.abs(half.logits - single.logits).max() < 0.1 * np.abs(single.logits).max()
 
 
 def test_initial_weights():
-    """Deviations as published, BatchNorm 1 and 0, dense uniform within 1/sqrt(in); the key decides."""
+    """Kernels have the published deviation, BatchNorm starts at 1, dense weights reach 1/sqrt(in); the key decides."""
     config = resnet.resnet18()
     params, batch_stats = resnet.init(config, jax.random.key(0))
     kernel = params["layer3"]["0"]["conv2"]["weight"]
@@ -279,7 +279,7 @@ def test_weights_are_at_least_float32():
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (3, 3, 16, 32)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_draws_are_those_of_their_shape(shape, dtype, x64):
-    """They are cut from longer ones."""
+    """Draws are cut from longer ones, yet equal JAX's draws of their own shape."""
     key = jax.random.key(1)
     drawn = resnet._draw(jax.random.normal, 0.5, key, shape, dtype)
     assert drawn.dtype == dtype
@@ -287,7 +287,7 @@ def test_draws_are_those_of_their_shape(shape, dtype, x64):
 
 
 def test_equal_blocks_are_traced_once(monkeypatch):
-    """ResNet-101 has 104 convolutions: the stem, and 28 in the 8 kinds of blocks."""
+    """Of ResNet-101's 104 convolutions, 29 are traced: the stem, and 28 in the 8 kinds of blocks."""
     traced = []
     conv2d = layers.conv2d
     monkeypatch.setattr(layers, "conv2d", lambda *args, **kwargs: traced.append(args) or conv2d(*args, **kwargs))
@@ -311,7 +311,7 @@ def test_zero_gamma_makes_each_block_its_shortcut():
 
 
 def test_no_batch_norm_keeps_its_scale():
-    """The ablation: no statistics, biased convolutions, activations that neither explode nor vanish over 34 layers."""
+    """This ablation has no statistics, biased convolutions, and activations that stay in range over 34 layers."""
     config = resnet.resnet34(num_classes=5, in_channels=1, batch_norm=False)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     flat = flatten_dict(params, sep=".")

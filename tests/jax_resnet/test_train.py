@@ -58,8 +58,8 @@ def test_compiles_once_while_the_learning_rate_changes():
 
 
 def test_a_step_is_gradient_optimizer_update(x64):
-    """SGD by hand from jax.grad, of a cross-entropy with smoothed targets; statistics follow the batch; 1e-12 for what
-    jit reorders."""
+    """The step is SGD by hand on jax.grad of a cross-entropy with smoothed targets; statistics follow the batch. 1e-12
+    is for what jit reorders."""
     optimizer = optax.sgd(0.1)
     images, labels = tiny_batch()
     before = tiny_state(optimizer)
@@ -92,7 +92,7 @@ def test_training_learns_a_batch():
 
 
 def test_steps_take_any_network_of_that_form():
-    """A dense layer on the pixels, with an option of its own."""
+    """This network is a dense layer on the pixels, with an option of its own."""
 
     def apply(config, params, batch_stats, images, *, train, scale):
         return resnet.Output(scale * images.reshape(len(images), -1) @ params["weight"], batch_stats, {})
@@ -117,7 +117,7 @@ def test_an_unknown_keyword_is_refused_at_once(make, option):
 
 
 def test_a_loss_function_of_ones_own(x64):
-    """Cross-entropy with targets, as mixup has them: on smoothed labels that is label_smoothing. 1e-12: rounding."""
+    """Cross-entropy with targets, as for mixup, equals label_smoothing on smoothed labels. 1e-12 is for rounding."""
     optimizer, (images, labels) = optax.sgd(0.1), tiny_batch()
     targets = optax.smooth_labels(jax.nn.one_hot(labels, 3), 0.1)
     state, metrics = tiny_step(optimizer, loss=optax.softmax_cross_entropy)(tiny_state(optimizer), images, targets)
@@ -142,7 +142,7 @@ def float16_step():
 
 
 def test_float16_with_a_loss_scale(float16_step):
-    """A gradient that overflows changes nothing but the scale; then the scale is small enough, and grows again."""
+    """An overflow lowers the scale and changes no parameter or optimizer state. A small enough scale grows again."""
     optimizer, step = float16_step
     state = scaled_state(optimizer, 2.0**40)
     before = jax.tree.map(np.array, state)
@@ -165,7 +165,7 @@ def test_float16_with_a_loss_scale(float16_step):
 
 
 def test_a_loss_scale_changes_no_gradient(x64):
-    """A power of 2: nothing overflows, and the parameters are those of a step without one; in parts too."""
+    """The scale is a power of 2 and nothing overflows: parameters are those without a scale, also if accumulated."""
     optimizer = optax.sgd(0.1)
     for accumulate in (1, 3):
         step = tiny_step(optimizer, accumulate=accumulate)
@@ -205,7 +205,7 @@ def test_fewer_than_five_classes_have_a_top5():
 
 
 def test_resnet101_step_lowers_for_every_platform():
-    """Lowered, not run: CPU, CUDA and TPU, with XLA's own convolution for the two, products alone for the first."""
+    """The step is lowered, not run: with XLA's own convolution for CUDA and TPU, with products only for the CPU."""
     config = resnet.resnet101(num_classes=196, in_channels=1)
     optimizer = adabound(1e-3)
     state = jax.eval_shape(lambda key: create_train_state(*resnet.init(config, key), optimizer), jax.random.key(0))
@@ -297,7 +297,7 @@ def equal_bits(one, other):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_a_step_that_is_not_finite_changes_nothing_for_good(value):
-    """1e30: finite pictures whose gradients are not."""
+    """Pictures of 1e30 are finite, but their gradients are not."""
     optimizer = adabound(1e-2)
     step = tiny_step(optimizer, False, ema_decay=0.9)
     good, labels = tiny_batch()
@@ -307,7 +307,7 @@ def test_a_step_that_is_not_finite_changes_nothing_for_good(value):
     state, metrics = step(state, good * value, labels)
     assert not bool(metrics["finite"])
     assert equal_bits(state.replace(nonfinite=before.nonfinite), before)
-    state, metrics = step(state, good, labels)  # was dispatched before anybody read the metrics
+    state, metrics = step(state, good, labels)  # as if dispatched before anybody read the metrics
     assert bool(metrics["finite"])
     assert equal_bits(state.replace(nonfinite=before.nonfinite), before)
     assert int(state.nonfinite) == 1
@@ -345,7 +345,7 @@ def test_the_search_names_what_is_not_finite_in_order():
 
 
 def test_clipping_keeps_the_direction(x64):
-    """optax's, before the optimizer, as experiments puts it there; grad_norm tells the length from before."""
+    """optax clips before the optimizer, as in experiments; grad_norm is the length before clipping."""
     optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
     start = tiny_state(optimizer)
     before = jax.tree.map(np.array, start.params)
@@ -369,7 +369,7 @@ def start_on_virtual_devices(*arguments):
 
 
 def errors_of(process):
-    """By number of devices: (after the first step, after the last)."""
+    """{number of devices: [error after the first step, after the last]}."""
     printed, errors = process.communicate(timeout=1500)
     assert process.returncode == 0, errors
     return json.loads(printed.splitlines()[-1])

@@ -59,7 +59,7 @@ STORAGES = {torch.float16: "Half", torch.float32: "Float", torch.float64: "Doubl
 
 
 def write_tar(path):
-    """As PyTorch wrote it in 2016: storages and tensors one after the other, and a pickle that refers to them."""
+    """Writes a file as PyTorch did in 2016: storages, then tensors, then a pickle that refers to them."""
     storages, tensors, keys = io.BytesIO(), io.BytesIO(), {}
     pickle.dump(len(TENSORS), storages, protocol=2)
     pickle.dump(len(TENSORS), tensors, protocol=2)
@@ -115,7 +115,7 @@ def test_a_format_is_known_by_its_content(write, name, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_views_of_tensors(zipped, tmp_path):
-    """Transposed, expanded, sliced, shared, a Parameter with attributes, bfloat16, of a class of torch's own."""
+    """Tensors are transposed, expanded, sliced, shared, channels_last, bfloat16, or a Parameter with attributes."""
     shared, parameter = torch.arange(12.0), torch.nn.Parameter(torch.ones(2))
     parameter.note = "x"
     tensors = {
@@ -131,7 +131,7 @@ def test_views_of_tensors(zipped, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_signs_that_torch_keeps_beside_the_numbers(zipped, tmp_path):
-    """The negative and the conjugate bit; another mark is refused where the array is needed."""
+    """torch keeps a negative and a conjugate bit; a mark that does not fit is refused when the array is read."""
     numbers = torch.complex(torch.arange(3.0), torch.arange(3.0) + 1)
     tensors = {"negative": numbers.conj().imag, "conjugate": numbers.conj(), "both": numbers.conj().imag[1:]}
     assert [tensor.is_neg() for tensor in tensors.values()] == [True, False, True]
@@ -239,7 +239,7 @@ def contents_of(path):
         raise Refused from error
 
 
-HOSTILE = {  # pickles that no pickler writes: none may harm, or need more memory than it has bytes
+HOSTILE = {  # pickles that no pickler writes: they call functions, claim huge sizes, or nest deeply
     "a memo of 4 billion": opcodes(b"}r\xff\xff\xff\xff"),
     "bytes without end": opcodes(b"\x8e" + struct.pack("<Q", 2**60)),
     "one text encoded often": opcodes(text(b"x" * 2**20), b"q\0]", (ENCODE + b"h\0\x85Ra") * 9),
@@ -257,7 +257,7 @@ HOSTILE = {  # pickles that no pickler writes: none may harm, or need more memor
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_pickles(data, tmp_path):
-    """Refused, or read as holding nothing; in a moment, and with the classes of this module as they were."""
+    """Each is refused or read as holding nothing, and leaves the classes of `unpickling` and argparse unchanged."""
     (tmp_path / "a.pkl").write_bytes(data)
     before = {name: dict(vars(kind)) for name, kind in vars(unpickling).items() if isinstance(kind, type)}
     with contextlib.suppress(Refused):
@@ -269,7 +269,7 @@ def test_hostile_pickles(data, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
 def test_damaged_files_are_an_error_or_whole(write, seed, tmp_path):
-    """Cut anywhere, or with bytes changed: a ValueError with the file's name, or arrays of numbers."""
+    """A file that is cut or has changed bytes raises a ValueError with its name, or gives arrays of numbers."""
     rng = np.random.default_rng(seed)
     path = tmp_path / "a"
     write(path)
@@ -281,7 +281,7 @@ def test_damaged_files_are_an_error_or_whole(write, seed, tmp_path):
         path.write_bytes(damaged if number % 2 else data[: rng.integers(len(data))])
         with contextlib.suppress(Refused):
             for value in contents_of(path).values():
-                with contextlib.suppress(ValueError):  # of a view, say, that reaches out of its storage
+                with contextlib.suppress(ValueError):  # for example of a view that reaches out of its storage
                     assert isinstance(value.array() if isinstance(value, unpickling.Tensor) else value, np.ndarray)
 
 
@@ -347,7 +347,7 @@ def test_hdf5_does_not_lead_out_of_the_file(tmp_path):
 
 
 def test_folders(tmp_path):
-    """Hugging Face's, in one file and in several; a run's checkpoints, the last good one, in torchvision's layout."""
+    """Hugging Face folders hold one file or several; a run's last good checkpoint is read in torchvision's layout."""
     hub = tmp_path / "hub"
     hub.mkdir()
     with pytest.raises(ValueError, match=r"hub is a folder without model\.safetensors, weights\.safetensors or"):
@@ -393,7 +393,7 @@ def test_folders(tmp_path):
 
 
 def test_a_safetensors_file_that_begins_like_a_pickle(tmp_path):
-    """Its first byte is that of the header's length, and 0x80 begins a pickle."""
+    """The file begins with its header's length, whose first byte may be 0x80, with which a pickle begins."""
     path = tmp_path / "a.safetensors"
     for padding in range(0, 512, 8):
         safetensors.numpy.save_file({"conv1.weight": np.ones((2, 3), np.float32)}, path, {"padding": padding * "x"})

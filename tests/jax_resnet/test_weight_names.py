@@ -1,6 +1,6 @@
-"""jax_resnet.weight_names and weight_checks: the network in what surrounds it, and what kind another network is.
+"""jax_resnet.weight_names and weight_checks: they find the network in a file, or name the kind of another network.
 
-Nothing is written or computed: arrays are zeros that take no memory.
+Nothing is written, and most arrays are zeros that take no memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def zeros(*shape, dtype=np.float32):
 
 @functools.cache
 def arrays_of(name, **options):
-    """{name: array} of a network of torchvision's with 5 classes."""
+    """{name: array} of a torchvision network with 5 classes."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)(num_classes=5, **options)
     return {key: zeros(*v.shape, dtype=np.float32 if v.ndim else np.int64) for key, v in model.state_dict().items()}
@@ -45,7 +45,7 @@ def replaced(old, new, arrays=NET):
 SEQUENTIAL = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 IN_SEQUENTIAL = {re.sub(r"^\w+", lambda m: SEQUENTIAL[m[0]], name): array for name, array in BACKBONE.items()}
 
-# What a file holds; the prefix, the name of the dense layer and what is left out that are found in it.
+# What a file holds; the prefix and the name of the dense layer that are found in it; what is left out.
 SURROUNDED = {
     "nothing": (NET, "", "fc", []),
     "DataParallel": (under("module."), "module.", "fc", []),
@@ -136,7 +136,7 @@ def test_the_network_is_found(arrays, prefix, head, left_out):
 
 
 MEAN, STD = zeros(1, 3, 1, 1), zeros(3)
-NORMALIZING = {  # what a file holds; what is left out, and the two names in the note if there is one
+NORMALIZING = {  # what a file holds; what is left out; how the names in the note begin, if there is a note
     "beside the layers": (NET | {"normalize.mean": MEAN, "normalize.std": STD}, ["normalize"], "normalize"),
     "Sequential(normalize, net)": (
         {"0.mean": MEAN, "0.std": STD} | under("1."), ["'0' (mean, std)"], "0",
@@ -162,7 +162,7 @@ def test_a_normalization_that_is_left_out_is_noted(arrays, left_out, noted):
     assert all(re.match(pattern, note) for note in found.notes)
 
 
-SEVERAL = {  # entries, which is asked for, the prefix that is found, or the error
+SEVERAL = {  # prefixes, the entry that is asked for, the prefix that is found or the error
     "none asked for": (("student.", "teacher."), None, "has several networks: in student, teacher. Name one: --entry"),
     "MoCo": (("module.encoder_q.", "module.encoder_k."), None, "has several networks: in module.encoder_q, module.enc"),
     "asked for": (("student.backbone.", "teacher.backbone."), "teacher", "teacher.backbone."),
@@ -235,7 +235,7 @@ RELATIVES = {  # arrays, what the message says they are
 
 @pytest.mark.parametrize(("arrays", "message"), RELATIVES.values(), ids=RELATIVES)
 def test_relatives_are_called_by_their_name(arrays, message):
-    """In one line, whether the architecture is asked for or not; where a block is missing, in the list of what is."""
+    """The message names the relative, whether an architecture is given or not. A missing block is listed as missing."""
     config = resnet.resnet18(num_classes=5)
     with pytest.raises(ValueError, match=rf"^here {message}|^here does not fit .*\n  missing: layer4\.1") as error:
         weight_checks.check_arrays(arrays, config, "here")
@@ -316,7 +316,7 @@ THEIRS = {  # torchvision's name, Hugging Face's, Keras'
 
 @pytest.mark.parametrize(("ours", "theirs"), THEIRS.items(), ids=THEIRS)
 def test_names_of_other_libraries(ours, theirs):
-    """As transformers 5.24 and keras 3.15 write them."""
+    """The names are those that transformers 5.24 and keras 3.15 write."""
     assert (naming.HUGGING_FACE.theirs(ours), naming.KERAS.theirs(ours)) == theirs
 
 
@@ -333,7 +333,7 @@ def test_every_name_is_read_back(library, name):
 
 
 def test_keras_biases_and_eps_are_folded_into_the_statistics():
-    """BatchNorm of x + bias with Keras' eps is that of x with ours, in float64 to the last digits."""
+    """BatchNorm of x + bias with Keras' eps equals BatchNorm of x with ours, in float64 to the last digits."""
     rng = np.random.default_rng(0)
     arrays = {naming.KERAS.theirs(n): zeros(*a.shape[::-1]) for n, a in arrays_of("resnet50").items() if a.ndim}
     names = ("conv1_conv.bias", "conv1_bn.gamma", "conv1_bn.beta", "conv1_bn.moving_mean", "conv1_bn.moving_variance")

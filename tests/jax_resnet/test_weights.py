@@ -33,7 +33,7 @@ def tree():
 
 @pytest.fixture(scope="module")
 def model():
-    """torchvision's ResNet-18 after some training: no statistic, no BatchNorm weight and no count is its first one."""
+    """torchvision's ResNet-18 as if trained: no statistic, no BatchNorm weight and no count has its initial value."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5)
     for name, array in model.state_dict().items():
@@ -86,7 +86,7 @@ def test_layout_is_torchvisions(tree):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_names_and_shapes_are_torchvisions(name):
-    """Of all five, nothing drawn; torch's batch counts aside."""
+    """All names and shapes agree, except torch's batch counts; nothing is drawn."""
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in getattr(torchvision.models, name)().state_dict().items()}
     trees = jax.eval_shape(lambda: resnet.init(getattr(resnet, name)(), jax.random.key(0)))
@@ -99,7 +99,7 @@ def test_names_and_shapes_are_torchvisions(name):
 @every_suffix
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_torchvision_loads_them(suffix, dtype, model, tmp_path):
-    """torch -> tree -> file -> torch: load_state_dict, strict, and every bit of what came in."""
+    """torch -> tree -> file -> torch: load_state_dict is strict, and every bit comes back."""
     given = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
@@ -116,8 +116,8 @@ def test_torchvision_loads_them(suffix, dtype, model, tmp_path):
 
 
 def test_pth_files_hold_all_that_torch_has(model, tmp_path):
-    """Names and types of torchvision's own state_dict, batch counts (0) included. safetensors' strict loader is content
-    without them."""
+    """The file has the names, types and shapes of torchvision's own state_dict, batch counts (0) included. safetensors'
+    strict loader does not need the counts."""
     tree = weights.from_torch(model.state_dict())
     weights.save(tmp_path / "a.pth", *tree)
     written = torch.load(tmp_path / "a.pth", weights_only=True)
@@ -132,7 +132,7 @@ def test_pth_files_hold_all_that_torch_has(model, tmp_path):
 
 @every_suffix
 def test_bfloat16(suffix, tree, tmp_path):
-    """Kept where the format has it; .npz would hold raw bytes of no type, so it is refused and writes nothing."""
+    """Formats that have bfloat16 keep it. .npz would hold raw bytes with no type, so save raises and writes nothing."""
     brain = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
     path = tmp_path / f"a{suffix}"
     if suffix == ".npz":
@@ -157,7 +157,7 @@ def test_metadata(tree, tmp_path):
 
 @every_suffix
 def test_arrays_in_another_order_of_memory(suffix, model, tmp_path):
-    """safetensors writes memory as it lies; torch's channels_last must not come out as other numbers."""
+    """safetensors writes memory as it lies; arrays in another order, as in channels_last, must keep their numbers."""
     strided = {name: np.asfortranarray(value) for name, value in numpy_arrays(model.state_dict()).items()}
     weights.write_arrays(tmp_path / f"a{suffix}", strided)
     read = weights.read_arrays(tmp_path / f"a{suffix}")
@@ -185,7 +185,7 @@ def published_keys(depths, per_block):
 
 @every_suffix
 def test_hugging_faces_names(suffix, tree, tmp_path):
-    """As published, and there and back."""
+    """The names are the published ones, and a round trip keeps all numbers."""
     path = tmp_path / f"a{suffix}"
     weights.save(path, *tree, names="huggingface")
     assert state_dict_of(path).keys() == published_keys((2, 2, 2, 2), per_block=2)
@@ -205,14 +205,14 @@ BOTTLENECKS = resnet.ResNetConfig("bottleneck", (2, 1, 1, 1), num_classes=5, str
 
 
 def randomized(config):
-    """Parameters and statistics; no statistic and nothing of a BatchNorm is its first value."""
+    """Parameters and statistics; no statistic and nothing in a BatchNorm has its initial value."""
     rng = np.random.default_rng(0)
     drawn = jax.tree.map(np.asarray, resnet.init(config, jax.random.key(0)))
     return jax.tree.map(lambda a: a + rng.uniform(0, 0.1, a.shape).astype(a.dtype) if a.ndim == 1 else a, drawn)
 
 
 def test_keras_names(tmp_path):
-    """There and back, bit for bit; variances, into which eps is folded, up to a rounding, and one of 0 stays one."""
+    """A round trip keeps all bits except in variances, which round as eps is folded in. 0 stays 0 within 1e-15."""
     params, batch_stats = randomized(BOTTLENECKS)
     batch_stats["bn1"]["running_var"][:3] = [0, 1e-9, 1e-12]
     weights.save(tmp_path / "a.h5", params, batch_stats, config=BOTTLENECKS)
@@ -227,8 +227,8 @@ def test_keras_names(tmp_path):
 
 
 def test_keras_eps_is_folded_into_the_variances(tmp_path):
-    """A network with an eps of its own is another one in the file, of which Keras makes the same numbers. 1e-5: float32
-    in 20 layers."""
+    """A network with its own eps is saved with other variances, which give the same logits with the default eps. 1e-5
+    is for float32 in 20 layers."""
     config = dataclasses.replace(BOTTLENECKS, batch_norm_eps=1e-3)
     tree = randomized(config)
     weights.save(tmp_path / "a.h5", *tree, config=config)
@@ -239,7 +239,7 @@ def test_keras_eps_is_folded_into_the_variances(tmp_path):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-REFUSED = {  # what Keras or the format has not
+REFUSED = {  # what Keras or the format does not have
     "no network": (None, "a.h5", None, "pass config, which shows whether Keras has this network"),
     "its stride": (dataclasses.replace(BOTTLENECKS, stride_in="conv2"), "a.h5", None, "Keras would compute something"),
     "basic blocks": (resnet.resnet18(), "a.h5", None, "Keras has ResNet50, ResNet101 and ResNet152, whose"),
@@ -267,7 +267,7 @@ def test_networks_without_batch_norm_have_torchvisions_names_alone(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra test: keras")
 def test_keras_itself_loads_them(tmp_path):
-    """keras.applications.ResNet50 gives our logits: by order and by name. 1e-4 of the largest: float32 in 50 layers."""
+    """keras.applications.ResNet50, loaded by order or by name, gives our logits to 1e-4 (float32 in 50 layers)."""
     config = resnet.resnet50(num_classes=7, stride_in="conv1")
     tree = randomized(config)
     weights.save(tmp_path / "a.h5", *tree, config=config)
@@ -291,10 +291,10 @@ for name, by_name in (("by_order", False), ("by_name", True)):
     model.set_weights([0 * array for array in model.get_weights()])
     model.load_weights("a.h5", by_name=by_name)
     numpy.save(name, model.predict(numpy.load("images.npy"), verbose=0))
-"""  # a process of its own: Keras' backend is chosen when it is imported
+"""  # a process of its own: Keras chooses its backend when it is imported
 
 
-# The styles that people have.
+# Checkpoints of other programs.
 
 
 def prefixed(prefix, state_dict):
@@ -310,7 +310,7 @@ def averaged(model):
 
 
 OTHER = {"epoch": 3, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
-STYLES = {  # what a file holds, what stood before every name, and the names left out
+STYLES = {  # what a file holds, the prefix of every name, and the names left out
     "state_dict": (lambda model: model.state_dict(), "", ()),
     "parameters": (lambda model: dict(model.named_parameters()) | dict(model.named_buffers()), "", ()),
     "torch.compile in DataParallel": (lambda model: distributed(torch.compile(model)), "module._orig_mod.", ()),
@@ -338,7 +338,7 @@ STYLES = {  # what a file holds, what stood before every name, and the names lef
 
 @pytest.mark.parametrize(("contents", "prefix", "left_out"), STYLES.values(), ids=STYLES)
 def test_styles_of_checkpoints(contents, prefix, left_out, model, tmp_path):
-    """As torch itself makes them; `test_weight_names` has more."""
+    """torch itself makes these files; `test_weight_names` has more styles."""
     torch.save(contents(model), tmp_path / "a.pth")
     file = weights.read_file(tmp_path / "a.pth")
     assert (file.prefix, file.left_out) == (prefix, left_out)
@@ -356,7 +356,7 @@ def test_the_entry_of_a_checkpoint_can_be_named(model, tmp_path):
         weights.read_file(tmp_path / "a.pth")
 
 
-STRIDES = {  # what stands beside Hugging Face's weights, the stride that the file tells
+STRIDES = {  # the settings beside Hugging Face's weights, the stride that they tell
     "no settings": ({}, None),
     "torchvision's": ({"downsample_in_bottleneck": False}, None),
     "the paper's": ({"downsample_in_bottleneck": True}, "conv1"),
@@ -396,7 +396,7 @@ OTHERWISE = [
 
 
 def test_settings_of_another_network_are_refused_in_a_line(tree, tmp_path):
-    """Where the arrays are a plain ResNet's: timm's and Hugging Face's config.json, which names the field."""
+    """The arrays fit a plain ResNet. timm's or Hugging Face's config.json must fit too: the error names the field."""
     weights.save(tmp_path / "model.safetensors", *tree)
     for settings in PLAIN:
         (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -450,7 +450,7 @@ def test_bad_files_are_named(tree, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
 def test_torch_is_named_where_it_is_missing(suffix, tree, tmp_path, monkeypatch):
-    """It is needed to write its files, not to read them, and not for the others."""
+    """torch is needed to write its own files, neither to read them nor for other formats."""
     path = tmp_path / f"a{suffix}"
     weights.save(path, *tree)
     monkeypatch.setitem(sys.modules, "torch", None)

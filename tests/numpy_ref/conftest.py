@@ -1,4 +1,4 @@
-"""Networks that are as deep as usual and cheap."""
+"""A fixture for deep networks that are cheap."""
 
 import pytest
 

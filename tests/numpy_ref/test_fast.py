@@ -31,9 +31,9 @@ def test_fast_is_plain(name, options, train, narrow):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("options", NORMALIZATIONS, ids=str)
 def test_threads_change_nothing(train, options, narrow):
-    """One thread or several, equal shares or not: one BatchNorm over the whole batch; 1e-12 is for rounding."""
+    """Any number of threads, with equal shares or not, normalizes over the whole batch; 1e-12 is for rounding."""
     network_and_images = *network("resnet50", **options), images_of((11, 48, 48))
-    results = {  # at most one thread for two images: 5
+    results = {  # 100 become 5, since each gets at least two images
         count: passes(fast, *network_and_images, train, threads=count) for count in (1, 2, 4, 100)
     }
     for count in (2, 4, 100):
@@ -54,7 +54,7 @@ def test_without_the_gradient_of_images_the_others_are_the_same_to_the_bit(optio
 
 
 def test_an_error_in_one_thread_ends_all():
-    """The others would wait for it forever."""
+    """Otherwise the other threads would wait for the failed one forever."""
     team = threads.Team(2)
 
     def fails():
@@ -66,11 +66,11 @@ def test_an_error_in_one_thread_ends_all():
 
     with pytest.raises(FloatingPointError, match="here"):
         team.run([fails, waits])
-    assert team.run([lambda: team.gathers[0](0), lambda: team.gathers[1](1)]) == [[0, 1], [0, 1]]  # and then go on
+    assert team.run([lambda: team.gathers[0](0), lambda: team.gathers[1](1)]) == [[0, 1], [0, 1]]  # it works again
 
 
 def test_blas_gets_its_threads_back():
-    """Also when several threads of a program run networks at once: the setting is the whole process's."""
+    """This holds even if several threads run networks at once, since the setting belongs to the whole process."""
 
     def blas_threads():
         return [library["num_threads"] for library in threadpoolctl.threadpool_info() if "numpy" in library["filepath"]]
@@ -105,10 +105,10 @@ def test_gather_hands_over_the_values_of_all_threads_in_their_order():
 )
 @settings(deadline=None, max_examples=100)
 def test_fused_is_the_plain_layers(shape, train, relu, has_shortcut, momentum, block_bytes, seed):
-    """batch_norm, sum and relu one by one, forward and backward, for any shape and blocks of any size.
+    """The fused form is batch_norm, sum and relu one by one, in both passes, for any shape and blocks of any size.
 
-    1e-9 of an array's largest entry (or of 1e-3, where nothing larger is left): values of a channel may lie so close
-    that their deviation has lost digits.
+    The error is below 1e-9 of an array's largest entry, or of 1e-3 if that is larger: values of a channel may lie so
+    close that their deviation has lost digits.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "BLOCK_BYTES", block_bytes)
@@ -143,8 +143,8 @@ def compare_fused(shape, train, relu, has_shortcut, momentum, rng):
 
 @pytest.mark.parametrize("function", [layers.batch_norm, fused.batch_norm_relu])
 def test_moments_do_not_cancel_where_the_mean_is_large(function):
-    """float32, mean 1000, deviation 1. x itself is rounded to 3e-5, and so is what comes out; E[x²] - E[x]² around 0
-    would be off by percents."""
+    """The float32 values have mean 1000 and deviation 1. x is rounded by up to 3e-5, and so are the results;
+    E[x²] - E[x]² would be off by percents."""
     x = (1000 + np.random.default_rng(7).standard_normal((8, 24, 24, 4))).astype(np.float32)
     exact = x.astype(np.float64).reshape(-1, 4)
     one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)

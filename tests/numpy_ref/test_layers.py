@@ -50,7 +50,7 @@ def convolution_case(rng, case, bias):
 def cases():
     """id -> name of the layer, the arrays that it has gradients for, its other arrays, its options.
 
-    One convolution in all three forms; `test_three_convolutions_are_one` has the others.
+    One convolution is here in all three forms; `test_three_convolutions_are_one` has the others.
     """
     rng = np.random.default_rng(0)
     table = {}
@@ -92,7 +92,7 @@ def run(case):
 
 @over_cases
 def test_vjp_against_central_differences(case):
-    """To 1e-6 of the gradient's length, the default of check_vjp."""
+    """The tolerance is check_vjp's default, 1e-6 of the gradient's length."""
     name, arrays, others, options = CASES[case]
     check_vjp(lambda *arrays: getattr(layers, name)(*arrays, *others, **options), *arrays)
 
@@ -185,7 +185,7 @@ def test_three_convolutions_are_one(case, bias, seed, block_rows):
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
 def test_max_pool_gives_each_gradient_to_the_first_maximum(n, h, w, c, window, stride):
-    """By the definition, window by window, on whole numbers with many ties: exact."""
+    """Results equal the definition exactly, window by window, on whole numbers with many ties."""
     padding = window // 2
     rng = np.random.default_rng([n, h, w, c, window, stride])
     x = rng.integers(0, 3, (n, h, w, c)).astype(float)
@@ -230,7 +230,7 @@ def test_sigmoid_of_huge_values():
 
 @pytest.mark.parametrize(("kernel", "stride", "copies"), [(3, 1, 9), (3, 2, 9 / 4), (1, 1, 1), (1, 2, 1 / 4)])
 def test_conv2d_keeps_no_unfolded_input(kernel, stride, copies):
-    """Between forward and backward only y is new for conv2d; the plain form keeps patches, up to nine copies of x."""
+    """Between the passes conv2d keeps nothing but y; the plain form keeps patches, up to nine copies of x."""
     x, weight = np.ones((4, 32, 32, 16), np.float32), np.ones((kernel, kernel, 16, 16), np.float32)
     held = {}
     for layer in (layers.conv2d, layers.conv2d_unfolded):

@@ -44,7 +44,7 @@ def leaves(tree):
 
 
 def numpy_state(name, opt_state, count):
-    """The state that optax has after `count` updates as numpy_ref's, field by field."""
+    """optax's state after `count` updates as a state of numpy_ref, field by field."""
     state = optax.tree.get(opt_state, STATES.get(name, "AdaBoundState"))
     fields = {field: as_numpy(value) for field, value in state._asdict().items()} | {"count": count}
     if "count" in state._fields:
@@ -83,7 +83,7 @@ def small_tree(rng, scale=1.0, dtype=np.float64):
 
 
 def falling(count):
-    """A schedule for both: plain arithmetic, in float64 under x64."""
+    """A schedule for both libraries: plain arithmetic, which is float64 under x64."""
     return 0.05 / (1.0 + 0.2 * count)
 
 
@@ -95,7 +95,7 @@ def only_kernels(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-# float64 holds their squares with all digits; below 1e-154 it would not, and XLA rounds such numbers to 0.
+# Their squares keep all digits in float64; squares of less than 1e-154 would not, and XLA rounds them to 0.
 SCALES = {"zero": 0.0, "tiny": 1e-140, "small": 1e-6, "middle": 1.0, "huge": 1e140}
 MASK = {"conv1": {"weight": True}, "layer1": {"0": {"bias": False, "gain": True}, "1": {}}, "fc": False}
 MASK = dict.fromkeys(SCALES, MASK)
@@ -141,9 +141,9 @@ CASES = {
 
 @pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
 def test_updates_are_those_of_jax(name, options, x64):
-    """Float64, 60 updates, each from the state that JAX has then, with gradients of all scales, which shrink a
-    thousandfold on the way. Updates and moments within 1e-12 of each array's largest entry: rounding, of which most is
-    optax's 1 - 0.999**t, which cancels (1e-13 at t = 1)."""
+    """Each of 60 updates in float64 starts from JAX's state, with gradients of all scales that shrink a thousandfold.
+    Updates and moments are within 1e-12 of each array's largest entry; most of this is the cancellation in optax's
+    1 - 0.999**t (1e-13 at t = 1)."""
     options = {"learning_rate": 0.05} | options
     ours, theirs = (alias(**options) for alias in ALIASES[name])
     rng = np.random.default_rng(0)
@@ -176,7 +176,7 @@ def test_one_array_is_a_tree(name):
 @every_optimizer
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_dtypes(name, dtype):
-    """Updates in the gradients' type, parameters in theirs, moments in at least float32."""
+    """Updates have the gradients' type, parameters keep theirs, and moments are at least float32."""
     optimizer = ALIASES[name][0](0.1)
     params = small_tree(np.random.default_rng(0), dtype=dtype)
     state = optimizer.init(params)
@@ -190,7 +190,7 @@ def test_dtypes(name, dtype):
 
 @every_optimizer
 def test_a_float64_learning_rate_does_not_widen_float32(name):
-    """A NumPy number makes NumPy compute in its own type; every bit must be as with a Python number."""
+    """A NumPy number makes NumPy compute in that number's type; every bit must be as with a Python number."""
     grads = np.random.default_rng(0).normal(size=100).astype(np.float32)
 
     def update(learning_rate):
@@ -211,8 +211,8 @@ def test_gradients_and_parameters_of_different_dtypes():
 
 @pytest.mark.parametrize("name", ["adabound", "amsbound"])
 def test_float16_does_not_overflow(name):
-    """At t = 1 the upper bound is 1001 · final_lr / learning_rate = 1e5, more than float16 holds; the squares of 6e-4
-    and of 6e4 are beyond it too. The update is the same as in float32, rounded: 2^-11 relative."""
+    """At t = 1 the upper bound is 1001 · final_lr / learning_rate = 1e5, more than float16 holds. The square of 6e4 is
+    too large as well, and that of 6e-4 loses digits. The update is float32's, rounded: 2^-11 relative."""
     grads = np.array([6e-4, -1.0, 6e4])
     optimizer = ALIASES[name][0](1e-3)
     updates = {}
@@ -250,8 +250,8 @@ def test_memory_order_does_not_matter(name):
 
 @pytest.mark.parametrize("b2", [0.999, 1 - 1e-10])
 def test_the_bias_correction_keeps_its_digits(b2):
-    """With one gradient all along v / (1 - b2^t) is its square, and Adam's update the learning rate. 2e-15: ten
-    roundings of v; 1 - b2**t would cost 1e-14 and 1e-7."""
+    """With a constant gradient, v / (1 - b2^t) is its square and Adam's update is the learning rate. 2e-15 is for ten
+    roundings of v; 1 - b2**t would cost 1e-14 and 1e-7 with these b2."""
     optimizer = optim.adam(1.0, b1=0.0, b2=b2, eps=0.0)
     grads = np.array([-2.0, 0.3])
     state = optimizer.init(grads)
@@ -276,8 +276,8 @@ def test_the_bias_correction_keeps_its_digits(b2):
     amsbound=st.booleans(),
 )
 def test_the_step_is_within_its_bounds(gradients, learning_rate, final_lr, base_lr, gamma, amsbound, **options):
-    """It goes against the moment, and its size is within learning_rate · [lower, upper] · |m|; 1e-14 for the rounding
-    of the products, 1e-300 for those that are too small for all digits."""
+    """The step goes against the moment, and its size is within learning_rate · [lower, upper] · |m|. 1e-14 is for the
+    rounding of products, 1e-300 for products that are too small to keep all digits."""
     optimizer = optim.adabound(learning_rate, final_lr, base_lr=base_lr, amsbound=amsbound, gamma=gamma, **options)
     state = optimizer.init(np.zeros(()))
     ratio = final_lr / (learning_rate if base_lr is None else base_lr)

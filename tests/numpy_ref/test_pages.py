@@ -1,4 +1,4 @@
-"""The numbers in docs/batchnorm.md are those that its script measures; figures are drawn by theirs."""
+"""The numbers in docs/batchnorm.md are those that its script measures; docs/figures.py draws the figures."""
 
 import importlib.util
 import struct
@@ -30,6 +30,6 @@ def test_every_figure_of_the_pages_is_drawn_at_the_width_of_a_phone(tmp_path, mo
     for path in drawn:
         assert f"]({path.name})" in pages
         sizes = [struct.unpack(">II", picture.read_bytes()[16:24]) for picture in (path, DOCS / path.name)]
-        assert sizes[0] == sizes[1]  # the committed figure is the one that is drawn
+        assert sizes[0] == sizes[1]  # the committed figure has the size of the drawn one
         assert sizes[0][0] == pytest.approx(figures.WIDTH * figures.DPI)
     assert pages.count("![") == len(drawn)

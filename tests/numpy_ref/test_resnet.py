@@ -1,6 +1,6 @@
-"""numpy_ref.resnet: its parts against central differences, its first weights against JAX's, what is refused.
+"""numpy_ref.resnet: its parts against central differences, its initial weights against JAX's, what is refused.
 
-`test_fast` compares it with numpy_ref.fast, tests/experiments/parity that with jax_resnet.
+`test_fast` compares it with numpy_ref.fast; tests/experiments/parity compares numpy_ref.fast with jax_resnet.
 Parameters and statistics are random and errors relative, see `random_networks`.
 """
 
@@ -37,9 +37,9 @@ PARTS = [  # network, options, stage, number, stride; the stem has no stage
 @in_training_and_evaluation
 @pytest.mark.parametrize(("name", "options", "stage", "number", "stride"), PARTS, ids=str)
 def test_vjp_of_a_part_against_central_differences(name, options, stage, number, stride, train, monkeypatch):
-    """Gradients of all its parameters and of its input, returned as (dparams, dx).
+    """Gradients of all parameters of a part and of its input, returned as (dparams, dx).
 
-    With sigmoids: among thousands of values a step takes one across ReLU's kink, which is an error of a percent.
+    Sigmoids replace ReLUs: a step takes one of thousands of values across ReLU's kink, which is an error of a percent.
     """
     monkeypatch.setattr(layers, "relu", layers.sigmoid)
     config, params, batch_stats = network(name, **options)
@@ -76,7 +76,7 @@ def block_case():
 
 
 def test_momentum_does_not_touch_training_gradients(monkeypatch):
-    """The running statistics move by momentum; output and gradients of training never see them: equal to the bit."""
+    """Momentum moves the running statistics; output and gradients of training are equal to the bit whatever it is."""
     arguments, dy = block_case()
     batch_norm, results, means = layers.batch_norm, {}, {}
     for momentum in (0.0, 0.1, 1.0):
@@ -92,8 +92,8 @@ def test_momentum_does_not_touch_training_gradients(monkeypatch):
 
 
 def test_few_values_per_channel_magnify_rounding(narrow):
-    """Weights moved by one unit in the last place move ResNet-101's gradients at least 50 times as far with two values
-    per channel in the last stage as with 32. So the tests here, and anyone's, need enough values."""
+    """One unit in the last place of conv1's weights moves ResNet-101's gradients at least 50 times as far with two
+    values per channel in the last stage as with 32. So all such tests need enough values."""
     config, params, batch_stats = network("resnet101")
     moved = params | {"conv1": {"weight": np.nextafter(params["conv1"]["weight"], np.inf)}}
     change = {}
@@ -160,8 +160,8 @@ def test_without_classes_there_is_no_dense_layer(module):
     ids=str,
 )
 def test_init_has_jax_shapes_and_spread(name, options):
-    """Same names and shapes; the same constants where they are constant; deviations within 5% of JAX's where drawn
-    (6 standard errors of the smallest array, the 9,408 numbers of the stem), 20% for the biases."""
+    """Names, shapes and constants are JAX's. Deviations of drawn kernels are within 5% of JAX's (5 standard errors for
+    the smallest, the 9,408 numbers of the stem). In other arrays the largest entry is at most 26% larger."""
     config, jax_config = getattr(resnet, name)(**options), getattr(jax_resnet, name)(**options)
     ours = resnet.init(config, np.random.default_rng(0))
     theirs = jax_resnet.init(jax_config, jax.random.key(0))
@@ -223,7 +223,7 @@ def test_bad_settings_are_named(options):
 
 
 def test_the_network_needs_numpy_alone():
-    """Neither threadpoolctl, which the fast one takes, nor safetensors, which files take."""
+    """It needs neither threadpoolctl, which numpy_ref.fast needs, nor safetensors, which weight files need."""
     program = "import sys; before = set(sys.modules); import numpy_ref.resnet, numpy_ref.train, numpy_ref.check"
     program += "; print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -28,8 +28,8 @@ def leaves(*trees):
 
 @pytest.mark.parametrize("freeze_backbone", [False, True])
 def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, x64):
-    """Two of SGD in float64, preprocessed by the step's number; 1e-9 of an array's largest entry leaves room for
-    rounding. With a frozen backbone the dense layer alone moves, on features of evaluation."""
+    """Two steps of SGD in float64 with preprocessing by the step's number; 1e-9 of an array's largest entry is for
+    rounding. With a frozen backbone only the dense layer moves, on features of evaluation."""
     images, labels = batch()
     params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
     before = [leaf.copy() for leaf in leaves(params, batch_stats)]
@@ -68,7 +68,7 @@ def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, x64):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 def test_label_smoothing_is_jaxs(label_smoothing, x64):
-    """Losses and gradients in float64, of logits as large as 1,000; 1e-12 for rounding."""
+    """Losses and gradients in float64, of logits as large as 700; 1e-12 is for rounding."""
     rng = np.random.default_rng(0)
     logits, labels = 300 * rng.standard_normal((6, 5)), np.array([0, 4, 2, 2, 1, 3])
     weights = rng.standard_normal(6)
@@ -90,7 +90,7 @@ def test_label_smoothing_is_jaxs(label_smoothing, x64):
 
 
 def test_eval_step_is_jaxs(x64):
-    """The eighth picture is black and the head without bias: all logits are equal, and the first ones win."""
+    """The eighth picture is black and the head's bias is 0, so all its logits are equal and the first classes win."""
     images, labels = batch()
     images[7] = 0
     params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)

@@ -43,7 +43,7 @@ def assert_same(ours, theirs):
 @every_suffix
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_files_are_those_of_jax(suffix, dtype, tree, tmp_path):
-    """Byte for byte, and each side reads the other's."""
+    """Files are equal byte for byte, and each side reads the other's."""
     tree = converted(tree, dtype)
     ours, theirs = tmp_path / f"ours{suffix}", tmp_path / f"theirs{suffix}"
     weights.save(ours, *tree)
@@ -57,7 +57,7 @@ def test_files_are_those_of_jax(suffix, dtype, tree, tmp_path):
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_names_and_shapes_are_those_of_jax(name, batch_norm):
-    """What `load` expects is what JAX's `init` makes; without drawing it."""
+    """`load` expects the names and shapes that JAX's `init` makes; nothing is drawn."""
     settings = SETTINGS | {"batch_norm": batch_norm}
     config = getattr(jax_resnet, name)(**settings)
     expected = jax.eval_shape(lambda: jax_resnet.init(config, jax.random.key(0)))
@@ -84,7 +84,7 @@ def test_metadata(tree, tmp_path):
 
 
 def test_layout_is_torchvisions(tree, tmp_path):
-    """Its counts of batches are no weights. Files are those of JAX, which PyTorch loads in tests/jax_resnet."""
+    """torch's counts of batches are ignored. Files are those of JAX, which PyTorch loads in tests/jax_resnet."""
     arrays = weights.to_torch(*tree)
     assert arrays["layer2.0.downsample.0.weight"].shape == (128, 64, 1, 1)
     assert arrays["bn1.running_var"].shape == (64,)
@@ -187,7 +187,7 @@ def test_a_saved_file_has_the_usual_permissions(suffix, tree, tmp_path):
 
 
 def test_numpy_ref_imports_no_jax():
-    """Every module of it, in a fresh interpreter."""
+    """A fresh interpreter imports every module of numpy_ref."""
     program = """
 import importlib, json, pkgutil, sys
 import numpy_ref

@@ -3,4 +3,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def small_problems(one_thread):
-    """All tests here are small."""
+    """All tests here are small, so one thread is best."""

@@ -26,25 +26,25 @@ def differing(tensors, others):
 
 
 def random_parameters(seed=0, dtype=torch.float64):
-    """Several ranks, an empty one among them."""
+    """Tensors of several ranks, one of them empty."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(4, 3, 2, 2), (4,), (3, 5), (), (0, 2)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
 def set_gradients(params, number, scale=1.0):
-    """Gradients of their own for each step; the entries of a tensor spread over six orders of magnitude."""
+    """Each step has its own gradients; the entries of a tensor spread over six orders of magnitude."""
     rng = np.random.default_rng(number)
     for param in params:
         grad = rng.standard_normal(param.shape) * 10.0 ** rng.uniform(-5, 1, param.shape) * scale
         param.grad = torch.as_tensor(grad).to(param.dtype)
 
 
-# The rule of its authors.
+# The authors' rule.
 
 
 class Rule:
-    """Luo et al. 2019 as their code runs it, written out for one array; counts where the bounds hold."""
+    """The rule of Luo et al. 2019 as their code runs it, for one array; it counts where each bound acts."""
 
     def __init__(self, base_lr, betas=(0.9, 0.999), final_lr=0.1, gamma=1e-3, eps=1e-8, weight_decay=0.0, ams=False):
         self.base_lr, self.betas, self.final_lr, self.gamma = base_lr, betas, final_lr, gamma
@@ -88,10 +88,10 @@ RULES = [  # schedule, class, options
 
 @pytest.mark.parametrize(("schedule", "optimizer_class", "options"), RULES, ids=str)
 def test_rule_of_the_authors(schedule, optimizer_class, options):
-    """2,000 steps of a least-squares fit in batches of 4, the inputs' scales from 0.003 to 1, in float64: 1e-12.
+    """2,000 steps in float64 of a least-squares fit in batches of 4, whose inputs have scales from 0.003 to 1.
 
-    Both compute their own gradients. The problem is convex, so differences shrink; what remains is rounding, the
-    largest that of 1 - 0.999**t in the rule (1e-13 at t = 1).
+    Both compute their own gradients. The problem is convex, so differences shrink; 1e-12 is for rounding, most of it
+    in the rule's 1 - 0.999**t (1e-13 at t = 1).
     """
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((32, 6)) * 10.0 ** np.linspace(-2.5, 0, 6)
@@ -127,7 +127,7 @@ JAX_OPTIONS = [
 
 @pytest.mark.parametrize("options", JAX_OPTIONS, ids=str)
 def test_same_as_jax_resnet(options, x64):
-    """500 steps on the same gradients with a schedule that starts at base_lr, float64: 1e-12, rounding of 500 sums."""
+    """500 float64 steps on the same gradients, with a schedule that starts at base_lr; 1e-12 is for 500 roundings."""
     jax = pytest.importorskip("jax")
     import optax
 
@@ -179,7 +179,7 @@ LIMITS = {  # what AdaBound becomes with bounds that never close or are closed f
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_limits_are_torchs_optimizers(limit):
-    """200 steps in float64; 1e-12 for the other order of their operations."""
+    """200 steps in float64; 1e-12 is for another order of operations."""
     params, others = random_parameters(), random_parameters()
     optimizers = [make(p) for make, p in zip(LIMITS[limit], (params, others), strict=True)]
     for number in range(200):
@@ -191,7 +191,7 @@ def test_limits_are_torchs_optimizers(limit):
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_bounds_beyond_float32(foreach):
-    """With such a gamma they are not float32 numbers: Adam again, up to the float32 rounding of 20 steps."""
+    """With this gamma the bounds do not fit into float32: AdaBound is Adam, up to the rounding of 20 steps."""
     params, others = random_parameters(dtype=torch.float32), random_parameters(dtype=torch.float32)
     optimizer = AdaBound(params, 0.01, eps=0.0, gamma=1e-45, foreach=foreach)
     other = torch.optim.Adam(others, 0.01, eps=0.0)
@@ -209,7 +209,7 @@ def test_bounds_beyond_float32(foreach):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", JAX_OPTIONS, ids=str)
 def test_foreach_is_the_same(options, dtype):
-    """On a CPU bit for bit; with parameters of two dtypes, and some that have no gradient at some steps."""
+    """On a CPU results agree bit for bit, with parameters of two dtypes and without some gradients at some steps."""
     runs = []
     for foreach in (False, True):
         params = random_parameters(dtype=dtype) + random_parameters(seed=1)
@@ -250,7 +250,7 @@ def test_narrow_parameters_step_in_float32(dtype, amsbound):
 
 
 def test_second_moment_decays_in_bfloat16():
-    """0.999 is 1 in bfloat16: kept there, it would never forget the first gradient."""
+    """0.999 is 1 in bfloat16: a moment kept in bfloat16 would never forget the first gradient."""
     param = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     optimizer = AdaBound([param])
     for number in range(1001):
@@ -263,7 +263,7 @@ def test_second_moment_decays_in_bfloat16():
 
 
 def alone(index, steps, **options):
-    """The parameter after these steps of an optimizer that has only it."""
+    """One parameter after these steps, alone in its optimizer."""
     params = random_parameters()
     optimizer = AdaBound([params[index]], **options)
     for number in steps:
@@ -291,7 +291,7 @@ def test_groups_have_their_own_options():
 
 
 def test_options_of_a_group_are_copied():
-    """A dict that the caller uses again, for an optimizer with another learning rate, is as it was."""
+    """The caller's dict stays as it was, so it can be used again with another learning rate."""
     group = {"params": random_parameters()}
     assert AdaBound([group], lr=1e-2).param_groups[0]["base_lr"] == 1e-2
     assert AdaBound([group], lr=1e-3).param_groups[0]["base_lr"] == 1e-3
@@ -305,7 +305,7 @@ def test_named_parameters():
 
 
 def test_learning_rate_in_a_tensor():
-    """Schedulers write into it: base_lr must not follow."""
+    """Schedulers write into the tensor, and base_lr must not follow."""
     runs = []
     for lr in (0.01, torch.tensor(0.01, dtype=torch.float64)):
         params = random_parameters()
@@ -321,7 +321,7 @@ def test_learning_rate_in_a_tensor():
 
 
 def test_learning_rate_that_starts_at_0_with_base_lr():
-    """At 0 nothing moves; then all is as with the lr that base_lr names."""
+    """At a rate of 0 nothing moves; all steps are those of an optimizer that was made with lr = base_lr."""
     runs = []
     for options in ({"lr": 0.0, "base_lr": 1e-2}, {"lr": 1e-2}):
         params = random_parameters()
@@ -336,7 +336,7 @@ def test_learning_rate_that_starts_at_0_with_base_lr():
 
 
 def test_closure():
-    """It runs with gradients enabled, and step returns what it returned."""
+    """The closure runs with gradients enabled, and step returns its loss."""
     weight, other = (torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
     optimizer, other_optimizer = AdaBound([weight], lr=0.1), AdaBound([other], lr=0.1)
 
@@ -359,7 +359,7 @@ def test_closure():
 
 
 def optimizer_in_mid_run(dtype, schedule, steps=range(7)):
-    """Groups with options of their own, one added later, one parameter without a gradient so far; a schedule."""
+    """It has groups with their own options, one added later, a parameter without a gradient so far, and a schedule."""
     params = random_parameters(dtype=dtype)
     optimizer = AdaBound([{"params": params[:2], "lr": 1e-2, "final_lr": 0.5}, {"params": params[2:3]}], lr=2e-3)
     optimizer.add_param_group({"params": params[3:], "lr": 5e-2, "amsbound": True})
@@ -379,7 +379,7 @@ def run(params, optimizer, scheduler, steps):
 @pytest.mark.parametrize("schedule", ["constant", "cosine to 0", "warm-up"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_state_dict_continues_bit_for_bit(dtype, schedule):
-    """Through a file, into an optimizer that was made with other options: those of the file count.
+    """A file's state goes into an optimizer that was made with other options; the file's options win.
 
     torch's own load_state_dict would round the float32 moments of bfloat16 parameters to bfloat16.
     """
@@ -402,7 +402,7 @@ def test_state_dict_continues_bit_for_bit(dtype, schedule):
 
 
 def test_loaded_state_is_a_copy():
-    """Two optimizers that began from one state_dict do not disturb one another; torch's own share their moments."""
+    """Two optimizers from one state_dict do not disturb one another; torch's optimizers share their moments."""
     params, optimizer, scheduler = optimizer_in_mid_run(torch.float64, "constant")
     new_params, new_optimizer, new_scheduler = optimizer_in_mid_run(torch.float64, "constant", steps=[])
     new_optimizer.load_state_dict(optimizer.state_dict())
@@ -414,7 +414,7 @@ def test_loaded_state_is_a_copy():
 
 
 def test_state_dict_without_base_lr_is_an_error():
-    """As the authors' optimizer writes it, and as torch's Adam does."""
+    """The authors' optimizer and torch's Adam write such a state_dict."""
     params = random_parameters()
     state_dict = AdaBound(params).state_dict()
     del state_dict["param_groups"][0]["base_lr"]
@@ -444,7 +444,7 @@ def test_state_dict_without_base_lr_is_an_error():
     ids=str,
 )
 def test_options_out_of_range(options, message):
-    """For the whole optimizer and for a group, which is then not added."""
+    """The whole optimizer is refused, or the group, which is then not added."""
     params = random_parameters()
     with pytest.raises(ValueError, match=message):
         AdaBound(params, **options)
@@ -474,7 +474,7 @@ def complex_gradient():
     ],
 )
 def test_gradients_that_are_refused(make, message):
-    """Then nothing is changed, the parameters before it neither."""
+    """Then nothing changes, not even the parameters before the refused one."""
     params = random_parameters()
     set_gradients(params, 0)
     optimizer = AdaBound([*params, make()])

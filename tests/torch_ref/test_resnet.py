@@ -47,7 +47,7 @@ def ours(name, **options):
 
 @torch.no_grad()
 def randomize(model):
-    """float64, and no 0 or 1 in what BatchNorm holds: with the initial ones half of all mistakes are invisible."""
+    """float64, with no 0 or 1 in BatchNorm's arrays: with the initial values half of all mistakes are invisible."""
     generator = torch.Generator().manual_seed(1)
     model.double()
     for tensor in model.state_dict().values():
@@ -95,7 +95,7 @@ def test_same_seed_draws_torchvisions_weights(name):
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @run_every_depth
 def test_network_is_torchvisions(name, train):
-    """Logits, loss, every gradient, running statistics, in float64, bit for bit: the same operations in one order."""
+    """Logits, loss, all gradients and running statistics agree bit for bit in float64: the operations are the same."""
     other = randomize(theirs(name, num_classes=7))
     own = ours(name, num_classes=7, seed=1).double()
     own.load_state_dict(other.state_dict(), strict=True)
@@ -111,7 +111,7 @@ def test_network_is_torchvisions(name, train):
 
 @run_every_depth
 def test_activations_are_torchvisions(name):
-    """Each by its name, bit for bit, and asking for them does not change the logits."""
+    """Each named activation agrees bit for bit, and asking for activations does not change the logits."""
     other = randomize(theirs(name)).eval()
     own = ours(name).double().eval()
     own.load_state_dict(other.state_dict())
@@ -138,8 +138,8 @@ def test_activations_are_torchvisions(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_v1_is_torchvisions_network_with_strides_moved(name):
-    """torchvision's own modules with the strides set by hand, from a bottleneck's 3x3 to its first 1x1; a basic block
-    has but one place for it. Float64, bit for bit."""
+    """The strides of torchvision's own modules are moved by hand, from a bottleneck's 3x3 to its first 1x1. A basic
+    block has only one place for its stride. Results agree in float64 bit for bit."""
     other = randomize(theirs(name, num_classes=7))
     for stage in (other.layer2, other.layer3, other.layer4) if name == "resnet50" else ():
         stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
@@ -152,7 +152,7 @@ def test_v1_is_torchvisions_network_with_strides_moved(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_without_batch_norm_is_torchvisions_network_without_it(name):
-    """Its BatchNorms replaced and its convolutions given a bias by hand; names, and float64 bit for bit."""
+    """Its BatchNorms are replaced and its convolutions get biases by hand. Names agree, and float64 bit for bit."""
     other = theirs(name, num_classes=7, norm_layer=lambda channels: torch.nn.Identity()).double()
     own = ours(name, num_classes=7, batch_norm=False).double()
     for key, module in other.named_modules():
@@ -166,7 +166,7 @@ def test_without_batch_norm_is_torchvisions_network_without_it(name):
 
 
 def test_without_batch_norm_convolutions_start_as_torchs():
-    """To the bit: what every layer's own reset_parameters draws, in the order of the modules."""
+    """The weights are to the bit what every layer's own reset_parameters draws, in the order of the modules."""
     model, other = (ours("resnet18", batch_norm=False, num_classes=7, seed=seed) for seed in (0, 1))
     torch.manual_seed(0)
     for module in other.modules():
@@ -178,7 +178,7 @@ def test_without_batch_norm_convolutions_start_as_torchs():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_zero_gamma_makes_blocks_their_shortcuts(name):
-    """The last BatchNorm of each block starts as 0, as torchvision's zero_init_residual has it."""
+    """The weight of each block's last BatchNorm starts at 0, as with torchvision's zero_init_residual."""
     own = ours(name, zero_gamma=True).state_dict()
     other = theirs(name, zero_init_residual=True).state_dict()
     assert [key for key in other if not torch.equal(own[key], other[key])] == []
@@ -194,7 +194,7 @@ def test_any_size_from_32(size):
     assert ours("resnet18", num_classes=7).eval()(torch.zeros(1, 3, *size)).shape == (1, 7)
 
 
-# What bad input gets to hear.
+# Errors for bad input.
 
 
 BAD_IMAGES = [
@@ -232,7 +232,7 @@ def test_one_value_per_channel_in_training_is_an_error():
 
 
 def test_torch_ref_imports_torch_only():
-    """Neither torchvision nor the other packages of this project, in a fresh interpreter."""
+    """A fresh interpreter loads neither torchvision nor JAX nor the other packages of this project."""
     program = "import sys, torch_ref.adabound, torch_ref.resnet; print(*{name.split('.')[0] for name in sys.modules})"
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -25,7 +25,7 @@ def batch(n=8, size=32):
 
 
 def test_steps_by_hand(model):
-    """Preprocessed by the step's number, a rate for each step, smoothed labels: three steps to the bit."""
+    """Three steps agree to the bit, with preprocessing and a rate by the step's number, and smoothed labels."""
     theirs = copy.deepcopy(model).train()
     images, labels = batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
@@ -65,7 +65,7 @@ def test_a_frozen_backbone_stays(model):
 
 
 def test_evaluation_by_hand(model):
-    """With the weights that are passed, which need not be the module's own; the training goes on as before."""
+    """Evaluation uses the weights that are passed, not the module's own; the next step runs in training mode."""
     images, labels = batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = create_train_state(model, optimizer)
