@@ -344,7 +344,7 @@ def test_the_search_names_what_is_not_finite_in_order():
     assert not any("activation" in name for name in found)
 
 
-def test_clipping_keeps_the_direction(x64):
+def test_clipping_shortens_the_update(x64):
     """optax clips before the optimizer, as in experiments; grad_norm is the length before clipping."""
     optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
     start = tiny_state(optimizer)

@@ -356,7 +356,6 @@ def test_folders(tmp_path):
         safetensors.numpy.save_file({name: ARRAYS[name]}, hub / f"model-{number}.safetensors")
     index = hub / "model.safetensors.index.json"
     parts = {name: f"model-{number}.safetensors" for number, name in enumerate(ARRAYS)}
-    parts = {name: f"model-{number}.safetensors" for number, name in enumerate(ARRAYS)}
     index.write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     check_same(read(hub), ARRAYS)
     check_same(read(index), ARRAYS)
@@ -373,7 +372,6 @@ def test_folders(tmp_path):
     for step in (3, 12):
         checkpoints.save(step, state | {"batch_stats": {"n": {"running_mean": ones * step}}}, {})
     checkpoints.close()
-    ours = kernel.transpose(3, 2, 0, 1)
     ours = kernel.transpose(3, 2, 0, 1)
     expected = {"c.weight": ours, "n.running_mean": ones, "ema.c.weight": ours + 1}
     for path, step in {"run": 12, "run/checkpoints": 12, "run/checkpoints/3": 3, "run/checkpoints/12": 12}.items():
