@@ -22,7 +22,7 @@ class Table:
     """A table of results.
 
     title: what was measured.
-    rows: {name: {column: cell}}; a column's name ends with its unit. A row may lack columns.
+    rows: {name: {column: cell}}; a column's name ends with its unit, if any. A row may lack columns.
     plotted: the columns to draw, side by side.
     seconds: {name: (rounds, steps)}, every measured time, for JSON.
     """
@@ -54,7 +54,7 @@ class BenchSettings:
     threads: int = dataclasses.field(default_factory=cores)
     """Cores for each contestant [default: all]."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write every measurement of every turn to this file."""
+    """Write all tables and measured times to this file."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Draw the tables in this file: .png, .svg or .pdf."""
 

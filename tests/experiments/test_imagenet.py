@@ -1,4 +1,4 @@
-"""experiments.classify.imagenet: torchvision's preparation of pictures to the bit, class names, weight files."""
+"""experiments.classify: pictures prepared bit for bit as in torchvision, class names, weight files."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ def torchvisions(path, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_photographs_are_prepared_as_in_torchvision(version, photos_dir):
-    """They agree to the bit, normalization included."""
+    """The normalized pixels agree to the bit."""
     photos = sorted(photos_dir.iterdir())
     assert {Image.open(photo).mode for photo in photos} == {"RGB", "L"}
     for photo in photos:
@@ -63,7 +63,7 @@ PICTURES = {  # mode, width, height, suffix
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("mode", "width", "height", "suffix"), PICTURES.values(), ids=PICTURES)
 def test_every_size_and_mode_is_prepared_as_in_torchvision(mode, width, height, suffix, version, tmp_path):
-    """They agree to the bit; noise shows every pixel that is off."""
+    """The pixels agree to the bit; noise shows each wrong one."""
     path = tmp_path / f"picture{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 4), np.uint8)
     Image.fromarray(noise).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode).save(path)

@@ -31,7 +31,7 @@ def shapes(config):
 
 
 def randomized(config, seed=0, dtype=np.float64):
-    """Parameters and statistics with no 0 or 1 among them: with the initial ones half of all mistakes are invisible."""
+    """Parameters and statistics with no 0 or 1 among them, because initial 0s and 1s hide many mistakes."""
     rng = np.random.default_rng(seed)
     params, batch_stats = shapes(config)
 
@@ -56,7 +56,7 @@ def test_parameter_counts(arch):
 
 
 def plain_forward(config, params, batch_stats, images):
-    """The same network in evaluation from its table, block by block, written without the walk of resnet.py."""
+    """The same network in evaluation, written out block by block from its table, without `architecture.blocks`."""
     w = flatten_dict(params, sep=".") | flatten_dict(batch_stats, sep=".")
 
     def conv_bn(x, conv, bn, stride, padding):
@@ -112,7 +112,7 @@ def loss(config, params, batch_stats, images, labels, **options):
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_gradients_of_a_network(batch_norm, x64):
     """Gradients by parameters of every kind and by the images match central differences along one random direction per
-    array. 1e-5 and not 1e-8, because some steps cross a kink."""
+    array. 1e-8 would be too strict: some steps cross a kink."""
     config = resnet.ResNetConfig("basic", **SMALL, in_channels=1, batch_norm=batch_norm)
     params, batch_stats = randomized(config)
     rng = np.random.default_rng(2)
@@ -198,7 +198,7 @@ def test_remat_and_the_forms_for_a_cpu_change_nothing(x64, monkeypatch):
     largest entry is for rounding."""
 
     def gradients(remat):
-        jax.clear_caches()  # equal blocks are traced once, whatever the switch
+        jax.clear_caches()  # a trace is reused even if cpu.ENABLED changes
         function, params = small_loss("basic", train=True, remat=remat)
         return jax.tree.leaves(jax.jit(jax.value_and_grad(function))(params))
 
@@ -212,7 +212,7 @@ def test_remat_and_the_forms_for_a_cpu_change_nothing(x64, monkeypatch):
 
 
 def test_no_classes_gives_the_pooled_vector():
-    """The other parameters are drawn as with a dense layer. The vector is float32 even with bfloat16 activations."""
+    """All parameters but fc are drawn as with classes. The vector is float32 even with bfloat16 activations."""
     headless, whole = (resnet.ResNetConfig("basic", **SMALL | dict(num_classes=n)) for n in (0, 3))
     params, batch_stats = resnet.init(headless, jax.random.key(0))
     others, _ = resnet.init(whole, jax.random.key(0))
@@ -252,12 +252,12 @@ def test_bfloat16_activations():
     assert {half.activations[name].dtype for name in ("stem", "layer4.1")} == {jnp.dtype(jnp.bfloat16)}
     assert {half.logits.dtype, half.activations["pool"].dtype} == {jnp.dtype(jnp.float32)}
     assert {leaf.dtype for leaf in jax.tree.leaves(half.batch_stats)} == {jnp.dtype(jnp.float32)}
-    # Values have 8 bits, and the errors of some 20 layers are independent: a few percent of the largest logit.
+    # Significands have 8 bits. Independent errors of some 20 layers give a few percent of the largest logit.
     assert np.abs(half.logits - single.logits).max() < 0.1 * np.abs(single.logits).max()
 
 
 def test_initial_weights():
-    """Kernels have the published deviation, BatchNorm starts at 1, dense weights reach 1/sqrt(in); the key decides."""
+    """A key fixes all draws. Kernels have the published deviation, dense weights reach 1/sqrt(in), BatchNorm is 1."""
     config = resnet.resnet18()
     params, batch_stats = resnet.init(config, jax.random.key(0))
     kernel = params["layer3"]["0"]["conv2"]["weight"]
@@ -311,7 +311,7 @@ def test_zero_gamma_makes_each_block_its_shortcut():
 
 
 def test_no_batch_norm_keeps_its_scale():
-    """This ablation has no statistics, biased convolutions, and activations that stay in range over 34 layers."""
+    """This ablation has biased convolutions, no statistics, and activations that stay in range over 34 layers."""
     config = resnet.resnet34(num_classes=5, in_channels=1, batch_norm=False)
     params, batch_stats = resnet.init(config, jax.random.key(0))
     flat = flatten_dict(params, sep=".")

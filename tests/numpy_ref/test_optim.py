@@ -16,7 +16,7 @@ from numpy_ref import optim
 
 
 def jax_sgd(learning_rate, momentum=0.0, nesterov=False, dampening=0.0):
-    """optax's SGD, with the dampening that it does not have."""
+    """optax's SGD with dampening, which optax lacks."""
     if nesterov:
         return optax.sgd(learning_rate, momentum, nesterov=True)
     trace = optax.chain(optax.scale(1 - dampening), optax.trace(momentum))
@@ -54,7 +54,7 @@ def numpy_state(name, opt_state, count):
 
 
 def relative_errors(actual, expected):
-    """The largest difference over the largest entry, by array; inf if all entries are 0 and the others are not."""
+    """The largest difference over the largest expected entry, by array; inf if only `expected` is all 0."""
     actual, expected = leaves(actual), leaves(expected)
     assert actual.keys() == expected.keys()
     errors = {}
@@ -95,7 +95,7 @@ def only_kernels(params):
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-# Their squares keep all digits in float64; squares of less than 1e-154 would not, and XLA rounds them to 0.
+# Squares of these keep all digits in float64; XLA would round the squares of numbers below 1e-154 to 0.
 SCALES = {"zero": 0.0, "tiny": 1e-140, "small": 1e-6, "middle": 1.0, "huge": 1e140}
 MASK = {"conv1": {"weight": True}, "layer1": {"0": {"bias": False, "gain": True}, "1": {}}, "fc": False}
 MASK = dict.fromkeys(SCALES, MASK)
@@ -142,8 +142,8 @@ CASES = {
 @pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
 def test_updates_are_those_of_jax(name, options, x64):
     """Each of 60 updates in float64 starts from JAX's state, with gradients of all scales that shrink a thousandfold.
-    Updates and moments are within 1e-12 of each array's largest entry; most of this is the cancellation in optax's
-    1 - 0.999**t (1e-13 at t = 1)."""
+    Updates and moments are within 1e-12 of each array's largest entry; cancellation in optax's 1 - 0.999**t alone costs
+    1e-13 at t = 1."""
     options = {"learning_rate": 0.05} | options
     ours, theirs = (alias(**options) for alias in ALIASES[name])
     rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_dtypes(name, dtype):
 
 @every_optimizer
 def test_a_float64_learning_rate_does_not_widen_float32(name):
-    """A NumPy number makes NumPy compute in that number's type; every bit must be as with a Python number."""
+    """A NumPy number makes NumPy compute in that number's type; a Python number must give the same bits."""
     grads = np.random.default_rng(0).normal(size=100).astype(np.float32)
 
     def update(learning_rate):
@@ -212,7 +212,7 @@ def test_gradients_and_parameters_of_different_dtypes():
 @pytest.mark.parametrize("name", ["adabound", "amsbound"])
 def test_float16_does_not_overflow(name):
     """At t = 1 the upper bound is 1001 · final_lr / learning_rate = 1e5, more than float16 holds. The square of 6e4 is
-    too large as well, and that of 6e-4 loses digits. The update is float32's, rounded: 2^-11 relative."""
+    too large as well, and that of 6e-4 loses digits. The update equals float32's to within 2^-11."""
     grads = np.array([6e-4, -1.0, 6e4])
     optimizer = ALIASES[name][0](1e-3)
     updates = {}

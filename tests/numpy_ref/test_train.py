@@ -28,8 +28,8 @@ def leaves(*trees):
 
 @pytest.mark.parametrize("freeze_backbone", [False, True])
 def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, x64):
-    """Two steps of SGD in float64 with preprocessing by the step's number; 1e-9 of an array's largest entry is for
-    rounding. With a frozen backbone only the dense layer moves, on features of evaluation."""
+    """Two steps of SGD in float64; `preprocess` depends on the step. 1e-9 of an array's largest entry is for rounding.
+    A frozen backbone runs in evaluation mode, and only the dense layer changes."""
     images, labels = batch()
     params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
     before = [leaf.copy() for leaf in leaves(params, batch_stats)]

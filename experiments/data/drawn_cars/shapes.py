@@ -36,7 +36,7 @@ def _sedan(vary: Vary) -> Shape:
 
 
 def _suv(vary: Vary) -> Shape:
-    """Two boxes: an upright cabin that reaches the rear. More ground clearance and larger wheels than a sedan."""
+    """Two boxes: a bonnet, and an upright cabin to the rear. It stands higher than a sedan, on larger wheels."""
     belt, roof = vary(0.30, 0.015), vary(0.48, 0.025)
     front = vary(0.74, 0.025)
     roof_rear, roof_front = vary(0.05, 0.025), front - vary(0.10, 0.02)
@@ -150,7 +150,7 @@ def _wheels(vary: Vary, rear: float, front: float, radius: float) -> list[tuple[
 
 
 def rounded(outline: Points, radius: float) -> Points:
-    """The closed outline, every corner replaced by a quadratic Bézier curve that starts `radius` before the corner."""
+    """The closed outline with corners rounded by quadratic Bézier curves that start min(radius, edge / 2) away."""
     if radius == 0:
         return outline
     corners = np.array(outline)
