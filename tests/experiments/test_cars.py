@@ -210,7 +210,7 @@ def test_parts_of_the_data_and_of_the_network(few_drawings, tmp_path):
         ("--loss-scale 0", "--loss-scale must be positive"),
         ("--opt adam --dampening 0.9", "--dampening is only for SGD"),
         ("--seed 99999999999999999999", "--seed must be below 2^32"),
-        ("--framework torch --model torchvision", "--framework torchvision stands for --model torchvision"),
+        ("--framework torch --model torchvision", "use --framework torchvision instead of --model torchvision"),
         ("--no-batch-norm", "--zero-gamma needs BatchNorm"),
         ("--framework torchvision --no-batch-norm", "--framework torchvision has BatchNorm"),
         ("--framework numpy --ema 0.9", "--ema is for --framework jax, not for numpy"),

@@ -29,7 +29,9 @@ def battery() -> list[unittest.TestCase]:
     assert tables == 1
     module = types.ModuleType("optax_battery")
     module._OPTIMIZERS_UNDER_TEST = ENTRIES
-    with mock.patch.dict(sys.modules, {"sklearn": mock.MagicMock(), "optax_battery": module}):  # for tests of L-BFGS
+    with pytest.MonkeyPatch.context() as patch:  # mock.patch.dict would also forget what is imported meanwhile
+        patch.setitem(sys.modules, "sklearn", mock.MagicMock())  # for tests of L-BFGS
+        patch.setitem(sys.modules, "optax_battery", module)
         exec(compile(source, BATTERY, "exec"), module.__dict__)
     ours = {"adabound": adabound, "amsbound": amsbound, "adaboundw": adaboundw}
     module.alias = types.SimpleNamespace(**vars(module.alias), **ours)  # where it looks up an optimizer by name

@@ -143,7 +143,10 @@ def test_a_folder_keeps_its_configuration_until_the_next_run(tmp_path):
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "notes.txt").touch()
     assert {"config.json", "metrics.jsonl", "weights.safetensors"} <= {file.name for file in earlier_run(tmp_path)}
-    RunFolder(tmp_path).close()
+    second = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="is in use by another run that has not ended"):
+        RunFolder(tmp_path)
+    second.close()
     assert read_metrics(tmp_path) == []
     assert not (tmp_path / "weights.safetensors").exists()
     assert (tmp_path / "notes.txt").exists()
