@@ -1,6 +1,6 @@
 """Kills a training repeatedly, resumes it each time, and compares it with one that was never killed.
 
-    python tests/soak.py                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
+    python -m tests.soak                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
 
 The exit code is 1 if a parameter, a running statistic, a moment of the optimizer or a metric differs in one bit.
 """
@@ -166,7 +166,7 @@ def run(kills: int = 20, seed: int = 0, out: Path | None = None) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return tyro.cli(run, args=arguments, prog="python tests/soak.py")
+    return tyro.cli(run, args=arguments, prog="python -m tests.soak")
 
 
 if __name__ == "__main__":
