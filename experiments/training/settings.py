@@ -201,8 +201,8 @@ PRESETS = {
     "demo": CarsExperiment(preset="demo", image_size="64", zero_gamma=True, epochs=2, batch_size=16, final_lr=1.0),
     # python -m experiments.cars --data DIR: the grey 96x96 crops of the project's origins. docs/cars.md says what to
     # expect; nobody has run all 30 epochs. Blocks do not start as the identity: with zero_gamma a ResNet-18
-    # learns more slowly, with AdaBound most (results/zero_gamma). No weight decay: L2 decay would be as large as the gradients,
-    # which are small in most layers and by whose size Adam divides.
+    # learns more slowly, with AdaBound most (results/zero_gamma). No weight decay: L2 decay would be as large as the
+    # gradients, which are small in most layers and by whose size Adam divides.
     "cars96": CarsExperiment(preset="cars96", epochs=30, batch_size=16, label_smoothing=0.1),
     # python -m experiments.cars --preset cars224 --data DIR --init FILE: for fine-tuning. Tests run it on small
     # data; no accuracy is claimed for it.

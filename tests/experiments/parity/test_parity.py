@@ -90,7 +90,7 @@ def test_every_row_is_there_and_holds(tmp_path, capsys):
     for piece in ("layers", "resnet50, train", "resnet18, sgd"):
         assert f"{piece}: 100%" in output.err  # the bars, at their ends
     text = page.read_text()
-    assert len(re.findall(r'<img alt="(Error per layer|Trainings from)', text)) == 2
+    assert len(re.findall(r'<img alt="(Errors along|Trainings from)', text)) == 2
     assert text.count("data:image/png;base64,") == 2
     assert text.count("<td>ok</td>") == len(expected)
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # the page needs no other file
