@@ -15,6 +15,7 @@ optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` the ch
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from jax_resnet.architecture import ResNetConfig, resnet18, resnet34, resnet50, resnet101, resnet152
 from jax_resnet.resnet import Output, apply, init
@@ -30,6 +31,9 @@ __all__ = [
     "resnet101",
     "resnet152",
 ]
+
+if TYPE_CHECKING:  # `__getattr__` imports them when the program runs
+    from jax_resnet import adabound, checkpoint, layers, nnx, resnet, step_sizes, train, weights  # noqa: F401
 
 _MODULES = ("adabound", "checkpoint", "layers", "nnx", "resnet", "step_sizes", "train", "weights")
 

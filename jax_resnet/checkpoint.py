@@ -25,8 +25,8 @@ import safetensors.numpy
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
 
-STATE, RECORD = "state.safetensors", "record.json"
-UNFINISHED, REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written or deleted
+_STATE, _RECORD = "state.safetensors", "record.json"
+_UNFINISHED, _REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written or deleted
 
 
 class CheckpointError(RuntimeError):
@@ -119,7 +119,7 @@ class Checkpoints:
 
     def unfinished(self) -> list[Path]:
         """The folders that a process left when it was killed while writing; the next `save` removes them."""
-        return sorted(self.folder.glob(f"*{UNFINISHED}"))
+        return sorted(self.folder.glob(f"*{_UNFINISHED}"))
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints with a final name, in ascending order. Some may be damaged."""
@@ -165,10 +165,10 @@ class Checkpoints:
         return self._arrays(step, record), record["facts"]
 
     def _write(self, step: int, arrays: dict[str, np.ndarray], facts: Any, score: float | None) -> None:
-        for pattern in (f"*{UNFINISHED}", f"*{REMOVED}"):
+        for pattern in (f"*{_UNFINISHED}", f"*{_REMOVED}"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)
-        path, aside = self.folder / str(step), self.folder / f"{step}{UNFINISHED}"
+        path, aside = self.folder / str(step), self.folder / f"{step}{_UNFINISHED}"
         if path.exists():
             try:
                 record = self._record(step)
@@ -179,7 +179,7 @@ class Checkpoints:
         aside.mkdir()
         # The file holds NumPy's own types only: bfloat16 and similar types are stored as unsigned integers.
         plain = {name: a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a for name, a in arrays.items()}
-        safetensors.numpy.save_file(plain, aside / STATE)
+        safetensors.numpy.save_file(plain, aside / _STATE)
         written = {name: [list(a.shape), str(a.dtype), _crc(a)] for name, a in arrays.items()}
         _write_record(aside, {"facts": facts, "arrays": written, "score": score})
         aside.rename(path)
@@ -195,7 +195,7 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        removed = (self.folder / str(step)).rename(self.folder / f"{step}{REMOVED}")
+        removed = (self.folder / str(step)).rename(self.folder / f"{step}{_REMOVED}")
         shutil.rmtree(removed)
 
     def _score(self, step: int) -> float | None:
@@ -212,18 +212,18 @@ class Checkpoints:
                 "start the run again"
             )
         try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
             crc = record.pop("crc")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         if crc != _crc_of_json(record):
-            raise DamagedError(f"{path} is damaged: {RECORD} differs from what was written")
+            raise DamagedError(f"{path} is damaged: {_RECORD} differs from what was written")
         return record
 
     def _arrays(self, step: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
         path = self.folder / str(step)
         try:
-            stored = safetensors.numpy.load_file(path / STATE)
+            stored = safetensors.numpy.load_file(path / _STATE)
             arrays = {name: stored[name].view(np.dtype(dtype)) for name, (_, dtype, _) in record["arrays"].items()}
         except Exception as error:  # the libraries raise several types
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
@@ -242,9 +242,9 @@ class Checkpoints:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    aside = folder / f"{RECORD}{UNFINISHED}"
+    aside = folder / f"{_RECORD}{_UNFINISHED}"
     aside.write_text(json.dumps(record | {"crc": _crc_of_json(record)}), encoding="utf-8")
-    aside.replace(folder / RECORD)
+    aside.replace(folder / _RECORD)
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

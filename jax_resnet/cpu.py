@@ -47,18 +47,18 @@ __all__ = [
 
 ENABLED = True
 
-MIN_DIRECT = 4  # XLA's own convolution needs this height and width: 3x3 kernels on 2x2 images are 60 times slower
-MAX_DIRECT = 128  # with more channels unfolding is faster: XLA's convolution packs the kernel in each call
-MIN_CHANNELS_BY_ROW = 16  # from this many on, the weight's gradient is faster row by row: 1.6 ms, not 2.4, at 32
-MIN_ROWS_TURNED = 512  # from this many rows on, xᵀ·dy is faster as (dyᵀ·x)ᵀ if dy has fewer columns than x
-MIN_CHANNELS_WINOGRAD = 16  # Winograd's form needs at least this many channels
+_MIN_DIRECT = 4  # XLA's own convolution needs this height and width: 3x3 kernels on 2x2 images are 60 times slower
+_MAX_DIRECT = 128  # with more channels unfolding is faster: XLA's convolution packs the kernel in each call
+_MIN_CHANNELS_BY_ROW = 16  # from this many on, the weight's gradient is faster row by row: 1.6 ms, not 2.4, at 32
+_MIN_ROWS_TURNED = 512  # from this many rows on, xᵀ·dy is faster as (dyᵀ·x)ᵀ if dy has fewer columns than x
+_MIN_CHANNELS_WINOGRAD = 16  # Winograd's form needs at least this many channels
 # Winograd's form pays for its transforms if it saves this many multiplications per pair of channels. The second number
 # is for 128 channels, where XLA's own convolution is fastest.
-MIN_SAVED, MIN_SAVED_128 = 1200, 12_000
+_MIN_SAVED, _MIN_SAVED_128 = 1200, 12_000
 
 # Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray, 2016): y = Aᵀ((G g Gᵀ) ∘ (Bᵀ d B))A for tiles d of 4x4 values
 # that overlap by two.
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
 def choose(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
@@ -100,7 +100,7 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
     rows = dy.reshape(-1, k)
     dpatches = _product(rows, weight.reshape(-1, k), 1, 1).reshape(*dy.shape[:3], kh * kw * c)
     dx = _fold(dpatches, x, kh, kw, stride, padding)
-    if c < MIN_CHANNELS_BY_ROW:
+    if c < _MIN_CHANNELS_BY_ROW:
         patches = _unfold(x, kh, kw, stride, padding)
         return dx, _product_over_rows(patches, rows).astype(weight.dtype).reshape(weight.shape)
     # One row of the kernel at a time: unfolding along the width alone makes 1/kh of the patches, which may fit a cache.
@@ -113,7 +113,7 @@ def unfolded_vjp(x: Array, weight: Array, dy: Array, *, stride: int, padding: in
 def _product_over_rows(x: Array, dy: Array) -> Array:
     """Returns xᵀ·dy, (C, K), for x (..., C) and dy (rows, K)."""
     x = x.reshape(-1, x.shape[-1])
-    if x.shape[1] <= dy.shape[1] or not at_least(dy.shape[0], MIN_ROWS_TURNED):
+    if x.shape[1] <= dy.shape[1] or not at_least(dy.shape[0], _MIN_ROWS_TURNED):
         return _product(x, dy, 0, 0)
     # The library transposes the left operand, so the smaller one goes there. The barrier keeps XLA from swapping them.
     return lax.optimization_barrier(_product(dy, x, 0, 0)).T
@@ -128,8 +128,8 @@ def _product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 def _direct_pays(x: Array, weight: Array) -> bool:
-    fits = max(weight.shape[:2]) > 1 and max(weight.shape[2:]) <= MAX_DIRECT and x.dtype == jnp.float32
-    return fits and all(at_least(size, MIN_DIRECT) for size in x.shape[1:3])
+    fits = max(weight.shape[:2]) > 1 and max(weight.shape[2:]) <= _MAX_DIRECT and x.dtype == jnp.float32
+    return fits and all(at_least(size, _MIN_DIRECT) for size in x.shape[1:3])
 
 
 def once_known(late: Array, x: Array) -> Array:
@@ -191,10 +191,10 @@ def _pad(x: Array, padding: int, value: float = 0) -> Array:
 
 def _winograd_pays(x: Array, weight: Array, stride: int, padding: int) -> bool:
     """Whether to use Winograd's form: its transforms cost time, and in half precision their sums are inaccurate."""
-    if weight.shape[:2] != (3, 3) or (stride, padding) != (1, 1) or min(weight.shape[2:]) < MIN_CHANNELS_WINOGRAD:
+    if weight.shape[:2] != (3, 3) or (stride, padding) != (1, 1) or min(weight.shape[2:]) < _MIN_CHANNELS_WINOGRAD:
         return False
     n, h, w, _ = x.shape
-    enough = MIN_SAVED_128 if max(weight.shape[2:]) == 128 else MIN_SAVED
+    enough = _MIN_SAVED_128 if max(weight.shape[2:]) == 128 else _MIN_SAVED
     return at_least(9 * n * h * w - 16 * n * -(-h // 2) * -(-w // 2), enough) and x.dtype.itemsize >= 4
 
 
@@ -202,7 +202,7 @@ def _winograd(x: Array, weight: Array) -> Array:
     """Convolves with 3x3 kernels, stride 1 and padding 1."""
     n, h, w, c = x.shape
     k = weight.shape[3]
-    kernels = (np.kron(G, G).astype(weight.dtype) @ weight.reshape(9, c * k)).reshape(16, c, k)
+    kernels = (np.kron(_G, _G).astype(weight.dtype) @ weight.reshape(9, c * k)).reshape(16, c, k)
     tiles = _tiles(x)
     y = jnp.einsum("tpc,tck->tpk", tiles.reshape(16, -1, c), kernels).reshape(*tiles.shape[:5], k)
     for axis in range(2):  # Aᵀ y A: (2, 2, N, rows of tiles, columns of tiles, K)

@@ -16,7 +16,7 @@ from jax_resnet.weight_settings import SETTINGS_FILES
 
 __all__ = ["fetch", "is_name"]
 
-_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^@]+))?")
+_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?(/(?P<file>[^@]+))?")
 
 
 def is_name(path: str | os.PathLike) -> bool:

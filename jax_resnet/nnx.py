@@ -51,7 +51,18 @@ class Dense(Layer):
         return layers.dense(x, self.weight[...], self.bias[...])
 
 
-class Block(nnx.Module):
+class _WithMode(nnx.Module):
+    """A module that computes with the batch's statistics or with the running ones."""
+
+    use_running_average: bool
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Sets the mode for `nnx.view`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+class Block(_WithMode):
     """A residual block: conv1, bn1, conv2, ..., and downsample, the list of the shortcut's layers if there are any."""
 
     def __init__(self, config: resnet.ResNetConfig, block: resnet.Block, variables: Mapping[str, nnx.Variable]):
@@ -79,7 +90,7 @@ class Block(nnx.Module):
         return y
 
 
-class ResNet(nnx.Module):
+class ResNet(_WithMode):
     """A ResNet: conv1, bn1, the nnx.Lists of blocks layer1 to layer4, and fc.
 
     Args:

@@ -30,9 +30,9 @@ __all__ = [
     "shard_batch",
 ]
 
-Preprocess = Callable[[Array, Array], Array]
-Apply = Callable[..., resnet.Output]
-Loss = Callable[[Array, Array], Array]
+_Preprocess = Callable[[Array, Array], Array]
+_Apply = Callable[..., resnet.Output]
+_Loss = Callable[[Array, Array], Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -55,7 +55,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 # (state, preprocessed images, labels) -> loss, logits, running statistics, gradients of trained parameters, loss scale
-Gradients = Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]
+_Gradients = Callable[[TrainState, Array, Array], tuple[Array, Array, Any, Any, Any]]
 
 
 def create_train_state(
@@ -78,8 +78,9 @@ def create_train_state(
         the gradients overflow, the step only lowers the scale, which grows again later. Such a step counts as done and
         not as nonfinite.
     """
+    # The step donates its state: the caller's arrays must survive, and one array cannot be donated twice.
+    params, batch_stats = jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, (params, batch_stats))
     trained = _trained_part(params, freeze_backbone)
-    # The step donates its state, and one array cannot be donated twice. Hence the copies.
     averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
     nothing = jnp.zeros((), jnp.int32)
     loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # from Python numbers
@@ -102,10 +103,10 @@ def loss_and_logits(
     images: Array,
     labels: Array,
     *,
-    loss: Loss = layers.softmax_cross_entropy,
+    loss: _Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
     train: bool = True,
-    apply: Apply = resnet.apply,
+    apply: _Apply = resnet.apply,
     **options: Any,
 ) -> tuple[Array, tuple[Array, Any]]:
     """The mean training loss, and as auxiliary data for jax.value_and_grad (logits, new running statistics).
@@ -121,7 +122,7 @@ def loss_and_logits(
     return losses.mean(), (out.logits, out.batch_stats)
 
 
-def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
+def _refuse_unknown(apply: _Apply, options: Mapping[str, Any]) -> None:
     """Raises a TypeError, before the first step, for a keyword that apply does not take."""
     known = list(inspect.signature(apply).parameters.values())[4:]  # after config, params, batch_stats, images
     names = [parameter.name for parameter in known if parameter.name != "train"]
@@ -132,8 +133,8 @@ def _refuse_unknown(apply: Apply, options: Mapping[str, Any]) -> None:
 
 
 def _make_gradients(
-    config: Any, loss: Loss, label_smoothing: float, apply: Apply, freeze_backbone: bool, options: dict[str, Any]
-) -> Gradients:
+    config: Any, loss: _Loss, label_smoothing: float, apply: _Apply, freeze_backbone: bool, options: dict[str, Any]
+) -> _Gradients:
     _refuse_unknown(apply, options)
     if label_smoothing and loss is not layers.softmax_cross_entropy:
         raise ValueError("label_smoothing is for the default loss: with another loss, smooth the labels inside it")
@@ -156,7 +157,7 @@ def _make_gradients(
     return gradients
 
 
-def _in_parts(gradients: Gradients, parts: int, freeze_backbone: bool) -> Gradients:
+def _in_parts(gradients: _Gradients, parts: int, freeze_backbone: bool) -> _Gradients:
     """Computes the gradients of a batch in equal parts, one after the other, and returns the mean over the parts."""
 
     def split(array: Array) -> Array:
@@ -198,10 +199,10 @@ def make_train_step(
     config: Any,
     optimizer: optax.GradientTransformation,
     *,
-    loss: Loss = layers.softmax_cross_entropy,
+    loss: _Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
-    preprocess: Preprocess = lambda images, step: images,
-    apply: Apply = resnet.apply,
+    preprocess: _Preprocess = lambda images, step: images,
+    apply: _Apply = resnet.apply,
     freeze_backbone: bool = False,
     accumulate: int = 1,
     ema_decay: float | None = None,
@@ -279,10 +280,10 @@ def make_train_step(
 def make_nonfinite_search(
     config: Any,
     *,
-    loss: Loss = layers.softmax_cross_entropy,
+    loss: _Loss = layers.softmax_cross_entropy,
     label_smoothing: float = 0.0,
-    preprocess: Preprocess = lambda images, step: images,
-    apply: Apply = resnet.apply,
+    preprocess: _Preprocess = lambda images, step: images,
+    apply: _Apply = resnet.apply,
     freeze_backbone: bool = False,
     mesh: Mesh | None = None,
     **options: Any,
@@ -324,7 +325,7 @@ def make_eval_step(
     config: Any,
     *,
     preprocess: Callable[[Array], Array] = lambda images: images,
-    apply: Apply = resnet.apply,
+    apply: _Apply = resnet.apply,
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Callable[[Any, Any, Array, Array], dict[str, Array]]:

@@ -74,6 +74,16 @@ class WeightFile(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def _unseen_facts(config: resnet.ResNetConfig) -> dict[str, str]:
+    """The metadata of a network's file: what its arrays do not show, unless it is as in torchvision."""
+    facts: dict[str, str] = {}
+    if config.block == "bottleneck" and config.stride_in != resnet.ResNetConfig.stride_in:
+        facts["stride_in"] = config.stride_in
+    if config.batch_norm and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
+        facts["batch_norm_eps"] = repr(config.batch_norm_eps)
+    return facts
+
+
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converts torchvision's keys and layout into (params, batch_stats), nested dicts of NumPy arrays. Keeps dtypes.
 
@@ -111,13 +121,19 @@ def save(
       params, batch_stats: nested dicts.
       names: "torchvision" (also timm's names), "huggingface" (ResNetForImageClassification of transformers) or "keras"
         (ResNet50, ResNet101 and ResNet152 of keras.applications). None means "keras" for .h5, else "torchvision".
-      config: the network; Keras' names need it, see `weight_writing.write_arrays`.
+      config: the network. Keras' names need it, see `weight_writing.write_arrays`. Pass it for stride_in="conv1" or
+        another batch_norm_eps: arrays do not show them, the metadata of a .safetensors file do, and `load` compares.
       metadata: {name: text}, for .safetensors only.
 
     Raises:
-      ValueError: the suffix is unknown; the format or the library cannot hold what is given (metadata, bfloat16 in
-        .npz, stride_in="conv2" in Keras); or torch or h5py, which the suffix needs, is missing.
+      ValueError: the suffix is unknown; the format or the library cannot hold what is given (metadata, config's
+        stride_in or batch_norm_eps, bfloat16 in .npz); or torch or h5py, which the suffix needs, is missing.
     """
+    facts = _unseen_facts(config) if config and Path(path).suffix.lower() != ".h5" else {}
+    if facts and Path(path).suffix.lower() != ".safetensors":
+        told = ", ".join(f"{name}={value}" for name, value in facts.items())
+        raise ValueError(f"{path}: only .safetensors files can say that the network has {told}")
+    metadata = facts | dict(metadata or {})
     write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
 
 
@@ -166,6 +182,9 @@ def fit(
             f"{file.path} holds a ResNet whose blocks apply their stride in {file.stride_in}, and config.stride_in is "
             f"{config.stride_in}: pass a configuration with stride_in={file.stride_in!r} in Python (--init cannot)"
         )
+    eps = file.metadata.get("batch_norm_eps")
+    if eps not in (None, repr(config.batch_norm_eps)):
+        raise ValueError(f"{file.path} was saved with batch_norm_eps={eps}, config has {config.batch_norm_eps}")
     if file.naming == "Keras" and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
         raise ValueError(f"{file.path}: its variances already include Keras' eps: leave batch_norm_eps at its default")
     arrays = {

@@ -583,12 +583,11 @@ def page() -> str:
     """The text of docs/bad-input.md."""
     total = sum(map(len, BATTERY.values()))
     text = (
-        "# Bad input\n\n"
+        "# Bad input\n\n```\nPYTHONPATH=. python tests/bad_inputs.py          # writes this page\n"
+        "pytest tests/experiments/test_bad_input.py      # runs its cases\n```\n\n"
         f"The table shows what the programs say to {total} mistakes and hostile files. The exit code is always 2, no "
         "half-written file is left, and no program hangs. … replaces text that differs between machines or comes from "
-        "another library; a message that ends in a colon is followed by a list. "
-        "`PYTHONPATH=. python tests/bad_inputs.py` writes this page from the cases that "
-        "`pytest tests/experiments/test_bad_input.py` runs.\n"
+        "another library; a message that ends in a colon is followed by a list.\n"
     )
     for category, cases in BATTERY.items():
         text += f"\n## {category}: {len(cases)}\n\n| input | `python -m experiments.` | message |\n|---|---|---|\n"

@@ -88,7 +88,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_runs(page, folder, monkeypatch):
     """All Python fences of a page run in order, as a reader would type them."""
-    fences = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    assert {language for language, _ in found} <= {"python", ""}, "a fence of this language would not be tested"
+    fences = [text for language, text in found if language == "python"]
     monkeypatch.chdir(folder)
     if any('"hf:' in fence for fence in fences):
         constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra hub")

@@ -111,7 +111,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def load_classifier(settings: Settings) -> Classifier:
-    """Reads the weights, and determines how pictures are prepared and how classes are called.
+    """Reads the weights, and determines how pictures are prepared and how classes are named.
 
     Raises:
       FileNotFoundError, ValueError: there are no such weights, or they cannot classify.

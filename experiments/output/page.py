@@ -26,6 +26,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .8rem .15rem 0; text-align: left; } td { white-space: nowrap; } th { vertical-align: bottom; }
+td:first-child { white-space: normal; min-width: 11rem; max-width: 20rem; }
 @media (max-width: 40rem) { td { white-space: normal; min-width: 5rem; vertical-align: top; } }
 tr + tr { border-top: 1px solid #e4e4e4; }
 td strong { color: #fff; background: #b3261e; }

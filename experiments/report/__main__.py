@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,15 +46,27 @@ def run(settings: ReportSettings) -> None:
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file")
     studies = [read_study(folder) for folder in find_studies(settings.results)]
-    # First the studies that compare two contestants on several seeds; larger studies before smaller ones.
-    studies.sort(key=lambda study: (not study.compared, study.seeds < 2, -study.pictures, study.name))
+    in_words = _paragraphs(settings.results / ANSWER)
+    # First the studies that the answer names, in its order, then those that compare two contestants on several seeds;
+    # larger studies before smaller ones.
+    named = re.findall(r"\w+", " ".join(in_words))
+    places = {name: place for place, name in reversed(list(enumerate(named)))}
+    studies.sort(
+        key=lambda study: (
+            places.get(study.name, len(named)),
+            not study.compared,
+            study.seeds < 2,
+            -study.pictures,
+            study.name,
+        )
+    )
     sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
-    sections |= {study.name: list(study_section(study)) for study in studies}
+    sections |= {study.heading: list(study_section(study)) for study in studies}
     sections["Speed of the implementations"] = list(speed_section(settings.results / SPEED))
     sections["What was not run, and other remarks"] = _paragraphs(settings.results / NOTES)
     sections = {heading: blocks for heading, blocks in sections.items() if blocks}
     settings.out.mkdir(parents=True, exist_ok=True)
-    head = list(overview(studies, _paragraphs(settings.results / ANSWER)))
+    head = list(overview(studies, in_words))
     write_markdown(settings.out / "report.md", TITLE, head, sections)
     write_html(settings.out / "index.html", TITLE, head, sections)
     print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")

@@ -105,9 +105,9 @@ def answer_row(results: StudyResults) -> dict[str, str] | None:
     seeds = f"{difference.count} seed{'s' * (difference.count > 1)}"
     return {
         "study": f"{results.name}: {results.title}",
+        "verdict": words.get(found, found),
         "final top-1": f"{ours.name} {ours.interval().mean:.1%}, {theirs.name} {theirs.interval().mean:.1%}",
         "difference, 95% interval over seeds": f"{points(difference)}, {seeds}",
-        "": words.get(found, found),
     }
 
 

@@ -211,6 +211,13 @@ class StudyResults:
         networks = dict.fromkeys(config["input"]["arch"] for config in configs)
         return f"{configs[0]['data']['title']}, {grey}{height}x{width}, {', '.join(networks)}"
 
+    @property
+    def heading(self) -> str:
+        """Its name, data and network, and how many of its runs have ended if some have not."""
+        ended = sum(trial.state in ("done", "failed") for trial in self.trials)
+        part = "" if ended == len(self.trials) else f" ({ended} of {len(self.trials)} runs)"
+        return f"{self.name}{'' if self.title == self.name else f': {self.title}'}{part}"
+
     def find(self, name: str) -> Contestant:
         return next(contestant for contestant in self.contestants if contestant.name == name)
 

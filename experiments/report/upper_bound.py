@@ -75,7 +75,7 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
     by_loss = [study.name for study in studies if study.measure == "train_loss" and study.name in points]
     grids = [study.name for study in studies if any(c.labels.keys() & {"final_lr", "gamma"} for c in study.contestants)]
     shown = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
-    figure, axes = panels(len(shown), len(shown), 5.6, 4.8)
+    figure, axes = panels(len(shown), 1, 6.4, 4.2)  # one below the other, so that a phone shows them
     for axis, (panel, title) in zip(axes, shown.items(), strict=True):
         for number, (name, of_study) in enumerate(points.items()):
             if panel == "train_loss" and name not in by_loss:
@@ -88,7 +88,7 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
         if panel != "train_loss":
             in_percent(axis)
             axis.set_ylim(bottom=0)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

@@ -113,9 +113,9 @@ def plot_predictions(
       images: (N, H, W, C) uint8, C = 1 or 3.
       true_names, predicted_names, confidences: N of each; confidences from 0 to 1.
     """
-    columns = min(6, len(images))
+    columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     shown = zip(axes.flat, images, true_names, predicted_names, confidences, strict=False)
@@ -126,7 +126,7 @@ def plot_predictions(
         for spine in axis.spines.values():
             spine.set(color="tab:green" if right else "tab:red", linewidth=2.5)
         text = f"{_short(true)}\n{confidence:.0%} sure" if right else f"{_short(true)}\ntaken for {_short(predicted)}"
-        axis.set_title(text, fontsize=7.5, color="black" if right else "tab:red")
+        axis.set_title(text, fontsize=9.5, color="black" if right else "tab:red")
     figure.suptitle(title)
     save(figure, path)
 
@@ -153,4 +153,4 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 34 else name[:33] + "…"
+    return name if len(name) <= 26 else name[:25] + "…"

@@ -31,7 +31,7 @@ from experiments.training.settings import RunSettings
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.weights import write_arrays
 
-PICTURES_SHOWN = 24
+PICTURES_SHOWN = 12
 Prepare = Callable[[Any, Dataset], tuple[Training, dict[str, Any]]]
 
 

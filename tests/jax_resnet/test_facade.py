@@ -1,9 +1,11 @@
 """What `import jax_resnet as jr` gives, and what is public in its modules."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import jax
 import pytest
@@ -56,10 +58,10 @@ def test_a_network_in_three_lines():
 def test_public_names_are_meant(name):
     """`__all__` has every name that a module defines without an underscore, and only names that exist."""
     module = importlib.import_module(name)
-    defined = {
-        key
-        for key, value in vars(module).items()
-        if not key.startswith("_") and getattr(value, "__module__", "") == name
-    }
+    defined = set()
+    for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        defined |= {part.id for target in targets if target for part in ast.walk(target) if isinstance(part, ast.Name)}
+        defined |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
     assert all(hasattr(module, key) for key in module.__all__)
-    assert defined <= set(module.__all__)
+    assert {key for key in defined if not key.startswith("_")} <= set(module.__all__)

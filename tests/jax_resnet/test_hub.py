@@ -95,6 +95,7 @@ NAMES = {
     "in several files": ("hf:big/sharded", "model.safetensors.index.json"),
     "a file": ("hf:my/own/runs/best.bin", "best.bin"),
     "a revision": ("hf:timm/small@main", "model.safetensors"),
+    "a pull request": ("hf:timm/small@refs/pr/1", "model.safetensors"),
 }
 
 

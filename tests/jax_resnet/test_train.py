@@ -344,6 +344,14 @@ def test_the_search_names_what_is_not_finite_in_order():
     assert not any("activation" in name for name in found)
 
 
+def test_the_arrays_given_at_the_start_survive_a_step():
+    """The step donates its state, which must not hold the caller's own arrays."""
+    params, batch_stats = resnet.init(CONFIG, jax.random.key(0))
+    optimizer = optax.sgd(0.1)
+    make_train_step(CONFIG, optimizer)(create_train_state(params, batch_stats, optimizer), *batch())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, batch_stats)))
+
+
 def test_clipping_shortens_the_update(x64):
     """optax clips before the optimizer, as in experiments; grad_norm is the length before clipping."""
     optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))

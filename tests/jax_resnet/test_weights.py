@@ -211,6 +211,18 @@ def randomized(config):
     return jax.tree.map(lambda a: a + rng.uniform(0, 0.1, a.shape).astype(a.dtype) if a.ndim == 1 else a, drawn)
 
 
+def test_what_arrays_do_not_show_is_saved_and_compared(tmp_path):
+    config = dataclasses.replace(BOTTLENECKS, batch_norm_eps=1e-3)
+    trees = resnet.init(config, jax.random.key(0))
+    weights.save(tmp_path / "a.safetensors", *trees, config=config)
+    weights.load(tmp_path / "a.safetensors", config)
+    for change, message in (({"stride_in": "conv2"}, "stride_in='conv1'"), ({"batch_norm_eps": 1e-5}, "eps=0.001")):
+        with pytest.raises(ValueError, match=message):
+            weights.load(tmp_path / "a.safetensors", dataclasses.replace(config, **change))
+    with pytest.raises(ValueError, match=r"only .safetensors files can say .* stride_in=conv1, batch_norm_eps=0.001"):
+        weights.save(tmp_path / "a.npz", *trees, config=config)
+
+
 def test_keras_names(tmp_path):
     """A round trip keeps all bits except in variances, which round as eps is folded in. 0 stays 0 within 1e-15."""
     params, batch_stats = randomized(BOTTLENECKS)
@@ -278,6 +290,10 @@ def test_keras_itself_loads_them(tmp_path):
     subprocess.run(
         [sys.executable, "-c", WITH_KERAS], cwd=tmp_path, check=True, env=os.environ | {"KERAS_BACKEND": "jax"}
     )
+    for name in ("back.keras", "back.weights.h5", "back.h5"):  # what Keras writes
+        back = weights.load(tmp_path / name, config)
+        for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(back), strict=True):
+            np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-6 * np.abs(ours).max())
     for name in ("by_order.npy", "by_name.npy"):
         expected, theirs = np.load(tmp_path / "expected.npy"), np.load(tmp_path / name)
         np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -291,6 +307,8 @@ for name, by_name in (("by_order", False), ("by_name", True)):
     model.set_weights([0 * array for array in model.get_weights()])
     model.load_weights("a.h5", by_name=by_name)
     numpy.save(name, model.predict(numpy.load("images.npy"), verbose=0))
+for write, name in ((model.save, "back.keras"), (model.save_weights, "back.weights.h5"), (model.save, "back.h5")):
+    write(name)
 """  # a process of its own: Keras chooses its backend when it is imported
 
 
