@@ -106,7 +106,7 @@ def describe_distances(distances: Rows) -> str:
     most = max(distances, key=lambda row: row["distance"])
     text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
     beyond = {limit: [row["step"] for row in distances if not row["distance"] <= limit] for limit in PARTINGS}
-    parted = [f"{limit:.0e} at step {steps[0]}" for limit, steps in beyond.items() if steps]
+    parted = [f"{limit:.0e} first at step {steps[0]}" for limit, steps in beyond.items() if steps]
     return f"{text}, by more than {', '.join(parted)}" if parted else text
 
 

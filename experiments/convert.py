@@ -63,8 +63,12 @@ def convert(
     metadata = dict(run_metadata(file))
     if file.stride_in:
         metadata["stride_in"] = file.stride_in
+    if file.batch_norm_eps is not None:
+        metadata["batch_norm_eps"] = repr(file.batch_norm_eps)
     arrays, left_out = file.arrays, list(file.left_out)
     if names == "keras":
+        if config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
+            raise ValueError(f"{source} was saved with batch_norm_eps={config.batch_norm_eps}: Keras has another")
         arrays = {name: array for name, array in arrays.items() if name.rpartition(".")[2] != COUNT}
         left_out += ["batch counts"] * (len(arrays) < len(file.arrays))
     if target.suffix.lower() != ".safetensors":
@@ -94,6 +98,8 @@ def findings(file: weights.WeightFile) -> list[str]:
         told.append("  it has no dense layer, or one that is not a single layer: the file holds the backbone alone")
     if file.stride_in == "conv1":
         told.append('  its blocks have their stride in the first convolution: pass stride_in="conv1" when you load it')
+    if file.batch_norm_eps is not None:
+        told.append(f"  BatchNorm's eps is {file.batch_norm_eps}: pass it as batch_norm_eps when you load it")
     return told
 
 

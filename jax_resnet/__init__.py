@@ -10,7 +10,7 @@
 
 `jax_resnet.layers` has the layers, `jax_resnet.weights` reads and writes weight files, `jax_resnet.adabound` has the
 optimizers, `jax_resnet.train` the training step, `jax_resnet.checkpoint` the checkpoints of a training run, and
-`jax_resnet.nnx` a flax.nnx module. docs/jax.md shows each in a few lines.
+`jax_resnet.nnx` a flax.nnx module. docs/jax.md shows most of them in a few lines.
 """
 
 import importlib

@@ -93,7 +93,7 @@ class Checkpoints:
         self._pending = step, self._writer.submit(self._write, step, arrays, facts, score)
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is written and has its final name (it may still be in the disk's cache).
+        """Returns when the last checkpoint is written and has its final name (its data may be in the system's cache).
 
         Raises:
           CheckpointError: writing the checkpoint failed.

@@ -306,7 +306,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> Array:
 
     Args:
       logits: (N, K) float.
-      labels: (N,) integer class numbers from 0 to K - 1. They are not checked; wrong ones give meaningless losses.
+      labels: (N,) integers from 0 to K - 1. The range is not checked; values outside give meaningless losses.
 
     Returns:
       losses, (N,). The caller takes the mean.

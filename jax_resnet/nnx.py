@@ -56,10 +56,15 @@ class _WithMode(nnx.Module):
 
     use_running_average: bool
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Sets the mode for `nnx.view`."""
+    def set_view(self, use_running_average: bool | None = None) -> dict[str, Any]:
+        """Sets the mode for `nnx.view`.
+
+        Args:
+          use_running_average: whether to normalize with the running statistics; None changes nothing.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        return {}  # Flax 0.12.4 expects the arguments that were not used
 
 
 class Block(_WithMode):

@@ -83,7 +83,7 @@ def create_train_state(
     trained = _trained_part(params, freeze_backbone)
     averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else None
     nothing = jnp.zeros((), jnp.int32)
-    loss_scale = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), loss_scale)  # from Python numbers
+    loss_scale = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), loss_scale)  # from Python numbers
     return TrainState(jnp.copy(nothing), params, batch_stats, optimizer.init(trained), nothing, averages, loss_scale)
 
 

@@ -97,8 +97,10 @@ def recognize(arrays: Mapping[str, np.ndarray], arch: str | None = None) -> tupl
       the name and the configuration of the network.
 
     Raises:
-      ValueError: the weights belong to another kind of network, which the message names, or a part is missing.
+      ValueError: the weights belong to another network, which the message names, or the number of blocks fits none.
     """
+    if "layer1.0.conv1.weight" not in arrays:
+        raise ValueError("holds no ResNet: layer1.0.conv1.weight is missing")
     if other := _other_network(arrays):
         raise ValueError(f"holds {other}: not supported")
     dense = arrays.get("fc.weight", np.empty((0, 0)))

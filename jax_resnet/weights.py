@@ -73,6 +73,14 @@ class WeightFile(NamedTuple):
     stride_in: Literal["conv2", "conv1"] | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def batch_norm_eps(self) -> float | None:
+        """The eps of BatchNorm that the file's metadata say, as `save` writes it."""
+        try:
+            return float(self.metadata["batch_norm_eps"])
+        except (KeyError, ValueError):
+            return None
+
 
 def _unseen_facts(config: resnet.ResNetConfig) -> dict[str, str]:
     """The metadata of a network's file: what its arrays do not show, unless it is as in torchvision."""
@@ -80,7 +88,7 @@ def _unseen_facts(config: resnet.ResNetConfig) -> dict[str, str]:
     if config.block == "bottleneck" and config.stride_in != resnet.ResNetConfig.stride_in:
         facts["stride_in"] = config.stride_in
     if config.batch_norm and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
-        facts["batch_norm_eps"] = repr(config.batch_norm_eps)
+        facts["batch_norm_eps"] = repr(float(config.batch_norm_eps))
     return facts
 
 
@@ -182,9 +190,11 @@ def fit(
             f"{file.path} holds a ResNet whose blocks apply their stride in {file.stride_in}, and config.stride_in is "
             f"{config.stride_in}: pass a configuration with stride_in={file.stride_in!r} in Python (--init cannot)"
         )
-    eps = file.metadata.get("batch_norm_eps")
-    if eps not in (None, repr(config.batch_norm_eps)):
-        raise ValueError(f"{file.path} was saved with batch_norm_eps={eps}, config has {config.batch_norm_eps}")
+    if file.batch_norm_eps not in (None, config.batch_norm_eps):
+        raise ValueError(
+            f"{file.path} was saved with batch_norm_eps={file.batch_norm_eps}, and config.batch_norm_eps is "
+            f"{config.batch_norm_eps}: pass a configuration with that value in Python (--init cannot)"
+        )
     if file.naming == "Keras" and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
         raise ValueError(f"{file.path}: its variances already include Keras' eps: leave batch_norm_eps at its default")
     arrays = {
@@ -211,13 +221,14 @@ def fit(
 def recognize_file(file: WeightFile, arch: str | None = None) -> tuple[str, resnet.ResNetConfig]:
     """Returns the name and the configuration of the network in a file, as `weight_checks.recognize` does.
 
-    The configuration has the file's stride_in if the file says where the stride is.
+    The configuration has the file's stride_in and batch_norm_eps if the file says them.
     """
     try:
         arch, config = recognize(file.arrays, arch)
     except ValueError as error:
         raise ValueError(f"{file.path} {error}") from error
-    return arch, dataclasses.replace(config, stride_in=file.stride_in or config.stride_in)
+    eps = config.batch_norm_eps if file.batch_norm_eps is None else file.batch_norm_eps
+    return arch, dataclasses.replace(config, stride_in=file.stride_in or config.stride_in, batch_norm_eps=eps)
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -61,8 +61,8 @@ def conv2d_unfolded(
     """2-D cross-correlation as one matrix product (im2col). Arguments and results are those of `conv2d`.
 
     Each output pixel depends on one patch of x. With the patches as rows, y = patches·weight is a dense layer and has
-    the gradient of a dense layer. At each pixel, dx is the sum over all patches that contain it. The vjp keeps the
-    patches, which need kh·kw times the memory of x at stride 1.
+    the gradient of a dense layer. At each pixel, dx is the sum of the gradients of all patches that contain the pixel.
+    The vjp keeps the patches, which need kh·kw times the memory of x at stride 1.
     """
     _check_conv2d(x, weight, bias, stride, padding)
     kh, kw, _, filters = weight.shape
@@ -84,7 +84,7 @@ def conv2d(
 ) -> tuple[Array, Vjp]:
     """2-D cross-correlation: `conv2d_unfolded` on one block of images at a time.
 
-    The vjp keeps only the arguments and unfolds each block again. The patches of a block fit into the cache, so
+    The vjp keeps only the arguments and unfolds each block again. If the patches of a block fit into the cache,
     unfolding takes about as long as reading stored patches from memory.
 
     Args:
@@ -114,7 +114,7 @@ def conv2d(
 def _conv2d_1x1(x: Array, weight: Array, stride: int) -> tuple[Array, Vjp]:
     """Applies one dense layer to every pixel, without unfolding."""
     matrix = weight[0, 0]
-    pixels = x[:, ::stride, ::stride]  # a view; the vjp reshapes it again, because with stride > 1 the rows are a copy
+    pixels = x[:, ::stride, ::stride]  # a view; for stride > 1 its rows would be a copy, so the vjp makes them again
 
     def vjp(dy: Array) -> tuple[Array, Array]:
         rows, dy_rows = pixels.reshape(-1, x.shape[3]), dy.reshape(-1, matrix.shape[1])
@@ -138,7 +138,7 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
         np.matmul(patches, matrix, out=y[block].reshape(-1, filters))
 
     def vjp(dy: Array) -> tuple[Array, Array]:
-        dx, dweight = np.empty(x.shape, y.dtype), None
+        dx, dweight = np.empty(x.shape, x.dtype), None
         for block, patches in unfolded_blocks(x, kh, kw, stride, padding):
             dy_rows = dy[block].reshape(-1, filters)
             of_block = patches.T @ dy_rows
@@ -156,7 +156,7 @@ def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
 
 
 def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, padding: int) -> Array:
-    """The gradient of `unfold`: each pixel of images with this shape (N, H, W, C) is the sum of its patch entries."""
+    """The gradient of `unfold`: returns images (N, H, W, C). Each pixel is the sum of its entries in patches."""
     n, h, w, channels = shape
     x = np.zeros((n, h + 2 * padding, w + 2 * padding, channels), patches.dtype)
     copies = patches.reshape(n, *output_size(x, (kh, kw), stride, 0), kh * kw, channels)

@@ -208,9 +208,9 @@ def init(config: ResNetConfig, rng: np.random.Generator, dtype: Any = np.float32
     """Draws the initial parameters and running statistics of a network.
 
     Convolutions are normal with standard deviation sqrt(2 / (kh·kw·K)) (He et al. 2015, arXiv:1502.01852, fan-out).
-    BatchNorm weights are 1 and biases 0. A dense layer (C, K) is uniform in ±1/sqrt(C), as in PyTorch's Linear. Without
-    BatchNorm, activations would grow exponentially with depth, so convolutions and their biases are then uniform in
-    ±1/sqrt(kh·kw·C), PyTorch's default.
+    BatchNorm weights are 1 (or 0, see config.zero_gamma) and biases 0. A dense layer (C, K) is uniform in ±1/sqrt(C),
+    as in PyTorch's Linear. Without BatchNorm, activations would grow exponentially with depth, so convolutions and
+    their biases are then uniform in ±1/sqrt(kh·kw·C), PyTorch's default.
 
     Args:
       config: the architecture.

@@ -94,6 +94,6 @@ def memory_given_back(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def memory_given_back_after_a_file():
-    """Frees memory after each file, since the next one cannot use its compiled programs: 13 GB in two workers."""
+    """Frees the compiled programs in memory after each file: otherwise two workers take 13 GB."""
     yield
     give_memory_back()

@@ -128,6 +128,8 @@ def load_classifier(settings: Settings) -> Classifier:
         path, resize = file.path, imagenet.resize_for(file.path)
     arch, config = weights.recognize_file(file, arch)
     check_arrays(file.arrays, config, path)
+    if config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
+        raise ValueError(f"{path} was saved with batch_norm_eps={config.batch_norm_eps}: only jax_resnet can run it")
     if not config.num_classes:
         raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it cannot classify")
     facts, notes = run_metadata(file), file.notes

@@ -1,4 +1,4 @@
-"""Reads what the settings beside weights of timm or Hugging Face say about pictures and classes."""
+"""What settings beside weights of timm or Hugging Face say about pictures and classes; Keras' preparation."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write(
     path: Path, network: Callable[[jax.Array], jax.Array], shape: tuple[int, int, int], facts: Mapping[str, Any]
 ) -> None:
-    """Writes FILE.stablehlo and FILE.stablehlo.json, each under a temporary name first, which is then renamed.
+    """Writes FILE.stablehlo and FILE.stablehlo.json in a temporary folder, then moves each of them into place.
 
     Args:
       path: FILE.stablehlo.

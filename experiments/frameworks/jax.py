@@ -25,7 +25,7 @@ def make_resnet(network: ResNet) -> resnet.ResNetConfig:
 
 
 def make_logits(network: ResNet, arrays: Arrays) -> Callable[[Array], Array]:
-    """A function from images (N, H, W, C) to logits, in evaluation; arrays as in a weight file."""
+    """Returns a function images (N, H, W, C) -> logits for evaluation. `arrays` has torchvision's names and layout."""
     config = make_resnet(network)
     params, batch_stats = jax.tree.map(jnp.asarray, weights.from_torch(arrays))
 
@@ -84,7 +84,7 @@ def moments_of(opt_state: optax.OptState) -> AdaBoundState:
     if (adam := optax.tree.get(opt_state, "ScaleByAdamState")) is not None:
         return AdaBoundState(adam.count, adam.mu, adam.nu, None)
     amsgrad = optax.tree.get(opt_state, "ScaleByAmsgradState")
-    # optax takes the largest nu after bias correction; AdaBoundState holds the largest before it.
+    # optax's nu_max includes the bias correction, AdaBoundState's does not: the current correction is taken out.
     correction = -np.expm1(int(amsgrad.count) * np.log(ADAMS_B2))  # 1 - ADAMS_B2**count, to full precision
     nu_max = jax.tree.map(lambda v: v * float(correction), amsgrad.nu_max)
     return AdaBoundState(amsgrad.count, amsgrad.mu, amsgrad.nu, nu_max)

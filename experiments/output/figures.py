@@ -82,7 +82,9 @@ def save(figure: Figure, target: Path | BinaryIO, format: str | None = None) -> 
 def _numbers(axis: plt.Axes) -> Iterable[Text]:
     """The tick labels that matplotlib has chosen; powers of ten are formulas."""
     for direction in (axis.xaxis, axis.yaxis):
-        if not isinstance(direction.get_major_formatter(), FixedFormatter | FuncFormatter):  # for texts that were given
+        if not isinstance(
+            direction.get_major_formatter(), FixedFormatter | FuncFormatter
+        ):  # these two hold given texts
             yield from direction.get_ticklabels(which="both")
             yield direction.get_offset_text()
 

@@ -49,11 +49,12 @@ def run(settings: ReportSettings) -> None:
     in_words = _paragraphs(settings.results / ANSWER)
     # First the studies that the answer names, in its order, then those that compare two contestants on several seeds;
     # larger studies before smaller ones.
-    named = re.findall(r"\w+", " ".join(in_words))
-    places = {name: place for place, name in reversed(list(enumerate(named)))}
+    text = " ".join(in_words)
+    found = {study.name: re.search(rf"(?<![\w-]){re.escape(study.name)}(?![\w-])", text) for study in studies}
+    places = {name: match.start() if match else len(text) for name, match in found.items()}
     studies.sort(
         key=lambda study: (
-            places.get(study.name, len(named)),
+            places[study.name],
             not study.compared,
             study.seeds < 2,
             -study.pictures,

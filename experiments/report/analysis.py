@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special, stats
 
 CONFIDENCE = 0.95
-BETTER, EQUAL = 0.01, 0.02  # differences of accuracy: the smallest that counts, and the largest between equal ones
+BETTER, EQUAL = 0.01, 0.02  # accuracy: the smallest mean for "better" or "worse", the interval's bound for "equal"
 Verdict = Literal["better", "worse", "equal", "not told apart", "unknown"]
 
 
@@ -71,7 +71,7 @@ def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval
 
     Student's interval over seeds holds for these test pictures only. Here the pictures are a sample as well. A two-way
     analysis of variance without repetition gives what they add to the variance of the mean, beyond chance within a run.
-    Its half-width and the seeds' add up in squares, so the interval is never narrower than that of `paired_difference`.
+    The half-widths of pictures and seeds add in squares, so the interval is never narrower than `paired_difference`'s.
 
     Args:
       ours, theirs: (S, N) booleans, whether the run of seed s classifies picture n correctly; S >= 2.
@@ -88,7 +88,7 @@ def difference_beyond_pictures(ours: np.ndarray, theirs: np.ndarray) -> Interval
 
 
 def expected_best(values: Sequence[float]) -> np.ndarray:
-    """The mean of the best of k values over all choices of k of these values, for k = 1 to their number.
+    """The expected best of k values drawn without replacement, for each k from 1 to the number of values.
 
     >>> expected_best([0.3, 0.1, 0.2]).round(3).tolist()
     [0.2, 0.267, 0.3]
@@ -101,7 +101,7 @@ def expected_best(values: Sequence[float]) -> np.ndarray:
 
 
 def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = False, draws: int = 2000) -> np.ndarray:
-    """How often tuning would have chosen each of several trials with other held-out pictures of the same kind.
+    """How often tuning would choose each trial if the held-out pictures were others of the same kind.
 
     A bootstrap: the pictures are drawn again `draws` times, with replacement. Each time the trial with the highest
     accuracy is chosen, and the lowest loss breaks ties; with by_loss, the trial with the lowest loss is chosen.
@@ -133,7 +133,7 @@ def choice_stability(right: np.ndarray, losses: np.ndarray, *, by_loss: bool = F
 def reached(rows: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
     """Epochs and seconds until test top-1 first was `target` or more, infinite if it never was.
 
-    Only epochs after which the network was tested count.
+    Epochs without a test result do not count.
 
     >>> rows = [{"epoch": 1.0, "seconds": 9.0, "test_top1": 0.2}, {"epoch": 2.0, "seconds": 18.0, "test_top1": 0.3}]
     >>> reached(rows, 0.25), reached(rows, 0.5)

@@ -48,7 +48,7 @@ def print_progress(ledger: Ledger, *, plan: bool = False) -> None:
 def seconds_left(runs: list[Run]) -> float | None:
     """The time of all runs that have not ended, one after the other; None if it cannot be estimated.
 
-    Estimated from the ended runs of the same network; includes the time of starting and compiling.
+    Estimated from the ended runs of the same network, without the time before the first step.
     """
 
     def network(run: Run) -> tuple:

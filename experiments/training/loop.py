@@ -76,7 +76,7 @@ class Loop:
         """Runs the epochs that are left; returns the signal that ended the run early, or None.
 
         Raises:
-          DivergedError: a loss or gradients are not finite and may not be skipped; the state from before is saved.
+          DivergedError: a loss or gradients are not finite and may not be skipped; its message says what was saved.
           DataError: a picture can no longer be read.
         """
         # StopRequest covers the last checkpoint too: a first signal must not interrupt its writing.

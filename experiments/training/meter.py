@@ -98,7 +98,7 @@ class Meter:
         return (self.epoch - 1) * len(self._labels) + self.steps
 
     def means(self, last: int) -> dict[str, float]:
-        """The mean loss, over finite losses only, and the mean top-1 of the last steps."""
+        """The mean loss of the last steps, without skipped ones, and the mean top-1 of all of them."""
         finite = [loss for loss in self._losses[-last:] if not math.isnan(loss)]
         return {
             "train_loss": float(np.mean(finite)) if finite else math.nan,

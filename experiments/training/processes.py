@@ -53,7 +53,7 @@ def join_processes(coordinator: str, process_id: int | None, num_processes: int 
 
 
 def wait_for_address(host: str, port: int) -> None:
-    """Waits until a process listens there; raises a ValueError where jax.distributed would end this process."""
+    """Waits until a process listens there; after TIMEOUT_SECONDS raises a ValueError (JAX would end the process)."""
     end = time.monotonic() + TIMEOUT_SECONDS
     while True:
         try:

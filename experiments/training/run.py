@@ -63,7 +63,7 @@ class Report:
         if not is_first():
             return
         try:
-            # The metadata of both weight files hold the description as JSON.
+            # Both weight files hold the description in their metadata, as JSON.
             metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in self.description.items()}
             both = {
                 files.WEIGHTS: (state.params, state.batch_stats),
@@ -111,7 +111,7 @@ def train_and_report(settings: RunSettings, dataset: Dataset, network: str, prep
     if experiment.limit is not None:
         title += f", {len(dataset.train):,} training pictures"
     compiles = "; the first step compiles" if experiment.framework == "jax" else ""
-    print(f"{title}: {len(dataset.train):,} training pictures, {experiment.epochs} epochs{compiles}", flush=True)
+    print(f"{title}: {len(dataset.train):,} pictures to train, {experiment.epochs} epochs{compiles}", flush=True)
     with jax.enable_x64(experiment.precision == "float64"):
         training, description = prepare(settings, dataset)
         return _train(settings, dataset, training, title, description)

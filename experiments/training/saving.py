@@ -80,11 +80,11 @@ class Saver:
         self._last_step, self._last_time = step, time.monotonic()
 
     def has(self, step: int) -> bool:
-        """Whether the latest checkpoint is that of this step, and on the disk; True if the run writes none."""
+        """Whether the latest checkpoint is that of this step, and written; True if the run writes none."""
         return self.checkpoints is None or (self._saved == step and self.wait())
 
     def wait(self) -> bool:
-        """Waits for the latest checkpoint; returns whether it is on the disk."""
+        """Waits for the latest checkpoint; returns whether it is written."""
         return self.checkpoints is None or _done(self.checkpoints.wait)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Shares a batch among threads. Each thread runs the whole network on its images and exchanges values in BatchNorm.
 
 NumPy itself uses several cores only for matrix products, and each core then fetches data from the other cores' caches.
-Here each thread works on the same images in every layer, so their data stay in one core's cache. Threads run in
+Here each thread keeps its own images from layer to layer, so their data stay in one core's cache. Threads run in
 parallel because NumPy functions release the GIL.
 """
 

@@ -38,8 +38,8 @@ def test_distances_by_hand(tested):
     assert [row["epoch"] for row in distances] == [0.25, 0.5, 0.75]
     np.testing.assert_allclose([row["distance"] for row in distances], [0, 1e-4, 0.25], rtol=1e-3)
     assert describe_distances(distances) == (
-        "training losses differ by at most 2.5e-01 (step 3 of 3), by more than 1e-12 at step 2, 1e-09 at step 2, "
-        "1e-06 at step 2, 1e-04 at step 3, 1e-02 at step 3"
+        "training losses differ by at most 2.5e-01 (step 3 of 3), by more than 1e-12 first at step 2, 1e-09 first at "
+        "step 2, 1e-06 first at step 2, 1e-04 first at step 3, 1e-02 first at step 3"
     )
 
 

@@ -17,6 +17,7 @@ import torchvision
 import numpy_ref.resnet
 import numpy_ref.weights
 from experiments import convert
+from experiments.classify import __main__ as classify
 from jax_resnet import naming, resnet, weights
 from jax_resnet.checkpoint import Checkpoints
 
@@ -252,6 +253,19 @@ def test_broken_files_are_named_and_nothing_is_written(change, arguments, messag
     assert printed.err.startswith("error: ")
     assert message in printed.err
     assert os.listdir(tmp_path) == ["in.pth"]
+
+
+def test_another_eps_is_told_kept_and_never_ignored(tmp_path, capsys):
+    config = resnet.resnet18(num_classes=5, batch_norm_eps=1e-3)
+    given = tmp_path / "given.safetensors"
+    weights.save(given, *resnet.init(config, jax.random.key(0)), config=config)
+    assert run(given, tmp_path / "kept.safetensors") == 0
+    assert "  BatchNorm's eps is 0.001: pass it as batch_norm_eps when you load it" in capsys.readouterr().out
+    weights.load(tmp_path / "kept.safetensors", config)
+    assert run(given, tmp_path / "kept.npz") == 0
+    assert "metadata batch_norm_eps" in capsys.readouterr().out  # is left out
+    assert classify.main([str(given), "--weights", str(given)]) == 2
+    assert "was saved with batch_norm_eps=0.001: only jax_resnet can run it" in capsys.readouterr().err
 
 
 DAMAGE = {  # changes to a written array that the check must detect

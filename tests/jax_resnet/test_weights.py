@@ -221,6 +221,9 @@ def test_what_arrays_do_not_show_is_saved_and_compared(tmp_path):
             weights.load(tmp_path / "a.safetensors", dataclasses.replace(config, **change))
     with pytest.raises(ValueError, match=r"only .safetensors files can say .* stride_in=conv1, batch_norm_eps=0.001"):
         weights.save(tmp_path / "a.npz", *trees, config=config)
+    of_numpy = dataclasses.replace(config, batch_norm_eps=np.float64(1e-3))
+    weights.save(tmp_path / "b.safetensors", *trees, config=of_numpy)
+    assert weights.read_file(tmp_path / "b.safetensors").batch_norm_eps == 1e-3
 
 
 def test_keras_names(tmp_path):

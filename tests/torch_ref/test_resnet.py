@@ -26,7 +26,7 @@ STAGE_SIZES = {
 }
 
 every_depth = pytest.mark.parametrize("name", PUBLISHED)
-SLOW = ("resnet34", "resnet152")  # more of the same blocks than resnet18 and resnet101
+SLOW = ("resnet34", "resnet152")  # they only have more of the blocks of resnet18 and resnet101
 run_every_depth = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLISHED]
 )
@@ -47,7 +47,7 @@ def ours(name, **options):
 
 @torch.no_grad()
 def randomize(model):
-    """float64, with no 0 or 1 in BatchNorm's arrays: with the initial values half of all mistakes are invisible."""
+    """Makes the model float64 and draws its vectors: BatchNorm's initial 0s and 1s would hide many mistakes."""
     generator = torch.Generator().manual_seed(1)
     model.double()
     for tensor in model.state_dict().values():
@@ -77,7 +77,7 @@ def run(model, images, labels):
 
 @every_depth
 def test_state_dict_is_torchvisions(name):
-    """Names, their order, shapes, dtypes; the number of parameters is the published one."""
+    """Names, order, shapes and dtypes agree. The number of parameters is the published one."""
     own, other = ours(name), theirs(name)
     described = [[(key, value.shape, value.dtype) for key, value in m.state_dict().items()] for m in (own, other)]
     assert described[0] == described[1]
@@ -87,7 +87,7 @@ def test_state_dict_is_torchvisions(name):
 
 @every_depth
 def test_same_seed_draws_torchvisions_weights(name):
-    """To the bit: the same distributions, drawn in the same order."""
+    """Weights agree bit for bit, as both draw them in the same order."""
     own, other = (make(module, name, num_classes=7).state_dict() for module in (resnet, torchvision.models))
     assert [key for key, value in other.items() if not torch.equal(value, own[key])] == []
 
@@ -133,7 +133,7 @@ def test_activations_are_torchvisions(name):
     assert activations["pool"].shape == (1, own.fc.in_features)
 
 
-# The options that torchvision does not have.
+# The options that torchvision lacks, or has under another name.
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -152,7 +152,7 @@ def test_v1_is_torchvisions_network_with_strides_moved(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_without_batch_norm_is_torchvisions_network_without_it(name):
-    """Its BatchNorms are replaced and its convolutions get biases by hand. Names agree, and float64 bit for bit."""
+    """torchvision's BatchNorm becomes Identity and its convolutions get biases. The results agree bit for bit."""
     other = theirs(name, num_classes=7, norm_layer=lambda channels: torch.nn.Identity()).double()
     own = ours(name, num_classes=7, batch_norm=False).double()
     for key, module in other.named_modules():
@@ -166,7 +166,7 @@ def test_without_batch_norm_is_torchvisions_network_without_it(name):
 
 
 def test_without_batch_norm_convolutions_start_as_torchs():
-    """The weights are to the bit what every layer's own reset_parameters draws, in the order of the modules."""
+    """reset_parameters of each layer, in the order of the modules, draws the same weights bit for bit."""
     model, other = (ours("resnet18", batch_norm=False, num_classes=7, seed=seed) for seed in (0, 1))
     torch.manual_seed(0)
     for module in other.modules():
