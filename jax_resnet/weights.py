@@ -137,12 +137,14 @@ def save(
       ValueError: the suffix is unknown; the format or the library cannot hold what is given (metadata, config's
         stride_in or batch_norm_eps, bfloat16 in .npz); or torch or h5py, which the suffix needs, is missing.
     """
-    facts = _unseen_facts(config) if config and Path(path).suffix.lower() != ".h5" else {}
-    if facts and Path(path).suffix.lower() != ".safetensors":
+    path, arrays = Path(path), to_torch(params, batch_stats)
+    names = check_suffix(path, names)
+    check_writable(path, arrays, names, config, metadata)
+    facts = {} if config is None or names == "keras" else _unseen_facts(config)
+    if facts and path.suffix.lower() != ".safetensors":
         told = ", ".join(f"{name}={value}" for name, value in facts.items())
         raise ValueError(f"{path}: only .safetensors files can say that the network has {told}")
-    metadata = facts | dict(metadata or {})
-    write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
+    write_arrays(path, arrays, names=names, config=config, metadata=facts | dict(metadata or {}))
 
 
 def load(

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from scipy.stats.qmc import Sobol
 
 SOBOL_DIMENSIONS = 8  # at least, so that the draws do not depend on how many fields are searched
 
@@ -26,6 +25,8 @@ def draw(
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=int(of_trial)))
         return study.ask(dict(search)).params
+    from scipy.stats.qmc import Sobol  # slow to import
+
     point = Sobol(max(SOBOL_DIMENSIONS, len(search)), rng=seed).random(2 ** (number + 1).bit_length())[number]
     drawn = {}
     for (field, space), share in zip(search.items(), point, strict=False):
