@@ -372,3 +372,23 @@ def test_weights_of_another_network_are_named():
 def test_bad_configs_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         resnet.ResNetConfig(**{"block": "basic", "stage_sizes": (2, 2, 2, 2), **options})
+
+
+@pytest.mark.slow
+def test_hessian_of_a_network(x64):
+    """jax.hessian (forward over reverse) is symmetric and equals reverse over reverse to 1e-10 of its largest entry."""
+    config = resnet.ResNetConfig("basic", (1, 1, 1, 1), num_classes=3, in_channels=1)
+    params, batch_stats = resnet.init(config, jax.random.key(0), jnp.float64)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 1))
+
+    def loss(weight):
+        changed = params | {"bn1": params["bn1"] | {"weight": weight}}
+        out = resnet.apply(config, changed, batch_stats, images, train=True)
+        return layers.softmax_cross_entropy(out.logits, jnp.array([0, 2])).mean()
+
+    at = params["bn1"]["weight"]
+    found, expected = jax.jit(jax.hessian(loss))(at), jax.jit(jax.jacrev(jax.grad(loss)))(at)
+    bound = 1e-10 * np.abs(expected).max()
+    assert bound > 0
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(found, found.T, rtol=0, atol=bound)
