@@ -77,7 +77,8 @@ def convert(
     told = [f"{source}, {megabytes(file.path)}: {describe(arch, config, file.arrays)}", *findings(file)]
     if left_out:
         told.append(f"  left out: {', '.join(left_out[:20])}{' …' if len(left_out) > 20 else ''}")
-    added = write_checked(target, arrays, metadata, names, config)  # may replace the source
+    # What config says beyond the arrays is in the metadata; only Keras' names need it. This may replace the source.
+    added = write_checked(target, arrays, metadata, names, config if names == "keras" else None)
     if added:
         told.append(f"  {len(added)} batch counts of 0 added, since torch expects them")
     print("\n".join(told))
@@ -124,7 +125,7 @@ def write_checked(
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
     names: weights.Names,
-    config: resnet.ResNetConfig,
+    config: resnet.ResNetConfig | None,
 ) -> list[str]:
     """Writes a temporary weight file, reads it back, compares it bit for bit, and only then renames it to `target`.
 

@@ -60,6 +60,9 @@ def check_writable(
     if names != "torchvision" and "bn1.weight" not in arrays:
         raise ValueError(f'{path}: a network without BatchNorm can only be written with names="torchvision"')
     if names != "keras":
+        if suffix != ".safetensors" and (facts := _unseen_facts(config)):
+            told = ", ".join(f"{name}={value}" for name, value in facts.items())
+            raise ValueError(f"{path}: only .safetensors files can say that the network has {told}")
         return
     if config is None:
         raise ValueError(f"{path}: pass config, which shows whether Keras has this network")
@@ -70,6 +73,16 @@ def check_writable(
             f"{path}: blocks of Keras' ResNets apply the stride in their first convolution (stride_in='conv1'), this "
             f"network in {config.stride_in}: Keras would compute something else"
         )
+
+
+def _unseen_facts(config: ResNetConfig | None) -> dict[str, str]:
+    """The metadata that say what arrays do not show; {} if config is None or the network is as in torchvision."""
+    facts: dict[str, str] = {}
+    if config and config.block == "bottleneck" and config.stride_in != ResNetConfig.stride_in:
+        facts["stride_in"] = config.stride_in
+    if config and config.batch_norm and config.batch_norm_eps != ResNetConfig.batch_norm_eps:
+        facts["batch_norm_eps"] = repr(float(config.batch_norm_eps))
+    return facts
 
 
 def write_arrays(
@@ -106,7 +119,8 @@ def write_arrays(
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types other keywords as bool
         elif suffix == ".safetensors":
             # save_file would write a file that only its owner may read.
-            aside.write_bytes(safetensors.numpy.save(arrays, metadata=dict(metadata or {})))
+            facts = _unseen_facts(config) | dict(metadata or {})
+            aside.write_bytes(safetensors.numpy.save(arrays, metadata=facts))
         elif suffix == _KERAS_SUFFIX:
             _write_keras(aside, arrays, path)
         else:

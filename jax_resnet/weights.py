@@ -5,8 +5,8 @@ batch_stats have the same names as paths, kernels (kh, kw, in, out) and dense we
 transposes each array.
 
 Reading recognizes the format of a file by its content, finds the ResNet under any prefix, and turns the names of
-Hugging Face and Keras into torchvision's (`read_file` lists the formats). Writing can use all three. Only
-writing .pth and .pt files needs PyTorch.
+Hugging Face and Keras into torchvision's (`read_file` lists the formats). Writing can use all three. Only writing .pth
+and .pt files needs PyTorch.
 """
 
 from __future__ import annotations
@@ -82,16 +82,6 @@ class WeightFile(NamedTuple):
             return None
 
 
-def _unseen_facts(config: resnet.ResNetConfig) -> dict[str, str]:
-    """The metadata of a network's file: what its arrays do not show, unless it is as in torchvision."""
-    facts: dict[str, str] = {}
-    if config.block == "bottleneck" and config.stride_in != resnet.ResNetConfig.stride_in:
-        facts["stride_in"] = config.stride_in
-    if config.batch_norm and config.batch_norm_eps != resnet.ResNetConfig.batch_norm_eps:
-        facts["batch_norm_eps"] = repr(float(config.batch_norm_eps))
-    return facts
-
-
 def from_torch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converts torchvision's keys and layout into (params, batch_stats), nested dicts of NumPy arrays. Keeps dtypes.
 
@@ -137,14 +127,7 @@ def save(
       ValueError: the suffix is unknown; the format or the library cannot hold what is given (metadata, config's
         stride_in or batch_norm_eps, bfloat16 in .npz); or torch or h5py, which the suffix needs, is missing.
     """
-    path, arrays = Path(path), to_torch(params, batch_stats)
-    names = check_suffix(path, names)
-    check_writable(path, arrays, names, config, metadata)
-    facts = {} if config is None or names == "keras" else _unseen_facts(config)
-    if facts and path.suffix.lower() != ".safetensors":
-        told = ", ".join(f"{name}={value}" for name, value in facts.items())
-        raise ValueError(f"{path}: only .safetensors files can say that the network has {told}")
-    write_arrays(path, arrays, names=names, config=config, metadata=facts | dict(metadata or {}))
+    write_arrays(path, to_torch(params, batch_stats), names=names, config=config, metadata=metadata)
 
 
 def load(

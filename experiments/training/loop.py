@@ -218,7 +218,7 @@ class Loop:
         self.saver.save(self.state, progress, score=score)
 
     def diverged(self, error: NotFiniteError) -> DivergedError:
-        """Looks for the cause, saves the state from before the step, and returns an error that reports both."""
+        """Returns an error. In JAX it saves the state before the step, and the error names checkpoint and cause."""
         text = f"{error} at step {error.step} (epoch {self.meter.epoch})"
         if not self.training.in_jax:
             return DivergedError(f"{text}: try a lower --learning-rate")

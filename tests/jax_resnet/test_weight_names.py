@@ -344,3 +344,8 @@ def test_keras_biases_and_eps_are_folded_into_the_statistics():
     theirs = gamma * (x + bias - mean) / np.sqrt(variance + 1.001e-5) + beta
     ours = found["bn1.weight"] * (x - found["bn1.running_mean"]) / np.sqrt(found["bn1.running_var"] + 1e-5)
     np.testing.assert_allclose(ours + found["bn1.bias"], theirs, rtol=1e-12)
+
+
+def test_arrays_without_a_first_block_are_no_resnet():
+    with pytest.raises(ValueError, match=r"holds no ResNet: layer1\.0\.conv1\.weight is missing"):
+        weight_checks.recognize({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)})
