@@ -1,13 +1,15 @@
-"""Common parts of the command lines: errors become messages and exit codes, and arguments are parsed."""
+"""Common parts of the command lines: arguments, errors as messages and exit codes, and signals that stop a program."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,3 +108,40 @@ def expand_home(argument: str) -> str:
     if path.startswith("~") and expanded == path:
         raise ValueError(f"{path} does not exist: there is no home folder of that name")
     return f"{option}{equals}{expanded}"
+
+
+@contextlib.contextmanager
+def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
+    """Makes signals call a handler; yields a function that restores the earlier handlers before the context ends."""
+    # Python lets only the main thread set handlers.
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
+
+    def restore() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
+    """Lets a child process end by itself, with a report, when this process is told to stop.
+
+    Ctrl-C in a terminal reaches the child too; SIGTERM reaches only this process, and `terminate` passes it on.
+
+    Yields:
+      the signals that have come, a list that grows.
+    """
+    came: list[int] = []
+
+    def take(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGTERM:
+            terminate()
+
+    with handling((signal.SIGINT, signal.SIGTERM), take):
+        yield came

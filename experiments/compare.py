@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from experiments.cli import check_output_file, exit_code, parse
+from experiments.cli import check_output_file, exit_code, leaving_stops_to_a_child, parse
 from experiments.training.run_folder import CONFIG, METRICS, ends_epoch, read_metrics, refuse_earlier_run
 from experiments.training.settings import RunSettings
 
@@ -166,8 +166,6 @@ def train_and_compare(train: Train, settings: RunSettings, frameworks: Sequence[
 
 def _run_in_a_process(train: Train, settings: RunSettings) -> int:
     """Trains in a separate process, whose memory is freed when it ends; returns its exit code."""
-    from experiments.training.processes import leaving_stops_to_a_child
-
     process = multiprocessing.get_context("spawn").Process(target=_run_alone, args=(train, settings))
     with leaving_stops_to_a_child(process.terminate):
         process.start()

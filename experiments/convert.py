@@ -16,16 +16,18 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import jax
 import numpy as np
 import tyro
 
 from experiments.cli import Arch, exit_code, parse
 from experiments.training.run_folder import run_metadata
-from jax_resnet import resnet, weights
-from jax_resnet.naming import COUNT
-from jax_resnet.weight_checks import check_arrays
+
+if TYPE_CHECKING:
+    from jax_resnet import resnet, weights
+
+Names = Literal["torchvision", "huggingface", "keras"]  # copied from jax_resnet.weights, whose import takes a second
 
 
 def convert(
@@ -33,7 +35,7 @@ def convert(
     target: tyro.conf.Positional[Path],
     arch: Arch | None = None,
     entry: str | None = None,
-    names: weights.Names | None = None,
+    names: Names | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert the weights of a ResNet from one file to another.
@@ -48,6 +50,10 @@ def convert(
         transformers) or Keras' (keras.applications); by default the suffix decides.
       overwrite: replace an existing file.
     """
+    from jax_resnet import resnet, weights
+    from jax_resnet.naming import COUNT
+    from jax_resnet.weight_checks import check_arrays
+
     names = weights.check_suffix(target, names)
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name the file to write")
@@ -106,7 +112,11 @@ def findings(file: weights.WeightFile) -> list[str]:
 
 def describe(arch: str, config: resnet.ResNetConfig, arrays: Mapping[str, np.ndarray]) -> str:
     """Describes the network and its weights in one line."""
-    params, batch_stats = (jax.tree.leaves(tree) for tree in weights.from_torch(arrays))
+    from jax import tree
+
+    from jax_resnet import weights
+
+    params, batch_stats = map(tree.leaves, weights.from_torch(arrays))
     dtypes = sorted({str(array.dtype) for array in params + batch_stats})
     return (
         f"{arch}, {config.num_classes or 'no'} classes, {config.in_channels} channels"
@@ -124,7 +134,7 @@ def write_checked(
     target: Path,
     arrays: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
-    names: weights.Names,
+    names: Names,
     config: resnet.ResNetConfig | None,
 ) -> list[str]:
     """Writes a temporary weight file, reads it back, compares it bit for bit, and only then renames it to `target`.
@@ -135,13 +145,15 @@ def write_checked(
     Raises:
       ValueError: an array differs.
     """
+    from jax_resnet import naming, weights
+
     weights.check_writable(target, arrays, names, config, metadata)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         aside = Path(folder) / target.name
         weights.write_arrays(aside, arrays, names=names, config=config, metadata=metadata)
         back = weights.read_arrays(aside)
         added = [name for name in back if name not in arrays]
-        wrong = [name for name in added if name.rpartition(".")[2] != COUNT]
+        wrong = [name for name in added if name.rpartition(".")[2] != naming.COUNT]
         for name, array in arrays.items():
             same = same_up_to_eps if names == "keras" and name.endswith("running_var") else same_bits
             if name not in back or not same(array, back[name]):

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.cli import FAILED, FailedError
+from experiments.cli import FAILED, FailedError, leaving_stops_to_a_child
 from experiments.frameworks.experiment import flag
 from experiments.study.ledger import COLUMNS, Ledger, Run
 from experiments.study.progress import print_progress
 from experiments.study_files import TRIALS
-from experiments.training.processes import leaving_stops_to_a_child
 from experiments.training.run_folder import AVERAGED_WEIGHTS, CHECKPOINTS, CONFIG, ERROR, WEIGHTS, replace
 
 CARS = (sys.executable, "-m", "experiments.cars")

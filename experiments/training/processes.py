@@ -7,14 +7,14 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from experiments.cli import handling
 from experiments.machine import use_compilation_cache
 from experiments.training.settings import System
 
@@ -122,23 +122,6 @@ class Stopped(Exception):
         self.signal = number
 
 
-@contextlib.contextmanager
-def handling(numbers: Sequence[int], handler: Callable[[int, Any], None]) -> Iterator[Callable[[], None]]:
-    """Makes signals call a handler; yields a function that restores the earlier handlers before the context ends."""
-    # Python lets only the main thread set handlers.
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
-
-    def restore() -> None:
-        while previous:
-            signal.signal(*previous.popitem())
-
-    try:
-        yield restore
-    finally:
-        restore()
-
-
 class StopRequest(contextlib.ExitStack):
     """Makes `check` raise `Stopped` after Ctrl-C or SIGTERM; the same signal again acts at once.
 
@@ -174,23 +157,3 @@ class StopRequest(contextlib.ExitStack):
             stopped = step is not None and multihost_utils.reached_preemption_sync_point(step)
         if stopped:
             raise Stopped(self.requested or signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def leaving_stops_to_a_child(terminate: Callable[[], None]) -> Iterator[list[int]]:
-    """Lets a child process end by itself, with a report, when this process is told to stop.
-
-    Ctrl-C in a terminal reaches the child too; SIGTERM reaches only this process, and `terminate` passes it on.
-
-    Yields:
-      the signals that have come, a list that grows.
-    """
-    came: list[int] = []
-
-    def take(number: int, frame: Any) -> None:
-        came.append(number)
-        if number == signal.SIGTERM:
-            terminate()
-
-    with handling((signal.SIGINT, signal.SIGTERM), take):
-        yield came

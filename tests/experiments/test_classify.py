@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
 from experiments.classify import __main__ as classify
-from experiments.classify import hub_pictures, imagenet
+from experiments.classify import classifier, hub_pictures, imagenet
 from experiments.data.dataset import channel_statistics
 from experiments.data.drawn_cars import drawn_cars
 from experiments.training.prepare import describe_input
@@ -87,9 +87,9 @@ def asked(capsys, *arguments):
 
 def logits_of(pictures, path, framework):
     settings = classify.Settings(pictures=tuple(pictures), weights=str(path), framework=framework)
-    classifier = classify.load_classifier(settings)
-    images = classify.read_pictures(settings.pictures, classifier.preparation.decode)
-    return classify.compute_logits(framework, classifier, images)
+    found = classifier.load_classifier(settings)
+    images = classifier.read_pictures(settings.pictures, found.preparation.decode)
+    return classifier.compute_logits(framework, found, images)
 
 
 def check_frameworks_against_torchvision(model, path, pictures):
@@ -140,7 +140,7 @@ def test_json_and_table_say_the_same(resnet18, pictures, capsys):
 def test_more_pictures_than_a_batch(resnet18, pictures, monkeypatch):
     """Each picture has the logits that it has alone, also in a half-filled batch; 1e-5 is for the order of sums."""
     alone = np.concatenate([logits_of([picture], resnet18[1], "numpy") for picture in pictures])
-    monkeypatch.setattr(classify, "BATCH_SIZE", 2)
+    monkeypatch.setattr(classifier, "BATCH_SIZE", 2)
     np.testing.assert_allclose(logits_of(pictures, resnet18[1], "numpy"), alone, rtol=0, atol=1e-5)
 
 
@@ -206,7 +206,7 @@ def test_what_was_white_in_the_run_is_white_here(run, cars_dataset):
     config = resnet.resnet18(num_classes=len(cars_dataset.class_names), in_channels=1)
     dark = encoded(np.full((9, 9), 1000, np.uint16))
     for told, expected in ((facts, 1000 >> 4), ({**facts, "white": "{}"}, 1000 >> 2)):
-        _, preparation = classify.as_trained(told, "resnet18", config)
+        _, preparation = classifier.as_trained(told, "resnet18", config)
         np.testing.assert_array_equal(preparation.decode(dark), expected)
 
 
@@ -418,4 +418,4 @@ BAD_HUB_SETTINGS = {
 def test_settings_of_a_hub_that_say_nothing(settings, tmp_path):
     file = weights.WeightFile(tmp_path, {}, "", "torchvision", "fc", (), {}, settings, None)
     with pytest.raises(ValueError, match="do not say how pictures are prepared"):
-        classify.told_beside(file)
+        classifier.told_beside(file)
