@@ -7,6 +7,7 @@ They are as wide as a phone: 4.5 inches with letters of at least 9 points.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from numpy_ref import resnet
 from numpy_ref.convolution import fold, unfold
 
 FOLDER = Path(__file__).parent
+DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 WIDTH, DPI = 4.5, 200
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#bbbbbb", "#1f77b4", "#d95f02", "#1b9e77"
 FILL = "#f2f2ee"
@@ -52,17 +54,19 @@ def arrow(axes: Axes, start: Point, end: Point, color: str = INK, width: float =
     axes.add_patch(FancyArrowPatch(start, end, **style))
 
 
-def grid(axes: Axes, corner: Point, values: np.ndarray, colors: np.ndarray, size: float = 10) -> None:
-    """Draws a matrix as cells of side 1, its first row at the top; corner is the upper left corner."""
+def grid(axes: Axes, corner: Point, values: np.ndarray, colors: np.ndarray, size: float = 10, side: float = 1) -> None:
+    """Draws a matrix as square cells, its first row at the top; corner is the upper left corner."""
     colors = np.broadcast_to(colors, values.shape)
     for (i, j), value in np.ndenumerate(values):
-        x, y = corner[0] + j, corner[1] - i - 1
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colors[i, j], edgecolor=INK, linewidth=0.8))
-        axes.text(x + 0.5, y + 0.5, f"{value:g}", ha="center", va="center", fontsize=size, color=INK)
+        x, y = corner[0] + side * j, corner[1] - side * (i + 1)
+        axes.add_patch(Rectangle((x, y), side, side, facecolor=colors[i, j], edgecolor=INK, linewidth=0.8))
+        text = value if isinstance(value, str) else f"{value:g}"
+        axes.text(x + side / 2, y + side / 2, text, ha="center", va="center", fontsize=size, color=INK)
 
 
 def save(figure: plt.Figure, name: str) -> None:
-    figure.savefig(FOLDER / f"{name}.png", dpi=DPI)
+    # The description lets a test see that this file was changed after a figure was drawn.
+    figure.savefig(FOLDER / f"{name}.png", dpi=DPI, metadata={"Description": DIGEST})
     plt.close(figure)
 
 
@@ -72,7 +76,7 @@ def batchnorm_graph() -> None:
     box(axes, (1.6, 6.9), "x", 1.2)
     box(axes, (5.6, 5.6), "mean μ", 1.8)
     box(axes, (1.6, 4.4), "x − μ", 1.6)
-    box(axes, (5.6, 3.1), "variance σ²", 2.3)
+    box(axes, (5.6, 3.1), "variance v", 2.3)
     box(axes, (1.6, 1.7), "x̂ = (x − μ) / σ", 3.2)
     box(axes, (1.6, 0.0), "y = γ·x̂ + β", 2.6)
     for upper, lower in itertools.pairwise((6.9, 4.4, 1.7, 0.0)):
@@ -83,17 +87,22 @@ def batchnorm_graph() -> None:
     arrow(axes, (4.45, 2.85), (2.6, 2.05), GREY)
     arrow(axes, (1.9, 0.35), (1.9, 1.35), INK, width=2)
     arrow(axes, (1.9, 2.05), (1.9, 4.05), BLUE, width=2)
-    arrow(axes, (1.9, 4.75), (1.9, 6.55), BLUE, width=2)
+    arrow(axes, (1.75, 4.75), (1.75, 6.55), BLUE, width=2)
+    arrow(axes, (2.05, 4.75), (2.05, 6.55), GREEN, width=2)
     arrow(axes, (3.2, 1.95), (5.2, 2.75), GREEN, width=2)
     arrow(axes, (4.8, 3.43), (2.43, 4.29), GREEN, width=2)
     arrow(axes, (2.43, 4.51), (4.85, 5.27), ORANGE, width=2)
     arrow(axes, (5.2, 5.95), (2.25, 7.0), ORANGE, width=2)
-    paths = [(0.95, 3.05, BLUE, "through x̂"), (5.2, 6.5, ORANGE, "through the mean")]
+    axes.text(2.15, 0.85, "dy", fontsize=11, color=INK, va="center")
+    axes.text(2.45, 7.25, "dx: all three added", fontsize=9.5, color=INK, va="center")
+    paths = [(2.3, 3.05, BLUE, "through x̂"), (5.2, 6.5, ORANGE, "through the mean")]
     paths.append((5.2, 4.05, GREEN, "through the variance"))
     for number, (x, y, color, text) in enumerate(paths, start=1):
         axes.text(x, y, str(number), fontsize=13, color=color, weight="bold", ha="center", va="center")
-        axes.text(8.7, 7.8 - 0.5 * number, f"{number}  {text}", fontsize=9.5, color=color, ha="right", va="center")
-    axes.text(8.7, 0.5, "grey: forward\ncolour: gradients", fontsize=9.5, color=INK, ha="right", va="center")
+        axes.text(
+            8.7, -0.75 + 0.5 * (4 - number), f"{number}  {text}", fontsize=9.5, color=color, ha="right", va="center"
+        )
+    axes.text(8.7, 1.6, "grey: forward\nothers: gradients", fontsize=9.5, color=INK, ha="right", va="center")
     save(figure, "batchnorm-graph")
 
 
@@ -108,7 +117,7 @@ def resnet_shapes() -> None:
         rows.append((f"layer{stage}: {count} bottlenecks", side, 4 * width, "#d7e6f2"))
     rows += [("mean over the picture", 1, 2048, FILL), ("dense", 1, 1000, FILL)]
     figure, axes = canvas(5.0, (0, 10), (-len(rows) + 0.2, 1.0))
-    axes.text(0, 0.75, "side (wide),\nchannels (high)", fontsize=9, ha="left", va="center")
+    axes.text(0, 0.75, "side (wide),\nchannels (high),\nnot to scale", fontsize=9, ha="left", va="center")
     axes.text(3.35, 0.75, "layer", fontsize=9, ha="left", va="center")
     axes.text(9.9, 0.75, "H × W × C", fontsize=9, ha="right", va="center")
     for i, (name, side, channels, fill) in enumerate(rows):
@@ -125,7 +134,7 @@ def resnet_shapes() -> None:
 
 
 PICTURE = np.arange(1.0, 17).reshape(4, 4)
-SEEN = ["#9ecae1", "#fdd0a2"]  # by the first and the last patch
+SEEN, SEEN_TWICE = ["#9ecae1", "#fdd0a2"], "#cdb8d8"  # by the first patch, by the last, by both
 
 
 def im2col() -> None:
@@ -135,12 +144,21 @@ def im2col() -> None:
     colors = np.full((4, 4), "white", object)
     colors[1:, 1:] = SEEN[1]
     colors[:3, :3] = SEEN[0]
+    colors[1:3, 1:3] = SEEN_TWICE
     axes.text(0, 0.5, "picture", fontsize=10)
     grid(axes, (0, 0), PICTURE, colors)
-    axes.text(5.4, -1.2, "3×3 kernel,\nstride 1:\nfour patches", fontsize=10, va="center")
+    axes.text(
+        4.7,
+        -2,
+        "3×3 kernel, stride 1:\nfour patches.\nBlue: the first, orange: the\nlast, purple: in both.",
+        fontsize=10,
+        va="center",
+    )
     axes.text(0, -5.5, "unfold: each patch is a row", fontsize=10)
     grid(axes, (0, -5.9), patches, np.array([[SEEN[0]], ["white"], ["white"], [SEEN[1]]]), 9.5)
-    axes.text(9.5, -7.9, "· w", fontsize=12, va="center")
+    axes.text(9.3, -7.9, "·", fontsize=14, va="center", ha="center")
+    grid(axes, (9.75, -5.9), np.full((9, 1), ""), np.array("white"), side=4 / 9)
+    axes.text(9.97, -5.5, "w", fontsize=11, ha="center")
     arrow(axes, (4.6, -10.05), (4.6, -10.95), INK)
     axes.text(0, -11.9, "y = patches · w,  4 values of a 2×2 output", fontsize=10)
     save(figure, "im2col")
@@ -148,17 +166,21 @@ def im2col() -> None:
 
 def fold_figure() -> None:
     """A pixel receives one gradient from each patch that contains it."""
-    ones = np.ones((4, 9))
-    counts = fold(ones, (1, 4, 4, 1), 3, 3, 1, 0)[0, :, :, 0]
+    gradients = np.repeat(10.0 ** np.arange(4)[:, None], 9, axis=1)
+    sums = fold(gradients, (1, 4, 4, 1), 3, 3, 1, 0)[0, :, :, 0]
     figure, axes = canvas(3.7, (-0.3, 10.6), (-10.6, 1.2))
     axes.text(0, 0.5, "gradients of the patches, dy · wᵀ", fontsize=10)
-    grid(axes, (0, 0), ones, np.array([[SEEN[0]], ["white"], ["white"], [SEEN[1]]]), 9.5)
+    grid(axes, (0, 0), gradients, np.array([[SEEN[0]], ["white"], ["white"], [SEEN[1]]]), 9)
     axes.text(0, -5.3, "fold: each value goes back to its pixel, values meet and add", fontsize=9.5)
-    grid(axes, (0, -5.8), counts, np.select([counts == 2, counts == 4], ["#e5f5e0", "#a1d99b"], "white"))
+    colors = np.full((4, 4), "white", object)
+    colors[1:, 1:] = SEEN[1]
+    colors[:3, :3] = SEEN[0]
+    colors[1:3, 1:3] = SEEN_TWICE
+    grid(axes, (0, -5.8), sums, colors, 9)
     axes.text(
-        4.9,
+        4.5,
         -7.8,
-        "here every gradient is 1:\na corner is in one patch,\nthe centre is in four",
+        "here the gradients are 1, 10,\n100, 1000 by patch: a corner is\nin one, the centre in all four",
         fontsize=10,
         va="center",
     )
@@ -183,13 +205,13 @@ def bottleneck() -> None:
     arrow(axes, (2.95, -0.45), (2.95, 0.33), ORANGE, width=2)
     axes.text(3.2, -0.25, "dy", fontsize=11, color=ORANGE, va="center")
     axes.text(2.2, -0.25, "y", fontsize=11, color="#777777", va="center", ha="right")
-    for x, color, ends in [(6.1, GREY, (9.8, 1.65)), (6.6, ORANGE, (1.9, 9.55))]:
+    for x, color, ends in [(6.6, GREY, (9.85, 1.65)), (6.1, ORANGE, (1.9, 9.55))]:
         start, end = ((3.4, ends[0]), (3.15, ends[1])) if color == GREY else ((3.15, ends[0]), (3.4, ends[1]))
         axes.plot([start[0], x, x], [start[1], start[1], end[1]], color=color, lw=1.4 if color == GREY else 2)
         arrow(axes, (x, end[1]), end, color, width=1.4 if color == GREY else 2)
     axes.text(6.8, 5.6, "shortcut:\nx itself, or a\n1×1 projection", fontsize=9, va="center")
-    axes.text(3.6, 10.2, "dx = both added", fontsize=10, color=ORANGE, va="center")
-    axes.text(3.55, 1.2, "the same gradient\ngoes both ways", fontsize=9, color=ORANGE, va="center")
+    axes.text(3.6, 10.25, "dx = both added", fontsize=10, color=ORANGE, va="center")
+    axes.text(3.75, 1.15, "d, the same gradient,\ngoes both ways", fontsize=9, color=ORANGE, va="center")
     save(figure, "bottleneck")
 
 

@@ -44,11 +44,13 @@ def check_vjp(function: Callable[..., tuple[Any, Callable]], *arrays: Array, tol
 
     def first_output(*arrays: Array) -> Array:
         outputs, _ = function(*arrays)
-        return outputs[0] if isinstance(outputs, tuple) else outputs
+        return np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
 
     y = first_output(*arrays)
     w = rng.standard_normal(y.shape)
     gradients = function(*arrays)[1](w)
+    if not isinstance(gradients, tuple):
+        raise AssertionError(f"vjp must return a tuple, one gradient per array, got {type(gradients).__name__}")
     rounding = np.finfo(float).eps / STEP * np.linalg.norm(w) * np.linalg.norm(y)
     for i, (array, gradient) in enumerate(itertools.zip_longest(arrays, gradients[: len(arrays)])):
         if np.shape(gradient) != array.shape:

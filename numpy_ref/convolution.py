@@ -138,12 +138,12 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
         np.matmul(patches, matrix, out=y[block].reshape(-1, filters))
 
     def vjp(dy: Array) -> tuple[Array, Array]:
-        dx, dweight = np.empty(x.shape, x.dtype), None
+        dx, dweight = np.empty(x.shape, x.dtype), np.zeros(matrix.shape, x.dtype)
         for block, patches in unfolded_blocks(x, kh, kw, stride, padding):
             dy_rows = dy[block].reshape(-1, filters)
-            of_block = patches.T @ dy_rows
-            dweight = of_block if dweight is None else np.add(dweight, of_block, out=dweight)
-            dx[block] = fold(np.matmul(dy_rows, matrix.T, out=patches), x[block].shape, kh, kw, stride, padding)
+            dweight += patches.T @ dy_rows
+            dpatches = np.matmul(dy_rows, matrix.T, out=patches)  # in the memory of the patches, which have been used
+            dx[block] = fold(dpatches, x[block].shape, kh, kw, stride, padding)
         return dx, dweight.reshape(weight.shape)
 
     return y, vjp
@@ -151,8 +151,9 @@ def _conv2d_blocks(x: Array, weight: Array, stride: int, padding: int) -> tuple[
 
 def unfold(x: Array, kh: int, kw: int, stride: int, padding: int) -> Array:
     """Returns a kernel's patches (im2col): (N, H, W, C) -> (N·H'·W', kh·kw·C), taps row-major, channels last."""
-    ((_, patches),) = unfolded_blocks(x, kh, kw, stride, padding, images=len(x))
-    return patches
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(1, 2))  # (N, …, …, C, kh, kw)
+    return np.moveaxis(windows[:, ::stride, ::stride], 3, 5).reshape(-1, kh * kw * x.shape[3])
 
 
 def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, padding: int) -> Array:
@@ -165,14 +166,12 @@ def fold(patches: Array, shape: tuple[int, ...], kh: int, kw: int, stride: int, 
     return x[:, padding : padding + h, padding : padding + w]
 
 
-def unfolded_blocks(
-    x: Array, kh: int, kw: int, stride: int, padding: int, images: int | None = None
-) -> Iterator[tuple[slice, Array]]:
-    """Yields a slice of the images and its patches, (images·H'·W', kh·kw·C). The next block overwrites the patches."""
+def unfolded_blocks(x: Array, kh: int, kw: int, stride: int, padding: int) -> Iterator[tuple[slice, Array]]:
+    """Yields a slice of the images and its patches as by `unfold`. The next block overwrites the patches."""
     n, h, w, channels = x.shape
     out_h, out_w = output_size(x, (kh, kw), stride, padding)
     rows = max(BLOCK_ROWS, BLOCK_BYTES // (kh * kw * channels * x.itemsize))
-    images = images or min(n, -(-rows // (out_h * out_w)))
+    images = min(n, -(-rows // (out_h * out_w)))
     padded = np.zeros((images, h + 2 * padding, w + 2 * padding, channels), x.dtype)
     patches = np.empty((images, out_h, out_w, kh, kw, channels), x.dtype)
     # A view of `padded` as patches: one step along H' or W' moves by `stride` pixels in the image.

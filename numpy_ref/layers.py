@@ -92,10 +92,11 @@ def batch_norm(
         dy = dy.reshape(rows.shape)
         dbias = dy.sum(0)
         dweight = (dy * centred).sum(0) * inverse_deviation
+        kept = dy
         if train:
             # BatchNorm undoes any shift or scaling of the batch, so dy loses its components along these directions.
-            dy = dy - dbias / n - centred * (inverse_deviation * dweight / n)
-        dx = dy * (weight * inverse_deviation)
+            kept = dy - dbias / n - centred * (inverse_deviation * dweight / n)
+        dx = kept * (weight * inverse_deviation)
         return dx.reshape(x.shape), dweight, dbias
 
     return (y.reshape(x.shape), new_mean, new_var), vjp

@@ -113,8 +113,13 @@ def apply(
 def stem(params: Tree, batch_stats: Tree, images: Array, *, train: bool) -> tuple[tuple[Array, Tree], Vjp]:
     """7x7 convolution with stride 2, BatchNorm, ReLU, 3x3 max-pool with stride 2. Returns the same as `conv_norm`."""
     (x, new_stats), vjp_conv = conv_norm_relu(params, batch_stats, "conv1", "bn1", images, 2, train=train)
-    x, vjp_pool = layers.max_pool(x)
-    return (x, new_stats), lambda dx: vjp_conv(*vjp_pool(dx))
+    y, vjp_pool = layers.max_pool(x)
+
+    def vjp(dy: Array) -> tuple[Tree, Array]:
+        (dx,) = vjp_pool(dy)
+        return vjp_conv(dx)
+
+    return (y, new_stats), vjp
 
 
 def residual_block(
@@ -134,11 +139,13 @@ def residual_block(
     """
     new_stats, shortcut, vjp_shortcut = {}, x, None
     if "downsample" in params:
-        projection = params["downsample"], batch_stats.get("downsample", {})
-        (shortcut, new_stats["downsample"]), vjp_shortcut = conv_norm(*projection, "0", "1", x, stride, train=train)
-    y, vjps, convs = x, [], convolutions(config, params["conv1"]["weight"].shape[3], stride)
-    for i, (_, _, conv_stride) in enumerate(convs, start=1):
-        layer = conv_norm_relu if i < len(convs) else conv_norm
+        (shortcut, new_stats["downsample"]), vjp_shortcut = conv_norm(
+            params["downsample"], batch_stats.get("downsample", {}), "0", "1", x, stride, train=train
+        )
+    strides = [conv_stride for _, _, conv_stride in convolutions(config, params["conv1"]["weight"].shape[3], stride)]
+    y, vjps = x, []
+    for i, conv_stride in enumerate(strides, start=1):
+        layer = conv_norm_relu if i < len(strides) else conv_norm
         (y, update), vjp_layer = layer(params, batch_stats, f"conv{i}", f"bn{i}", y, conv_stride, train=train)
         new_stats |= update
         vjps.append(vjp_layer)
@@ -157,11 +164,18 @@ def residual_block(
     return (y, new_stats), vjp
 
 
-def conv_norm_relu(*arguments: Any, train: bool) -> tuple[tuple[Array, Tree], Vjp]:
+def conv_norm_relu(
+    params: Tree, batch_stats: Tree, conv: str, norm: str, x: Array, stride: int, *, train: bool
+) -> tuple[tuple[Array, Tree], Vjp]:
     """`conv_norm` followed by a ReLU. Arguments and results are those of `conv_norm`."""
-    (y, new_stats), vjp_norm = conv_norm(*arguments, train=train)
+    (y, new_stats), vjp_norm = conv_norm(params, batch_stats, conv, norm, x, stride, train=train)
     y, vjp_relu = layers.relu(y)
-    return (y, new_stats), lambda dy: vjp_norm(*vjp_relu(dy))
+
+    def vjp(dy: Array) -> tuple[Tree, Array]:
+        (dy,) = vjp_relu(dy)
+        return vjp_norm(dy)
+
+    return (y, new_stats), vjp
 
 
 def conv_norm(
@@ -174,21 +188,23 @@ def conv_norm(
     """
     padding = len(params[conv]["weight"]) // 2  # keeps the size at stride 1
     y, vjp_conv = layers.conv2d(x, **params[conv], stride=stride, padding=padding)
-    if norm not in params:
-
-        def vjp(dy: Array) -> tuple[Tree, Array]:
-            dx, dweight, dbias = vjp_conv(dy)
-            return {conv: {"weight": dweight, "bias": dbias}}, dx
-
-        return (y, {}), vjp
-    (y, mean, var), vjp_norm = layers.batch_norm(y, **params[norm], **batch_stats[norm], train=train)
+    new_stats, vjp_norm = {}, None
+    if norm in params:
+        (y, mean, var), vjp_norm = layers.batch_norm(y, **params[norm], **batch_stats[norm], train=train)
+        new_stats[norm] = {"running_mean": mean, "running_var": var}
 
     def vjp(dy: Array) -> tuple[Tree, Array]:
-        dy, dgamma, dbeta = vjp_norm(dy)
-        dx, dweight, _ = vjp_conv(dy)
-        return {conv: {"weight": dweight}, norm: {"weight": dgamma, "bias": dbeta}}, dx
+        dparams = {}
+        if vjp_norm is not None:
+            dy, dgamma, dbeta = vjp_norm(dy)
+            dparams[norm] = {"weight": dgamma, "bias": dbeta}
+        dx, dweight, dbias = vjp_conv(dy)
+        dparams[conv] = {"weight": dweight}
+        if dbias is not None:
+            dparams[conv]["bias"] = dbias
+        return dparams, dx
 
-    return (y, {norm: {"running_mean": mean, "running_var": var}}), vjp
+    return (y, new_stats), vjp
 
 
 def head(params: Tree, x: Array) -> tuple[Array, Vjp]:

@@ -14,13 +14,17 @@ take half an hour on two cores; this file runs two on ResNet-50 and one on ResNe
 import numpy as np
 import pytest
 
+import numpy_ref.resnet
+import numpy_ref.weights
+
 pytest.importorskip("torchvision", reason="needs the extra torch")
 
 from experiments.frameworks.common import ResNet
 from experiments.parity import __main__ as parity
-from experiments.parity import cases, in_torch
+from experiments.parity import cases, errors, in_torch
 from experiments.parity import checks as compare
 from experiments.parity.comparison import TRAINING_BATCH
+from numpy_ref import fast, layers
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +34,7 @@ FRAMEWORKS = ["numpy", "torch_ref", "torchvision"]
 GRID = [  # network, channels, (N, H, W), mode
     *((depth, 3, (8, 64, 64), mode) for depth in DEPTHS for mode in ("train", "eval")),
     *((depth, 1, (8, 64, 96), "train") for depth in DEPTHS),
+    ("resnet101", 3, (8, 45, 67), "train"),
     *((depth, 3, (1, 224, 224), "eval") for depth in DEPTHS),
     ("resnet18", 1, (8, 64, 96), "eval"),
     *(("resnet18", 1, (8, 64, 64), mode) for mode in ("train", "eval")),
@@ -54,6 +59,20 @@ def test_network_is_the_same_in_all_frameworks(arch, channels, shape, mode, x64)
     rows = [row for rows, _ in compared for row in rows]
     assert len(rows) == len(FRAMEWORKS) * 6
     assert [row for row in rows if row.verdict != "ok"] == []
+
+
+def test_the_plain_numpy_network_is_the_fast_one_at_full_width():
+    """ResNet-101 in float64, on pictures whose sides no stride divides; the grid compares the fast one with JAX."""
+    network = ResNet("resnet101")
+    trees = numpy_ref.weights.from_torch(cases.draw_weights(network, seed=0))
+    images, labels = cases.draw_batch(network, (8, 45, 67), np.random.default_rng(1))
+    results = []
+    for module in (numpy_ref.resnet, fast):
+        out, vjp = module.apply(module.resnet101(), *trees, images, train=True)
+        (dlogits,) = layers.softmax_cross_entropy(out.logits, labels)[1](np.full(8, 1 / 8))
+        dparams, dimages = vjp(dlogits)
+        results.append(numpy_ref.weights.to_torch(dparams, out.batch_stats) | {"logits": out.logits, "images": dimages})
+    assert errors.largest(errors.relative_errors(*results))[0] <= 1e-12
 
 
 OTHER_NETWORKS = [["--stride-in", "conv1"], ["--no-batch-norm"], ["--seed", "1"]]

@@ -28,6 +28,8 @@ MISTAKES = {
     "zero": (lambda dx, dw, db: (0 * dx, dw, db), "gradient 0.* is wrong.*the vjp says 0"),
     "nan": (lambda dx, dw, db: (np.nan * dx, dw, db), "gradient 0.* is wrong"),
     "transposed": (lambda dx, dw, db: (dx, dw.T, db), r"gradient 1 must be \(4, 3\), got \(3, 4\)"),
+    "no tuple": (lambda dx, dw, db: dx, "vjp must return a tuple, one gradient per array, got ndarray"),
+    "nothing": (lambda dx, dw, db: None, "vjp must return a tuple, one gradient per array, got NoneType"),
     "missing": (lambda dx, dw, db: (dx, dw), r"gradient 2 must be \(3,\), got \(\)"),
 }
 

@@ -1,10 +1,14 @@
 """The numbers in docs/batchnorm.md are those that its script measures; docs/figures.py draws the figures."""
 
 import importlib.util
-import struct
+import inspect
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from numpy_ref import layers
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,6 +24,12 @@ def test_the_table_of_mistakes_is_what_the_script_measures():
     assert "\n".join(script("batchnorm_mistakes").rows()) in (DOCS / "batchnorm.md").read_text(encoding="utf-8")
 
 
+def test_the_page_shows_the_code_of_batch_norm():
+    (lines,) = re.findall("\n```\n(dbias = .*?)```", (DOCS / "batchnorm.md").read_text(encoding="utf-8"), re.S)
+    code = inspect.getsource(layers.batch_norm)
+    assert [line for line in lines.splitlines() if line not in code] == []
+
+
 def test_every_figure_of_the_pages_is_drawn_at_the_width_of_a_phone(tmp_path, monkeypatch):
     figures = script("figures")
     monkeypatch.setattr(figures, "FOLDER", tmp_path)
@@ -29,7 +39,7 @@ def test_every_figure_of_the_pages_is_drawn_at_the_width_of_a_phone(tmp_path, mo
     drawn = sorted(tmp_path.iterdir())
     for path in drawn:
         assert f"]({path.name})" in pages
-        sizes = [struct.unpack(">II", picture.read_bytes()[16:24]) for picture in (path, DOCS / path.name)]
-        assert sizes[0] == sizes[1]  # the committed figure has the size of the drawn one
-        assert sizes[0][0] == pytest.approx(figures.WIDTH * figures.DPI)
+        with Image.open(DOCS / path.name) as picture:
+            assert picture.width == pytest.approx(figures.WIDTH * figures.DPI)
+            assert picture.text["Description"] == figures.DIGEST, "run python docs/figures.py"
     assert pages.count("![") == len(drawn)
