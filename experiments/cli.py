@@ -30,8 +30,11 @@ def exit_code(run: Callable[[], int | None]) -> int:
     `run` returns the number of the signal that stopped the program, or None. If it raises a ValueError or OSError, the
     input is bad, and the error's text is the message for the user. A FailedError is a failure for another reason.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the program began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     # JAX logs errors, with tracebacks, that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -39,7 +42,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
         try:
             ended_by = run()
         finally:
-            sys.stdout.flush()  # also after --help, which ends by SystemExit
+            flush_output()  # also after --help, which ends by SystemExit
         return 0 if ended_by is None else 128 + ended_by
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -63,6 +66,17 @@ def exit_code(run: Callable[[], int | None]) -> int:
         code, message = FAILED, str(error).splitlines()[0]
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def flush_output() -> None:
+    """Writes what has been printed; warns if it cannot be written, for instance to a full disk."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"warning: the output could not be printed: {error.strerror}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # otherwise Python reports the error once more at exit
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -105,7 +119,7 @@ def expand_home(argument: str) -> str:
     """
     option, equals, path = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     expanded = os.path.expanduser(path)
-    if path.startswith("~") and expanded == path:
+    if path.startswith("~") and expanded == path and not os.path.exists(path):
         raise ValueError(f"{path} does not exist: there is no home folder of that name")
     return f"{option}{equals}{expanded}"
 

@@ -25,7 +25,7 @@ import safetensors.numpy
 
 __all__ = ["CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
 
-_STATE, _RECORD = "state.safetensors", "record.json"
+STATE, RECORD = "state.safetensors", "record.json"
 _UNFINISHED, _REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written or deleted
 
 
@@ -179,7 +179,7 @@ class Checkpoints:
         aside.mkdir()
         # The file holds NumPy's own types only: bfloat16 and similar types are stored as unsigned integers.
         plain = {name: a.view(f"u{a.itemsize}") if a.dtype.kind == "V" else a for name, a in arrays.items()}
-        safetensors.numpy.save_file(plain, aside / _STATE)
+        safetensors.numpy.save_file(plain, aside / STATE)
         written = {name: [list(a.shape), str(a.dtype), _crc(a)] for name, a in arrays.items()}
         _write_record(aside, {"facts": facts, "arrays": written, "score": score})
         aside.rename(path)
@@ -212,18 +212,18 @@ class Checkpoints:
                 "start the run again"
             )
         try:
-            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             crc = record.pop("crc")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
         if crc != _crc_of_json(record):
-            raise DamagedError(f"{path} is damaged: {_RECORD} differs from what was written")
+            raise DamagedError(f"{path} is damaged: {RECORD} differs from what was written")
         return record
 
     def _arrays(self, step: int, record: dict[str, Any]) -> dict[str, np.ndarray]:
         path = self.folder / str(step)
         try:
-            stored = safetensors.numpy.load_file(path / _STATE)
+            stored = safetensors.numpy.load_file(path / STATE)
             arrays = {name: stored[name].view(np.dtype(dtype)) for name, (_, dtype, _) in record["arrays"].items()}
         except Exception as error:  # the libraries raise several types
             raise DamagedError(f"{path} is damaged: {_reason(error)}") from error
@@ -242,9 +242,9 @@ class Checkpoints:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    aside = folder / f"{_RECORD}{_UNFINISHED}"
+    aside = folder / f"{RECORD}{_UNFINISHED}"
     aside.write_text(json.dumps(record | {"crc": _crc_of_json(record)}), encoding="utf-8")
-    aside.replace(folder / _RECORD)
+    aside.replace(folder / RECORD)
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

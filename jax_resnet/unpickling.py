@@ -51,6 +51,7 @@ _DATA = {
       for name in ("bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "long",
                    "object", "range", "set", "slice", "str", "tuple", "unicode", "xrange")),
 }  # fmt: skip
+_SCALAR = re.compile(r"numpy\.((u?int|float|complex)\d+|bool_?|str_|bytes_)")  # types, such as a setting's
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
 
 
@@ -122,7 +123,7 @@ class _Unpickler(pickle._Unpickler):  # the C version would allocate as much as 
         today = path.replace("numpy.core.", "numpy._core.")  # numpy.core is the name before NumPy 2
         if path in _DICTS:
             return Dict
-        if path in _DATA or module in _DATA_MODULES or module.startswith("numpy.random."):
+        if path in _DATA or module in _DATA_MODULES or module.startswith("numpy.random.") or _SCALAR.fullmatch(path):
             return Inert
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
             return _Kind(name.removesuffix("Storage"))

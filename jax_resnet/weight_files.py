@@ -6,6 +6,7 @@ interprets.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from jax_resnet import unpickling
-from jax_resnet.checkpoint import Checkpoints, DamagedError
+from jax_resnet.checkpoint import RECORD, STATE, Checkpoints, DamagedError
 
 __all__ = [
     "AGAIN",
@@ -39,12 +40,13 @@ __all__ = [
 
 _MAX_BYTES = 2**34  # of all arrays together; ResNet-152 with Adam's state has 1.5e9 in float64
 _MAX_INDEX = 2**24  # bytes of an index file
-_MAX_LEAVES, _MAX_DEPTH = 10**6, 16  # of nested entries, which may contain one another
+_MAX_ENTRIES, _MAX_DEPTH = 10**6, 16  # of nested entries, which may contain one another
 # Files to look for in a folder, in this order: Hugging Face's names, then the name in a training run.
 INDEX = ".index.json"  # such a file says which of several weight files holds which array
 FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
                 "weights.safetensors")  # fmt: skip
 AGAIN = "copy or download it again"
+_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".npz", ".h5", ".keras"}  # in messages only
 _SIGNATURES = {  # the first bytes of other files that get mistaken for weight files
     b"": f"it is empty: {AGAIN}",
     b"version https://git-lfs": "it is a pointer of git-lfs: run `git lfs pull`",
@@ -89,6 +91,8 @@ def read_contents(path: Path) -> Contents:
     """
     if path.is_dir():
         return _read_folder(path)
+    if path.name == STATE and (path.parent / RECORD).is_file():  # the arrays of a checkpoint
+        return _read_folder(path.parent)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a pipe or device: copy what it gives to a file")
     if not path.is_file():
@@ -122,7 +126,7 @@ def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
         return _flat(_read_hdf5(file))
     if start[257:262] == b"ustar":
         return _read_tar(file)
-    if start[:1] == b"\x80" and start[1:2] <= b"\5":
+    if (start[:1] == b"\x80" and start[1:2] <= b"\5") or re.match(rb"\([dli]|[]}]q\0|c[\w.]+\n", start):  # pickles
         return _flat(unpickling.read_stream(file))
     if start.lstrip().startswith(b"{") and b'"weight_map"' in (index := file.read(_MAX_INDEX)):
         return _read_shards(path, index)
@@ -233,7 +237,10 @@ def _read_shards(path: Path, index: bytes) -> Contents:
     for name in sorted({str(name) for name in parts.values()}):
         if Path(name).name != name:
             raise Unreadable(f"is refused: it names a file in another folder, {name}")
-        arrays |= read_contents(path.with_name(name)).arrays
+        try:
+            arrays |= read_contents(path.with_name(name)).arrays
+        except (OSError, ValueError) as error:
+            raise Unreadable(f"names parts, of which one cannot be read: {error}") from error
     if missing := [name for name in parts if name not in arrays]:
         raise Unreadable(f"names {len(missing)} arrays that its parts do not hold, such as {missing[0]}")
     return Contents(arrays)
@@ -243,7 +250,8 @@ def _read_folder(path: Path) -> Contents:
     """Reads a folder of Hugging Face or of a training run, or a checkpoint of a run."""
     for name in FOLDER_FILES:
         if (path / name).is_file():
-            return read_contents(path / name)._replace(path=path / name)
+            contents = read_contents(path / name)
+            return contents._replace(path=path / name, notes=(*contents.notes, *_newer(path / name, contents)))
     if path.name.isdecimal() and any(path.glob("record*")):
         folder, steps = path.parent, [int(path.name)]
     else:
@@ -260,9 +268,27 @@ def _read_folder(path: Path) -> Contents:
         return contents._replace(path=folder / str(step), notes=notes)
     if damaged:
         raise ValueError(damaged[-1])
+    if (path / "metrics.jsonl").is_file():
+        raise ValueError(f"{path} is a run that has no weights yet: it has written no checkpoint")
+    inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in _SUFFIXES)
+    hint = next((f", such as {file}" for file in inside), "")
     raise ValueError(
-        f"{path} is a folder without {FOLDER_FILES[0]}, {FOLDER_FILES[-1]} or checkpoints: name a weight file"
+        f"{path} is a folder without {FOLDER_FILES[0]}, {FOLDER_FILES[-1]} or checkpoints of a run: name a weight "
+        f"file{hint}"
     )
+
+
+def _newer(file: Path, contents: Contents) -> Iterator[str]:
+    """A note if the last checkpoint of a run is newer than its weight file: it was resumed, then perhaps killed."""
+    folder = file.parent / "checkpoints"
+    for step in Checkpoints(folder).steps()[-1:]:
+        if (folder / str(step)).stat().st_mtime > file.stat().st_mtime:
+            with contextlib.suppress(DamagedError):
+                newest = _of_run(Checkpoints(folder).read(step)[0]).arrays
+                theirs = contents.arrays
+                if any(name in theirs and not np.array_equal(theirs[name], newest[name]) for name in newest):
+                    here = folder / str(step)
+                    yield f"{file.name} is older than checkpoint {step}: for the newer weights, name {here}"
 
 
 def _of_run(arrays: Mapping[str, np.ndarray]) -> Contents:
@@ -287,10 +313,8 @@ def to_tree_layout(array: np.ndarray) -> np.ndarray:
 def _flat(tree: Any) -> Contents:
     arrays: dict[str, Any] = {}
     others = []
-    for number, (name, value) in enumerate(_leaves(tree)):
+    for name, value in _leaves(tree):
         value = value.tensor if isinstance(value, unpickling.Inert) else value
-        if number == _MAX_LEAVES:
-            raise Unreadable(f"is refused: it has more than {_MAX_LEAVES:,} entries")
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             arrays[name] = value
         else:
@@ -298,13 +322,24 @@ def _flat(tree: Any) -> Contents:
     return Contents(arrays, tuple(others))
 
 
-def _leaves(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    items = enumerate(tree) if isinstance(tree, list | tuple) else tree.items() if isinstance(tree, Mapping) else None
-    if items is None or depth == _MAX_DEPTH:
-        yield prefix.removesuffix("."), tree
-        return
-    for name, value in items:
-        yield from _leaves(value, f"{prefix}{name}.", depth + 1)
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of all entries that are no lists or dicts.
+
+    Raises:
+      Unreadable: lists and dicts are entered more than _MAX_ENTRIES times, since a small file may repeat the same ones.
+    """
+    entries, waiting = 0, [("", tree, 0)]
+    while waiting:
+        prefix, tree, depth = waiting.pop()
+        many = isinstance(tree, list | tuple)
+        if depth == _MAX_DEPTH or not (many or isinstance(tree, Mapping)):
+            yield prefix.removesuffix("."), tree
+            continue
+        entries += 1 + len(tree)
+        if entries > _MAX_ENTRIES:
+            raise Unreadable(f"is refused: it has more than {_MAX_ENTRIES:,} entries")
+        items = list(enumerate(tree) if many else tree.items())
+        waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in reversed(items)]
 
 
 def refuse_bombs(size: int) -> None:

@@ -27,7 +27,8 @@ _TRAINED = ("state_dict", "model", "model_state_dict")  # checkpoints hold the t
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|averaged?|shadow)([._]|$)", re.IGNORECASE)
 # Arrays with such names may lie beside the layers without being part of the ResNet. One may be the dense layer.
 _BESIDE = re.compile(
-    "criterion|loss|queue|metric|acc|auc|n_averaged|optim|proj|predict|mlp|prototype|head|classif|linear|logit|fc",
+    "criterion|loss|queue|metric|acc|auc|n_averaged|optim|proj|predict|mlp|prototype|head|classif|linear|logit|fc|"
+    "class_?weight|pos_weight|prior|center",
     re.IGNORECASE,
 )
 _HEAD = re.compile(r"(?!.*(proj|predictor|embed))(.*(fc|head|classif|linear|logit|output|predictions|dense).*|\d+)$")
@@ -81,10 +82,9 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         if name.startswith(chosen) and original.startswith(wrapped[chosen]) and not name.startswith(deeper):
             theirs = name.removeprefix(chosen)
             inner[names.get(theirs, theirs)] = original
-    outer = {}
+    outer, parent = {}, chosen.removesuffix(".").rpartition(".")[0]
+    parent = f"{parent}." if parent else ""
     if chosen:
-        parent = chosen.removesuffix(".").rpartition(".")[0]
-        parent = f"{parent}." if parent else ""
         outer = {n.removeprefix(parent): o for n, o in originals.items() if n.startswith(parent)}
         outer = {name: original for name, original in outer.items() if original not in set(inner.values())}
     head, dense = _find_head(arrays, inner, outer)
@@ -106,9 +106,15 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
         naming,
         tuple(_summary([*left_out, *others], shown[chosen])),
         head,
-        tuple(
-            f"{mean} and {std} were left out: normalize the pictures with them before the network"
-            for mean, std in normalization
+        (
+            *(
+                f"{mean} and {std} were left out: normalize the pictures with them before the network"
+                for mean, std in normalization
+            ),
+            *(
+                f"{weight}, which may be the layer that names the classes, was left out"
+                for weight in _other_heads(arrays, {} if parent in networks else outer, dense)
+            ),
         ),
     )
 
@@ -140,9 +146,11 @@ def _with_wrappers(prefix: str, naming: Naming, originals: Mapping[str, str]) ->
 def _choose(shown: Mapping[str, str], entry: str | None) -> str | None:
     """Chooses a network from {prefix: prefix as the file has it} and returns its prefix; None if there are none."""
     prefixes = list(shown)
-    there = ", ".join(shown[prefix].removesuffix(".") or "the file itself" for prefix in prefixes)
+    there = ", ".join(shown[prefix].removesuffix(".") or "the file itself ('')" for prefix in prefixes)
     if entry is not None:
-        prefixes = [p for p in prefixes if any(f".{entry}." in f".{name}" for name in (p, shown[p]))]
+        of_entry = [p for p in prefixes if any(f".{entry}." in f".{name}" for name in (p, shown[p]))]
+        whole = f"{entry}." if entry else ""
+        prefixes = [p for p in prefixes if whole in (p, shown[p])] or of_entry  # not a network inside this one
         if not prefixes:
             raise ValueError(f"has no network in {entry!r}, {'only in ' + there if there else 'nor elsewhere'}")
     for keep in (lambda p: shown[p].split(".")[0] in _TRAINED, lambda p: not _AVERAGE.search(p)):
@@ -178,6 +186,19 @@ def _find_head(arrays: Mapping[str, Any], *scopes: Mapping[str, str]) -> tuple[s
             fields = {name: name.rpartition(".")[2].replace("kernel", "weight") for name in names}  # Keras' kernel
             return layer, {f"fc.{field}": scope[name] for name, field in fields.items()}
     return None, {}
+
+
+def _other_heads(arrays: Mapping[str, Any], outer: Mapping[str, str], dense: Mapping[str, str]) -> Iterator[str]:
+    """The names in the file of dense layers beside the network that are named like a head, except its own.
+
+    Args:
+      outer: {name: name in the file} of what lies beside the network; {} if that is part of another network.
+    """
+    for name, original in outer.items():
+        layer, _, field = name.rpartition(".")
+        if field in ("weight", "kernel") and len(arrays[original].shape) == 2 and original not in dense.values():
+            if layer.split(".")[0] not in LAYERS[:-1] and all(map(_HEAD.match, layer.split("."))):
+                yield original
 
 
 def _normalizations(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def settings_beside(path: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             try:
                 with (folder / name).open("rb") as file:
-                    settings |= json.loads(file.read(2**24))  # a larger file is cut and refused
-            except (OSError, TypeError, ValueError, RecursionError) as error:
+                    read = json.loads(file.read(2**24))  # a larger file is cut and refused
+            except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / name} cannot be read: {error}") from error
+            settings |= read if isinstance(read, dict) else {}  # a list is another program's
     return settings
 
 
@@ -67,14 +69,16 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
     problems = [f"{name} {backbone[name]!r}" for name in wrong]
     both = {**settings, **backbone}
     for name in ("architecture", "backbone"):  # after the dot timm names the training recipe
-        if name in both and str(both[name] or "resnet18").removeprefix("tv_").split(".")[0] not in ARCHITECTURES:
+        told = str(both.get(name) or "resnet18").lower().removeprefix("tv_").split(".")[0]
+        if re.sub("[-_]", "", told) not in ARCHITECTURES:
             problems.append(f"{name} {both[name]!r}")
     plain_values: dict[str, list[Any]] = {"global_pool": ["avg", ""], "dilation": [False], "output_stride": [32]}
     for name, known in plain_values.items():
-        if both.get(name) is not None and both[name] not in known:
+        number_one = name == "dilation" and type(both.get(name)) is int and both[name] == 1  # pixels, not whether
+        if both.get(name) is not None and both[name] not in known and not number_one:
             problems.append(f"{name} {both[name]!r}")
-    arguments = settings.get("model_args") or {}
-    if not isinstance(arguments, Mapping) or set(arguments) - _HARMLESS:
+    arguments = settings.get("model_args")
+    if isinstance(arguments, Mapping) and set(arguments) - _HARMLESS:
         problems.append(f"model_args {arguments!r}")
     if problems:
         raise ValueError(

@@ -91,6 +91,8 @@ def load_classifier(settings: Settings) -> Classifier:
         raise ValueError(f"{path} was saved with batch_norm_eps={config.batch_norm_eps}: only jax_resnet can run it")
     if not config.num_classes:
         raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it cannot classify")
+    if config.num_classes == 1:
+        raise ValueError(f"{path} has one output, for yes or no: this program names one of two classes or more")
     facts, notes = run_metadata(file), file.notes
     if is_of_a_run(facts):
         if settings.resize is not None:
@@ -100,7 +102,8 @@ def load_classifier(settings: Settings) -> Classifier:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the metadata of {path} are not as experiments.cars writes them: {error}") from error
     else:
-        preparation = told_beside(file) or Middle((resize,))
+        told = told_beside(file)
+        preparation = told or Middle((resize,))
         if settings.resize is not None:
             preparation = dataclasses.replace(preparation, shorter=(settings.resize,))
         if config.in_channels != len(preparation.mean):
@@ -112,8 +115,11 @@ def load_classifier(settings: Settings) -> Classifier:
         class_names = hub_pictures.class_names(file.settings, config.num_classes) or imagenet.class_names()
         if config.num_classes != len(class_names):
             class_names = [f"class {number}" for number in range(config.num_classes)]
-        elif class_names is imagenet.class_names() and settings.weights != TORCHVISION:
-            notes += ("the names are assumed to be ImageNet's",)
+        assumed = ["preparation of the pictures"] if told is None else []
+        assumed += ["names"] if class_names is imagenet.class_names() else []
+        if assumed and settings.weights != TORCHVISION:
+            verb = "is" if assumed == ["preparation of the pictures"] else "are"
+            notes += (f"the {' and the '.join(assumed)} {verb} assumed to be ImageNet's",)
     arrays = {name: array.astype(np.float32) for name, array in file.arrays.items()}
     return Classifier(arch, config, arrays, class_names, preparation, notes=notes)
 
@@ -127,7 +133,8 @@ def told_beside(file: weights.WeightFile) -> Middle | None:
     try:
         return hub_pictures.preparation(file.settings) or (hub_pictures.KERAS if file.naming == "Keras" else None)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the settings beside {file.path} do not say how pictures are prepared: {error!r}") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"the settings beside {file.path} do not say how pictures are prepared: {reason}") from error
 
 
 def load_exported(path: Path) -> Classifier:

@@ -25,7 +25,9 @@ def preparation(settings: Mapping[str, Any]) -> Middle | None:
     Raises:
       ArithmeticError, AttributeError, KeyError, TypeError, ValueError: timm and Hugging Face write no such settings.
     """
-    if "input_size" in (of_timm := settings.get("pretrained_cfg", settings)):
+    of_timm = settings.get("pretrained_cfg", settings)
+    # Another program's config.json may have an input_size, too, as a number.
+    if "input_size" in of_timm and (of_timm is not settings or isinstance(of_timm["input_size"], list)):
         told = _of_timm(of_timm)
     elif "image_mean" in settings:
         told = _of_hugging_face(settings)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments.cli import MAX_SIZE
 from experiments.data import pictures
-from experiments.data.rgb import open_image, to_rgb
+from experiments.data.rgb import depth_of, has_sixteen_bits, open_image, refuse_few_bits, to_rgb, white_of
 from experiments.from_table import from_table
 from jax_resnet import resnet
 
@@ -68,6 +68,10 @@ class Middle:
           Exception: the picture cannot be decoded, or is too elongated to be resized.
         """
         with open_image(data) as image:
+            sixteen = has_sixteen_bits(image)
+            image.load()
+            kind, highest = depth_of(image, sixteen)
+            refuse_few_bits(kind, kind and white_of(kind, highest))
             colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
         if len(self.shorter) == 2:
             height, width = self.shorter
@@ -124,7 +128,10 @@ class Stretched:
         """(H, W, C) uint8; raises an exception of any type if the picture cannot be decoded."""
         decoding = pictures.Decoding(self.inner, self.grey, margin=None, white=tuple((self.white or {}).items()))
         around = (self.pad, self.pad)
-        return np.pad(pictures.decode(data, None, decoding).pixels, (around, around, (0, 0)))
+        decoded = pictures.decode(data, None, decoding)
+        if decoded.kind not in (self.white or {}):
+            refuse_few_bits(decoded.kind, decoded.kind and white_of(decoded.kind, decoded.highest))
+        return np.pad(decoded.pixels, (around, around, (0, 0)))
 
 
 @dataclasses.dataclass(frozen=True)

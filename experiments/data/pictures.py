@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.data.rgb import COLOURS, depth_of, is_turned, open_image, to_rgb
+from experiments.data.rgb import depth_of, has_sixteen_bits, is_turned, open_image, refuse_few_bits, to_rgb
 from experiments.machine import cores
 
 MAX_FILE_BYTES = 2**30
@@ -170,13 +170,12 @@ def decode(data: bytes, box: Box | None, decoding: Decoding) -> Decoded:
       Exception: the picture cannot be decoded.
     """
     with open_image(data) as image:
-        sixteen = any(";16" in str(tile.args) for tile in image.tile)  # image.load() clears this list
+        sixteen = has_sixteen_bits(image)
         image.load()
         turned = is_turned(image)
         kind, highest = depth_of(image, sixteen)
         white = dict(decoding.white).get(kind)
-        if kind == COLOURS and (white or 65535) < 65535:
-            raise ValueError(f"colours of 16 bits of which only {white.bit_length()} are used: save them with 8 bits")
+        refuse_few_bits(kind, white)
         colours = to_rgb(image, white)
     clipped = False
     if box is not None and decoding.margin is not None:

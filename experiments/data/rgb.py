@@ -56,12 +56,24 @@ def is_turned(image: Image.Image) -> bool:
         return False
 
 
+def has_sixteen_bits(image: Image.Image) -> bool:
+    """Whether the file of an opened picture, not loaded yet, has 16 bits for each colour; Pillow keeps the upper 8."""
+    return any(";16" in str(tile.args) for tile in image.tile)  # loading clears this list
+
+
+def refuse_few_bits(kind: str | None, white: float | None) -> None:
+    """Raises a ValueError for colours of 16 bits that use fewer of them: their upper 8 bits are dark or black."""
+    if kind == COLOURS and white is not None and white < 65535:
+        used = int(white).bit_length()
+        raise ValueError(f"colours of 16 bits of which only {used} are used: save them with 8 bits")
+
+
 def depth_of(image: Image.Image, sixteen: bool = False) -> tuple[str | None, float | None]:
     """The kind of a loaded picture's pixels of more than 8 bits, and their highest value; otherwise (None, None).
 
     Args:
       image: the loaded picture.
-      sixteen: whether its file has 16 bits for each colour; Pillow loses this when it loads the pixels.
+      sixteen: see has_sixteen_bits.
 
     Raises:
       ValueError: a pixel is negative, infinite, too large or not a number.

@@ -96,7 +96,8 @@ def fonts_for(characters: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     families, missing = list(usual), characters - _drawn_by(font_manager.findfont("DejaVu Sans"))
     if missing:
         for font in font_manager.fontManager.ttflist:
-            if missing & (found := _drawn_by(font.fname)):
+            # The last-resort font that matplotlib brings has a box for every character.
+            if not font.name.startswith("Last Resort") and missing & (found := _drawn_by(font.fname)):
                 families.append(font.name)
                 missing -= found
     return families, missing

@@ -117,6 +117,9 @@ def test_frameworks_answer_as_torchvision_on_photographs(arch, photos_dir, tmp_p
     check_frameworks_against_torchvision(model, tmp_path / "weights.pth", photos)
 
 
+ASSUMED = "the preparation of the pictures and the names are assumed to be ImageNet's"
+
+
 def test_json_and_table_say_the_same(resnet18, pictures, capsys):
     path = resnet18[1]
     answer = asked(capsys, *pictures, "--weights", path, "--framework", "torch", "--top", "1000")
@@ -130,8 +133,8 @@ def test_json_and_table_say_the_same(resnet18, pictures, capsys):
         assert all(row["class"] == imagenet.class_names()[row["number"]] for row in rows)
     assert classify.main([*map(str, pictures), "--weights", str(path), "--framework", "torch"]) == 0
     head, *blocks = capsys.readouterr().out.split("\n\n")
-    assert answer["notes"] == ["the names are assumed to be ImageNet's"]
-    assert head == f"resnet18, {path}, torch; pictures: {answer['preparation']}\nthe names are assumed to be ImageNet's"
+    assert answer["notes"] == [ASSUMED]
+    assert head == f"resnet18, {path}, torch; pictures: {answer['preparation']}\n{ASSUMED}"
     for block, (picture, rows) in zip(blocks, answer["pictures"].items(), strict=True):
         lines = [f"  {row['probability']:8.3%}  {row['class']}" for row in rows[:5]]
         assert block.strip().splitlines() == [picture, *lines]
@@ -170,7 +173,7 @@ def test_pictures_are_prepared_as_the_weights_want(name, arguments, options, res
     answer = asked(capsys, tmp_path / "noise.png", "--weights", tmp_path / name, "--framework", "torch", *arguments)
     crop, how = options.get("crop_size", 224), " (bicubic)" if options is OF_TIMM else ""
     assert answer["preparation"] == f"shorter side resized to {options['resize_size']}{how}, middle {crop}x{crop}"
-    assert answer["notes"] == ([] if options is OF_TIMM else ["the names are assumed to be ImageNet's"])
+    assert answer["notes"] == ([] if options is OF_TIMM else [ASSUMED])
     transforms = torchvision.transforms._presets.ImageClassification(**{"crop_size": 224} | options)
     with torch.inference_mode():
         expected = resnet18[0](transforms(picture)[None]).softmax(-1)[0].max().item()

@@ -22,8 +22,8 @@ NAMES = {
 
 @pytest.fixture
 def no_other_fonts(monkeypatch):
-    """DejaVu Sans is the only font, and nothing has been noted yet."""
-    usual = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    """DejaVu Sans is the only font but for matplotlib's font of boxes, and nothing has been noted yet."""
+    usual = [font for font in font_manager.fontManager.ttflist if font.name.startswith(("DejaVu Sans", "Last Resort"))]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
     figures.fonts_for.cache_clear()
     figures._noted.clear()
