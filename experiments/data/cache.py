@@ -129,7 +129,8 @@ def load_or_make(
     """
     notes, reason = [], None
     try:
-        directory = cache_folder(cache_dir) / f"{name}-{hash_of(key)}"
+        digest = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()
+        directory = cache_folder(cache_dir) / f"{name}-{digest[:24]}"
         try:
             entry = open_entry(directory)
             if (reason := refuse(entry.facts)) is None:
@@ -148,10 +149,6 @@ def load_or_make(
         facts = json.loads(json.dumps(make(create)))
         entry = Entry({name: column.in_memory() for name, column in columns.items()}, facts, None)
     return dataclasses.replace(entry, notes=tuple(notes))
-
-
-def hash_of(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def open_entry(directory: Path) -> Entry:
