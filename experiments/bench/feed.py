@@ -1,7 +1,7 @@
 """Whether pictures arrive as fast as a training step needs them: `python -m experiments.bench feed --data DIR`.
 
 The step is that of `experiments.cars`, with augmentation and optimizer. "step alone" gets the same batch each time,
-already on the device. The other rows get batches as that program does, from the cache in memory or decoded when needed.
+already on the device. The other row gets batches as that program does, from the cache in memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FeedBench(BenchSettings):
     def _measure(self, open_batches: contextlib.ExitStack) -> Table:
         import jax
 
-        from experiments.data.stream import Batches, put_ahead
+        from experiments.data.stream import put_ahead, training_batches
         from experiments.training.loop import count_steps
         from experiments.training.prepare import load_cars, prepare_cars
         from experiments.training.settings import PRESETS, Settings
@@ -72,12 +72,10 @@ class FeedBench(BenchSettings):
         def feed(dataset: Dataset) -> Iterator[tuple[Any, Any]]:
             needed = self.rounds * (self.steps + 1) + 3  # three are made ahead and never taken
             epochs = -(-needed // count_steps(dataset.train, self.batch_size))
-            batches = Batches(dataset.train, self.batch_size, settings.experiment.seed, epochs=epochs)
-            return put_ahead(open_batches.enter_context(batches), training.put)
+            batches = training_batches(dataset.train, self.batch_size, settings.experiment.seed, epochs=epochs)
+            return put_ahead(open_batches.enter_context(contextlib.closing(batches)), training.put)
 
         feeds = {ALONE: itertools.repeat(next(feed(dataset))), "in memory": feed(dataset)}
-        if self.data is not None:
-            feeds["--decode lazy"] = feed(load_cars(settings.replace(decode="lazy")))
         state = training.state
 
         def turn(batches: Iterator[Any], steps: int) -> float:

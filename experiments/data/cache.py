@@ -27,6 +27,7 @@ from experiments.machine import Unwritable, cache_folder
 
 FORMAT = 1
 ABANDONED_AFTER_SECONDS = 24 * 3600
+BLOCKS, BLOCK_BYTES = 64, 4096  # of a file, for its checksum
 
 
 class Damaged(Exception):
@@ -128,7 +129,8 @@ def load_or_make(
     """
     notes, reason = [], None
     try:
-        directory = cache_folder(cache_dir) / f"{name}-{hash_of(key)}"
+        digest = hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()
+        directory = cache_folder(cache_dir) / f"{name}-{digest[:24]}"
         try:
             entry = open_entry(directory)
             if (reason := refuse(entry.facts)) is None:
@@ -147,10 +149,6 @@ def load_or_make(
         facts = json.loads(json.dumps(make(create)))
         entry = Entry({name: column.in_memory() for name, column in columns.items()}, facts, None)
     return dataclasses.replace(entry, notes=tuple(notes))
-
-
-def hash_of(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, key], sort_keys=True).encode()).hexdigest()[:24]
 
 
 def open_entry(directory: Path) -> Entry:
@@ -211,19 +209,18 @@ def write_entry(directory: Path, size: int, make: Make) -> Entry:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sampled_checksum(path: Path, blocks: int = 64, block_size: int = 4096) -> int:
+def sampled_checksum(path: Path) -> int:
     """CRC-32 of blocks spread evenly over a file, from its first to its last; a small file is read whole.
 
     Detects truncated, overwritten and partly written files without reading gigabytes at every start.
     """
-    size = path.stat().st_size
-    checksum = 0
+    size, checksum = path.stat().st_size, 0
     with path.open("rb") as file:
-        if size <= blocks * block_size:
+        if size <= BLOCKS * BLOCK_BYTES:
             return zlib.crc32(file.read())
-        for block in range(blocks):
-            file.seek((size - block_size) * block // (blocks - 1))
-            checksum = zlib.crc32(file.read(block_size), checksum)
+        for block in range(BLOCKS):
+            file.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+            checksum = zlib.crc32(file.read(BLOCK_BYTES), checksum)
     return checksum
 
 

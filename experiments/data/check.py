@@ -15,6 +15,7 @@ from experiments.data.layouts.names import counted, first_few, listing
 
 CHUNK_BYTES = 2**24
 SEVERITIES = ("error", "warning", "fact")
+SHOWN = 3  # the largest number of pictures that a finding names
 
 
 class Finding(NamedTuple):
@@ -40,14 +41,10 @@ class Scan(NamedTuple):
     plain: np.ndarray
 
 
-def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
-    """Reads every label and every pixel of a data set once.
+def check_dataset(dataset: Dataset) -> list[Finding]:
+    """Reads every label and every pixel of a data set once, a few megabytes at a time.
 
     Pictures with equal decoded pixels are equal; other crops or encodings of one photograph are not found.
-
-    Args:
-      dataset: its images are read a few megabytes at a time; slices along their first axis must be arrays.
-      shown: the largest number of pictures that a finding names.
 
     Returns:
       the findings: errors, then warnings, then facts.
@@ -55,8 +52,8 @@ def check_dataset(dataset: Dataset, shown: int = 3) -> list[Finding]:
     found = list(label_findings(dataset))
     if not any(finding.severity == "error" for finding in found):
         scans = {split: scan(getattr(dataset, split).images) for split in SPLITS}
-        found += plain_findings(dataset, scans, shown)
-        found += copy_findings(dataset, scans, shown)
+        found += plain_findings(dataset, scans)
+        found += copy_findings(dataset, scans)
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -116,22 +113,22 @@ def scan(images: np.ndarray) -> Scan:
     return Scan(digests, plain)
 
 
-def plain_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
+def plain_findings(dataset: Dataset, scans: dict[str, Scan]) -> Iterator[Finding]:
     """Finds pictures that show nothing."""
     for split in SPLITS:
         if places := np.flatnonzero(scans[split].plain).tolist():
             words = (f"{split} {many} of one colour throughout" for many in ("picture is", "pictures are"))
-            listed = listing((name_of(dataset, split, place) for place in places), *words, limit=shown)
+            listed = listing((name_of(dataset, split, place) for place in places), *words, limit=SHOWN)
             yield Finding("warning", f"{listed}; replace {'it' if len(places) == 1 else 'them'}")
 
 
-def copy_findings(dataset: Dataset, scans: dict[str, Scan], shown: int) -> Iterator[Finding]:
+def copy_findings(dataset: Dataset, scans: dict[str, Scan]) -> Iterator[Finding]:
     """Finds pictures that occur more than once, and says whether their classes agree."""
     found = find_copies(dataset, scans)
     for split, of, same_class in sorted(found, key=lambda kind: (kind[0] == kind[1], kind)):  # across splits first
         pairs = found[split, of, same_class]
         total = len(getattr(dataset, split))
-        listed = first_few((f"{name_of(dataset, *a)} = {name_of(dataset, *b)}" for a, b in pairs), shown)
+        listed = first_few((f"{name_of(dataset, *a)} = {name_of(dataset, *b)}" for a, b in pairs), SHOWN)
         if not same_class:
             what, advice = f"equal {of} pictures of another class", "one of the labels is wrong: correct or remove both"
         elif split == of:

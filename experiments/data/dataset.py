@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -15,32 +15,16 @@ class DataError(ValueError):
     """The user's data are wrong; the message says what is wrong, where, and what to do."""
 
 
-class Pictures(Protocol):
-    """Pictures (N, H, W, C) uint8 that are indexed like an array, but decoded at each access."""
-
-    shape: tuple[int, int, int, int]
-    dtype: np.dtype
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """Decodes one picture, or those that a slice, an array of numbers or a boolean array selects."""
-
-    def take(self, indices: np.ndarray) -> Pictures:
-        """Selects some of the N pictures without decoding them."""
-
-    def channel_sums(self) -> np.ndarray:
-        """(2, C) Python integers: for each channel, the sum of all N·H·W pixels and the sum of their squares."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Pictures of one size, all grey or all RGB, with their labels.
 
-    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array, a read-only memory map, or `Pictures`.
+    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB); an array or a read-only memory map.
     labels: (N,) int32, class numbers from 0.
     names: the pictures' names for messages, such as their files; None if the pictures have only numbers.
     """
 
-    images: np.ndarray | Pictures
+    images: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...] | None = None
 
@@ -48,10 +32,9 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> Split:
-        """Selects these examples: copies in memory, or `Pictures` if the images are `Pictures`."""
-        images = self.images[indices] if isinstance(self.images, np.ndarray) else self.images.take(indices)
+        """Selects these examples, as copies in memory."""
         names = None if self.names is None else tuple(self.names[index] for index in indices)
-        return Split(images, self.labels[indices], names)
+        return Split(self.images[indices], self.labels[indices], names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,28 +136,19 @@ def limit_test(dataset: Dataset, count: int) -> Dataset:
     return dataclasses.replace(dataset, title=f"{dataset.title}, {count:,} test pictures", test=test)
 
 
-def channel_statistics(images: np.ndarray | Pictures) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, (C,) float64, over all N·H·W pixels, scaled to [0, 1].
 
     Sums are exact integers, so the precision does not depend on the number of pictures.
 
     Args:
-      images: (N, H, W, C) uint8, N >= 1; an array is read a few megabytes at a time, lazy pictures know their sums.
+      images: (N, H, W, C) uint8, N >= 1; read a few megabytes at a time.
     """
-    sums, squares = array_sums(images) if isinstance(images, np.ndarray) else images.channel_sums()
-    pixels = math.prod(images.shape[:3])
-    deviation = [math.sqrt((pixels * b - a * a) / (pixels * pixels)) / 255 for a, b in zip(sums, squares, strict=True)]
-    return np.array([a / pixels / 255 for a in sums]), np.array(deviation)
-
-
-def array_sums(images: np.ndarray) -> np.ndarray:
-    """`Pictures.channel_sums` of an array (N, H, W, C) uint8, which is read a few megabytes at a time."""
-    chunk = max(1, 2**22 // math.prod(images.shape[1:]))
-    parts = [pixel_sums(images[start : start + chunk]) for start in range(0, len(images), chunk)]
-    return np.sum(parts, 0, dtype=object)  # Python's integers do not overflow
-
-
-def pixel_sums(images: np.ndarray) -> np.ndarray:
-    """(2, C) int64: for each channel of pictures (…, C) uint8, the sum of the pixels and of their squares."""
-    pixels = np.asarray(images).reshape(-1, images.shape[-1]).astype(np.int64)
-    return np.stack([pixels.sum(0), (pixels * pixels).sum(0)])
+    chunk, parts = max(1, 2**22 // math.prod(images.shape[1:])), []
+    for start in range(0, len(images), chunk):
+        pixels = images[start : start + chunk].reshape(-1, images.shape[-1]).astype(np.int64)
+        parts.append([pixels.sum(0), (pixels * pixels).sum(0)])
+    sums, squares = np.sum(parts, 0, dtype=object)  # Python's integers do not overflow
+    count = math.prod(images.shape[:3])
+    deviation = [math.sqrt((count * b - a * a) / (count * count)) / 255 for a, b in zip(sums, squares, strict=True)]
+    return np.array([a / count / 255 for a in sums]), np.array(deviation)

@@ -1,4 +1,4 @@
-"""Reads Stanford Cars from a folder in any known layout. Decodes it once into a cache, or at each access.
+"""Reads Stanford Cars from a folder in any known layout, and decodes it once into a cache.
 
 Stanford Cars has 196 classes of cars, 8,144 train and 8,041 test pictures (Krause, Stark, Deng, Fei-Fei: 3D Object
 Representations for Fine-Grained Categorization, 3dRR-13, 2013).
@@ -10,9 +10,8 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
@@ -20,11 +19,10 @@ from tqdm import tqdm
 
 from experiments.data import cache
 from experiments.data.check import label_findings
-from experiments.data.dataset import SPLITS, DataError, Dataset, Split, pixel_sums
+from experiments.data.dataset import SPLITS, DataError, Dataset, Split
 from experiments.data.layouts import find_pictures
-from experiments.data.layouts.files import Files, PictureFolder
+from experiments.data.layouts.files import PictureFolder
 from experiments.data.layouts.names import counted, first_few, listing
-from experiments.data.lazy import LazyPictures
 from experiments.data.pictures import Decoding, Failure, decode_many, printable
 from experiments.data.rgb import COLOURS, white_of
 
@@ -34,7 +32,6 @@ REMARKS = {  # notes on decoded pictures: for one, for several
     "clipped": ("box reaches a pixel beyond its picture, clipped", "boxes reach a pixel beyond their picture, clipped"),
     "turned": tuple(f"{need} turning according to EXIF; used as stored" for need in ("picture needs", "pictures need")),
 }
-CHECKED_BYTES = 8 + 4 + 2 * 3 * 8  # at most, for each picture: place, label, sums
 
 
 def load_stanford_cars(
@@ -45,9 +42,10 @@ def load_stanford_cars(
     skip_bad: bool = False,
     cache_dir: str | os.PathLike | None = None,
     margin: int | None = 16,
-    decode: Literal["cache", "lazy"] = "cache",
 ) -> Dataset:
     """Reads Stanford Cars, or other pictures in one of its layouts. Prints a summary and every warning to stderr.
+
+    The first call decodes all pictures into the cache; later calls memory-map it.
 
     Args:
       data_dir: a folder in one of the LAYOUTS, or a folder that contains such a folder under a usual name.
@@ -57,31 +55,31 @@ def load_stanford_cars(
       cache_dir: where decoded pictures are kept; None for resnet-adabound in $XDG_CACHE_HOME or ~/.cache.
       margin: pixels by which a box is widened on every side before the picture is cut to it; published crops use 16.
         None takes whole pictures.
-      decode: "cache" decodes all pictures into the cache at the first call; later calls memory-map it. "lazy", for data
-        that the disk cannot hold decoded, decodes at each access; the first call checks all pictures, and caches only
-        labels, failures and pixel sums. The pixels are the same.
 
     Returns:
-      The data set with read-only images: memory maps, arrays if the cache cannot be written, or LazyPictures. Its title
-      is "Stanford Cars" only if it is complete. `source` lists the pictures left out ("skipped") and all warnings
-      ("notes").
+      The data set with read-only images: memory maps, or arrays if the cache cannot be written. Its title is "Stanford
+      Cars" only if it is complete. `source` lists the pictures left out ("skipped") and all warnings ("notes").
 
     Raises:
       DataError: the layout is unknown or incomplete; pictures cannot be read or do not contain their box (with skip_bad
-        only if half of them miss their box, or none is left); decode="lazy" cannot read this layout one by one.
+        only if half of them miss their box, or none is left).
     """
     folder = find_pictures(Path(os.path.expanduser(data_dir)).absolute())
     decoding = Decoding(tuple(image_size), grey, margin if folder.boxes else None)
-    reader = Reader(folder, decoding, skip_bad, lazy=decode == "lazy")
     boxes = "no boxes"
     if folder.boxes:
         boxes = "whole pictures" if margin is None else f"cut to their boxes and {margin} pixels around"
-    print(f"{reader.title}: {tally(folder)} in {folder.directory}, layout {folder.layout}, {boxes}", file=sys.stderr)
-    entry = reader.entry(cache_dir)
+    title = title_of(folder, folder.counts)
+    print(f"{title}: {tally(folder)} in {folder.directory}, layout {folder.layout}, {boxes}", file=sys.stderr)
+    entry = load_or_decode(folder, decoding, skip_bad, cache_dir)
     failures = [Failure(*failure) for failure in entry.facts["failures"]]
-    reader.refuse_bad_pictures(failures)
-    white = dict(entry.facts["white"])
-    splits = {split: reader.split(split, entry, failures, white) for split in SPLITS}
+    refuse_bad_pictures(folder, failures, skip_bad)
+    failed, splits = {failure.name for failure in failures}, {}
+    for split in SPLITS:
+        pictures, names = folder.pictures(split), None
+        if isinstance(pictures, list):  # of separate files
+            names = tuple(picture.name for picture in pictures if picture.name not in failed)
+        splits[split] = Split(entry.arrays[f"{split}-images"], np.array(entry.arrays[f"{split}-labels"]), names)
     counts = {split: len(splits[split]) for split in SPLITS}
     if empty := [split for split in SPLITS if not counts[split]]:
         raise DataError(f"{folder.directory}: none of the {folder.counts[empty[0]]:,} {empty[0]} pictures can be used")
@@ -94,8 +92,7 @@ def load_stanford_cars(
         "margin": decoding.margin,
         "image_size": list(image_size),
         "grey": grey,
-        "white": white,
-        "decode": decode,
+        "white": dict(entry.facts["white"]),
         "skipped": [failure.name for failure in failures],
         "cache": str(entry.directory) if entry.directory else None,
     }
@@ -106,111 +103,71 @@ def load_stanford_cars(
     return dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """Decodes a folder once, or, if `lazy`, checks it and collects what LazyPictures needs."""
+def load_or_decode(
+    folder: PictureFolder, decoding: Decoding, skip_bad: bool, cache_dir: str | os.PathLike | None
+) -> cache.Entry:
+    """The entry with all decoded pictures, from the cache if possible."""
 
-    folder: PictureFolder
-    decoding: Decoding
-    skip_bad: bool
-    lazy: bool
-
-    def __post_init__(self) -> None:
-        if self.lazy and not all(isinstance(self.folder.pictures(split), Sequence) for split in SPLITS):
-            raise DataError(
-                f"{self.folder.directory} has the layout {self.folder.layout}, whose pictures cannot be read one by "
-                "one: pass --decode cache, sort the pictures by class, or have TFDS prepare them as array_record "
-                '(download_and_prepare(file_format="array_record"))'
-            )
-
-    @property
-    def title(self) -> str:
-        return title_of(self.folder, self.folder.counts)
-
-    def entry(self, cache_dir: str | os.PathLike | None) -> cache.Entry:
-        """The entry with all pictures decoded (or checked, if lazy), from the cache if possible."""
-        decoding = self.decoding
-        key = {
-            "layout": self.folder.layout,
-            "class_names": self.folder.class_names,
-            "files": self.folder.identity,
-            "decoding": [decoding.image_size, decoding.grey, decoding.margin, "Lanczos"],
-            "Pillow": PIL.__version__.split(".")[0],
-        }
-        size = sum(self.folder.counts.values()) * (CHECKED_BYTES if self.lazy else math.prod(decoding.shape))
-        name = "stanford-cars-checked" if self.lazy else "stanford-cars"
-        return cache.load_or_make(cache_dir, name, key, size, self.make, refuse=unread)
-
-    def make(self, create: cache.Create) -> dict[str, Any]:
-        facts = self.read(create, self.decoding)
+    def make(create: cache.Create) -> dict[str, Any]:
+        facts = decode_all(folder, decoding, create)
         if facts["deep"]:  # the value of white depends on all pictures, so they are read a second time
             white = tuple((kind, white_of(kind, highest)) for kind, (_, highest) in facts["deep"].items())
-            facts = self.read(create, dataclasses.replace(self.decoding, white=white))
-        self.refuse_bad_pictures(facts["failures"])
+            facts = decode_all(folder, dataclasses.replace(decoding, white=white), create)
+        refuse_bad_pictures(folder, facts["failures"], skip_bad)
         return facts
 
-    def read(self, create: cache.Create, decoding: Decoding) -> dict[str, Any]:
-        """Decodes both splits into the arrays <split>-images (if lazy, <split>-places and -sums) and <split>-labels.
+    key = {
+        "layout": folder.layout,
+        "class_names": folder.class_names,
+        "files": folder.identity,
+        "decoding": [decoding.image_size, decoding.grey, decoding.margin, "Lanczos"],
+        "Pillow": PIL.__version__.split(".")[0],
+    }
+    size = sum(folder.counts.values()) * math.prod(decoding.shape)
+    return cache.load_or_make(cache_dir, "stanford-cars", key, size, make, refuse=unread)
 
-        places: indices in the folder's order; sums: `pixel_sums` of each picture. Returns facts, as JSON values.
-        """
-        facts: dict[str, Any] = {"title": self.title, "directory": str(self.folder.directory)}
-        facts |= {"decoding": str(decoding), "white": decoding.white}
-        facts |= {"failures": [], "deep": {}, **{remark: [] for remark in REMARKS}}
-        kept = {"labels": ((), "int32"), "images": (decoding.shape, "uint8")}
-        if self.lazy:
-            kept = {"labels": ((), "int32"), "places": ((), "int64"), "sums": ((2, decoding.shape[-1]), "int64")}
-        for split in SPLITS:
-            columns = {name: create(f"{split}-{name}", *of_items) for name, of_items in kept.items()}
-            decoded = decode_many(self.folder.pictures(split), decoding)
-            description = f"{'checking' if self.lazy else 'decoding'} {self.title} ({split})"
-            bar = tqdm(decoded, description, self.folder.counts[split], unit=" pictures", disable=None)
-            for place, (picture, result) in enumerate(bar):
-                if isinstance(result, Failure):
-                    facts["failures"].append(result)
-                    continue
-                row = {"labels": picture.label, "images": result.pixels, "places": place}
-                if self.lazy:
-                    row["sums"] = pixel_sums(result.pixels)
-                for name, column in columns.items():
-                    column.append(row[name])
-                for remark in REMARKS:
-                    if getattr(result, remark):
-                        facts[remark].append(picture.name)
-                if result.kind is not None:
-                    count, highest = facts["deep"].get(result.kind, (0, 0))
-                    facts["deep"][result.kind] = count + 1, max(highest, result.highest)
-        return facts
 
-    def split(self, split: str, entry: cache.Entry, failures: list[Failure], white: dict[str, int]) -> Split:
-        """A split of the entry, with the pictures' names if they are known without reading the pictures."""
-        pictures, names = self.folder.pictures(split), None
-        if self.lazy:
-            places, sums = (np.array(entry.arrays[f"{split}-{name}"]) for name in ("places", "sums"))
-            decoding = dataclasses.replace(self.decoding, white=tuple(white.items()))
-            images = LazyPictures(pictures, places, sums, decoding, self.folder.directory)
-        else:
-            images = entry.arrays[f"{split}-images"]
-        if isinstance(pictures, Files):
-            failed = {failure.name for failure in failures}
-            names = tuple(picture.name for picture in pictures if picture.name not in failed)
-        return Split(images, np.array(entry.arrays[f"{split}-labels"]), names)
+def decode_all(folder: PictureFolder, decoding: Decoding, create: cache.Create) -> dict[str, Any]:
+    """Decodes both splits into the arrays <split>-labels and <split>-images; returns facts, as JSON values."""
+    title = title_of(folder, folder.counts)
+    facts: dict[str, Any] = {"title": title, "directory": str(folder.directory)}
+    facts |= {"decoding": str(decoding), "white": decoding.white}
+    facts |= {"failures": [], "deep": {}, **{remark: [] for remark in REMARKS}}
+    for split in SPLITS:
+        labels = create(f"{split}-labels", (), "int32")
+        images = create(f"{split}-images", decoding.shape, "uint8")
+        decoded = decode_many(folder.pictures(split), decoding)
+        bar = tqdm(decoded, f"decoding {title} ({split})", folder.counts[split], unit=" pictures", disable=None)
+        for picture, result in bar:
+            if isinstance(result, Failure):
+                facts["failures"].append(result)
+                continue
+            labels.append(picture.label)
+            images.append(result.pixels)
+            for remark in REMARKS:
+                if getattr(result, remark):
+                    facts[remark].append(picture.name)
+            if result.kind is not None:
+                count, highest = facts["deep"].get(result.kind, (0, 0))
+                facts["deep"][result.kind] = count + 1, max(highest, result.highest)
+    return facts
 
-    def refuse_bad_pictures(self, failures: list[Failure]) -> None:
-        """Raises a DataError for bad pictures unless skip_bad, and always if half of all pictures miss their box."""
-        total, directory = sum(self.folder.counts.values()), self.folder.directory
-        outside = [failure for failure in failures if failure.kind == "box"]
-        if 2 * len(outside) >= total:
-            raise DataError(
-                f"{len(outside):,} of {total:,} pictures in {directory} do not contain their box: "
-                f"{listed(outside, 3)}. Boxes refer to the original photographs. If these are cropped or resized, sort "
-                "them by class and move the devkit's .mat files out of the folder"
-            )
-        if failures and not self.skip_bad:
-            raise DataError(
-                f"{len(failures):,} of {total:,} pictures in {directory} cannot be used: {listed(failures)}. Replace "
-                "them, or leave them out with --skip-bad"
-            )
+
+def refuse_bad_pictures(folder: PictureFolder, failures: list[Failure], skip_bad: bool) -> None:
+    """Raises a DataError for bad pictures unless skip_bad, and always if half of all pictures miss their box."""
+    total, directory = sum(folder.counts.values()), folder.directory
+    outside = [failure for failure in failures if failure.kind == "box"]
+    if 2 * len(outside) >= total:
+        raise DataError(
+            f"{len(outside):,} of {total:,} pictures in {directory} do not contain their box: "
+            f"{listed(outside, 3)}. Boxes refer to the original photographs. If these are cropped or resized, sort "
+            "them by class and move the devkit's .mat files out of the folder"
+        )
+    if failures and not skip_bad:
+        raise DataError(
+            f"{len(failures):,} of {total:,} pictures in {directory} cannot be used: {listed(failures)}. Replace them, "
+            "or leave them out with --skip-bad"
+        )
 
 
 def unread(facts: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -13,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.cli import FailedError
-from experiments.data.dataset import DataError, Dataset, Split, epoch_order
-from experiments.data.stream import Batches, EvaluationBatches, put_ahead
+from experiments.data.dataset import Dataset, Split, epoch_order
+from experiments.data.stream import Batch, evaluation_batches, put_ahead, training_batches
 from experiments.frameworks.common import Training
 from experiments.training.meter import Meter, NotFiniteError, Profile, macro_f1
 from experiments.training.processes import Stopped, StopRequest
@@ -23,6 +24,8 @@ from experiments.training.saving import Progress, Saver
 from experiments.training.settings import RunSettings
 
 if TYPE_CHECKING:
+    import grain
+
     from experiments.training.run import Report
 
 Results = dict[str, np.ndarray]  # per test picture, each (N,): "loss", "prediction", "confidence", "top5"
@@ -77,7 +80,6 @@ class Loop:
 
         Raises:
           DivergedError: a loss or gradients are not finite and may not be skipped; its message says what was saved.
-          DataError: a picture can no longer be read.
         """
         # StopRequest covers the last checkpoint too: a first signal must not interrupt its writing.
         with StopRequest() as self.stop:
@@ -99,7 +101,7 @@ class Loop:
             mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; rarely in a log file
         )
         try:
-            with self.batches(self.step) as batches:
+            with contextlib.closing(self.batches(self.step)) as batches:
                 on_device = put_ahead(batches, self.training.put)
                 while self.progress.epoch < experiment.epochs:
                     self.run_epoch(on_device)
@@ -107,20 +109,16 @@ class Loop:
             return stopped.signal
         except NotFiniteError as error:
             raise self.diverged(error) from error
-        except DataError:  # a picture is missing: the user can restore it and resume
-            self.finish_step()
-            self.save_if_missing()
-            raise
         finally:
             self.bar.close()
             if self.profile is not None:
                 self.profile.close()
         return None
 
-    def batches(self, start_step: int, prefetch: int | None = None) -> Batches:
+    def batches(self, start_step: int, prefetch: int | None = None) -> grain.DatasetIterator[Batch]:
         experiment = self.experiment
         options = dict(epochs=experiment.epochs, start_step=start_step, part=self.part, prefetch=prefetch)
-        return Batches(self.dataset.train, experiment.batch_size, experiment.seed, **options)
+        return training_batches(self.dataset.train, experiment.batch_size, experiment.seed, **options)
 
     def save_if_missing(self) -> None:
         if not self.saver.has(self.step):
@@ -166,7 +164,7 @@ class Loop:
     def test(self, params: Any, batch_stats: Any) -> tuple[Results, dict[str, float]]:
         """Evaluates all test pictures, with a progress bar; returns the results by picture and the metrics of a row."""
         split, batch_size, results, running = self.dataset.test, self.experiment.batch_size, [], None
-        with EvaluationBatches(split, batch_size, part=self.part) as batches:
+        with contextlib.closing(evaluation_batches(split, batch_size, part=self.part)) as batches:
             # disable=None hides the bar unless stderr is a terminal.
             options = dict(desc="testing", total=-(-len(split) // batch_size), leave=False, disable=None)
             for images, labels in tqdm(put_ahead(batches, self.training.put), dynamic_ncols=True, **options):
@@ -232,7 +230,7 @@ class Loop:
             where = f"the checkpoint of the step before, {self.step}, is in {self.saver.checkpoints.folder}"
             if not self.saver.wait():
                 where = "the checkpoint of the step before could not be written"
-        with self.batches(error.step - 1, prefetch=0) as again:
+        with contextlib.closing(self.batches(error.step - 1, prefetch=0)) as again:
             found = self.training.search(self.state, *self.training.put(*next(again)))
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         text += f". Not finite: {', '.join(found[:4])}{more}" if found else ". A second computation was finite"

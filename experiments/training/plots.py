@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from experiments.output.figures import in_percent, save
+from experiments.output.figures import in_percent, panels, save
 from experiments.output.figures import label as as_label
 from experiments.training.run_folder import ends_epoch
 
@@ -25,7 +25,7 @@ SGD_STEP = 0.05 / (1 - 0.9)  # experiments.cars' defaults for --opt sgd
 
 def plot_curves(path: Path, rows: Rows, title: str) -> None:
     """Draws loss, accuracy and macro-F1 of training and test pictures by epoch; rows within epochs as thin lines."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
+    figure, axes = panels(len(PANELS), len(PANELS), 13 / 3, 3.8)
     ends, between = _ends_and_between(rows)
     for axis, (name, curves) in zip(axes, PANELS.items(), strict=True):
         for (label, key), colour in zip(curves.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
@@ -54,9 +54,8 @@ def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     return [row["epoch"] for row in shown], [row[key] for row in shown]
 
 
-def _finish(axis: plt.Axes, legend: Mapping[str, Any] = MappingProxyType({}), **texts: str) -> None:
+def _finish(axis: Axes, legend: Mapping[str, Any] = MappingProxyType({}), **texts: str) -> None:
     axis.set(**texts)
-    axis.grid(alpha=0.3)
     axis.legend(**legend)
 
 
@@ -74,8 +73,7 @@ def plot_comparison(
       against: the name of the run that the others are compared with.
       distances: by name, rows with "epoch" and "distance", the relative distance of the training loss from `against`.
     """
-    panels = 4 if distances else 3
-    figure, axes = plt.subplots(1, panels, figsize=(4.3 * panels, 3.8), layout="constrained")
+    figure, axes = panels(4 if distances else 3, 4, 4.3, 3.8)
     for axis, (key, marker) in zip(axes, dict(train_loss=".-", test_loss="o-", test_top1="o-").items(), strict=False):
         # Earlier curves are wider, so that they stay visible below later ones that coincide with them.
         for width, (name, rows) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
@@ -113,12 +111,8 @@ def plot_predictions(
       images: (N, H, W, C) uint8, C = 1 or 3.
       true_names, predicted_names, confidences: N of each; confidences from 0 to 1.
     """
-    columns = min(4, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(images) :]:
-        axis.set_axis_off()
-    shown = zip(axes.flat, images, true_names, predicted_names, confidences, strict=False)
+    figure, axes = panels(len(images), 4, 2.3, 2.7)
+    shown = zip(axes, images, true_names, predicted_names, confidences, strict=True)
     for axis, image, true, predicted, confidence in shown:
         right = true == predicted
         axis.set(xticks=[], yticks=[])
@@ -136,7 +130,7 @@ def plot_layer_steps(path: Path, steps: dict[str, Any], title: str) -> None:
     layers, lower, upper = steps["layers"], steps["lower"], steps["upper"]
     x = np.arange(len(layers))
     low, median, high = ([layer[name] for layer in layers] for name in ("low", "median", "high"))
-    figure, axis = plt.subplots(figsize=(13, 4.6), layout="constrained")
+    figure, (axis,) = panels(1, 1, 13, 4.6)
     axis.fill_between(x, low, high, alpha=0.3, label="Adam's step, 5%-95% of a layer")
     axis.plot(x, median, label="Adam's step, median of a layer")
     axis.axhspan(lower, upper, color="tab:orange", alpha=0.15)

@@ -25,8 +25,7 @@ def report_findings(settings: RunSettings, dataset: Dataset, training: Training,
       DataError: the data has errors.
     """
     dry_run, said = settings.system.dry_run, dataset.source.get("notes", [])  # already printed when the data was read
-    # The check reads every pixel: a run skips it if pictures are decoded only when they are needed.
-    of_data = check_dataset(dataset) if dry_run or isinstance(dataset.train.images, np.ndarray) else []
+    of_data = check_dataset(dataset)
     if errors := [finding.text for finding in of_data if finding.severity == "error"]:
         raise DataError("\n".join(errors))
     of_system = system_findings(settings, dataset, training, out) if training.in_jax else []

@@ -118,7 +118,7 @@ def load_cars(settings: Settings) -> Dataset:
             f"--preset {experiment.preset} needs pictures: pass --data DIR or set ${DATA_VARIABLE}. Layouts:\n{LAYOUTS}"
         )
     else:
-        dataset = load_stanford_cars(system.data, size, experiment.grey, skip_bad=system.skip_bad, decode=system.decode)
+        dataset = load_stanford_cars(system.data, size, experiment.grey, skip_bad=system.skip_bad)
     if experiment.classes is not None:
         dataset = data.draw_classes(dataset, experiment.classes)
     if experiment.holdout is not None:

@@ -179,9 +179,6 @@ class CarsSystem(System):
 
     data: Path | None = None
     """Folder of Stanford Cars, in any of the usual layouts [default: $STANFORD_CARS_DIR]."""
-    decode: Literal["cache", "lazy"] = "cache"
-    """cache: decode all pictures once, into a memory-mapped file; lazy: each when it is needed, for sets too large for
-    a cache."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read."""
 

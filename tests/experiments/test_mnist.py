@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from experiments import mnist
 from experiments.data.digits import load_mnist
-from experiments.data.stream import Batches
+from experiments.data.stream import training_batches
 from experiments.frameworks.experiment import TITLES
 from experiments.machine import jax_device, numpy_device, torch_device
 from experiments.training.run_folder import read_metrics
@@ -108,7 +108,7 @@ def test_numpys_steps_compile_nothing(data):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
     try:
-        state, (images, labels) = training.state, next(Batches(dataset.train, 16, 0, epochs=1, prefetch=0))
+        state, (images, labels) = training.state, next(training_batches(dataset.train, 16, 0, epochs=1, prefetch=0))
         for _ in range(2):
             state, _ = training.train_step(state, images, labels)
         training.eval_step(state.params, state.batch_stats, images, labels)

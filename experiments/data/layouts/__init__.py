@@ -49,7 +49,8 @@ def find_pictures(data_dir: Path) -> PictureFolder:
             kind = "is a file: unpack it and give the folder" if data_dir.is_file() else kind
             raise DataError(f"{data_dir} {kind}. Give a folder with Stanford Cars in one of these layouts:\n{LAYOUTS}")
         for level in folder_levels(data_dir, USUAL):
-            found = [folder for root in level if (folder := read_layout(root)) is not None]
+            read = (by_class(root) or original(root) or tfds(root) or parquet(root) for root in level)
+            found = [folder for folder in read if folder is not None]
             if len(found) > 1:
                 places = first_few(str(folder.directory) for folder in found)
                 raise DataError(f"{data_dir} has {len(found)} sets of pictures: give one of {places}")
@@ -59,10 +60,6 @@ def find_pictures(data_dir: Path) -> PictureFolder:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
     raise DataError(f"{data_dir} is in no known layout; {hint}. The known layouts:\n{LAYOUTS}")
-
-
-def read_layout(root: Path) -> PictureFolder | None:
-    return by_class(root) or original(root) or tfds(root) or parquet(root)
 
 
 def folder_levels(data_dir: Path, usual: set[str]) -> Iterator[list[Path]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class PictureFolder:
     boxes: whether every picture has a box.
     identity: JSON values that differ whenever the pictures, labels or boxes do.
     notes: what the user should know about the folder.
-    pictures: "train" or "test" -> its pictures, in a fixed order; a Sequence if they can be read one by one.
+    pictures: "train" or "test" -> its pictures, in a fixed order; a list if they are separate files.
     """
 
     layout: str
@@ -53,26 +53,14 @@ class Stored(NamedTuple):
 Row = tuple[Stored, int, Box | None]  # a file with its label and box
 
 
-@dataclasses.dataclass(frozen=True)
-class Files(Sequence[Picture]):
-    """Pictures in separate files; their names are paths below `root`."""
-
-    root: Path
-    rows: list[Row]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> Picture:
-        stored, label, box = self.rows[number]
-        return Picture(printable(stored.name), label, box, self.root / stored.name)
-
-
 def folder_of_files(
     layout: str, root: Path, class_names: Iterable[str], rows: dict[str, list[Row]], boxes: bool, notes: Iterable[str]
 ) -> PictureFolder:
     """The PictureFolder whose splits consist of these rows."""
-    files = {split: Files(root, of_split) for split, of_split in rows.items()}
+    pictures = {
+        split: [Picture(printable(stored.name), label, box, root / stored.name) for stored, label, box in of_split]
+        for split, of_split in rows.items()
+    }
     return PictureFolder(
         layout=layout,
         directory=root,
@@ -81,7 +69,7 @@ def folder_of_files(
         boxes=boxes,
         identity={split: [[s.name, *s.version, label, box] for s, label, box in rows[split]] for split in rows},
         notes=tuple(notes),
-        pictures=files.__getitem__,
+        pictures=pictures.__getitem__,
     )
 
 

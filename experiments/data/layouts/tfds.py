@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +51,15 @@ def tfds(root: Path, name: str = "cars196", boxes: bool = True) -> PictureFolder
     class_names = tuple(features["label"].names)
     if boxes and class_names == tuple(map(str, range(len(class_names)))):
         notes.append(f"{root} has no label.labels.txt with the classes' names: they are called by number")
-    file_format = builder.info.file_format.value
-    reader = Records if file_format == "tfrecord" else ArrayRecords
     return PictureFolder(
-        layout=f"TFDS {name} ({file_format})",
+        layout=f"TFDS {name} ({builder.info.file_format.value})",
         directory=root,
         class_names=class_names,
         counts={split: splits[split].num_examples for split in SPLITS},
         boxes=boxes,
         identity=identity(files),
         notes=tuple(notes),
-        pictures=lambda split: reader(root, builder, chosen[split][0], boxes),
+        pictures=lambda split: read_pictures(root, builder, chosen[split][0], boxes),
     )
 
 
@@ -82,86 +78,44 @@ def open_builder(root: Path) -> Any:
         raise DataError(f"{root} is in TFDS's format {file_format}: expected tfrecord or array_record")
     if file_format == "array_record":
         try:
-            importlib.import_module("array_record.python.array_record_module")  # TFDS imports it at the first picture
+            importlib.import_module("array_record.python.array_record_module")  # otherwise the first picture would fail
         except ImportError as error:
             raise DataError(missing_package(str(root), error, PACKAGES[1])) from error
     return builder
 
 
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """The pictures of a split, in the order of its TFRecord files."""
+def read_pictures(root: Path, builder: Any, name: str, boxes: bool) -> Iterator[Picture]:
+    """Yields the pictures of the split of this name, in the order of its files.
 
-    root: Path
-    builder: Any
-    split: str
-    boxes: bool
+    Raises:
+      DataError: a file is damaged, or has more or fewer records than dataset_info.json says.
+    """
+    import tensorflow_datasets
+    from grain.experimental import TFRecordIterDataset
+    from grain.sources import ArrayRecordDataSource
 
-    def __iter__(self) -> Iterator[Picture]:
-        """
-        Raises:
-          DataError: a file is damaged, or has more or fewer records than dataset_info.json says.
-        """
-        from grain.experimental import TFRecordIterDataset
-
-        split, features, number = self.builder.info.splits[self.split], self.builder.info.features, -1
-        records = (record for path in split.filepaths for record in TFRecordIterDataset(str(path)))
-        try:
-            for number, record in enumerate(records):
-                yield self.picture(number, features.deserialize_example_np(record, decoders=self.decoders))
-        except DataError:
-            raise
-        except Exception as error:  # grain's and protobuf's own types, and MemoryError where a length is damaged
-            raise self.damaged(number + 1, error) from error
-        if number + 1 != split.num_examples:
-            raise DataError(
-                f"{self.root} holds {number + 1:,} {self.split} pictures, but its dataset_info.json says "
-                f"{split.num_examples:,}: {AGAIN}"
-            )
-
-    def picture(self, number: int, example: dict[str, Any]) -> Picture:
-        name = f"{self.split} {example['id'].decode() if 'id' in example else number}"
-        label, classes = int(example["label"]), self.builder.info.features["label"].num_classes
-        if not 0 <= label < classes:
-            raise DataError(f"{name} of {self.root} has the label {label}: expected 0 to {classes - 1}")
-        if not self.boxes:
-            return Picture(name, label, None, example["image"])
-        ymin, xmin, ymax, xmax = (float(edge) for edge in example["bbox"])
-        return Picture(name, label, Box(xmin, ymin, xmax, ymax, relative=True), example["image"])
-
-    def damaged(self, count: int, error: Exception) -> DataError:
+    split, features, number = builder.info.splits[name], builder.info.features, -1
+    decoders, classes = {"image": tensorflow_datasets.decode.SkipDecoding()}, features["label"].num_classes
+    source = TFRecordIterDataset if builder.info.file_format.value == "tfrecord" else ArrayRecordDataSource
+    records = (record for path in split.filepaths for record in source(str(path)))
+    try:
+        for number, record in enumerate(records):
+            example = features.deserialize_example_np(record, decoders=decoders)
+            picture, label = f"{name} {example['id'].decode() if 'id' in example else number}", int(example["label"])
+            if not 0 <= label < classes:
+                raise DataError(f"{picture} of {root} has the label {label}: expected 0 to {classes - 1}")
+            box = None
+            if boxes:
+                ymin, xmin, ymax, xmax = map(float, example["bbox"])
+                box = Box(xmin, ymin, xmax, ymax, relative=True)
+            yield Picture(picture, label, box, example["image"])
+    except DataError:
+        raise
+    except Exception as error:  # types of grain, array_record and protobuf, and MemoryError where a length is damaged
         reason = (str(error) or type(error).__name__).partition(": b'")[0]  # grain appends the bytes
-        return DataError(f"{self.root} is damaged after {count:,} {self.split} pictures ({reason}): {AGAIN}")
-
-    @property
-    def decoders(self) -> dict[str, Any]:
-        import tensorflow_datasets
-
-        return {"image": tensorflow_datasets.decode.SkipDecoding()}
-
-
-class ArrayRecords(Records, Sequence[Picture]):
-    """The pictures of a split in array_record files, read one by one; several threads may read at once."""
-
-    __iter__ = Sequence.__iter__
-
-    def __len__(self) -> int:
-        return self.builder.info.splits[self.split].num_examples
-
-    def __getitem__(self, number: int) -> Picture:
-        """
-        Raises:
-          DataError: the file is damaged, or has fewer records.
-        """
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        try:
-            return self.picture(number, self.source[number])
-        except DataError:
-            raise
-        except Exception as error:  # array_record and protobuf raise types of their own
-            raise self.damaged(number, error) from error
-
-    @functools.cached_property
-    def source(self) -> Sequence[dict[str, Any]]:
-        return self.builder.as_data_source(self.split, decoders=self.decoders)
+        raise DataError(f"{root} is damaged after {number + 1:,} {name} pictures ({reason}): {AGAIN}") from error
+    if number + 1 != split.num_examples:
+        raise DataError(
+            f"{root} holds {number + 1:,} {name} pictures, but its dataset_info.json says "
+            f"{split.num_examples:,}: {AGAIN}"
+        )

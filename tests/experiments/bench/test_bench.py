@@ -220,7 +220,7 @@ def test_ratios_are_to_the_best_torch():
 
 @pytest.mark.usefixtures("here")
 def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
-    """Drawn cars are in memory; a folder of pictures is also decoded lazily."""
+    """From drawn cars, and from a folder of pictures."""
     monkeypatch.setitem(prepare.DRAWINGS, "train_count", 196)
     arguments = ["--arch", "resnet18", "--batch-size", "4", "--image-size", "32", "--rounds", "2", "--steps", "1"]
     assert main(["feed", *arguments]) == 0
@@ -234,7 +234,7 @@ def test_feed_prints_its_table(monkeypatch, tmp_path, capsys):
         Image.fromarray(np.full((40, 40, 3), 20 * number, np.uint8)).save(folder / split / name / f"{number}.png")
     assert main(["feed", *arguments, "--data", str(folder), "--json", str(tmp_path / "feed.json")]) == 0
     (table,) = json.loads((tmp_path / "feed.json").read_text())["tables"]
-    assert list(table["rows"]) == ["step alone", "in memory", "--decode lazy"]
+    assert list(table["rows"]) == ["step alone", "in memory"]
     assert main(["feed", *arguments[:2], "--batch-size", "400", "--data", str(folder)]) == 2
     assert "exceeds" in capsys.readouterr().err
 

@@ -309,6 +309,10 @@ REFUSED = {
         make_tfds, split_of_tfds(0, shardLengths=["5"]),
         "holds 4 train pictures, but its dataset_info.json says 5",
     ),
+    "TFDS: more records than promised": (
+        in_folder(make_tfds, file_format="array_record"), split_of_tfds(0, shardLengths=["3"]),
+        "holds 4 train pictures, but its dataset_info.json says 3",
+    ),
     "parquet: no test": (make_parquet, removed(*PARTS["test"]), "none of the split 'test'"),
     "parquet: a missing file": (make_parquet, removed(PARTS["test"][0]), "1 of 2 .* for test: number 0 is"),
     "parquet: a file twice": (

@@ -129,7 +129,6 @@ def test_a_bad_picture_is_named_and_skipped_only_when_told(tmp_path, reason, cap
         load(root, tmp_path)
 
 
-@pytest.mark.parametrize("decode", ["cache", "lazy"])
 @pytest.mark.parametrize(
     ("values", "dtype", "suffix", "expected", "white"),
     [
@@ -142,13 +141,13 @@ def test_a_bad_picture_is_named_and_skipped_only_when_told(tmp_path, reason, cap
         ((0, 1), np.int32, "tif", (0, 255), 1),
     ],
 )
-def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, dtype, suffix, expected, white, decode):
+def test_what_is_white_follows_from_the_whole_set_and_is_told(tmp_path, values, dtype, suffix, expected, white):
     """In pictures of more than 8 bits, the highest value in the whole set decides what is white."""
     root = make_by_class(tmp_path / "found")
     for number, value in enumerate(values):
         pixels = Image.fromarray(np.full((9, 9), value, dtype))
         pixels.save(root / "train" / folder_name(0) / f"deep{number}.{suffix}")
-    dataset = load(root, tmp_path, image_size=(2, 2), decode=decode)
+    dataset = load(root, tmp_path, image_size=(2, 2))
     found = {
         name: dataset.train.images[number].ravel()[0]
         for number, name in enumerate(dataset.train.names)
@@ -214,18 +213,17 @@ def entries(tmp_path):
     return list((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize(("decode", "name"), [("cache", "stanford-cars"), ("lazy", "stanford-cars-checked")])
-def test_the_second_start_decodes_nothing(tmp_path, monkeypatch, decode, name):
+def test_the_second_start_decodes_nothing(tmp_path, monkeypatch):
     root = make_by_class(tmp_path / "found")
-    first = load(root, tmp_path, decode=decode)
+    first = load(root, tmp_path)
     monkeypatch.setattr(stanford_cars, "decode_many", None)
-    second = load(root, tmp_path, decode=decode)
-    assert isinstance(second.train.images, np.memmap) == (decode == "cache")
-    np.testing.assert_array_equal(first.train.images[:], second.train.images[:])
+    second = load(root, tmp_path)
+    assert isinstance(second.train.images, np.memmap)
+    np.testing.assert_array_equal(first.train.images, second.train.images)
     np.testing.assert_array_equal(first.test.labels, second.test.labels)
     assert first.source == second.source
     (entry,) = entries(tmp_path)
-    assert entry.name.rpartition("-")[0] == name
+    assert entry.name.rpartition("-")[0] == "stanford-cars"
     facts = json.loads((entry / "entry.json").read_text())["facts"]
     assert facts["directory"] == str(root)
 
@@ -292,11 +290,10 @@ def test_the_space_needed_is_known_beforehand(tmp_path, monkeypatch, missing, ca
     assert bool(load(make_by_class(tmp_path / "found"), tmp_path).source["cache"]) == cached
 
 
-@pytest.mark.parametrize("decode", ["cache", "lazy"])
-def test_no_place_for_the_cache_is_a_warning(tmp_path, capsys, decode):
+def test_no_place_for_the_cache_is_a_warning(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file")
-    dataset = load(make_by_class(tmp_path / "found"), tmp_path, decode=decode)
-    assert dataset.train.images[:].shape == (4, 20, 20, 3)
+    dataset = load(make_by_class(tmp_path / "found"), tmp_path)
+    assert dataset.train.images.shape == (4, 20, 20, 3)
     assert dataset.source["cache"] is None
     assert "warning: nothing is cached, so the next start decodes the pictures again" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soak
@@ -131,6 +132,12 @@ def test_twenty_kills_change_no_bit(tmp_path, capsys):
 def test_more_devices_than_there_are():
     with pytest.raises(ValueError, match=r"--devices 99: JAX sees \d+ \(cpu\); XLA_FLAGS=.*=99 makes virtual ones"):
         choose_devices("99", 99)
+
+
+def test_a_batch_that_the_devices_cannot_share_equally(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--batch-size 33 must be a multiple of the 2 devices that share it"):
+        choose_devices("all", 33)
 
 
 def test_an_address_without_a_port_is_an_error():
