@@ -10,6 +10,7 @@ import gzip
 import io
 import math
 import os
+import re
 import struct
 import sys
 import zlib
@@ -38,6 +39,7 @@ FILES = {  # images and labels of each split
 }
 NAMES = [name for pair in FILES.values() for name in pair]
 HINT = f"pass --data DIR with the four idx files {', '.join(NAMES[:3])} and {NAMES[3]}, each as it is or as .gz"
+OTHERS = re.compile(r"fashion|[ekq]mnist|notmnist", re.IGNORECASE)  # by their folders' names
 UNSIGNED_BYTES = 0x08  # the type code of an idx file
 
 
@@ -56,6 +58,8 @@ def load_mnist(data_dir: Path | None = None, tfds_dir: Path | None = None) -> Da
     for split, count in FULL.items():
         if (found := dataset.source[split]) != count:
             print(f"warning: {found:,} {split} {place}: the whole of MNIST has {count:,}", file=sys.stderr)
+    if OTHERS.search(dataset.source["directory"]):
+        return dataclasses.replace(dataset, title=place)
     of_class = np.bincount(dataset.train.labels, minlength=10).tolist()
     if len(dataset.train) == FULL["train"] and of_class != TRAIN_OF_CLASS:
         print(f"warning: {place} are not MNIST's, which has other labels: is this Fashion-MNIST?", file=sys.stderr)

@@ -21,7 +21,6 @@ from experiments.frameworks.experiment import Experiment
 from experiments.frameworks.schedules import make_schedule
 from experiments.training.loop import count_steps
 from experiments.training.processes import choose_devices
-from experiments.training.saving import has_checkpoint
 from experiments.training.settings import DATA_VARIABLE, RunSettings, Settings
 from jax_resnet import resnet, weights
 
@@ -144,7 +143,7 @@ def initial_weights(settings: Settings, config: resnet.ResNetConfig, key: jax.Ar
       params and batch_stats as float32 NumPy arrays, the same for every framework and precision.
     """
     path = settings.experiment.init
-    if path is None or has_checkpoint(settings.system):
+    if path is None or settings.system.has_checkpoint:
         return jax.tree.map(np.asarray, resnet.init(config, key, jnp.float32))
     file = weights.read_file(path, settings.experiment.entry)
     dense, kernel = file.arrays.get("fc.weight"), file.arrays.get("conv1.weight", np.empty(0))

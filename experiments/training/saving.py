@@ -103,12 +103,6 @@ def _done(action: Callable[[], None]) -> bool:
     return True
 
 
-def has_checkpoint(system: System) -> bool:
-    """Whether --resume has a checkpoint in --out, from which the weights then come."""
-    folder = (system.out or Path()) / CHECKPOINTS
-    return system.resume and any(path.name.isdecimal() for path in folder.glob("*"))
-
-
 def restore_run(settings: RunSettings, training: Training, out: Path, config: dict[str, Any]) -> Restored | None:
     """Restores the last good checkpoint of the run to resume and prints which one it is; None for a new run.
 
@@ -182,7 +176,8 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
     for field in dataclasses.fields(settings.experiment):
         # A run that started before a setting existed was trained with its default.
         earlier_value, value = there.get(field.name, field.default), config["settings"][field.name]
-        if earlier_value != value and not (field.name == "init" and has_checkpoint(settings.system)):
+        needless = field.name in ("init", "entry") and settings.system.has_checkpoint
+        if earlier_value != value and not needless:
             different.append(f"{flag(field.name)} {earlier_value} there, {value} here")
     if not different:
         different = [
@@ -191,7 +186,8 @@ def refuse_other_run(out: Path, config: dict[str, Any], settings: RunSettings) -
         if earlier.get("data", {}).get("train_used") != config["data"]["train_used"]:
             different.append("the number of training pictures")
     if different:
-        begin = f" with --init {out / WEIGHTS}" if hasattr(settings.experiment, "init") else ""
+        source = out / WEIGHTS if (out / WEIGHTS).exists() else out
+        begin = f" with --init {source}" if hasattr(settings.experiment, "init") else ""
         raise ValueError(
             f"{out} holds a run with other settings: {'; '.join(different)}. --resume continues with the same ones; to "
             f"train with these, begin a run in another --out{begin}"

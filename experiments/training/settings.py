@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes
 from experiments.cli import Arch, parse, parse_image_size
 from experiments.frameworks.experiment import LEARNING_RATES, Experiment, flag, is_positive, jax_only, require
 from experiments.from_table import check_types
+from experiments.training.run_folder import CHECKPOINTS
 
 DATA_VARIABLE = "STANFORD_CARS_DIR"
 
@@ -51,6 +52,12 @@ class System:
     """How many steps with a non-finite loss or gradients are skipped; one more ends the run."""
     profile: int | None = jax_only(None)
     """How many steps jax.profiler records, into profile/ in the run's folder."""
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether --resume has a checkpoint in --out, from which the weights then come."""
+        folder = (self.out or Path()) / CHECKPOINTS
+        return self.resume and any(path.name.isdecimal() for path in folder.glob("*"))
 
     def check(self) -> None:
         """Raises a ValueError for values that are out of range or contradict one another."""
@@ -166,8 +173,6 @@ class CarsExperiment(Experiment):
             raise ValueError("--framework torchvision has BatchNorm: --no-batch-norm is for the others")
         if self.zero_gamma and not self.batch_norm:
             raise ValueError("--zero-gamma needs BatchNorm: pass --no-zero-gamma with --no-batch-norm")
-        if self.freeze == "backbone" and self.init is None:
-            raise ValueError("--freeze backbone needs --init FILE: a randomly initialized backbone must be trained")
         require(self, "be at least 2", lambda value: value >= 2, "classes")
         require(self, "be between 0 and 1, such as 0.1", lambda value: 0 < value < 1, "holdout")
         require(self, "be positive and finite", is_positive, "gamma_times_steps")
@@ -189,6 +194,12 @@ class Settings(RunSettings):
 
     experiment: OmitArgPrefixes[CarsExperiment] = dataclasses.field(default_factory=CarsExperiment)
     system: OmitArgPrefixes[CarsSystem] = dataclasses.field(default_factory=CarsSystem)
+
+    def check(self) -> None:
+        super().check()
+        experiment = self.experiment
+        if experiment.freeze == "backbone" and experiment.init is None and not self.system.has_checkpoint:
+            raise ValueError("--freeze backbone needs --init FILE: a randomly initialized backbone must be trained")
 
 
 PRESETS = {
