@@ -153,7 +153,7 @@ COMMAND_LINE = [
     Case("a folder in place of a page", "parity --html .", "--html . is a folder: name the file to write"),
     Case("a page in a missing folder", "parity --html no/page.html", "--html no/page.html: there is no folder no"),
     Case("nothing to compare", "parity --sections", "--sections, --frameworks and --optimizers must not be empty"),
-    Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory, scaling, feed}."),
+    Case("no benchmark", "bench", "Expected one of {step, layers, compile, memory}."),
     Case("no rounds", "bench step --rounds 0", "--rounds must be at least 1, got 0"),
     Case("no runs", "compare", "name at least one run folder"),
     Case("no such run", "compare run", "run holds no run: metrics.jsonl or config.json is missing"),

@@ -223,7 +223,7 @@ class LayersBench(BenchSettings):
                 yield self._layer_table(layer, count, measured, speed, totals)
         for total in totals.values():
             total["sum ms"] = sum(total.values())
-        yield Table(f"{self.case}: all layers together, each as often as the network has it", totals, ("sum ms",))
+        yield Table(f"{self.case}: all layers together, each as often as the network has it", totals)
 
     def _seconds(
         self, layer: Layer, name: Pass, contestants: Sequence[Contestant], steps: int
@@ -241,7 +241,7 @@ class LayersBench(BenchSettings):
             name: {"GFLOP/s": layer.operations / float(np.median(taken)) / 1e9} | times(taken)
             for name, taken in seconds.items()
         }
-        return Table(title, rows, ("GFLOP/s",), seconds)
+        return Table(title, rows, seconds)
 
     def _layer_table(
         self,
@@ -266,4 +266,4 @@ class LayersBench(BenchSettings):
                 kind = f"{'products' if layer.operations else 'other'} {name} ms"
                 totals[contestant][kind] = totals[contestant].get(kind, 0) + 1e3 * count * seconds
         all_seconds = {f"{contestant}, {name}": t for name, of in measured.items() for contestant, t in of.items()}
-        return Table(f"{layer}, x{count}", rows, [f"{name} {unit}" for name in measured], all_seconds)
+        return Table(f"{layer}, x{count}", rows, all_seconds)
