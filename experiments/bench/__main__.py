@@ -44,7 +44,7 @@ def run(bench: BenchSettings) -> None:
         if bench.json:
             written = {"benchmark": name, "machine": machine, "settings": bench.as_json(), "complete": complete}
             written["tables"] = [table.as_json() for table in tables]
-            replace(bench.json, json.dumps(written, indent=1, default=str) + "\n")
+            replace(bench.json, json.dumps(written, indent=1) + "\n")
 
     for table in bench.run():
         print(f"\n{table.title}")

@@ -71,29 +71,17 @@ SMALL = Layer("conv", (8, 3, 5, 4), 2, kernel=3)
 
 def distinct_layers(case: Case) -> dict[Layer, int]:
     """The layers of a network from stem to head, and how often each occurs."""
-    from experiments.frameworks.jax import make_resnet, resnet
+    from experiments.frameworks.jax import layer_sizes, make_resnet, resnet
 
-    config = make_resnet(case.network)
+    config, count = make_resnet(case.network), case.batch_size
     found: Counter[Layer] = Counter()
-
-    def add(layer: Layer) -> tuple[int, int]:
-        found[layer] += 1
-        return layer.output_shape[1:3]
-
-    def add_conv(conv: resnet.Conv, size: tuple[int, int]) -> tuple[int, int]:
-        shape = (case.batch_size, *size, conv.in_channels)
-        size = add(Layer("conv", shape, conv.out_channels, conv.size, conv.stride))
-        add(Layer("norm+relu", (case.batch_size, *size, conv.out_channels)))
-        return size
-
-    size = add_conv(resnet.stem(config), (case.height, case.width))
-    size = add(Layer("max_pool", (case.batch_size, *size, 64), kernel=3, stride=2))
-    for block in resnet.blocks(config):
-        if block.projection:
-            add_conv(block.projection, size)
-        for conv in block.convs:
-            size = add_conv(conv, size)
-    add(Layer("dense", (case.batch_size, 1, 1, resnet.feature_channels(config)), case.num_classes))
+    for conv, size, output in layer_sizes(config, case.height, case.width):
+        if conv is None:
+            found[Layer("max_pool", (count, *size, resnet.stem(config).out_channels), kernel=3, stride=2)] += 1
+        else:
+            found[Layer("conv", (count, *size, conv.in_channels), conv.out_channels, conv.size, conv.stride)] += 1
+            found[Layer("norm+relu", (count, *output, conv.out_channels))] += 1
+    found[Layer("dense", (count, 1, 1, resnet.feature_channels(config)), case.num_classes)] += 1
     return found
 
 

@@ -36,7 +36,7 @@ class Here:
 
     memory_before, peak_memory = 100.0, 300.0
 
-    def __init__(self, name, threads=None, environment=None):
+    def __init__(self, name, threads=1, environment=None):
         self.name = name
 
     def build(self, make_step):
@@ -150,7 +150,7 @@ def test_a_contestant_that_fails_is_left_out(capsys):
         "jax": functools.partial(contestants.jax_step, case),
         "numpy": functools.partial(layers.numpy_layer, layers.SMALL, "forward", "float32"),
     }
-    with turns.started(["jax", "numpy"]) as started:
+    with turns.started(["jax", "numpy"], 1) as started:
         results = turns.compete(started, make_steps, rounds=2, steps=3)
     assert re.search(r"left out: jax: AttributeError: .*resnet19", capsys.readouterr().out)
     assert list(results) == ["numpy"]
@@ -180,7 +180,7 @@ def test_peak_memory_is_that_of_the_contestant_alone():
     """
     ours, theirs = 2**28, 2**26  # bytes
     held = np.ones(ours // 8)
-    with turns.started(["numpy"]) as (contestant,):
+    with turns.started(["numpy"], 1) as (contestant,):
         contestant.build(functools.partial(functools.partial, np.ones, theirs // 8))
     assert contestant.memory_before < held.nbytes / 1e6
     assert 0.95 < (contestant.peak_memory - contestant.memory_before) / (theirs / 1e6) < 1.5
