@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
-from experiments.cli import Arch, exit_code, parse
+from experiments.cli import Arch, check_output_file, exit_code, parse
 from experiments.training.run_folder import run_metadata
 
 if TYPE_CHECKING:
@@ -55,12 +55,9 @@ def convert(
     from jax_resnet.weight_checks import check_arrays
 
     names = weights.check_suffix(target, names)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder: name the file to write")
+    check_output_file("target", target)
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists already: choose another name, or pass --overwrite")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} for {target.name}")
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"{target} cannot be written: {target.parent} is read-only")
     file = weights.read_file(source, entry)

@@ -34,35 +34,22 @@ def layer_rows(config: resnet.ResNetConfig, height: int, width: int) -> Iterator
     """The layers of a network in execution order; nothing is computed, only shapes."""
     import jax
 
-    from jax_resnet import resnet
+    from experiments.frameworks.jax import layer_sizes, resnet
 
     params, _ = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
     weights = {".".join(key.key for key in path): array for path, array in jax.tree.leaves_with_path(params)}
 
-    def halved(size: tuple[int, int], stride: int) -> tuple[int, int]:
-        return -(-size[0] // stride), -(-size[1] // stride)
-
     def count(*names: str) -> int:
         return sum(w.size for name, w in weights.items() if name.rpartition(".")[0] in names)
 
-    def convolution(conv: resnet.Conv, size: tuple[int, int]) -> Row:
-        kernel, size = weights[f"{conv.name}.weight"], halved(size, conv.stride)
-        name = f"{conv.size}x{conv.size}" + (f" / {conv.stride}" if conv.stride > 1 else "")
-        shape = (*size, kernel.shape[-1])
-        return Row(conv.name, name, shape, count(conv.name, conv.norm), math.prod(size) * kernel.size)
-
-    row = convolution(resnet.stem(config), (height, width))
-    yield row
-    size, channels = halved(row.shape[:2], 2), row.shape[2]
-    yield Row("max_pool", "", (*size, channels), 0, 0)
-    for block in resnet.blocks(config):
-        if block.projection:
-            yield convolution(block.projection, size)
-        for conv in block.convs:
-            row = convolution(conv, size)
-            yield row
-            size, channels = row.shape[:2], row.shape[2]
-    yield Row("pool", "", (channels,), 0, 0)
+    for conv, _, size in layer_sizes(config, height, width):
+        if conv is None:
+            yield Row("max_pool", "", (*size, resnet.stem(config).out_channels), 0, 0)
+            continue
+        kernel = f"{conv.size}x{conv.size}" + (f" / {conv.stride}" if conv.stride > 1 else "")
+        multiply_adds = math.prod(size) * weights[f"{conv.name}.weight"].size
+        yield Row(conv.name, kernel, (*size, conv.out_channels), count(conv.name, conv.norm), multiply_adds)
+    yield Row("pool", "", (resnet.feature_channels(config),), 0, 0)
     if config.num_classes:
         yield Row("fc", "", (config.num_classes,), count("fc"), weights["fc.weight"].size)
 

@@ -14,8 +14,6 @@ WORDS = {
     int: "a whole number",
     float: "a number",
     str: "a text",
-    dict: "a table",
-    types.NoneType: "nothing",
 }
 
 

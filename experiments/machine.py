@@ -90,11 +90,6 @@ def _on_request() -> bool:
         return False
 
 
-def describe_pages() -> str:
-    """The kind of pages of malloc's large blocks, for `describe_machine`."""
-    return "huge pages" if f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") else "the system's pages"
-
-
 def give_back_freed_memory() -> None:
     """Returns the freed memory that malloc keeps to the system, since compiling needs more memory than steps."""
     if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
@@ -130,11 +125,12 @@ def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
 
 
 def describe_machine() -> str:
-    """Describes processor, cores, pages and the versions of the frameworks in one line."""
+    """Describes processor, cores, pages of malloc's large blocks, and the versions of the frameworks in one line."""
+    pages = "huge pages" if f"{HUGE_PAGES}=1" in os.environ.get(TUNABLES, "") else "the system's pages"
     packages = ("numpy", "jax", "torch", "torchvision")
     found = versions(packages)
     told = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in packages)
-    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {describe_pages()}; {told}"
+    return f"{processor()}, {os.cpu_count()} cores, {platform.system()}, {pages}; {told}"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Measures speed and memory on this machine: `python -m experiments.bench NAME`.
 
 Contestants take turns on the same number of cores, each in its own process. Ratios come first, then medians and
-quartiles. --json keeps every measured time, --plot draws the tables.
+quartiles. --json keeps every measured time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import sys
 import tyro
 
 from experiments.bench.benchmark import BenchSettings
-from experiments.bench.feed import FeedBench
 from experiments.bench.layers import LayersBench
-from experiments.bench.networks import CompileBench, MemoryBench, ScalingBench, StepBench
+from experiments.bench.networks import CompileBench, MemoryBench, StepBench
 from experiments.cli import exit_code, expanded
 from experiments.machine import describe_machine
 from experiments.output.tables import print_table
@@ -30,13 +29,11 @@ BENCHES: dict[str, type[BenchSettings]] = {
     "layers": LayersBench,
     "compile": CompileBench,
     "memory": MemoryBench,
-    "scaling": ScalingBench,
-    "feed": FeedBench,
 }
 
 
 def run(bench: BenchSettings) -> None:
-    """Measures and prints; writes --json and --plot after each table, so that an interrupted run keeps its tables."""
+    """Measures and prints; writes --json after each table, so that an interrupted run keeps its tables."""
     bench.check()
     name = next(name for name, settings in BENCHES.items() if type(bench) is settings)
     machine, tables = describe_machine(), []
@@ -47,17 +44,13 @@ def run(bench: BenchSettings) -> None:
         if bench.json:
             written = {"benchmark": name, "machine": machine, "settings": bench.as_json(), "complete": complete}
             written["tables"] = [table.as_json() for table in tables]
-            replace(bench.json, json.dumps(written, indent=1, default=str) + "\n")
+            replace(bench.json, json.dumps(written, indent=1) + "\n")
 
     for table in bench.run():
         print(f"\n{table.title}")
         print_table(table.rows)
         tables.append(table)
         write_json(complete=False)
-        if bench.plot:
-            from experiments.bench.drawing import plot_tables
-
-            plot_tables(bench.plot, tables, f"{name}: {machine}")
     write_json(complete=True)
 
 

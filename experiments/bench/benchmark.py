@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +23,11 @@ class Table:
 
     title: what was measured.
     rows: {name: {column: cell}}; a column's name ends with its unit, if any. A row may lack columns.
-    plotted: the columns to draw, side by side.
     seconds: {name: (rounds, steps)}, every measured time, for JSON.
     """
 
     title: str
     rows: dict[str, dict[str, Cell]]
-    plotted: Sequence[str] = ()
     seconds: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -55,8 +53,6 @@ class BenchSettings:
     """Cores for each contestant [default: all]."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write all tables and measured times to this file."""
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Draw the tables in this file: .png, .svg or .pdf."""
 
     def check(self) -> None:
         """Raises a ValueError for settings that make no sense."""
@@ -69,12 +65,10 @@ class BenchSettings:
             for number in values:
                 if type(number) is int and number < 1:
                     raise ValueError(f"{flag} must be at least 1, got {number}")
-            if name in ("json", "plot") and value is not None:
-                check_output_file(flag, value)
+        if self.json is not None:
+            check_output_file("--json", self.json)
         if self.threads > cores():
             raise ValueError(f"--threads {self.threads}: there are {cores()} cores to use")
-        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--plot {self.plot} must end in .png, .svg or .pdf")
         parse_image_size(self.image_size)
 
     @property
@@ -88,7 +82,7 @@ class BenchSettings:
 
     def as_json(self) -> dict[str, Any]:
         """The settings that affect a measurement, by field name."""
-        return {n: v for n, v in dataclasses.asdict(self).items() if n not in ("json", "plot") and v is not None}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "json"}
 
     def __str__(self) -> str:
         words = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in self.as_json().items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,10 +21,7 @@ TASKS: dict[Task, str] = {
 
 
 class Case(NamedTuple):
-    """A network, its input images (batch_size, height, width, channels), and the task.
-
-    devices: how many JAX devices share the batch; None puts everything on the first one.
-    """
+    """A network, its input images (batch_size, height, width, channels), and the task."""
 
     arch: str
     batch_size: int
@@ -35,7 +31,6 @@ class Case(NamedTuple):
     channels: int = 3
     num_classes: int = 196
     precision: Precision = "float32"
-    devices: int | None = None
 
     def __str__(self) -> str:
         return f"{self.arch}, batch {self.batch_size} of {self.height}x{self.width}x{self.channels}, {self.precision}"
@@ -85,32 +80,18 @@ def numpy_step(case: Case) -> Step:
     return {"training": training, "inference": inference}[case.task]
 
 
-def on_devices(count: int | None, trees: Any, batch: Any) -> tuple[Any, Any]:
-    """Puts weights and a batch on `count` JAX devices, which share the batch; None puts all on the first one."""
-    import jax
-    import jax.numpy as jnp
-
-    from jax_resnet import train
-
-    if count is None:
-        return jax.tree.map(jnp.asarray, (trees, batch))
-    if count > jax.device_count():
-        raise ValueError(f"{count} devices: JAX sees {jax.device_count()}")
-    mesh = train.data_mesh(jax.devices()[:count])
-    return train.replicate(trees, mesh), train.shard_batch(batch, mesh)
-
-
 def jax_program(
     case: Case, forward: Callable[..., Any], params: Any, others: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A network as a jitted function, whose results are those of `numpy_step`, and its arguments.
 
     Args:
-      case: gives the images, labels, task and devices.
+      case: gives the images, labels and task.
       forward: (params, others, images, train) -> (logits, others after this batch).
       params, others: what is trained, and what is not, such as running statistics.
     """
     import jax
+    import jax.numpy as jnp
     import optax
 
     def training(params: Any, others: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, Any]:
@@ -124,8 +105,8 @@ def jax_program(
     def inference(params: Any, others: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         return forward(params, others, images, False)[0]
 
-    trees, arrays = on_devices(case.devices, (params, others), batch(case))
-    return jax.jit({"training": training, "inference": inference}[case.task]), (*trees, *arrays)
+    arguments = jax.tree.map(jnp.asarray, (params, others, *batch(case)))
+    return jax.jit({"training": training, "inference": inference}[case.task]), arguments
 
 
 def jax_done(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Step:
@@ -175,11 +156,8 @@ def flax_step(case: Case) -> Step:
 
 def keras_step(case: Case) -> Step:
     """The network of keras.applications (v1, biases in its convolutions) with Keras on JAX, by its stateless calls."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")  # the bench's processes set it before any import
     import keras
 
-    if keras.backend.backend() != "jax":
-        raise ValueError(f"Keras runs on {keras.backend.backend()}: set KERAS_BACKEND=jax")
     name = f"ResNet{case.arch.removeprefix('resnet')}"
     if not hasattr(keras.applications, name):
         raise ValueError(f"keras.applications has no {name}")

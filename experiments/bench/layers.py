@@ -71,29 +71,17 @@ SMALL = Layer("conv", (8, 3, 5, 4), 2, kernel=3)
 
 def distinct_layers(case: Case) -> dict[Layer, int]:
     """The layers of a network from stem to head, and how often each occurs."""
-    from experiments.frameworks.jax import make_resnet, resnet
+    from experiments.frameworks.jax import layer_sizes, make_resnet, resnet
 
-    config = make_resnet(case.network)
+    config, count = make_resnet(case.network), case.batch_size
     found: Counter[Layer] = Counter()
-
-    def add(layer: Layer) -> tuple[int, int]:
-        found[layer] += 1
-        return layer.output_shape[1:3]
-
-    def add_conv(conv: resnet.Conv, size: tuple[int, int]) -> tuple[int, int]:
-        shape = (case.batch_size, *size, conv.in_channels)
-        size = add(Layer("conv", shape, conv.out_channels, conv.size, conv.stride))
-        add(Layer("norm+relu", (case.batch_size, *size, conv.out_channels)))
-        return size
-
-    size = add_conv(resnet.stem(config), (case.height, case.width))
-    size = add(Layer("max_pool", (case.batch_size, *size, 64), kernel=3, stride=2))
-    for block in resnet.blocks(config):
-        if block.projection:
-            add_conv(block.projection, size)
-        for conv in block.convs:
-            size = add_conv(conv, size)
-    add(Layer("dense", (case.batch_size, 1, 1, resnet.feature_channels(config)), case.num_classes))
+    for conv, size, output in layer_sizes(config, case.height, case.width):
+        if conv is None:
+            found[Layer("max_pool", (count, *size, resnet.stem(config).out_channels), kernel=3, stride=2)] += 1
+        else:
+            found[Layer("conv", (count, *size, conv.in_channels), conv.out_channels, conv.size, conv.stride)] += 1
+            found[Layer("norm+relu", (count, *output, conv.out_channels))] += 1
+    found[Layer("dense", (count, 1, 1, resnet.feature_channels(config)), case.num_classes)] += 1
     return found
 
 
@@ -223,7 +211,7 @@ class LayersBench(BenchSettings):
                 yield self._layer_table(layer, count, measured, speed, totals)
         for total in totals.values():
             total["sum ms"] = sum(total.values())
-        yield Table(f"{self.case}: all layers together, each as often as the network has it", totals, ("sum ms",))
+        yield Table(f"{self.case}: all layers together, each as often as the network has it", totals)
 
     def _seconds(
         self, layer: Layer, name: Pass, contestants: Sequence[Contestant], steps: int
@@ -241,7 +229,7 @@ class LayersBench(BenchSettings):
             name: {"GFLOP/s": layer.operations / float(np.median(taken)) / 1e9} | times(taken)
             for name, taken in seconds.items()
         }
-        return Table(title, rows, ("GFLOP/s",), seconds)
+        return Table(title, rows, seconds)
 
     def _layer_table(
         self,
@@ -266,4 +254,4 @@ class LayersBench(BenchSettings):
                 kind = f"{'products' if layer.operations else 'other'} {name} ms"
                 totals[contestant][kind] = totals[contestant].get(kind, 0) + 1e3 * count * seconds
         all_seconds = {f"{contestant}, {name}": t for name, of in measured.items() for contestant, t in of.items()}
-        return Table(f"{layer}, x{count}", rows, [f"{name} {unit}" for name in measured], all_seconds)
+        return Table(f"{layer}, x{count}", rows, all_seconds)

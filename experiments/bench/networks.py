@@ -1,13 +1,12 @@
-"""Benchmarks in which whole networks compete: `python -m experiments.bench step`, compile, memory and scaling."""
+"""Benchmarks in which whole networks compete: `python -m experiments.bench step`, compile and memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -16,25 +15,16 @@ from tqdm import tqdm
 from experiments.bench.benchmark import BenchSettings, Table, ratios_to_best_torch, times
 from experiments.bench.contestants import CONTESTANTS, TASKS, Case, ContestantName, Task
 from experiments.bench.turns import NOBODY_LEFT, Result, available, compete, framework, started, who_can
-from experiments.cli import Arch
 from experiments.output.tables import Cell
 
 CACHE_VARIABLES = {"jax": "JAX_COMPILATION_CACHE_DIR", "torch.compile": "TORCHINDUCTOR_CACHE_DIR"}
-Axis = Literal["batch-size", "image-size", "depth", "devices"]
-GROWTH: dict[Axis, list[dict[str, Any]]] = {  # what is replaced in the case, row by row
-    "batch-size": [{"batch_size": size} for size in (1, 2, 4, 8, 16, 32)],
-    "image-size": [{"height": side, "width": side} for side in (64, 96, 128, 160, 224)],
-    "depth": [{"arch": arch} for arch in get_args(Arch)],
-    "devices": [{"devices": count} for count in (1, 2, 4)],
-}
-VIRTUAL = "--xla_force_host_platform_device_count={}"  # splits a CPU into devices
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkBench(BenchSettings):
     """The settings of every benchmark in which whole networks compete."""
 
-    contestants: tuple[ContestantName, ...] = ("jax", "torch")
+    contestants: tuple[ContestantName, ...] = tuple(name for name in CONTESTANTS if name != "jax.remat")
     """Who takes part."""
     tasks: tuple[Task, ...] = ("training", "inference")
     """What is run."""
@@ -65,15 +55,13 @@ class StepBench(NetworkBench):
     (libraries, weights, compilation), and the part of the peak that came after importing the libraries.
     """
 
-    contestants: tuple[ContestantName, ...] = tuple(name for name in CONTESTANTS if name != "jax.remat")
-    """Who takes part."""
     steps: int = 3
     """Steps per turn, after a tenth of them (at least one) to warm up."""
 
     def tables(self, names: list[str], case: Case) -> Iterator[Table]:
         results = self.measure(names, case, rounds=self.rounds, steps=self.steps)
         seconds = {name: result.seconds for name, result in results.items()}
-        yield Table(f"{case}, {TASKS[case.task]}", step_rows(results), ("median ms",), seconds)
+        yield Table(f"{case}, {TASKS[case.task]}", step_rows(results), seconds)
 
 
 def step_rows(results: dict[str, Result]) -> dict[str, dict[str, Cell]]:
@@ -111,7 +99,7 @@ class CompileBench(NetworkBench):
             rounds.append(who_can(names, lambda name: cold_and_warm(name, case, self.threads)))
             names = list(rounds[-1])
         seconds = {name: np.array([of_round[name] for of_round in rounds]) for name in names}
-        yield Table(f"{case}, first {TASKS[case.task]}", compile_rows(seconds), ("cold s", "warm s"), seconds)
+        yield Table(f"{case}, first {TASKS[case.task]}", compile_rows(seconds), seconds)
 
 
 def cold_and_warm(name: str, case: Case, threads: int) -> tuple[float, float]:
@@ -171,7 +159,7 @@ class MemoryBench(NetworkBench):
         if not rows:
             raise ValueError(NOBODY_LEFT)
         size = f"{case.height}x{case.width}x{case.channels}"
-        yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[case.task]}", rows, ("MB",))
+        yield Table(f"{case.arch}, batches of {size}, {case.precision}, {TASKS[case.task]}", rows)
 
     def _row(self, name: str, case: Case, cache: str) -> dict[str, Cell]:
         """The cells of a row; empty if the contestant fails, which has been printed."""
@@ -185,54 +173,3 @@ class MemoryBench(NetworkBench):
         except ValueError:
             return {}
         return {"MB": result.above_libraries} | compiling | times(result.seconds)
-
-
-@dataclasses.dataclass(frozen=True)
-class ScalingBench(NetworkBench):
-    """Time a training step (or inference) while one thing grows: batch size, image size, depth, devices.
-
-    The other options stay as given. Ratios are to the fastest mode of PyTorch in the row. Only JAX runs on several
-    devices, which share one batch. On a CPU these are virtual and share its cores, so their table shows the cost of
-    splitting.
-    """
-
-    over: tuple[Axis, ...] = get_args(Axis)
-    """What grows; each has its own table."""
-    tasks: tuple[Task, ...] = ("training",)
-    """What is run."""
-    rounds: int = 5
-    """How often the contestants take turns."""
-    steps: int = 1
-    """Steps per turn, after one step to warm up."""
-
-    def tables(self, names: list[str], case: Case) -> Iterator[Table]:
-        for axis in self.over:
-            taking_part = [name for name in names if axis != "devices" or name == "jax"]
-            if not taking_part:
-                continue
-            rows, seconds = {}, {}
-            for change in GROWTH[axis]:
-                grown = case._replace(**change)
-                flags = os.environ.get("XLA_FLAGS", "")
-                environment = {"XLA_FLAGS": f"{flags} {VIRTUAL.format(grown.devices)}".strip()} if grown.devices else {}
-                try:
-                    results = self.measure(
-                        taking_part, grown, rounds=self.rounds, steps=self.steps, environment=environment
-                    )
-                except ValueError:  # too large, too small or indivisible for all of them: the reasons are printed
-                    continue
-                label = f"{axis.replace('-', ' ')} {'x'.join(map(str, change.values()))}"
-                rows[label] = scaling_row(grown, results)
-                seconds |= {f"{label}, {name}": result.seconds for name, result in results.items()}
-            plotted = [f"{name} images/s" for name in taking_part]
-            yield Table(f"{case}, {TASKS[case.task]}: {axis}", rows, plotted, seconds)
-
-
-def scaling_row(case: Case, results: dict[str, Result]) -> dict[str, Cell]:
-    """Ratios to the fastest mode of PyTorch, medians and images/s, by contestant."""
-    ratios = ratios_to_best_torch({name: np.median(result.seconds, 1) for name, result in results.items()})
-    row: dict[str, Cell] = {f"{name} ratio": ratio for name, ratio in ratios.items() if name != "torch"}
-    for name, result in results.items():
-        median = float(np.median(result.seconds))
-        row |= {f"{name} ms": 1e3 * median, f"{name} images/s": case.batch_size / median}
-    return row

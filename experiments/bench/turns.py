@@ -64,11 +64,11 @@ class Result(NamedTuple):
 class Contestant:
     """A process that has imported a contestant's libraries and waits; memory_before and peak_memory as in `Result`."""
 
-    def __init__(self, name: str, threads: int | None = None, environment: Mapping[str, str] | None = None):
-        """Starts it on `threads` cores (all if None), with these additional environment variables."""
+    def __init__(self, name: str, threads: int, environment: Mapping[str, str]):
+        """Starts it on `threads` cores, with these additional environment variables."""
         self.name = name
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **(environment or {})}):
+        with bound(threads, {**ENVIRONMENT.get(framework(name), {}), **environment}):
             self._ask(_prepare, framework(name))
 
     def build(self, make_step: MakeStep) -> float:
@@ -194,26 +194,24 @@ def available(names: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def started(
-    names: Sequence[str], threads: int | None = None, environment: Mapping[str, str] | None = None
+    names: Sequence[str], threads: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[list[Contestant]]:
     """Starts the contestants' processes one after the other; they end with the context."""
     with contextlib.ExitStack() as ending:
-        yield [ending.enter_context(contextlib.closing(Contestant(name, threads, environment))) for name in names]
+        yield [ending.enter_context(contextlib.closing(Contestant(name, threads, environment or {}))) for name in names]
 
 
 @contextlib.contextmanager
-def bound(threads: int | None, environment: Mapping[str, str] | None = None) -> Iterator[None]:
+def bound(threads: int, environment: Mapping[str, str]) -> Iterator[None]:
     """Binds this process to some cores and sets environment variables in the context; child processes inherit both.
 
     All libraries count the cores that they may use, so none needs its own setting. OpenMP's variable is set as well,
     for systems that cannot bind a process to cores.
     """
-    if threads is not None:
-        environment = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
     variables = dict(os.environ)
-    cores = os.sched_getaffinity(0) if threads is not None and hasattr(os, "sched_setaffinity") else None
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
     try:
-        os.environ.update(environment or {})
+        os.environ.update({"OMP_NUM_THREADS": str(threads), **environment})
         if cores:
             os.sched_setaffinity(0, sorted(cores)[:threads])
         yield

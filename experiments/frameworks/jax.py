@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,27 @@ ADAMS_B2 = 0.999  # the usual default, which make_optimizer does not change
 def make_resnet(network: ResNet) -> resnet.ResNetConfig:
     """The configuration that `jax_resnet.resnet.apply` takes."""
     return getattr(resnet, network.arch)(**network.options)
+
+
+def layer_sizes(
+    config: resnet.ResNetConfig, height: int, width: int
+) -> Iterator[tuple[resnet.Conv | None, tuple[int, int], tuple[int, int]]]:
+    """The convolutions in execution order, and None for the max-pooling after the first.
+
+    Yields:
+      each with the height and width of its input and of its output.
+    """
+    found: list[tuple[resnet.Conv | None, bool]] = [(resnet.stem(config), False), (None, False)]
+    for block in resnet.blocks(config):
+        found += [(block.projection, True)] if block.projection else []
+        found += [(conv, False) for conv in block.convs]
+    size = height, width
+    for conv, is_shortcut in found:
+        stride = conv.stride if conv else 2
+        output = -(-size[0] // stride), -(-size[1] // stride)
+        yield conv, size, output
+        if not is_shortcut:
+            size = output
 
 
 def make_logits(network: ResNet, arrays: Arrays) -> Callable[[Array], Array]:

@@ -14,11 +14,10 @@ import numpy as np
 import numpy_ref.resnet
 import numpy_ref.weights
 from experiments.frameworks import jax, numpy
-from experiments.frameworks.common import ResNet
+from experiments.frameworks.common import Arrays, ResNet
 from jax_resnet import resnet
 from numpy_ref.resnet import MIN_SIZE
 
-Arrays = dict[str, np.ndarray]
 Tree = dict[str, Any]
 Batch = tuple[np.ndarray, np.ndarray]  # images, labels
 

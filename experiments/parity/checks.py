@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from experiments.frameworks.common import ResNet
+from experiments.frameworks.common import Arrays, ResNet
 from experiments.parity import in_jax, in_numpy
-from experiments.parity.cases import Arrays, Batch, LayerCase, activation_names, draw_batch
+from experiments.parity.cases import Batch, LayerCase, activation_names, draw_batch
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_errors
 
 # BOUND_FLOAT64 is the project's target. In float32 a layer may lose two of its seven digits to a sum of some hundred

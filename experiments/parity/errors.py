@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Arrays = Mapping[str, np.ndarray]
+from experiments.frameworks.common import Arrays
 
 
 class Results(NamedTuple):

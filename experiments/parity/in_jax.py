@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.frameworks.common import ResNet
+from experiments.frameworks.common import Arrays, ResNet
 from experiments.frameworks.jax import make_gradients, make_resnet
-from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
+from experiments.parity.cases import OPTIMIZERS, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
 from jax_resnet import layers, weights
 from jax_resnet.adabound import adabound, amsbound

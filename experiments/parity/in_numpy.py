@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.frameworks.common import ResNet
+from experiments.frameworks.common import Arrays, ResNet
 from experiments.frameworks.numpy import forward_backward, make_resnet
-from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
+from experiments.parity.cases import OPTIMIZERS, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
 from numpy_ref import layers, optim, weights
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.frameworks.common import ResNet
+from experiments.frameworks.common import Arrays, ResNet
 from experiments.frameworks.torch import load_weights, make_resnet, to_arrays, to_tensors
-from experiments.parity.cases import OPTIMIZERS, Arrays, LayerCase, TrainerState, cotangent
+from experiments.parity.cases import OPTIMIZERS, LayerCase, TrainerState, cotangent
 from experiments.parity.errors import Results
 from jax_resnet import weights
 from torch_ref import adabound

@@ -13,7 +13,7 @@ import tyro
 from experiments.cli import exit_code, parse
 
 TITLE = "Is AdaBound better than Adam?"
-ANSWER, NOTES, SPEED = "answer.md", "notes.md", "bench"  # in the folder of all studies
+ANSWER, NOTES = "answer.md", "notes.md"  # in the folder of all studies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run(settings: ReportSettings) -> None:
         print("\n".join(f"wrote the tables of {page}" for page in changed) or "all tables are up to date")
         return
     from experiments.output.page import write_html, write_markdown
-    from experiments.report.sections import overview, speed_section, study_section, upper_bound_section
+    from experiments.report.sections import overview, study_section, upper_bound_section
     from experiments.report.study_results import find_studies, read_study
 
     if settings.out.exists() and not settings.out.is_dir():
@@ -63,7 +63,6 @@ def run(settings: ReportSettings) -> None:
     )
     sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
     sections |= {study.heading: list(study_section(study)) for study in studies}
-    sections["Speed of the implementations"] = list(speed_section(settings.results / SPEED))
     sections["What was not run, and other remarks"] = _paragraphs(settings.results / NOTES)
     sections = {heading: blocks for heading, blocks in sections.items() if blocks}
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from experiments.frameworks.experiment import BOUNDED
-from experiments.output.figures import in_percent, panels
 from experiments.report.analysis import paired_difference
 from experiments.report.answer import percent, points
 from experiments.report.study_results import Contestant
-
-PANELS_WIDE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,7 @@ def grid_differences(grid: Grid) -> list[dict[str, str]]:
 
 
 def plot_grid(grid: Grid) -> Figure:
-    """Final top-1, the mean over seeds and its interval; a cell without ended runs stays empty."""
+    """Final top-1, the mean over seeds and its interval; cells without ended runs (not all are) stay empty."""
     values = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for (row, column), contestant in grid.cells.items():
         values[grid.rows.index(row), grid.columns.index(column)] = contestant.interval().mean
@@ -90,7 +86,7 @@ def plot_grid(grid: Grid) -> Figure:
     image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=0)
     axis.set_xticks(range(len(grid.columns)), [label(grid.across, c).replace(", ", "\n") for c in grid.columns])
     axis.set_yticks(range(len(grid.rows)), [label(grid.down, row) for row in grid.rows])
-    middle = np.nanmax(values) / 2 if np.isfinite(values).any() else 0.0
+    middle = np.nanmax(values) / 2
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             contestant = grid.cells[grid.rows[i], grid.columns[j]]
@@ -98,34 +94,4 @@ def plot_grid(grid: Grid) -> Figure:
             text = percent(contestant.interval()).replace(" (", "\n(") + failed
             axis.text(j, i, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
     figure.colorbar(image, format=PercentFormatter(1.0), label="final test top-1")
-    return figure
-
-
-def plot_grid_curves(grid: Grid, column: str, title: str, *, bounded: bool = False) -> Figure | None:
-    """A column of the metrics by epoch, the mean over seeds: a panel for each row of the grid, a curve for each column.
-
-    Args:
-      bounded: draw only optimizers with bounds.
-    """
-    figure, axes = panels(len(grid.rows), PANELS_WIDE, 3.4, 2.6, margin=0.9, sharex=True, sharey=True)
-    handles = {}
-    for axis, row in zip(axes, grid.rows, strict=True):
-        for number, of_column in enumerate(grid.columns):
-            contestant = grid.cells.get((row, of_column))
-            if contestant is None or (bounded and contestant.opt not in BOUNDED):
-                continue
-            epochs, values = contestant.curve(column)
-            if len(epochs):
-                name = label(grid.across, of_column)
-                (handles[name],) = axis.plot(epochs, values.mean(0), color=f"C{number}", lw=1.4)
-        axis.set_title(label(grid.down, row), fontsize=9)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        in_percent(axis)
-    if not handles:
-        plt.close(figure)
-        return None
-    axes[0].set_ylim(bottom=0)
-    figure.supxlabel("epoch", fontsize=9)
-    figure.supylabel(title, fontsize=9)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)), fontsize=8)
     return figure

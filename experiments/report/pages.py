@@ -20,7 +20,6 @@ import numpy as np
 
 from experiments.output.page import table
 from experiments.report.answer import percent, points
-from experiments.report.benches import read_steps
 from experiments.report.study_results import read_study
 
 TABLE = re.compile(r"(<!-- table (\S+) ?([^\n]*?) ?-->\n).*?(<!-- end of table -->)", re.S)
@@ -95,10 +94,16 @@ def beside_jax_table(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def _bench(results: Path, name: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """{title: {contestant: its row in each file}}."""
+    """{title: {contestant: its row in each file}}; "seconds" has a row's times."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for _, title, contestant, row in read_steps(results / "bench", f"{name}-[0-9].json"):
-        found.setdefault(title, {}).setdefault(contestant, []).append(row)
+    for file in sorted((results / "bench").glob(f"{name}-[0-9].json")):
+        try:
+            for of_bench in json.loads(file.read_text(encoding="utf-8"))["tables"]:
+                of_title = found.setdefault(of_bench["title"], {})
+                for contestant, row in of_bench["rows"].items():
+                    of_title.setdefault(contestant, []).append(row | {"seconds": of_bench["seconds"][contestant]})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not what experiments.bench --json writes: {error!r}") from error
     if not found:
         raise FileNotFoundError(f"no {name}-1.json in {results / 'bench'}")
     return found

@@ -1,22 +1,19 @@
-"""What the report says about a study and about the benchmarks: words, tables and pictures."""
+"""What the report says about a study: words, tables and pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.output.page import Block, picture, table
-from experiments.output.tables import as_text
 from experiments.report import curves
 from experiments.report.analysis import paired_difference, reached, verdict
 from experiments.report.answer import answer, answer_row, limits, percent, points
-from experiments.report.benches import read_steps
-from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid, plot_grid_curves
+from experiments.report.grids import Grid, find_grids, grid_differences, plot_grid
 from experiments.report.study_results import Contestant, StudyResults, Trial
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_rows
 from experiments.study_files import slug
@@ -251,14 +248,7 @@ def _grids(results: StudyResults, grids: list[Grid]) -> Iterator[Block]:
             yield "Final top-1 of each optimizer minus the first, paired by seed, for each value of the other axes."
             yield table(rows)
         caption = "Final top-1: means over seeds, with 95% intervals where there are several."
-        name = f"{results.name}-{slug(grid.name)}"
-        yield from _picture(f"{name}-grid", plot_grid(grid), caption)
-        for column, title, bounded in (
-            ("test_top1", "test top-1", False),
-            ("at_upper", "share of weights whose step is at the upper bound", True),
-        ):
-            figure = plot_grid_curves(grid, column, title, bounded=bounded)
-            yield from _picture(f"{name}-{column}", figure, f"By epoch: {title}.")
+        yield from _picture(f"{results.name}-{slug(grid.name)}-grid", plot_grid(grid), caption)
 
 
 def _tuning(results: StudyResults) -> Iterator[Block]:
@@ -274,29 +264,3 @@ def _tuning(results: StudyResults) -> Iterator[Block]:
 def _picture(name: str, figure: Figure | None, caption: str) -> Iterator[Block]:
     if figure is not None:
         yield picture(name, caption, figure)
-
-
-def speed_section(folder: Path) -> Iterator[Block]:
-    """The ratios in a folder's JSON files of `experiments.bench step`; repeated measurements stand side by side.
-
-    Raises:
-      ValueError: a file is not from experiments.bench.
-    """
-    ratios: dict[str, dict[str, dict[str, list[str]]]] = {}  # by machine, by what was measured, by contestant
-    for machine, title, name, row in read_steps(folder):
-        if "ratio" in row:
-            measured = title.partition(":")[0]  # without what a step consists of, which is always the same
-            of_machine = ratios.setdefault(machine, {})
-            of_machine.setdefault(measured, {}).setdefault(name, []).append(as_text(row["ratio"]))
-    if not ratios:
-        return
-    yield (
-        "Time relative to the fastest mode of PyTorch; less is better. Each run of experiments.bench step gives one "
-        f"number, the median of its rounds. Every single time is in {folder}."
-    )
-    for machine, measured in sorted(ratios.items()):
-        names = list(dict.fromkeys(name for of_title in measured.values() for name in of_title))
-        yield f"{machine}:"
-        yield table(
-            [{"": title} | {n: ", ".join(of_title.get(n, [])) for n in names} for title, of_title in measured.items()]
-        )

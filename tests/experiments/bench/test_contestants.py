@@ -108,8 +108,9 @@ def test_networks_compute_the_same(task):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra bench")
-def test_keras_computes_a_network_of_that_size():
+def test_keras_computes_a_network_of_that_size(monkeypatch):
     """Keras' ResNet-50 has biases in its convolutions."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # as a contestant's process has it
     case = contestants.Case("resnet50", 2, 32, 32)
     loss, _, grads = contestants.keras_step(case)()
     assert 0 < loss < 20

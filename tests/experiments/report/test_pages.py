@@ -54,3 +54,10 @@ def test_times_are_compared_round_by_round(tmp_path):
 def test_a_table_without_its_source_is_named(table, tmp_path):
     with pytest.raises(ValueError, match=f"the table `{table}` cannot be written"):
         fill(f"<!-- table {table} -->\n<!-- end of table -->", tmp_path)
+
+
+def test_a_damaged_measurement_is_named(tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "step-1.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step-1\.json is not what experiments\.bench --json writes"):
+        fill("<!-- table speed step -->\n<!-- end of table -->", tmp_path)
