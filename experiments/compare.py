@@ -6,6 +6,7 @@ Also trains in several frameworks in turn: --compare of experiments.cars and exp
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -39,8 +40,9 @@ def compare(
     if not runs:
         raise ValueError("name at least one run folder")
     check_output_file("--out", out)
-    names = [run.name for run in runs]
-    found = {str(run) if names.count(run.name) > 1 else run.name: read_run(run) for run in runs}
+    out = out if out.suffix else out.with_suffix(".png")
+    names = [run.resolve().name for run in runs]  # also of "."
+    found = {str(run) if names.count(name) > 1 else name: read_run(run) for run, name in zip(runs, names, strict=True)}
     rows = {name: run_rows for name, (run_rows, _) in found.items()}
     if against is not None and against not in rows:
         raise ValueError(f"--against {against} is none of {', '.join(rows)}")
@@ -62,6 +64,7 @@ def read_run(run: Path) -> tuple[Rows, str]:
     try:
         rows = read_metrics(run)
         for row in rows:
+            row |= {name: math.nan for name in ("train_loss", "test_loss") if row.get(name, 0) is None}  # written so
             tested = ("test_loss", "test_top1", "test_top5") if "test_loss" in row else ()
             if wrong := [n for n in ("epoch", "step", "train_loss", *tested) if not isinstance(row[n], int | float)]:
                 raise TypeError(f"{wrong[0]} is {row[wrong[0]]!r}")

@@ -51,6 +51,23 @@ def test_equal_curves_and_strangers():
     assert [row["step"] for row in only_ends] == [8]
 
 
+def test_a_loss_that_is_no_number_and_the_folder_one_is_in(tmp_path, monkeypatch, capsys):
+    """A run writes NaN as null. "." has the folder's name, and a picture without a suffix becomes a .png."""
+    for name, loss in (("a", 1.0), ("b", None)):
+        (tmp_path / name).mkdir()
+        row = dict(epoch=1.0, step=1, train_loss=loss, test_loss=loss, test_top1=0.25, test_top5=0.5)
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        config = {"input": {"arch": "resnet18"}, "data": {"title": "cars"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path / "a")
+    assert compare.main([".", "../b", "--out", "../both"]) == 0
+    printed = capsys.readouterr().out
+    assert "a: test top-1 25.00%" in printed
+    assert "b: test top-1 25.00%, top-5 50.00%, loss nan" in printed
+    assert printed.endswith("curves are in ../both.png\n")
+    assert (tmp_path / "both.png").exists()
+
+
 def start(names, out, *more, **options):
     """Starts the command with --compare in its own process."""
     command = [sys.executable, "-m", "experiments.cars", *TINY, "--compare", names, "--out", str(out), *more]
