@@ -113,7 +113,7 @@ def find(arrays: Mapping[str, Any], others: Iterable[str], entry: str | None = N
             ),
             *(
                 f"{weight}, which may be the layer that names the classes, was left out"
-                for weight in _other_heads(arrays, {} if parent in networks else outer, dense)
+                for weight in _other_heads(arrays, outer if dense and parent not in networks else {}, dense)
             ),
         ),
     )
@@ -192,7 +192,8 @@ def _other_heads(arrays: Mapping[str, Any], outer: Mapping[str, str], dense: Map
     """The names in the file of dense layers beside the network that are named like a head, except its own.
 
     Args:
-      outer: {name: name in the file} of what lies beside the network; {} if that is part of another network.
+      outer: {name: name in the file} of what lies beside the network.
+      dense: the network's own, {name: name in the file}.
     """
     for name, original in outer.items():
         layer, _, field = name.rpartition(".")

@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import io
 import json
 import os
@@ -98,7 +99,7 @@ FORMATS = {
     "torch's tar of 2016": write_tar,
     "a pickle of tensors": lambda path: path.write_bytes(pickle.dumps(TENSORS, 2)),
     "a pickle of tensors, protocol 5": lambda path: path.write_bytes(pickle.dumps(TENSORS, 5)),
-    **{f"a pickle of arrays, protocol {protocol}": dump(protocol) for protocol in range(2, 6)},
+    **{f"a pickle of arrays, protocol {protocol}": dump(protocol) for protocol in range(6)},
     "npz": lambda path: np.savez(path.open("wb"), **ARRAYS),
     "compressed npz": lambda path: np.savez_compressed(path.open("wb"), **ARRAYS),
     "safetensors": lambda path: path.write_bytes(safetensors.numpy.save(ARRAYS)),
@@ -159,7 +160,7 @@ def test_arrays_of_numpy_in_other_orders(tmp_path):
 DATA = {  # what training scripts put beside weights
     "a random state": np.random.RandomState(0).get_state(),
     "generators": [np.random.RandomState(0), np.random.default_rng(0)],
-    "NumPy's": [np.float64(1), np.int64(2), np.bool_(True), np.array(["a"]), np.array([{}, None], object)],
+    "NumPy's": [np.float32, np.float64(1), np.int64(2), np.bool_(True), np.array(["a"]), np.array([{}, None], object)],
     "a command line": argparse.Namespace(data=pathlib.Path("/data"), lr=0.1, size=(3, 4)),
     "namespaces": types.SimpleNamespace(a=1),
     "collections": [collections.defaultdict(list, a=[1]), collections.deque([1], 3), collections.Counter("aab"),
@@ -251,6 +252,7 @@ HOSTILE = {  # pickles that no pickler writes: they call functions, claim huge s
     "an extension": opcodes(b"\x82\x01"),
     "a deep nest": opcodes(b"]" * 5000, b"a" * 4999),
     "a dict in itself": opcodes(b"}q\0", text(b"a"), b"h\0s"),
+    "lists of lists": pickle.dumps(functools.reduce(lambda inner, _: [inner] * 60, range(12), [])),
     "doubled lists": opcodes(b"]q\0", *(bytes([0x5D, 0x71, i + 1, *[0x68, i, 0x61] * 2]) for i in range(60))),
 }  # fmt: skip
 
@@ -314,6 +316,8 @@ OTHERS = {
     "JSON": (lambda path: path.write_text('{"a": 1}'), "is not a readable weight file: it is text"),
     "JSON of a terabyte": (lambda path: (path.write_text("{"), os.truncate(path, 2**40)),
                            "is not a readable weight file: its format is not known"),
+    "a shard that is missing": (lambda path: path.write_text('{"weight_map": {"a": "b.bin"}}'),
+                                "names parts, of which one cannot be read: no weight file .*b.bin"),
     "shards elsewhere": (lambda path: path.write_text('{"weight_map": {"a": "../b.bin"}}'),
                          "is refused: it names a file in another folder"),
 }  # fmt: skip
@@ -352,6 +356,10 @@ def test_folders(tmp_path):
     hub.mkdir()
     with pytest.raises(ValueError, match=r"hub is a folder without model\.safetensors, weights\.safetensors or"):
         weight_files.read_contents(hub)
+    (hub / "version_0").mkdir()
+    (hub / "version_0" / "epoch=1.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"hub is a folder .*: name a weight file, such as .*version_0/epoch=1\.ckpt"):
+        weight_files.read_contents(hub)
     for number, name in enumerate(ARRAYS):
         safetensors.numpy.save_file({name: ARRAYS[name]}, hub / f"model-{number}.safetensors")
     index = hub / "model.safetensors.index.json"
@@ -374,13 +382,26 @@ def test_folders(tmp_path):
     checkpoints.close()
     ours = kernel.transpose(3, 2, 0, 1)
     expected = {"c.weight": ours, "n.running_mean": ones, "ema.c.weight": ours + 1}
-    for path, step in {"run": 12, "run/checkpoints": 12, "run/checkpoints/3": 3, "run/checkpoints/12": 12}.items():
+    steps = {"run": 12, "run/checkpoints": 12, "run/checkpoints/3": 3, "run/checkpoints/3/state.safetensors": 3}
+    for path, step in (steps | {"run/checkpoints/12": 12}).items():
         contents = weight_files.read_contents(tmp_path / path)
         assert contents.path == tmp_path / "run" / "checkpoints" / str(step)
         assert contents.notes == ()
         assert contents.arrays.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_array_equal(contents.arrays[name], array * (step if "mean" in name else 1))
+    file = tmp_path / "run/weights.safetensors"
+    arrays = {name: np.ascontiguousarray(array) for name, array in contents.arrays.items() if "ema" not in name}
+    for mean, newer in ((12, False), (3, True)):  # a run's file may be older than its last checkpoint
+        safetensors.numpy.save_file(arrays | {"n.running_mean": ones * mean}, file)
+        os.utime(file, (0, 0))
+        note = f"weights.safetensors is older than checkpoint 12: for the newer weights, name {contents.path}"
+        assert weight_files.read_contents(tmp_path / "run").notes == ((note,) if newer else ())
+    file.unlink()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="begun is a run that has no weights yet"):
+        weight_files.read_contents(tmp_path / "begun")
     (tmp_path / "run/checkpoints/12/record.json").write_bytes(b"")
     contents = weight_files.read_contents(tmp_path / "run")
     assert contents.path.name == "3"

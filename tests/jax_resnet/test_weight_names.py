@@ -116,6 +116,7 @@ SURROUNDED = {
     ),
     **{f"the dense layer {name}": (BACKBONE | under(f"{name}.", HEAD), "", name, [])
        for name in ("classifier", "head", "last_linear", "linear", "fc.1", "classifier.1", "head.fc", "output")},
+    "weights of classes in a loss": (NET | {"class_weights": zeros(5)}, "", "fc", ["class_weights"]),
     "a projection that is one layer": (
         BACKBONE | under("projection_head.", HEAD), "", None, ["projection_head"],
     ),
@@ -125,7 +126,7 @@ SURROUNDED = {
 @pytest.mark.parametrize(("arrays", "prefix", "head", "left_out"), SURROUNDED.values(), ids=SURROUNDED)
 def test_the_network_is_found(arrays, prefix, head, left_out):
     found = weight_names.find(arrays, ())
-    assert (found.prefix, found.head, list(found.left_out)) == (prefix, head, left_out)
+    assert (found.prefix, found.head, list(found.left_out), found.notes) == (prefix, head, left_out, ())
     expected = BACKBONE if head is None else NET
     assert found.arrays.keys() == expected.keys()
     for name, array in found.arrays.items():
@@ -133,6 +134,14 @@ def test_the_network_is_found(arrays, prefix, head, left_out):
     arch, config = weight_checks.recognize(found.arrays)
     assert arch == "resnet18"
     weight_checks.check_arrays(found.arrays, config, "here")
+
+
+@pytest.mark.parametrize(("layer", "inputs"), [("fc", 1000), ("head", 512)])
+def test_a_head_beside_a_network_with_its_own_is_noted(layer, inputs):
+    """The network's answer is not the model's: the layer takes the network's logits, or its features."""
+    found = weight_names.find(under("backbone.") | {f"{layer}.weight": zeros(5, inputs), f"{layer}.bias": zeros(5)}, ())
+    assert (found.head, found.left_out) == ("fc", (layer,))
+    assert found.notes == (f"{layer}.weight, which may be the layer that names the classes, was left out",)
 
 
 MEAN, STD = zeros(1, 3, 1, 1), zeros(3)
@@ -171,6 +180,8 @@ SEVERAL = {  # prefixes, the entry that is asked for, the prefix that is found o
     "a wrapper": (("module.",), "module", "module."),
     "none there": (("model.", "model_ema."), "ema", "has no network in 'ema', only in model, model_ema"),
     "still several": (("a.student.", "a.teacher."), "a", "has several networks: in a.student, a.teacher"),
+    "the file itself": (("", "teacher."), "", ""),
+    "one that holds another": (("net.", "net.teacher."), "net", "net."),
     "no entry at all": (("",), "model", "has no network in 'model', only in the file itself"),
 }
 
