@@ -69,14 +69,14 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
 
 def flush_output() -> None:
-    """Writes what has been printed; warns if it cannot be written, for instance to a full disk."""
+    """Writes what has been printed; raises a FailedError if it cannot be written, for instance to a full disk."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"warning: the output could not be printed: {error.strerror}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # otherwise Python reports the error once more at exit
+        raise FailedError(f"the work is done, but what it printed could not be written: {error.strerror}") from error
 
 
 def parse_image_size(text: str) -> tuple[int, int]:

@@ -70,3 +70,14 @@ def test_a_closed_pipe_ends_a_program_quietly(command, unbuffered):
     os.close(write)
     assert process.stderr == ""
     assert process.returncode == 128 + 13
+
+
+FULL = "error: the work is done, but what it printed could not be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(("output", "code", "said"), [(">&-", 0, ""), (">/dev/full", 1, FULL)])
+def test_output_that_is_closed_or_cannot_be_written(output, code, said):
+    command = f"{sys.executable} -m experiments.compare --help {output}"
+    options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    process = subprocess.run(["bash", "-c", command], **options)
+    assert (process.returncode, process.stderr) == (code, said)
