@@ -334,7 +334,7 @@ def files(tmp_path_factory):
     return folder
 
 
-MISTAKES = {  # arguments, what the one line on stderr says; more are in bad_inputs.py
+MISTAKES = {  # arguments, what the one line on stderr says; docs/bad-input.md has more
     "names of others": ("picture --weights names.safetensors", "names.safetensors are not as experiments.cars wr"),
     "a run resized": ("picture --weights run.safetensors --resize 256", "--resize is for ImageNet's"),
     "bad pictures of a run": ("no.png picture --weights run.safetensors", "1 of 2 pictures cannot be read: no.png"),

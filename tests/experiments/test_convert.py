@@ -231,7 +231,7 @@ def without(part, state_dict):
     return {name: value for name, value in state_dict.items() if part not in name}
 
 
-BROKEN = {  # a change of the state_dict, the arguments after the file, and the error; bad_inputs.py has more cases
+BROKEN = {  # a change of the state_dict, the arguments after the file, and the error; docs/bad-input.md has more
     "told otherwise": (lambda d: d, "out.npz --arch resnet34", "in.pth holds the weights of a resnet18 with 5 classes"),
     "Keras' names elsewhere": (lambda d: d, "out.npz --names keras", "files with Keras' names, and only these, end in"),
     "no network of Keras'": (

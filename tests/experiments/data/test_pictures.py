@@ -164,7 +164,7 @@ def floats(*values):
     return encoded(Image.fromarray(np.array([values], np.float32)), "TIFF")
 
 
-# More files that are no pictures are in bad_inputs.py.
+# docs/bad-input.md has more files that are no pictures.
 BAD = {
     "a HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "HEIC, as iPhones save pictures"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "run git lfs pull"),
