@@ -173,7 +173,9 @@ def test_bad_input(case, folder, capsys):
         code = MAIN[program](arguments)
     except SystemExit as stop:  # raised by the parser
         code = stop.code
-    check(case, code, capsys.readouterr().err, folder, before)
+    printed = capsys.readouterr()
+    check(case, code, printed.err, folder, before)
+    assert program in ("cars", "mnist") or printed.out == ""  # a training says first what it trains
     check_cache(folder.parent / "cache")
 
 
@@ -274,10 +276,9 @@ def test_each_maker_has_one_row_and_each_row_that_needs_files_has_a_maker():
     assert made <= CASES.keys()
     assert len(CASES) == sum(map(len, BATTERY.values()))
     assert min(map(len, BATTERY.values())) >= 10
-    not_made = [
-        case.what for title in BATTERY if title != "Command line" for case in BATTERY[title] if case.id not in made
-    ]
-    assert set(not_made) == {"no such folder", "no such file", "the home folder of an unknown user"}
+    not_made = {case for title in BATTERY.keys() - {"Command line"} for case in BATTERY[title] if case.id not in made}
+    others = [case.what for case in not_made if not case.what.startswith("no such ")]
+    assert others == ["the home folder of an unknown user"]
 
 
 # What must work.

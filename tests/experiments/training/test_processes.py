@@ -14,7 +14,6 @@ import pytest
 import soak
 from bad_files import noisy_digits
 
-from experiments.training.processes import choose_devices, join_processes
 from experiments.training.run_folder import CHECKPOINTS, METRICS, read_metrics
 from jax_resnet.checkpoint import Checkpoints
 
@@ -126,13 +125,3 @@ def test_twenty_kills_change_no_bit(tmp_path, capsys):
     assert int(writing) >= 5
     assert (tmp_path / "killed.log").read_text().count("is half-written: it is not used") >= 5
     assert (tmp_path / "killed" / METRICS).exists()
-
-
-def test_more_devices_than_there_are():
-    with pytest.raises(ValueError, match=r"--devices 99: JAX sees \d+ \(cpu\); XLA_FLAGS=.*=99 makes virtual ones"):
-        choose_devices("99", 99)
-
-
-def test_an_address_without_a_port_is_an_error():
-    with pytest.raises(ValueError, match="takes HOST:PORT of process 0"):
-        join_processes("localhost", 0, 2)
