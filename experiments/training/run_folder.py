@@ -96,10 +96,7 @@ class RunFolder:
         path = self.path / METRICS
         lines = complete_lines(path) if path.exists() else []
         if len(lines) < count:
-            raise ValueError(
-                f"{path} has {len(lines)} lines, and had {count} at the checkpoint: it was changed. To begin a run "
-                f"with the checkpoint's weights, pass another --out and --init {self.path}"
-            )
+            raise ValueError(f"{path} has {len(lines)} lines, and had {count} at the checkpoint: it was changed")
         rows = []
         for number, line in enumerate(lines[:count], 1):
             try:

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cars, compare, mnist
+from experiments import cars, compare
 from experiments.compare import describe_distances, loss_distances
 from experiments.training.run_folder import UNTESTED, read_metrics
 from experiments.training.settings import DATA_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 TINY = "--arch resnet18 --image-size 32 --limit 48 --batch-size 12 --epochs 1 --keep 0".split()
-ALL = "--compare takes two or more of jax, numpy, torch, torchvision"
 ALONE = {name: value for name, value in os.environ.items() if name != DATA_VARIABLE} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -115,20 +114,6 @@ def test_earlier_runs_are_kept_and_unknown_ones_named(compared, tmp_path, capsys
     arguments = [str(folder / "jax"), str(folder / "numpy"), "--out", str(tmp_path / "a.png"), "--against", "adam"]
     assert compare.main(arguments) == 2
     assert "--against adam is none of jax, numpy" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("program", "arguments", "message"),
-    [
-        *((cars, [*TINY, "--compare", names], ALL) for names in ("jax", "jax,tensorflow", "jax,jax", "")),
-        (mnist, ["--compare", "jax,torchvision"], "takes two or more of jax, numpy, torch, such as"),
-        (cars, [*TINY, "--compare", "jax,torch", "--opt", "adaboundw"], "--opt adaboundw is only in JAX"),
-    ],
-)
-def test_what_cannot_be_compared_is_said_before_any_has_trained(program, arguments, message, tmp_path, capsys):
-    assert program.main([*arguments, "--out", str(tmp_path / "run")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_frameworks_differ_whatever_else_is_asked_for(tmp_path, monkeypatch):

@@ -1,10 +1,6 @@
 """The command `python -m experiments.mnist`: end to end on tiny runs in all frameworks, its files, its exit codes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +18,6 @@ from experiments.frameworks.experiment import TITLES
 from experiments.machine import jax_device, numpy_device, torch_device
 from experiments.training.run_folder import read_metrics
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "cnn": ["--limit", "320", "--epochs", "2", "--batch-size", "32", "--log-every", "4"],
     "resnet18": ["--model", "resnet18", "--limit", "80", "--batch-size", "16", "--keep", "0"],
@@ -159,25 +154,6 @@ def test_defaults_depend_on_the_model():
     assert (small.learning_rate, large.learning_rate) == (1e-3, 0.05)
     changed = mnist.parse_settings(["--model=resnet50", "--limit", "100", "--opt", "adamw"]).experiment
     assert (changed.model, changed.limit, changed.weight_decay) == ("resnet50", 100, 1e-4)
-
-
-def test_an_optimizer_that_not_all_frameworks_have_is_no_choice(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        mnist.parse_settings(["--opt", "amsgrad"])
-    assert "invalid choice 'amsgrad'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
-
-
-def test_offline_is_exit_code_2_in_a_process(tmp_path):
-    """Nothing listens at the proxy's address, and TFDS's folder is empty."""
-    pytest.importorskip("tensorflow_datasets", reason="needs the extra tfds")
-    offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-    environment = os.environ | offline | {"TFDS_DATA_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "experiments.mnist", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 2
-    assert "MNIST cannot be downloaded" in done.stderr
-    assert "pass --data DIR with the four idx files train-images-idx3-ubyte, " in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("framework", TITLES)

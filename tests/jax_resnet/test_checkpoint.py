@@ -131,14 +131,6 @@ def test_the_score_that_a_step_took_later_outlives_the_process(small, tmp_path):
     assert checkpoints.steps() == [1, 4]
 
 
-def test_a_checkpoint_of_orbax_is_refused(small, tmp_path):
-    """Earlier versions wrote it. The error says what to do; a DamagedError would let callers skip the checkpoint."""
-    (tmp_path / "5" / "record").mkdir(parents=True)
-    (tmp_path / "5" / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(MismatchError, match=r"5 was written by orbax, .*: continue with that version"):
-        Checkpoints(tmp_path).restore(5, small)
-
-
 def test_another_structure_shape_or_type_is_refused(small, written):
     checkpoints = Checkpoints(written)
     wide = small | {"params": {"fc": {"weight": np.zeros((50, 41), np.float32)}}}

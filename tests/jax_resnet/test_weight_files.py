@@ -306,9 +306,6 @@ def tar_of(*names):
 
 
 OTHERS = {
-    "bfloat16 in .npz": (lambda path: np.savez(path.open("wb"), a=np.ones(3, ml_dtypes.bfloat16)),
-                         "is refused: 1 arrays, such as a, are raw bytes, 2 per value: NumPy saved bfloat16 with"),
-    "an archive": (archive_of("readme.txt", "model.pth"), "is an archive of readme.txt, model.pth: unpack it"),
     "a tar archive": (tar_of("model.pth"), "is an archive of model.pth: unpack it and name a weight file from it"),
     "an empty archive": (archive_of(), "is not a readable weight file"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08"), "is not a readable weight file: it is compressed: gunzip"),

@@ -172,7 +172,6 @@ def test_a_normalization_that_is_left_out_is_noted(arrays, left_out, noted):
 
 
 SEVERAL = {  # prefixes, the entry that is asked for, the prefix that is found or the error
-    "none asked for": (("student.", "teacher."), None, "has several networks: in student, teacher. Name one: --entry"),
     "MoCo": (("module.encoder_q.", "module.encoder_k."), None, "has several networks: in module.encoder_q, module.enc"),
     "asked for": (("student.backbone.", "teacher.backbone."), "teacher", "teacher.backbone."),
     "the average": (("state_dict.", "state_dict_ema."), "state_dict_ema", "state_dict_ema."),
@@ -182,7 +181,6 @@ SEVERAL = {  # prefixes, the entry that is asked for, the prefix that is found o
     "still several": (("a.student.", "a.teacher."), "a", "has several networks: in a.student, a.teacher"),
     "the file itself": (("", "teacher."), "", ""),
     "one that holds another": (("net.", "net.teacher."), "net", "net."),
-    "no entry at all": (("",), "model", "has no network in 'model', only in the file itself"),
 }
 
 
@@ -206,9 +204,6 @@ def short_tensor():
 
 NOT_FOUND = {
     "no arrays": ({}, "holds no ResNet: there is no layer1.0.conv1.weight, whatever the prefix; the first names are n"),
-    "another network": ({"features.0.weight": zeros(64, 3, 3, 3)}, "holds no ResNet: .* the first names are features."),
-    "a bomb": (NET | {"fc.weight": huge()}, "is refused: it would unpack to 1,907 GiB"),
-    "sparse": (NET | {"fc.weight": huge("sparse", ())}, "has tensors that are not plain arrays: fc.weight is a sparse"),
     "beyond its storage": (NET | {"fc.weight": short_tensor()},
                            "has tensors that are not plain arrays: fc.weight is a tensor larger"),
 }  # fmt: skip
@@ -227,7 +222,6 @@ def test_a_bomb_beside_the_network_is_left_alone():
 RELATIVES = {  # arrays, what the message says they are
     "another depth": (arrays_of("resnet34"), "holds the weights of a resnet34 with 5 classes and 3 channels, not of a "
                       "resnet18 with 5 classes and 3 channels: pass --arch resnet34"),
-    "ResNeXt": (arrays_of("resnext50_32x4d"), "holds a ResNeXt, with 32 groups in its convolutions: not supported"),
     "wide": (arrays_of("wide_resnet50_2"), "holds a ResNet of another width: 128 instead of 64 channels in its first"),
     "GroupNorm": (arrays_of("resnet18", norm_layer=lambda c: torch.nn.GroupNorm(32, c)), "holds a ResNet without run"),
     "squeeze and excite": (NET | {"layer1.0.se.fc1.weight": zeros(4, 64, 1, 1)}, "holds a ResNet with attention in it"),
@@ -285,12 +279,7 @@ HINTS = {
         {"fc.bias": zeros(7)},
         r"has \(7,\) \(a different number of classes from the file's fc.weight\)$",
     ),
-    "transposed": ({"layer2.0.conv1.weight": zeros(3, 3, 64, 128)}, r"the file has \(3, 3, 64, 128\) \(transposed\?\)"),
     "an array missing": ({"bn1.bias": None}, r"missing: bn1.bias \(64,\)$"),
-    "an array too many": ({"extra": zeros(3)}, r"unexpected: extra \(3,\)$"),
-    "not finite": ({"fc.bias": zeros(5) + np.nan}, "fc.bias: 5 of 5 values are not finite$"),
-    "negative": ({"bn1.running_var": zeros(64) - 1}, "bn1.running_var: 64 of 64 variances are negative$"),
-    "whole numbers": ({"fc.bias": zeros(5, dtype=np.int8)}, "fc.bias: expected floats, the file has int8$"),
 }
 
 

@@ -462,13 +462,8 @@ def test_new_head_and_grey_stem(tmp_path):
 def test_bad_files_are_named(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.npz"):
         weights.load(tmp_path / "none.npz", CONFIG)
-    with pytest.raises(
-        ValueError, match=r"end in \.safetensors, \.npz, \.pth or \.pt, Keras' files in \.h5, got .*a\.ckpt"
-    ):
+    with pytest.raises(ValueError, match=r"weight files end in \.safetensors, .* got .*a\.ckpt"):
         weights.save(tmp_path / "a.ckpt", *tree)
-    weights.save(tmp_path / "a.npz", *tree)
-    with pytest.raises(ValueError, match=r"a\.npz does not fit a resnet18 with 7 classes and 1 channel:\n  fc"):
-        weights.load(tmp_path / "a.npz", resnet.resnet18(num_classes=7, in_channels=1))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])

@@ -108,25 +108,6 @@ def test_step_table(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([*STEP, "--batch-size", "0"], "at least 1"),
-        ([*STEP, "--image-size", "8"], "--image-size"),
-        ([*LAYERS, "--iterations", "0"], "at least 1"),
-        ([*STEP, "--threads", "4096"], "cores to use"),
-        ([*STEP, "--json", "nowhere/step.json"], "there is no folder nowhere"),
-        (["memory", "--batch-size", "8", "0"], "--batch-size must be at least 1"),
-        (["memory", "--tasks"], "--tasks takes one or more values, each once, got nothing"),
-        (["step", "--contestants", "numpy", "numpy"], "--contestants takes one or more values, each once, got numpy"),
-        (["layers", "--image-size", "31"], "--image-size"),
-    ],
-)
-def test_bad_settings_are_exit_code_2(arguments, message, capsys):
-    assert main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("arguments", "names"),
     [
         (STEP, ["jax", "flax", "keras", "numpy", "torch", "torch.channels_last", "torch.compile"]),

@@ -90,7 +90,7 @@ def damaged_gzip(content):
     return bytes(packed)
 
 
-BROKEN = {  # more are in bad_inputs.py
+BROKEN = {  # docs/bad-input.md has more
     "another file": (replaced(TRAIN_IMAGES, b"<html></html>"), "has the magic number 1013478509: expected 2051"),
     "a bare magic number": (replaced(TRAIN_LABELS, b"\0\0\x08\1"), "holds 0 bytes of values"),
     "a cut header": (

@@ -1,4 +1,4 @@
-"""Tiny folders of every layout, as people bring them or spoilt. bad_inputs.py has more refusals."""
+"""Tiny folders of every layout, as people bring them or spoilt. docs/bad-input.md has more refusals."""
 
 import json
 import re
@@ -251,7 +251,7 @@ def parquet_with(*rows):
     return changed(make_parquet, lambda root: write_parquet(root / PARTS["train"][0], rows, HUGGINGFACE))
 
 
-# Each case has what makes the folder, what changes it, and the message; more are in bad_inputs.py.
+# Each case has what makes the folder, what changes it, and the message; docs/bad-input.md has more.
 REFUSED = {
     "by class: one folder for both": (
         make_by_class, removed("test"), linked("test", "train"),

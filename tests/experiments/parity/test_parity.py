@@ -345,27 +345,6 @@ def test_frameworks_that_are_not_installed_are_named(monkeypatch, capsys):
     assert all(row.endswith(", numpy") for row in verdicts(printed))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", "2"], "8 values per channel to the last stage, .* take --batch-size 8"),
-        (["--in-channels", "0"], "--in-channels and --steps must be at least 1"),
-        (["--steps", "0"], "--in-channels and --steps must be at least 1"),
-        (["--image-size", "31"], "--image-size takes one side or HEIGHTxWIDTH"),
-        (["--frameworks", "torchvision"], "torchvision has no part in trajectories"),
-        (
-            ["--no-batch-norm", "--frameworks", "torchvision", "--sections", "layers"],
-            "nothing to compare with JAX, torchvision: ",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_settings(arguments, message, capsys):
-    assert parity.main(arguments) == 2
-    assert re.search(f"^error: .*{message}", capsys.readouterr().err)
-
-
 # Errors and verdicts.
 
 

@@ -287,17 +287,6 @@ def test_notes_are_part_of_it(copied, tmp_path):
     assert "\n\ncars96: no GPU was at hand.\n" in report_on(copied / "map", tmp_path / "out")
 
 
-def test_bad_arguments_are_named(results, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for arguments, said in (
-        ([str(tmp_path / "empty")], "holds no study"),
-        ([str(results), "--out", str(tmp_path / "file")], "is a file"),
-    ):
-        assert report.main(arguments) == 2
-        assert said in capsys.readouterr().err
-
-
 def test_axes_become_a_grid():
     """The first half of the axes goes across, the rest down, in the protocol's order; a missing cell stays empty."""
     values = [("Adam", "0.001", "own", "as it was"), ("Adam", "0.002", "own", "both"), ("SGD", "0.001", "own", "both")]

@@ -83,6 +83,7 @@ def test_every_protocol_can_be_read_and_its_published_runs_are_its_own(path):
         ("low = 1e-4, high", 'low = "x", high', "Adam: search.learning_rate"),
         ("[final]", "[final", "is not TOML"),
         ("[settings]", "cores = 0\n[settings]", "cores must be at least 1, got 0"),
+        ('preset = "demo"', 'preset = "cars"', "preset must be one of demo, cars96, cars224, got 'cars'"),
         ("[settings]", "[settings]\ntest_every = 0", "--test-every must be at least 1, got 0"),
         ("[settings]", "[settings]\ngamma_times_steps = 0.0", "--gamma-times-steps must be positive"),
     ],

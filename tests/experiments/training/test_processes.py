@@ -15,7 +15,7 @@ import pytest
 import soak
 from bad_files import noisy_digits
 
-from experiments.training.processes import choose_devices, join_processes
+from experiments.training.processes import choose_devices
 from experiments.training.run_folder import CHECKPOINTS, METRICS, read_metrics
 from jax_resnet.checkpoint import Checkpoints
 
@@ -129,17 +129,7 @@ def test_twenty_kills_change_no_bit(tmp_path, capsys):
     assert (tmp_path / "killed" / METRICS).exists()
 
 
-def test_more_devices_than_there_are():
-    with pytest.raises(ValueError, match=r"--devices 99: JAX sees \d+ \(cpu\); XLA_FLAGS=.*=99 makes virtual ones"):
-        choose_devices("99", 99)
-
-
 def test_a_batch_that_the_devices_cannot_share_equally(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--batch-size 33 must be a multiple of the 2 devices that share it"):
         choose_devices("all", 33)
-
-
-def test_an_address_without_a_port_is_an_error():
-    with pytest.raises(ValueError, match="takes HOST:PORT of process 0"):
-        join_processes("localhost", 0, 2)

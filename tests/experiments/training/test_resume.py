@@ -161,35 +161,6 @@ def test_half_written_and_damaged_ones_are_named_and_the_one_before_is_used(quie
     assert differences(quiet, out) == []
 
 
-def by_orbax(out):
-    (out / CHECKPOINTS / "99").mkdir()
-    (out / CHECKPOINTS / "99" / "_CHECKPOINT_METADATA").touch()
-
-
-@pytest.mark.parametrize(
-    ("change", "settings", "message"),
-    [
-        (by_orbax, {}, "99 was written by orbax, in an earlier version"),
-        (
-            lambda out: None,
-            {"epochs": 4, "batch_size": 10},
-            "other settings: --epochs 3 there, 4 here; --batch-size 6 there, 10 here. --resume continues with the same "
-            "ones; to train with these, begin a run in another --out$",
-        ),
-        (lambda out: (out / "config.json").write_text("{"), {}, "config.json cannot be read .*what run this was"),
-        (lambda out: (out / METRICS).write_text(""), {}, r"has 0 lines, and had \d+ at the checkpoint: it was changed"),
-    ],
-    ids=["an earlier version", "other settings", "half a config.json", "changed metrics"],
-)
-def test_what_cannot_go_on_is_refused(change, settings, message, stopped):
-    out = stopped(2)
-    change(out)
-    before = (out / METRICS).read_bytes()
-    with pytest.raises(ValueError, match=message):
-        train(settings_for(out, resume=True, **settings))
-    assert (out / METRICS).read_bytes() == before
-
-
 def test_what_is_not_finite_ends_the_run_with_the_state_from_before(quiet, tmp_path):
     """Step 8 fails. The message names the step and the layers; the resumed run ends as the quiet one."""
     out = tmp_path / "run"
