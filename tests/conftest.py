@@ -63,11 +63,18 @@ def photos_dir() -> Path:
 @pytest.fixture(scope="module")
 def one_thread():
     """Limits torch to one thread: in small problems on shared cores, its threads mostly wait for one another."""
-    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """NumPy's networks of full depth with few channels, which are cheap."""
+    monkeypatch.setattr("numpy_ref.config.STAGE_WIDTHS", (4, 4, 8, 8))
 
 
 @pytest.fixture

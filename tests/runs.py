@@ -1,6 +1,7 @@
-"""Checks what the run of a training program leaves behind, whatever its data."""
+"""Waits for the run of a training program, and checks what it leaves behind, whatever its data."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,13 @@ from experiments.training.run_folder import read_metrics, read_test_results
 
 METRICS = {"epoch", "step", "train_loss", "train_top1", "train_macro_f1", "images_per_second", "seconds"}
 TEST_METRICS = {"test_loss", "test_top1", "test_top5", "test_macro_f1"}
+
+
+def wait_for(found, seconds=60):
+    until = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.02)
 
 
 def check_files(folder, *pictures):

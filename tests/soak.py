@@ -1,9 +1,4 @@
-"""Kills a training repeatedly, resumes it each time, and compares it with one that was never killed.
-
-    python -m tests.soak                     # 20 times SIGKILL, 8 aimed at a checkpoint that is being written
-
-The exit code is 1 if a parameter, a running statistic, a moment of the optimizer or a metric differs in one bit.
-"""
+"""Kills a training repeatedly, resumes it each time, and compares it with one that was never killed, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,13 +6,11 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from safetensors.numpy import load_file
 
 from experiments.training.run_folder import CHECKPOINTS, METRICS, WEIGHTS, read_metrics
@@ -146,28 +139,3 @@ def soak(out: Path, kills: int, seed: int) -> bool:
         told = f"all {count} arrays of the last checkpoint, {rows(killed)} lines of metrics and the weights"
         print(f"{told} are bit-equal")
     return not different
-
-
-def run(kills: int = 20, seed: int = 0, out: Path | None = None) -> int:
-    """Kill and resume a training repeatedly, and compare the result with an undisturbed one.
-
-    Args:
-      kills: the number of kills.
-      seed: of the random times of the kills.
-      out: the folder that keeps both runs and their logs; by default a temporary one.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            return 0 if soak(out or Path(temporary), kills, seed) else 1
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return tyro.cli(run, args=arguments, prog="python -m tests.soak")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,21 @@
-"""The Python in the code fences of the pages runs, and the programs accept the shell commands."""
+"""The Python in the code fences of the pages runs, programs accept the shell commands, and links lead to files."""
 
 import functools
 import importlib
+import os
 import re
 import runpy
 import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision import models
 
 from experiments.report.pages import fill
 
@@ -64,9 +69,6 @@ def test_shell_commands_are_taken(command, monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with the weight files that pages load."""
-    torch = pytest.importorskip("torch")
-    models = pytest.importorskip("torchvision.models")
-    safetensors = pytest.importorskip("safetensors.torch")
     folder = tmp_path_factory.mktemp("docs")
     for make in (models.resnet18, models.resnet50):
         torch.save(make().state_dict(), folder / f"{make.__name__}.pth")
@@ -77,7 +79,7 @@ def folder(tmp_path_factory):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    safetensors.save_file(models.resnet50().state_dict(), repository / "snapshots" / ("0" * 40) / "model.safetensors")
+    save_file(models.resnet50().state_dict(), repository / "snapshots" / ("0" * 40) / "model.safetensors")
     return folder
 
 
@@ -130,3 +132,15 @@ def test_pages_are_short_and_nothing_is_left_to_fill_in(page):
     text = page.read_text(encoding="utf-8")
     assert page.stem in ("bad-input", "CHANGELOG") or len(text.split()) <= (1200 if page.stem == "README" else 900)
     assert not re.findall(r"\b(?:TODO|TBD|FIXME|XXX|[A-Z]+_(?:LINE|SECTION|TIME))\b", text)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "results").glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page):
+    """Only files that git tracks count, since a clone has no others."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git clone")
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)  # code has brackets too
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    targets = {os.path.relpath(page.parent / link, ROOT) for link in links}
+    assert targets <= set(listed.stdout.splitlines())

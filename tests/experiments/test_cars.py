@@ -1,5 +1,6 @@
 """The command `python -m experiments.cars`: end to end on tiny runs, its files, its exit codes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folder_changes import a_picture, cut
 from logistic_regression import pixel_accuracy
-from PIL import Image
 from runs import check_classify, check_files, check_rows
 
 from experiments import cars, compare
@@ -36,19 +37,6 @@ def no_data_by_environment(monkeypatch, tmp_path):
 @pytest.fixture
 def few_drawings(monkeypatch):
     monkeypatch.setattr(prepare, "DRAWINGS", dict(train_count=300, test_count=60))
-
-
-def cars_folder(root, per_class=6, size=48):
-    """A tiny Stanford Cars by class: three classes, each noise around its own grey level."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for number, name in enumerate(["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Audi S4 Sedan 2012"]):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                pixels = rng.normal(60 + 60 * number, 15, (size, size, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:05}.jpg")
-    return root
 
 
 def train(out, *arguments):
@@ -123,16 +111,18 @@ def test_classify_answers_as_the_runs_own_test(framework, demo, tmp_path, capsys
 def test_stanford_cars_by_class_and_fine_tuning(few_drawings, tmp_path, capsys):
     """One picture cannot be read; the first run is in colour and not square. Runs in grey and with another head then
     start from its weights with --init. NumPy compiles nothing."""
-    data = cars_folder(tmp_path / "cars")
-    bad = data / "train" / "Acura RL Sedan 2012" / "00003.jpg"
-    bad.write_bytes(bad.read_bytes()[:300])
+    data, bad = tmp_path / "cars", "train/Acura RL Sedan 2012/train, Acura RL Sedan 2012, 3.jpg"
+    names = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Audi S4 Sedan 2012")
+    cars_of_each = itertools.product(("train", "test"), names, range(6))
+    a_picture(*(f"{split}/{name}/{split}, {name}, {number}.jpg" for split, name, number in cars_of_each))(data)
+    cut(bad, 300)(data)
     tiny = ["--arch", "resnet18", "--epochs", "1", "--batch-size", "6", "--framework", "numpy"]
     common = [*tiny, "--data", str(data), "--out"]
     first, second, third = (tmp_path / name for name in ("colour", "grey", "drawn"))
     colour = ["--opt", "adam", "--no-grey", "--image-size", "32x48", "--preset", "cars224", "--warmup-epochs", "0.5"]
     assert cars.main([*common, str(first), *colour]) == 2
     printed = capsys.readouterr().err
-    assert "00003.jpg" in printed
+    assert bad in printed
     assert "--skip-bad" in printed
     common = ["--skip-bad", *common]
     assert cars.main([*common, str(first), *colour]) == 0
@@ -209,7 +199,6 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_frozen_backbone(demo, tmp_path):
     """Training from the demo's weights in .pth changes the dense layer alone, and shows only its steps."""
-    pytest.importorskip("torch", reason="needs the extra torch")
     source, target = tmp_path / "weights.pth", tmp_path / "run"
     before = weights.read_arrays(demo[0][0] / "weights.safetensors")
     weights.write_arrays(source, before)

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs import wait_for
 
 from experiments import cars, compare
 from experiments.compare import describe_distances, loss_distances
@@ -141,9 +141,7 @@ def test_ctrl_c_ends_all_and_compares_what_there_is(tmp_path):
     heard = dict(start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = start("numpy,jax", folder, "--epochs", "400", **heard)
     metrics = folder / "numpy" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 6) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 6, 240)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors

@@ -41,6 +41,13 @@ def test_help_and_describe_import_nothing_heavy():
         assert heavy <= ({"jax"} if command.startswith("describe --arch") else set()), command
 
 
+def test_import_contracts():
+    """They are in pyproject.toml. import-linter's console keeps the first standard output, so it needs a process."""
+    lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run([sys.executable, "-c", lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_the_command_lines_copy_from_jax_resnet():
     assert cli.MIN_SIZE == resnet.MIN_SIZE
     assert convert.Names == weights.Names

@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torchvision
 
-torch = pytest.importorskip("torch", reason="needs the extra torch")
-torchvision = pytest.importorskip("torchvision", reason="needs the extra torch")
+from torch_ref import resnet
 
-from torch_ref import resnet  # noqa: E402 (it imports torch)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
     "resnet18": 11_689_512,

@@ -17,10 +17,6 @@ from experiments.bench.__main__ import BENCHES, main
 from experiments.cli import FailedError
 from experiments.output.tables import as_text, print_table
 
-TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
-
-needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
-
 STEP = ["step", "--arch", "resnet18", "--batch-size", "2", "--image-size", "32x40", "--rounds", "2", "--steps", "1"]
 LAYERS = ["layers", "--contestants", "jax", "--rounds", "1", "--iterations", "1"]
 NUMBER = r"[\d,]+(\.\d+)?"
@@ -268,7 +264,6 @@ def test_compile_prints_its_table(tmp_path, monkeypatch):
         assert np.shape(table["seconds"]["jax"]) == (3, 2)
 
 
-@needs_torch
 @pytest.mark.usefixtures("here")
 def test_memory_prints_its_table(capsys):
     """Rows have ratio, MB, median and quartiles; JAX's also has the peak with compilation. NumPy is left out."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torchvision
 from flax.traverse_util import flatten_dict, unflatten_dict
 from shallow import patch_shallow
 
@@ -15,9 +17,6 @@ from experiments.bench import contestants, layers
 from experiments.describe import layer_rows
 from experiments.frameworks import linen
 from jax_resnet import weights
-
-TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
-needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
 CASE = contestants.Case("resnet18", 8, 32, 32)
 
@@ -73,18 +72,15 @@ def same_weights(monkeypatch, x64):
         return jax.tree.map(jnp.asarray, {name: to_flax(trees[name], like[name]) for name in trees})
 
     monkeypatch.setattr(linen.ResNet, "init", drawn_for_flax)
-    if TORCH:
-        import torch
-        import torchvision
+    build = torchvision.models.resnet18
 
-        def torch_resnet18(num_classes):
-            model = build(num_classes=num_classes).double()
-            state_dict = {name: torch.from_numpy(array) for name, array in weights.to_torch(*drawn).items()}
-            model.load_state_dict(state_dict, strict=False)  # without torch's counts of batches
-            return model
+    def torch_resnet18(num_classes):
+        model = build(num_classes=num_classes).double()
+        state_dict = {name: torch.from_numpy(array) for name, array in weights.to_torch(*drawn).items()}
+        model.load_state_dict(state_dict, strict=False)  # without torch's counts of batches
+        return model
 
-        build = torchvision.models.resnet18
-        monkeypatch.setattr(torchvision.models, "resnet18", torch_resnet18)
+    monkeypatch.setattr(torchvision.models, "resnet18", torch_resnet18)
 
 
 @pytest.mark.usefixtures("same_weights")
@@ -96,7 +92,7 @@ def test_networks_compute_the_same(task):
     PyTorch's two layouts.
     """
     expected = network_results("numpy", task)
-    for name in ("jax", "jax.remat", "torch", "torch.channels_last", "flax") if TORCH else ("jax", "jax.remat", "flax"):
+    for name in ("jax", "jax.remat", "torch", "torch.channels_last", "flax"):
         results = network_results(name, task)
         for key in [key for key in results if name == "flax" and key.endswith("running_var")]:
             del results[key], expected[key]  # flax comes last and keeps the biased variance, the others the unbiased
@@ -148,15 +144,12 @@ LAYERS = [
 @pytest.mark.parametrize("name", ["numpy", "numpy.unfolded", "jax", "torch", "torch.channels_last"])
 def test_small_convolutions_compute_the_same(name):
     """The plain loops give the same; 1e-5 is for float32 sums of a few hundred terms."""
-    if name.startswith("torch") and not TORCH:
-        pytest.skip("needs the extra torch")
     result = (layers.NUMPY_FORMS | layers.CONTESTANTS)[name](layers.SMALL, "forward", "float32")()
     result = np.moveaxis(result.numpy(), 1, -1) if name.startswith("torch") else result
     expected = layers.NUMPY_FORMS["numpy.loops"](layers.SMALL, "forward", "float32")()
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@needs_torch
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_layer_contestants_compute_the_same(layer, channels_last):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from logistic_regression import logistic_regression_accuracy, pixel_accuracy
 
-from experiments.data.drawn_cars import CLASS_NAMES, draw_car, drawn_cars
+from experiments.data.drawn_cars import CLASS_NAMES, drawn_cars
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,6 @@ def test_order_is_shuffled(cars):
     runs = cars.train.labels.reshape(-1, len(CLASS_NAMES))
     assert (runs[1:] == runs[:-1]).all(1).mean() < 0.05
     assert len(np.unique(runs, axis=0)) > 100
-
-
-@pytest.mark.parametrize("class_name", CLASS_NAMES)
-def test_draw_car_depends_on_its_generator_only(class_name):
-    first, again, other = (draw_car(class_name, (40, 56), np.random.default_rng(key)) for key in (1, 1, 2))
-    assert first.shape == (40, 56, 3)
-    assert first.dtype == np.uint8
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
 
 
 # What predicts a class, and what does not.

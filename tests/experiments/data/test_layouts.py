@@ -32,7 +32,7 @@ from picture_folders import (
 from experiments.data import stanford_cars
 from experiments.data.dataset import DataError
 from experiments.data.layouts import devkit, find_pictures
-from experiments.data.layouts.names import choose_splits, words
+from experiments.data.layouts.names import choose_splits
 
 
 def make_joint(root, **changes):
@@ -99,23 +99,11 @@ def test_every_layout_gives_the_same_cars(tmp_path, case, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("latest-train.parquet", {"latest", "train", "parquet"}),
-        ("latestTrain_2", {"latest", "train"}),
-        ("CARS-TEST2017", {"cars", "test"}),
-        ("t10k-images-idx3-ubyte", {"t10k", "images", "idx", "ubyte"}),
-    ],
-)
-def test_words_end_at_signs_digits_and_capitals(name, found):
-    assert words(name) == found
-
-
-@pytest.mark.parametrize(
     ("names", "train", "test", "note"),
     [
         ("train test", "train", "test", ""),
         ("Training TESTING", "Training", "TESTING", ""),
+        ("latestTrain_2 CARS-TEST2017 t10k-images-idx3", "latestTrain_2", "CARS-TEST2017 t10k-images-idx3", ""),
         ("latest-train.parquet contest-test.parquet", "latest-train.parquet", "contest-test.parquet", ""),
         ("strain retrain trainer contest latest attest devkit value", "", "", ""),
         ("train val", "train", "val", "val is used for the test"),

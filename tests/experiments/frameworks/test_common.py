@@ -54,13 +54,14 @@ def resnet18():
 
 
 def run(training, images, labels):
-    """All losses, the last evaluation, the arrays before and after, and the moments."""
+    """All losses, the last step's metrics and evaluation, the arrays before and after, and the moments."""
     state, losses, before = training.state, [], training.arrays(training.state.params, training.state.batch_stats)
     before = {name: array.copy() for name, array in before.items()}
     for _ in range(STEPS):
         state, metrics = training.train_step(state, images, labels)
         losses.append(float(metrics["loss"]))
     results = jax.device_get(training.eval_step(state.params, state.batch_stats, images, labels))
+    results |= {f"train {name}": np.asarray(metrics[name]) for name in ("prediction", "top1")}
     return losses, results, before, training.arrays(state.params, state.batch_stats), training.moments(state)
 
 
@@ -95,7 +96,7 @@ def test_a_training_is_jaxs(name, freeze_backbone, in_jax, batch, x64):
     assert set(results) == set(their_results)
     for key in ("loss", "confidence"):
         np.testing.assert_allclose(results[key], their_results[key], rtol=1e-7)
-    for key in ("prediction", "top5"):
+    for key in ("prediction", "top5", "train prediction", "train top1"):
         np.testing.assert_array_equal(results[key], their_results[key])
     names = {key for key in after if not key.endswith("num_batches_tracked")}
     assert names == set(their_after)

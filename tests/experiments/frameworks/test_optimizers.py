@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from experiments.frameworks.common import Recipe, adapter, adapter_for
 from experiments.frameworks.experiment import LEARNING_RATES, CommonOptimizerName, Experiment
@@ -78,12 +79,6 @@ def test_a_scaled_loss_is_a_scaled_rate_for_sgd():
     np.testing.assert_allclose(path("adam", loss_scale=4.0)["kernel"], path("adam")["kernel"], rtol=1e-5)
 
 
-def test_dampened_sgd_is_adabounds_limit():
-    """With bounds that are shut from the start (gamma = 1e8) AdaBound is SGD with averaged gradients at final_lr."""
-    limit = path("adabound", gamma=1e8)
-    np.testing.assert_allclose(limit["kernel"], path("sgd", dampening=0.9)["kernel"], rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [("adam", optax.adam(0.1)), ("adamw", optax.adamw(0.1, weight_decay=0.0)), ("amsgrad", optax.amsgrad(0.1))],
@@ -97,14 +92,12 @@ def test_adams_are_optaxs(name, theirs):
 @pytest.mark.parametrize("name", get_args(CommonOptimizerName))
 def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
     """The optimizers agree in twenty steps of a cosine in float64; 1e-12 is for the order of multiplications."""
-    ours = recipe(name, make_schedule("cosine", 0.1, 20, 0), weight_decay=weight_decay)
+    ours = recipe(name, make_schedule("cosine", 0.1, 20, 0), weight_decay=weight_decay, final_lr=0.5, gamma=0.01)
     start = jax.tree.map(jnp.asarray, START)
     jaxs = descend(updating(adapter("jax").make_optimizer(ours), start), start, 20)
     numpys = updating(adapter("numpy").make_optimizer(ours), START, optim.apply_updates)
     for leaf, array in descend(numpys, START, 20).items():
         np.testing.assert_allclose(array, jaxs[leaf], rtol=1e-12)
-
-    torch = pytest.importorskip("torch", reason="needs the extra torch")
 
     model = torch.nn.Module()
     for leaf, array in START.items():
@@ -122,8 +115,6 @@ def test_the_frameworks_optimizers_are_one(name, weight_decay, x64):
 
 
 def test_torchs_optimizer_leaves_frozen_parameters_out():
-    torch = pytest.importorskip("torch", reason="needs the extra torch")
-
     model = torch.nn.Linear(2, 3)
     model.bias.requires_grad_(False)
     groups = adapter("torch").make_optimizer(recipe("adam", None), model).param_groups

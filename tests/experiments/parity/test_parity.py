@@ -13,11 +13,13 @@ import re
 import jax
 import numpy as np
 import pytest
+import torch
 from shallow import patch_shallow
 
 import jax_resnet.layers
 import numpy_ref.fast.resnet
-import numpy_ref.layers
+import numpy_ref.optim
+import torch_ref.resnet
 from experiments.frameworks.common import ResNet
 from experiments.parity import __main__ as parity
 from experiments.parity import cases, in_jax
@@ -25,10 +27,6 @@ from experiments.parity import checks as compare
 from experiments.parity.comparison import Report
 from experiments.parity.errors import Results, Row, largest, length_of_difference, relative_error, relative_errors
 from experiments.parity.html_report import write_page
-from numpy_ref.fast.threads import alone
-
-TORCH = all(importlib.util.find_spec(package) for package in ("torch", "torchvision"))
-needs_torch = pytest.mark.skipif(not TORCH, reason="needs the extra torch")
 
 FAST = ["--arch", "resnet50", "--trajectory-arch", "resnet18", "--dtype", "float64"]
 PARTS = ["logits", "loss", "activations", "running statistics", "parameter gradients", "image gradient"]
@@ -74,7 +72,6 @@ def verdicts(printed):
 # The whole program.
 
 
-@needs_torch
 def test_every_row_is_there_and_holds(tmp_path, capsys):
     page = tmp_path / "parity.html"
     assert parity.main([*FAST, "--steps", "2", "--optimizers", "sgd", "adabound", "--html", str(page)]) == 0
@@ -120,7 +117,6 @@ NETWORKS = [  # network, (N, H, W), mode, dtypes; 64x64 in colour is above, othe
 ]
 
 
-@needs_torch
 @pytest.mark.parametrize(("network", "shape", "mode", "dtypes"), NETWORKS, ids=str)
 def test_a_network_of_every_kind(network, shape, mode, dtypes, x64):
     """The program's bounds hold in grey, for v1, without BatchNorm, on large, odd or oblong pictures, and in float32.
@@ -166,88 +162,52 @@ def test_length_of_difference(ours, expected):
 
 
 def padded_as_same(conv2d, x, weight, bias=None, *, stride=1, padding=0):
-    """Pads as "SAME" does: as much as the output needs, with the odd pixel at the end."""
-    total = [
-        max((-(-side // stride) - 1) * stride + size - side, 0)
-        for side, size in zip(x.shape[1:3], weight.shape[:2], strict=True)
-    ]
-    (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in total)
-    y, vjp = conv2d(np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))), weight, bias, stride=stride)
-
-    def vjp_padded(dy):
-        dx, *others = vjp(dy)
-        return dx[:, top : dx.shape[1] - bottom, left : dx.shape[2] - right], *others
-
-    return y, vjp_padded
+    """Pads as much as the output needs, with the odd pixel at the end."""
+    y = jax.lax.conv_general_dilated(x, weight, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y if bias is None else y + bias
 
 
-def unbiased_in_jax(batch_norm, x, weight, *arrays, train, eps=1e-5):
+def unbiased(batch_norm, x, weight, *arrays, train, eps=1e-5):
     """Normalizes with the unbiased variance: w / sqrt(n/(n-1) · var + eps) = w · s / sqrt(var + eps · s²)."""
     s = math.sqrt(1 - x.shape[-1] / x.size) if train else 1.0
     return batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2)
-
-
-def unbiased_in_numpy(batch_norm, x, weight, *arrays, train, eps=1e-5, gather=alone, **settings):
-    """Does what unbiased_in_jax does. A thread has a part of the images; gather collects their counts."""
-    s = math.sqrt(1 - 1 / sum(gather(x.size // x.shape[-1]))) if train else 1.0
-    outputs, vjp = batch_norm(x, weight * s, *arrays, train=train, eps=eps * s**2, gather=gather, **settings)
-
-    def vjp_unbiased(dy):
-        dx, dweight, *others = vjp(dy)
-        return dx, dweight * s, *others
-
-    return outputs, vjp_unbiased
 
 
 def stride_in_conv1(residual_block, config, *arguments, **settings):
     return residual_block(dataclasses.replace(config, stride_in="conv1"), *arguments, **settings)
 
 
-def in_torch_norm():
-    import torch
-
-    return torch.nn, "BatchNorm2d", functools.partial(torch.nn.BatchNorm2d, momentum=0.9)
-
-
-def in_torch_network():
-    from torch_ref import resnet
-
-    make = resnet.resnet50
-    return resnet, "resnet50", lambda **options: make(**options | {"stride_in": "conv1"})
-
-
-def wrapped(module, name, wrapper):
-    return lambda: (module, name, functools.partial(wrapper, getattr(module, name)))
+def network_with_stride_in_conv1(make, **options):
+    return make(**options | {"stride_in": "conv1"})
 
 
 def with_momentum(batch_norm, *arrays, **settings):
     return batch_norm(*arrays, **settings | {"momentum": 0.9})
 
 
+def mistaken(monkeypatch, module, name, mistake):
+    """Replaces a function by one that makes a mistake."""
+    monkeypatch.setattr(module, name, functools.partial(mistake, getattr(module, name)))
+
+
 EVERYWHERE, STATISTICS = set(PARTS), {"running statistics"}
-CONVOLUTIONS_AT_STRIDE_2 = {"conv2d 3x3, stride 2, padding 1", "conv2d 7x7, stride 2, padding 3"}
-FAST_NET, LAYERS, AT_STRIDE_2 = numpy_ref.fast.resnet, numpy_ref.layers, CONVOLUTIONS_AT_STRIDE_2
-NUMPY_UNBIASED = wrapped(FAST_NET, "batch_norm_relu", unbiased_in_numpy)
-JAX_UNBIASED = wrapped(jax_resnet.layers, "batch_norm", unbiased_in_jax)
-MISTAKES = {  # where it is made, the section and framework that show it, the parts of the table that are broken
-    "padding SAME, numpy": (wrapped(LAYERS, "conv2d", padded_as_same), "network", "numpy", EVERYWHERE),
-    "padding SAME, numpy, layers": (wrapped(LAYERS, "conv2d", padded_as_same), "layers", "numpy", AT_STRIDE_2),
-    "unbiased variance, numpy": (NUMPY_UNBIASED, "network", "numpy", EVERYWHERE),
-    "unbiased variance, jax": (JAX_UNBIASED, "layers", "numpy", {"batch_norm"}),
-    "momentum 0.9, numpy": (wrapped(FAST_NET, "batch_norm_relu", with_momentum), "network", "numpy", STATISTICS),
-    "momentum 0.9, torch_ref": (in_torch_norm, "network", "torch_ref", STATISTICS),
-    "stride in conv1, numpy": (wrapped(FAST_NET, "residual_block", stride_in_conv1), "network", "numpy", EVERYWHERE),
-    "stride in conv1, torch_ref": (in_torch_network, "network", "torch_ref", EVERYWHERE),
+AT_STRIDE_2 = {"conv2d 3x3, stride 2, padding 1", "conv2d 7x7, stride 2, padding 3"}
+JAX, NUMPY, TORCH = jax_resnet.layers, numpy_ref.fast.resnet, torch_ref.resnet
+MISTAKES = {  # where it is made, what makes it, the section and framework that show it, the broken parts of the table
+    "padding SAME, jax": (JAX, "conv2d", padded_as_same, "layers", "numpy", AT_STRIDE_2),
+    "unbiased variance, jax": (JAX, "batch_norm", unbiased, "layers", "numpy", {"batch_norm"}),
+    "momentum 0.9, numpy": (NUMPY, "batch_norm_relu", with_momentum, "network", "numpy", STATISTICS),
+    "momentum 0.9, torch_ref": (torch.nn, "BatchNorm2d", with_momentum, "network", "torch_ref", STATISTICS),
+    "stride in conv1, numpy": (NUMPY, "residual_block", stride_in_conv1, "network", "numpy", EVERYWHERE),
+    "stride in conv1, torch_ref": (TORCH, "resnet50", network_with_stride_in_conv1, "network", "torch_ref", EVERYWHERE),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_caught(mistake, monkeypatch, capsys):
     """The exit code is 1, and in training exactly the rows that the mistake concerns are BROKEN."""
-    make, section, framework, broken = MISTAKES[mistake]
-    if framework != "numpy" and not TORCH:
-        pytest.skip("needs the extra torch")
-    monkeypatch.setattr(*make())
+    *made, section, framework, broken = MISTAKES[mistake]
+    mistaken(monkeypatch, *made)
     monkeypatch.setattr(in_jax, "run_layer", in_jax.run_layer.__wrapped__)  # JAX's layers may be the mistaken ones
     assert parity.main([*FAST, "--sections", section, "--frameworks", framework]) == 1
     printed = capsys.readouterr().out
@@ -257,54 +217,6 @@ def test_mistakes_are_caught(mistake, monkeypatch, capsys):
     assert re.search(r"\d+ of \d+ bounds are BROKEN", printed)
 
 
-def gradients_of(call, arrays, dy):
-    y, vjp = jax.vjp(call, *arrays)
-    return y, *vjp(dy)
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-def test_the_mistaken_padding_is_xlas_same(size, stride, x64):
-    """Output and gradients agree: only the padding is mistaken."""
-    rng = np.random.default_rng(0)
-    x, weight = rng.standard_normal((2, 14, 17, 3)), rng.standard_normal((size, size, 3, 4))
-    y, vjp = padded_as_same(numpy_ref.layers.conv2d, x, weight, stride=stride, padding=size // 2)
-
-    def same(x, weight):
-        layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, weight, (stride, stride), "SAME", dimension_numbers=layout)
-
-    dy = rng.standard_normal(y.shape)
-    assert_same((y, *vjp(dy)[:2]), gradients_of(same, (x, weight), dy))
-
-
-def test_the_mistaken_variance_is_the_unbiased_one(x64):
-    """In both implementations output and gradients follow the formula, and running values are correct."""
-    rng = np.random.default_rng(0)
-    arrays = rng.standard_normal((4, 3, 2, 5)), *rng.uniform(0.5, 1.5, (2, 5))
-    running, dy = rng.uniform(0.5, 1.5, (2, 5)), rng.standard_normal((4, 3, 2, 5))
-
-    def formula(x, weight, bias):
-        deviation = jax.numpy.sqrt(x.var((0, 1, 2), ddof=1) + 1e-5)
-        return (x - x.mean((0, 1, 2))) / deviation * weight + bias
-
-    expected = gradients_of(formula, arrays, dy)
-    correct = jax_resnet.layers.batch_norm(*arrays, *running, train=True)[1:]
-    (y, *new_running), vjp = unbiased_in_numpy(
-        numpy_ref.fast.resnet.batch_norm_relu, arrays[0].copy(), *arrays[1:], *running, train=True, relu=False
-    )
-    assert_same((y, *vjp(dy.copy())[:3]), expected)
-    assert_same(new_running, correct)
-    in_jax_too = functools.partial(unbiased_in_jax, jax_resnet.layers.batch_norm, train=True)
-    assert_same(gradients_of(lambda *arrays: in_jax_too(*arrays, *running)[0], arrays, dy), expected)
-    assert_same(in_jax_too(*arrays, *running)[1:], correct)
-
-
 def other_rule(adabound, *arguments, gamma, **settings):
     return adabound(*arguments, gamma=2 * gamma, **settings)
 
@@ -312,7 +224,7 @@ def other_rule(adabound, *arguments, gamma, **settings):
 @pytest.mark.slow
 def test_a_mistake_in_an_optimizer_is_caught(monkeypatch, capsys):
     """AdaBound's bounds close twice as fast: both its rows are BROKEN, Adam's hold."""
-    monkeypatch.setattr(*wrapped(numpy_ref.optim, "adabound", other_rule)())
+    mistaken(monkeypatch, numpy_ref.optim, "adabound", other_rule)
     arguments = ["--sections", "trajectories", "--frameworks", "numpy", "--steps", "2"]
     assert parity.main([*arguments, "--optimizers", "adam", "adabound"]) == 1
     broken = [row for row, verdict in verdicts(capsys.readouterr().out).items() if verdict == "BROKEN"]
@@ -322,7 +234,6 @@ def test_a_mistake_in_an_optimizer_is_caught(monkeypatch, capsys):
 # What is left out, and what is refused.
 
 
-@needs_torch
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from fake_cars import FAKE, SMALL
+from runs import wait_for
 
 from experiments.study import __main__ as study
 from experiments.study import worker
@@ -172,13 +172,6 @@ def start(protocol, out, seconds):
     environment = {**os.environ, "FAKE_CARS_SECONDS": str(seconds)}
     arguments = [sys.executable, "-c", code, str(protocol), "--out", str(out)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-
-
-def wait_for(found, seconds=60):
-    until = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < until, "waited too long"
-        time.sleep(0.02)
 
 
 def check_trained_once(fake, trials=3):

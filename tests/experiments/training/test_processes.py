@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soak
 from bad_files import noisy_digits
+from runs import wait_for
 
 from experiments.training.processes import choose_devices
 from experiments.training.run_folder import CHECKPOINTS, METRICS, read_metrics
@@ -91,11 +92,7 @@ def stop_by_sigterm(processes, number, out):
 
     The last row's step must have a checkpoint. A training of one process must end within 30 seconds.
     """
-    end = time.monotonic() + 600
-    while soak.rows(out) < 3:
-        assert processes[0].poll() is None, processes[0].communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: soak.rows(out) >= 3 or processes[0].poll() is not None, 600)
     sent = time.monotonic()
     processes[number].send_signal(signal.SIGTERM)
     printed = [finish(process, code=128 + signal.SIGTERM, timeout=300) for process in processes]
@@ -121,7 +118,7 @@ def test_sigterm_ends_within_30_seconds_with_a_checkpoint_of_the_current_step(di
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit(tmp_path, capsys):
     """At least five kills interrupt the writing of a checkpoint; the next start names the half-written one."""
-    assert soak.main(["--kills", "20", "--out", str(tmp_path)]) == 0
+    assert soak.soak(tmp_path, kills=20, seed=0)
     printed = capsys.readouterr().out
     (writing,) = re.findall(r"20 times SIGKILL, (\d+) while a checkpoint was being written", printed)
     assert int(writing) >= 5
