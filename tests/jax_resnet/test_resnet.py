@@ -40,6 +40,15 @@ def test_network_is_that_of_numpy_ref(arch, stride_in, x64):
     close(ours._asdict(), expected._asdict(), 1e-12)
 
 
+def test_gradient_of_images_is_that_of_numpy_ref(x64):
+    config, *arrays = random_networks.network("resnet18")
+    images = random_networks.images_of((2, 33, 40))
+    out, vjp = numpy_ref.resnet.apply(config, *arrays, images, train=False)
+    run = functools.partial(resnet.apply, resnet.ResNetConfig(**dataclasses.asdict(config)), *arrays, train=False)
+    ours = jax.jit(jax.grad(lambda images: run(images).logits.sum()))(images)
+    close(ours, vjp(np.ones_like(out.logits))[1], 1e-12)
+
+
 def small_loss(block, **options):
     """A small network's loss as a function of its parameters, with the parameters."""
     config = resnet.ResNetConfig(block, **SMALL)
