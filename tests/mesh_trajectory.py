@@ -2,10 +2,8 @@
 
     export PYTHONPATH=.
     python tests/mesh_trajectory.py float64 20 2 4 8
-    python tests/mesh_trajectory.py float64 20 8 --coordinator 127.0.0.1:1234 --process-id 0 & … --process-id 1
 
-The second form is for two processes of four devices each; process 0 prints. The script needs a process of its own: XLA
-reads the number of virtual devices at its start.
+The script needs a process of its own: XLA reads the number of virtual devices at its start.
 
 In float64 an error is an array's largest difference over its largest entry. float32 needs another measure and other
 settings. Where the input of a ReLU is within rounding of zero, its gate may open on one mesh only; this happens every
@@ -26,13 +24,10 @@ if __name__ == "__main__":
     parser.add_argument("dtype", choices=("float64", "float32"))
     parser.add_argument("steps", type=int)
     parser.add_argument("devices", type=int, nargs="+")
-    parser.add_argument("--coordinator")
-    parser.add_argument("--process-id", type=int)
     arguments = parser.parse_args()
     # Eight devices on two cores wait long for one another.
     os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={4 if arguments.coordinator else 8} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=900 "
+        "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=900 "
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=900"
     )
 
@@ -41,29 +36,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.parity.errors import length_of_difference, relative_errors
-from experiments.training.processes import join_processes
 from jax_resnet import resnet
 from jax_resnet.adabound import amsbound
 from jax_resnet.train import create_train_state, data_mesh, make_train_step, replicate, shard_batch
 
 
 def trajectory(dtype, steps, mesh=None):
-    """(parameters, statistics) after the first and the last step, by name; on this process's first device or a mesh."""
+    """(parameters, statistics) after the first and the last step, by name; on one device or a mesh."""
     optimizer, pictures = (amsbound(1e-3), 16) if dtype == "float64" else (amsbound(1e-5), 64)
     config = resnet.ResNetConfig(block="basic", stage_sizes=(1, 1, 1, 1), num_classes=5, in_channels=1)
     rng = np.random.default_rng(0)
     state = create_train_state(*resnet.init(config, jax.random.key(0), jnp.dtype(dtype)), optimizer)
     state = replicate(state, mesh) if mesh else state
     step = make_train_step(config, optimizer, mesh=mesh)
-    rows = pictures // jax.process_count()
-    own = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     states = []
     for _ in range(steps):
         batch = (
             rng.standard_normal((pictures, 32, 32, 1)).astype(dtype),
             rng.integers(0, 5, pictures).astype(np.int32),
         )
-        state, _ = step(state, *(shard_batch([array[own] for array in batch], mesh) if mesh else batch))
+        state, _ = step(state, *(shard_batch(batch, mesh) if mesh else batch))
         states.append([by_name(state.params), by_name(state.batch_stats)])
         del states[1:-1]
     return states[0], states[-1]
@@ -85,13 +77,10 @@ def largest_length(ours, reference):
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", arguments.dtype == "float64")
-    if arguments.coordinator:
-        join_processes(arguments.coordinator, arguments.process_id, 2)
     one = trajectory(arguments.dtype, arguments.steps)
     error = largest_error if arguments.dtype == "float64" else largest_length
     found = {}
     for count in arguments.devices:
         ours = trajectory(arguments.dtype, arguments.steps, data_mesh(jax.devices()[:count]))
         found[count] = [error(*both) for both in zip(ours, one, strict=True)]
-    if jax.process_index() == 0:
-        print(json.dumps(found))
+    print(json.dumps(found))

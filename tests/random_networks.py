@@ -1,4 +1,4 @@
-"""Networks of numpy_ref with random parameters, the passes of one batch, and the distance between two results.
+"""Networks with random parameters, and the passes of one batch through those of numpy_ref.
 
 BatchNorm's parameters and running statistics are random: as 1 and 0 they would hide half of the possible bugs. The
 weight of a block's last BatchNorm is a quarter of the others. Each block then adds less to its shortcut, as in a
@@ -6,7 +6,6 @@ trained network, and a deep network in training does not magnify rounding by its
 """
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from numpy_ref import config as architecture
 from numpy_ref import layers, resnet
@@ -18,7 +17,7 @@ def network(name, **options):
     """(config, params, batch_stats) in float64."""
     config = getattr(resnet, name)(**{"num_classes": CLASSES, "in_channels": CHANNELS} | options)
     rng = np.random.default_rng(0)
-    params, batch_stats = (randomized(rng, tree) for tree in resnet.init(config, rng, np.float64))
+    params, batch_stats = randomized(rng, resnet.init(config, rng, np.float64))
     if config.batch_norm:
         for stage, number, _ in architecture.blocks(config):
             params[stage][number]["bn2" if config.block == "basic" else "bn3"]["weight"] /= 4
@@ -26,10 +25,13 @@ def network(name, **options):
 
 
 def randomized(rng, tree):
-    """The same tree with other values in its vectors; variances stay positive."""
+    """NumPy's copy of dicts of arrays, with other values in vectors; variances stay positive."""
+    if isinstance(tree, tuple):
+        return tuple(randomized(rng, part) for part in tree)
     if isinstance(tree, dict):
         return {name: randomized(rng, value) for name, value in tree.items()}
-    return tree if tree.ndim > 1 else tree + 0.5 * rng.random(tree.shape) - 0.2
+    moved_by = 0.5 * rng.random(tree.shape) - 0.2 if tree.ndim == 1 else 0
+    return (np.asarray(tree) + moved_by).astype(tree.dtype)
 
 
 def norm_arrays(rng, shape):
@@ -54,17 +56,3 @@ def passes(module, config, params, batch_stats, images, train, **options):
     losses, vjp_loss = layers.softmax_cross_entropy(out.logits, labels_of(len(images)))
     dparams, dimages = vjp(*vjp_loss(np.full(len(images), 1 / len(images))))
     return dict(out._asdict(), loss=losses.mean(), dparams=dparams, dimages=dimages)
-
-
-def relative(ours, theirs):
-    """The largest difference over the largest entry: before a BatchNorm, some directions have tiny gradients."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30)
-
-
-def errors(ours, theirs):
-    """{path: relative error} over two nested dicts with the same names."""
-    ours, theirs = flatten_dict(ours, sep="."), flatten_dict(theirs, sep=".")
-    assert set(ours) == set(theirs)
-    return {name: relative(value, theirs[name]) for name, value in ours.items()}

@@ -12,15 +12,6 @@ import torchvision
 from experiments import describe
 from jax_resnet import resnet
 
-# {name: (parameters, multiply-adds in units of 1e9)}, as torchvision publishes them with IMAGENET1K_V1.
-PUBLISHED = {
-    "resnet18": (11_689_512, 1.81),
-    "resnet34": (21_797_672, 3.66),
-    "resnet50": (25_557_032, 4.09),
-    "resnet101": (44_549_160, 7.80),
-    "resnet152": (60_192_808, 11.51),
-}
-
 
 def counted_by_torch(name, height, width):
     """{layer: (output's shape (H, W, C), multiply-adds)} of torchvision's network, run without data."""
@@ -40,7 +31,7 @@ def counted_by_torch(name, height, width):
     return rows, sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 @pytest.mark.parametrize("size", [(224, 224), (65, 96)], ids=str)
 def test_every_layer_is_torchvisions(name, size):
     """Shapes, multiply-adds and parameters agree, of convolutions and the dense layer. 65 is odd in every stage."""
@@ -50,9 +41,8 @@ def test_every_layer_is_torchvisions(name, size):
     assert sum(row.parameters for row in rows) == parameters
     if size == (224, 224):
         published = torchvision.models.get_model_weights(name).IMAGENET1K_V1.meta
-        assert PUBLISHED[name] == (published["num_params"], round(published["_ops"], 2))
-        assert parameters == PUBLISHED[name][0]
-        assert sum(row.multiply_adds for row in rows) == pytest.approx(PUBLISHED[name][1] * 1e9, abs=0.005e9)
+        assert parameters == published["num_params"]
+        assert sum(row.multiply_adds for row in rows) / 1e9 == pytest.approx(published["_ops"], abs=0.005)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet101"])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import same
 
 from jax_resnet import resnet
 from jax_resnet.adabound import amsbound
@@ -24,13 +25,6 @@ CONFIG = resnet.ResNetConfig("basic", (1, 1, 1, 1), num_classes=3, in_channels=1
 
 def state_of(optimizer, ema=True):
     return create_train_state(*resnet.init(CONFIG, jax.random.key(0)), optimizer, ema=ema)
-
-
-def assert_equal_bits(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def test_a_checkpoint_is_the_state_to_the_bit(small, written):
     restored = Checkpoints(written).restore(5, small)
     assert restored.step == 5
     assert restored.facts == {"epoch": 2, "loss": 0.1 + 0.2}
-    assert_equal_bits(restored.state, small)
+    same(restored.state, small)
 
 
 def test_the_step_after_a_save_may_consume_the_state(tmp_path):
@@ -76,7 +70,7 @@ def test_the_step_after_a_save_may_consume_the_state(tmp_path):
         state, _ = step(state, images, labels)
     jax.block_until_ready(state)
     checkpoints.close()
-    assert_equal_bits(checkpoints.restore(1, template).state, expected)
+    same(checkpoints.restore(1, template).state, expected)
 
 
 def test_facts_may_change_after_a_save(small, tmp_path):
@@ -92,20 +86,23 @@ def test_facts_may_change_after_a_save(small, tmp_path):
     checkpoints.close()
 
 
-def test_the_last_and_the_best_stay(small, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.3)):
+KEPT = {  # steps with their scores, how many are kept, whether each is saved in a process of its own, what stays
+    "the last and the best": ([(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.3)], 2, False, [2, 5, 6]),
+    "the best of another process": ([(1, 0.9), (2, None), (3, 0.3), (4, None)], 2, True, [1, 3, 4]),
+    "a step that took its score later": ([(1, None), (1, 0.9), (2, 0.5), (3, None), (4, None)], 1, True, [1, 4]),
+}
+
+
+@pytest.mark.parametrize(("saves", "keep", "reopened", "kept"), KEPT.values(), ids=KEPT)
+def test_which_steps_stay(saves, keep, reopened, kept, small, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    for step, score in saves:
+        if reopened:
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path, keep=keep)
         checkpoints.save(step, small, {}, score=score)
     checkpoints.close()
-    assert checkpoints.steps() == [2, 5, 6]
-
-
-def test_the_best_stays_when_another_process_goes_on(small, tmp_path):
-    for step, score in ((1, 0.9), (2, None), (3, 0.3), (4, None)):
-        checkpoints = Checkpoints(tmp_path, keep=2)  # each as if in a process of its own
-        checkpoints.save(step, small, {}, score=score)
-        checkpoints.close()
-    assert checkpoints.steps() == [1, 3, 4]
+    assert checkpoints.steps() == kept
 
 
 def test_a_step_that_is_there_stays_unless_it_is_damaged(small, tmp_path):
@@ -121,14 +118,6 @@ def test_a_step_that_is_there_stays_unless_it_is_damaged(small, tmp_path):
     checkpoints.save(3, small, {"epoch": 4})
     checkpoints.close()
     assert checkpoints.restore(3, small).facts == {"epoch": 4}
-
-
-def test_the_score_that_a_step_took_later_outlives_the_process(small, tmp_path):
-    for step, score in ((1, None), (1, 0.9), (2, 0.5), (3, None), (4, None)):
-        checkpoints = Checkpoints(tmp_path, keep=1)
-        checkpoints.save(step, small, {}, score=score)
-        checkpoints.close()
-    assert checkpoints.steps() == [1, 4]
 
 
 def test_another_structure_shape_or_type_is_refused(small, written):
@@ -170,7 +159,7 @@ def test_every_damaged_file_is_noticed_or_not_needed(how, small, written, tmp_pa
             assert "\n" not in str(error)  # noqa: PT017
             refused += 1
         else:
-            assert_equal_bits(restored.state, small)
+            same(restored.state, small)
             assert restored.facts == {"epoch": 2, "loss": 0.1 + 0.2}
         shutil.rmtree(copy)
     assert refused == 2  # the record and the arrays

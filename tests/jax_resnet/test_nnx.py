@@ -8,6 +8,8 @@ import orbax.checkpoint
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from random_networks import randomized
+from trees import close, same
 
 from jax_resnet import layers, resnet, weights
 from jax_resnet.nnx import ResNet
@@ -21,22 +23,12 @@ LABELS = np.array([0, 3, 1, 4], np.int32)
 @pytest.fixture(scope="module")
 def arrays():
     """float64, with random BatchNorm weights and running statistics, so that a mistake in any of them shows."""
-    rng = np.random.default_rng(0)
-
-    def drawn(spec):
-        kernel = rng.standard_normal(spec.shape) * np.sqrt(2 / np.prod(spec.shape[:-1]))
-        return kernel if len(spec.shape) > 1 else rng.uniform(0.5, 1.5, spec.shape)
-
-    return jax.tree.map(drawn, jax.eval_shape(lambda: resnet.init(CONFIG, jax.random.key(0))))
+    with jax.enable_x64(True):
+        return randomized(np.random.default_rng(0), resnet.init(CONFIG, jax.random.key(0)))
 
 
 def images(dtype=np.float64):
     return np.random.default_rng(1).standard_normal((4, 32, 32, 1)).astype(dtype)
-
-
-def assert_same(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def as_dict(state):
@@ -54,7 +46,7 @@ def test_names_are_torchvisions(arrays, x64):
     model = ResNet(CONFIG, arrays)
     for kind, tree in zip((nnx.Param, nnx.BatchStat), arrays, strict=True):
         assert flatten_dict(as_dict(nnx.state(model, kind)), sep=".").keys() == flatten_dict(tree, sep=".").keys()
-    assert_same(model.arrays(), arrays)
+    same(model.arrays(), arrays)
 
 
 def test_parts_are_attributes_and_blocks_go_by_number():
@@ -69,8 +61,8 @@ def test_blocks_are_modules(arrays, x64):
     model = ResNet(CONFIG, arrays)
     model.eval()
     activations = model.features(images())
-    assert_same(model.layer4[-1](activations["layer3.0"]), activations["layer4.0"])
-    assert_same(model.fc(activations["pool"]), model(images()))
+    same(model.layer4[-1](activations["layer3.0"]), activations["layer4.0"])
+    same(model.fc(activations["pool"]), model(images()))
     gradient = jax.grad(lambda x: model.fc(layers.global_avg_pool(x))[0, 2])(activations["layer4.0"])
     kernel = arrays[0]["fc"]["weight"][:, 2]
     np.testing.assert_allclose(gradient[0], np.broadcast_to(kernel, gradient.shape[1:]) / gradient[0, ..., 0].size)
@@ -83,19 +75,19 @@ def test_train_and_eval_set_the_mode(arrays, x64):
     assert not np.array_equal(trained, evaluated)
     model = ResNet(CONFIG, arrays)
     model.eval()
-    assert_same(model(images()), evaluated)
-    assert_same(model.arrays(), arrays)
+    same(model(images()), evaluated)
+    same(model.arrays(), arrays)
     model.train()
     if hasattr(nnx, "view"):  # a newer function of Flax
-        assert_same(nnx.view(model, use_running_average=True)(images()), evaluated)
-    assert_same(model(images()), trained)
+        same(nnx.view(model, use_running_average=True)(images()), evaluated)
+    same(model(images()), trained)
     assert not np.array_equal(model.layer4[0].bn2.running_mean[...], arrays[1]["layer4"]["0"]["bn2"]["running_mean"])
 
 
 def test_is_drawn_as_init_does():
     """The model draws from the stream "params" of rngs, as every Flax module does."""
     model = ResNet(CONFIG, rngs=nnx.Rngs(params=3))
-    assert_same(model.arrays(), resnet.init(CONFIG, nnx.Rngs(params=3).params()))
+    same(model.arrays(), resnet.init(CONFIG, nnx.Rngs(params=3).params()))
     with pytest.raises(ValueError, match=r"pass arrays, .*, or rngs"):
         ResNet(CONFIG)
 
@@ -111,8 +103,8 @@ def test_logits_and_features_are_those_of_apply(method, field, arrays, x64):
         out = resnet.apply(CONFIG, params, batch_stats, x, train=False, return_activations=True)
         return getattr(out, field)
 
-    assert_same(ours, function(*arrays, images()))
-    assert_same(model.arrays(), arrays)
+    same(ours, function(*arrays, images()))
+    same(model.arrays(), arrays)
 
 
 def test_gradients_and_statistics_are_those_of_the_function(arrays, x64):
@@ -127,8 +119,8 @@ def test_gradients_and_statistics_are_those_of_the_function(arrays, x64):
     model = ResNet(CONFIG, arrays)
     ours, grads = nnx.jit(nnx.value_and_grad(mean_loss))(model, images())
     assert ours == loss
-    assert_same(as_dict(grads), expected)
-    assert_same(model.arrays(), (params, new_stats))
+    same(as_dict(grads), expected)
+    same(model.arrays(), (params, new_stats))
     assert not np.array_equal(model.bn1.running_mean[...], batch_stats["bn1"]["running_mean"])
 
 
@@ -153,12 +145,12 @@ def test_without_batch_norm_there_are_no_statistics():
 def test_split_and_merge(arrays, x64):
     model = ResNet(CONFIG, arrays)
     graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    assert_same((as_dict(params), as_dict(batch_stats)), arrays)
+    same((as_dict(params), as_dict(batch_stats)), arrays)
     other = nnx.merge(graph, jax.tree.map(jnp.zeros_like, params), batch_stats)
     assert other.config == CONFIG
     assert not other.layer2[0].conv1.weight[...].any()
     nnx.update(other, nnx.state(model, nnx.Param))
-    assert_same(other.arrays(), model.arrays())
+    same(other.arrays(), model.arrays())
 
 
 @pytest.mark.slow
@@ -183,9 +175,7 @@ def test_a_few_steps_with_an_optimizer(arrays, x64):
         loss = step(model, optimizer, images() + i)
         state, metrics = train_step(state, images() + i, LABELS)
         np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-10)
-    reached = (state.params, state.batch_stats)
-    for ours, theirs in zip(jax.tree.leaves(model.arrays()), jax.tree.leaves(reached), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10 * np.abs(theirs).max())
+    close(model.arrays(), (state.params, state.batch_stats), 1e-10)
 
 
 class Classifier(nnx.Module):
@@ -205,7 +195,7 @@ def test_as_a_backbone_with_weights_of_a_file(arrays, tmp_path):
     loaded = weights.load(tmp_path / "a.safetensors", CONFIG)
     model = Classifier(ResNet(CONFIG, loaded), 7, nnx.Rngs(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {np.dtype(np.float32)}
-    assert_same(model.backbone.arrays(), jax.tree.map(lambda a: a.astype(np.float32), loaded))
+    same(model.backbone.arrays(), jax.tree.map(lambda a: a.astype(np.float32), loaded))
     before = model.backbone.arrays()[1]
     grads = nnx.to_pure_dict(nnx.jit(nnx.grad(mean_loss))(model, images(np.float32)))
     assert jnp.abs(grads["head"]["kernel"]).max() > 0
@@ -222,7 +212,7 @@ def test_with_a_new_head_of_another_number_of_classes(arrays, tmp_path):
     logits = nnx.eval_shape(lambda model, x: model(x, train=False), model, images(np.float32))
     assert logits.shape == (4, 9)
     weights.save(tmp_path / "b.npz", *model.arrays())
-    assert_same(weights.load(tmp_path / "b.npz", config), model.arrays())
+    same(weights.load(tmp_path / "b.npz", config), model.arrays())
 
 
 def count(model):
@@ -253,14 +243,14 @@ def test_a_replaced_head_is_trained_counted_saved_and_loaded(arrays, x64, tmp_pa
         other.load(saved)
     other.fc = nnx.Linear(512, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(1))
     other.load(saved)
-    assert_same(other(images(), train=False), logits)
+    same(other(images(), train=False), logits)
 
 
 def test_without_a_head_logits_are_the_pooled_vector(arrays):
     model = ResNet(CONFIG, arrays)
     model.eval()
     model.fc = None
-    assert_same(model(images(np.float32)), model.features(images(np.float32))["pool"])
+    same(model(images(np.float32)), model.features(images(np.float32))["pool"])
     assert "fc" not in model.arrays()[0]
 
 
@@ -290,5 +280,5 @@ def test_orbax_round_trip(arrays, x64, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", nnx.state((other, other_optimizer)))
     nnx.update((other, other_optimizer), restored)
-    assert_same(other.arrays(), model.arrays())
-    assert_same(*(nnx.to_pure_dict(nnx.state(found, nnx.OptState)) for found in (other_optimizer, optimizer)))
+    same(other.arrays(), model.arrays())
+    same(*(nnx.to_pure_dict(nnx.state(found, nnx.OptState)) for found in (other_optimizer, optimizer)))

@@ -1,23 +1,18 @@
 """jax_resnet.resnet: the published sizes, the order of blocks, the options, and the errors for bad input."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+import random_networks
+from flax.traverse_util import flatten_dict
+from trees import close
 
+import numpy_ref.resnet
 from jax_resnet import cpu, layers, resnet
-
-PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-}
-
 
 SMALL = dict(stage_sizes=[1, 1, 1, 1], num_classes=3)  # a list, as people pass it
 
@@ -25,148 +20,39 @@ SMALL = dict(stage_sizes=[1, 1, 1, 1], num_classes=3)  # a list, as people pass 
 apply = jax.jit(resnet.apply, static_argnums=0, static_argnames=("train", "dtype", "remat", "return_activations"))
 
 
-def shapes(config):
-    params, batch_stats = jax.eval_shape(functools.partial(resnet.init, config), jax.random.key(0))
-    return flatten_dict(params, sep="."), flatten_dict(batch_stats, sep=".")
-
-
-def randomized(config, seed=0, dtype=np.float64):
+def drawn(config, dtype=np.float64):
     """Parameters and statistics with no 0 or 1 among them, because initial 0s and 1s hide many mistakes."""
-    rng = np.random.default_rng(seed)
-    params, batch_stats = shapes(config)
-
-    def draw(name, shape):
-        if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
-            return rng.uniform(0.5, 1.5, shape).astype(dtype)
-        scale = 0.2 if len(shape) == 1 else np.sqrt(2 / np.prod(shape[:-1]))
-        return (rng.standard_normal(shape) * scale).astype(dtype)
-
-    return tuple(
-        unflatten_dict({name: jnp.asarray(draw(name, spec.shape)) for name, spec in tree.items()}, sep=".")
-        for tree in (params, batch_stats)
-    )
-
-
-@pytest.mark.parametrize("arch", PUBLISHED)
-def test_parameter_counts(arch):
-    params, batch_stats = shapes(getattr(resnet, arch)())
-    assert sum(spec.size for spec in params.values()) == PUBLISHED[arch]
-    norms = [name for name in params if name.endswith("weight") and params[name].ndim == 1]
-    assert len(batch_stats) == 2 * len(norms)
-
-
-def plain_forward(config, params, batch_stats, images):
-    """The same network in evaluation, written out block by block from its table, without `architecture.blocks`."""
-    w = flatten_dict(params, sep=".") | flatten_dict(batch_stats, sep=".")
-
-    def conv_bn(x, conv, bn, stride, padding):
-        x = layers.conv2d(x, w[f"{conv}.weight"], stride=stride, padding=padding)
-        names = ("weight", "bias", "running_mean", "running_var")
-        return layers.batch_norm(x, *(w[f"{bn}.{n}"] for n in names), train=False)[0]
-
-    x = layers.max_pool(layers.relu(conv_bn(images, "conv1", "bn1", 2, 3)))
-    activations = {"stem": x}
-    for stage in (1, 2, 3, 4):
-        for i in range(config.stage_sizes[stage - 1]):
-            block, stride = f"layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
-            shortcut = x
-            if f"{block}.downsample.0.weight" in w:
-                shortcut = conv_bn(x, f"{block}.downsample.0", f"{block}.downsample.1", stride, 0)
-            if config.block == "basic":
-                y = layers.relu(conv_bn(x, f"{block}.conv1", f"{block}.bn1", stride, 1))
-                y = conv_bn(y, f"{block}.conv2", f"{block}.bn2", 1, 1)
-            else:
-                first, second = (stride, 1) if config.stride_in == "conv1" else (1, stride)
-                y = layers.relu(conv_bn(x, f"{block}.conv1", f"{block}.bn1", first, 0))
-                y = layers.relu(conv_bn(y, f"{block}.conv2", f"{block}.bn2", second, 1))
-                y = conv_bn(y, f"{block}.conv3", f"{block}.bn3", 1, 0)
-            x = activations[block] = layers.relu(y + shortcut)
-    activations["pool"] = x = layers.global_avg_pool(x)
-    return layers.dense(x, w["fc.weight"], w["fc.bias"]), activations
+    return random_networks.randomized(np.random.default_rng(0), resnet.init(config, jax.random.key(0), dtype))
 
 
 @pytest.mark.parametrize("stride_in", ["conv2", "conv1"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet101"])
-def test_network_is_its_table(arch, stride_in, x64):
+def test_network_is_that_of_numpy_ref(arch, stride_in, x64):
     """jit sorts the keys as "0", "1", "10", "11", ..., "2": ResNet-101, with 23 blocks in a stage, shows a wrong order.
 
     1e-12 of the largest entry is for the order of operations in 101 layers of float64.
     """
-    config = getattr(resnet, arch)(num_classes=7, in_channels=1, stride_in=stride_in)
-    params, batch_stats = randomized(config)
-    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 33, 40, 1)))
-    run = jax.jit(functools.partial(resnet.apply, config, train=False, return_activations=True))
-    out = run(params, batch_stats, images)
-    logits, activations = plain_forward(config, params, batch_stats, images)
-    assert set(out.activations) == set(activations)
-    for name, expected in (activations | {"logits": logits}).items():
-        ours = out.logits if name == "logits" else out.activations[name]
-        assert np.abs(ours - expected).max() <= 1e-12 * np.abs(expected).max(), name
+    config, *arrays = random_networks.network(arch, stride_in=stride_in)
+    arguments = *arrays, random_networks.images_of((2, 33, 40))
+    options = dict(train=False, return_activations=True)
+    expected, _ = numpy_ref.resnet.apply(config, *arguments, **options)
+    ours = apply(resnet.ResNetConfig(**dataclasses.asdict(config)), *arguments, **options)
+    close(ours._asdict(), expected._asdict(), 1e-12)
 
 
-def loss(config, params, batch_stats, images, labels, **options):
-    out = resnet.apply(config, params, batch_stats, images, train=True, **options)
-    return layers.softmax_cross_entropy(out.logits, labels).mean(), out.batch_stats
-
-
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_of_a_network(batch_norm, x64):
-    """Gradients by parameters of every kind and by the images match central differences along one random direction per
-    array. 1e-8 would be too strict: some steps cross a kink."""
-    config = resnet.ResNetConfig("basic", **SMALL, in_channels=1, batch_norm=batch_norm)
-    params, batch_stats = randomized(config)
-    rng = np.random.default_rng(2)
-    images, labels = jnp.asarray(rng.standard_normal((8, 64, 64, 1))), jnp.asarray(rng.integers(0, 3, 8))
-    value = jax.jit(lambda p, x: loss(config, p, batch_stats, x, labels)[0])
-    gradients = jax.jit(jax.grad(value, (0, 1)))(params, images)
-    flat = flatten_dict(gradients[0], sep=".")
-    names = [
-        "conv1.weight",
-        "layer1.0.conv2.weight",
-        "layer2.0.downsample.0.weight",
-        "layer4.0.conv1.weight",
-        "fc.bias",
-    ]
-    names += ["bn1.weight", "layer3.0.bn2.bias"] if batch_norm else ["conv1.bias", "layer3.0.conv2.bias"]
-    step = 1e-6
-    for name in [*names, "images"]:
-        gradient = gradients[1] if name == "images" else flat[name]
-        direction = rng.standard_normal(gradient.shape)
-        direction /= np.linalg.norm(direction)
-        ahead, behind = (value(*moved(params, images, name, by * direction)) for by in (step, -step))
-        numeric = float(ahead - behind) / (2 * step)
-        scale = float(jnp.linalg.norm(gradient))
-        assert float(jnp.vdot(gradient, direction)) == pytest.approx(numeric, rel=1e-5, abs=1e-6 * scale), name
-
-
-def moved(params, images, name, by):
-    """Parameters and images with one array moved."""
-    if name == "images":
-        return params, images + by
-    arrays = flatten_dict(params, sep=".")
-    return unflatten_dict(arrays | {name: arrays[name] + by}, sep="."), images
-
-
-def test_running_statistics_of_a_network(x64):
-    """The stem's statistics follow the formula; evaluation returns all statistics unchanged."""
-    config = resnet.ResNetConfig("basic", **SMALL)
-    params, batch_stats = randomized(config)
-    images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 32, 3)))
-    out = apply(config, params, batch_stats, images, train=True)
-    x = layers.conv2d(images, params["conv1"]["weight"], stride=2, padding=3).reshape(-1, 64)
-    old, new = batch_stats["bn1"], out.batch_stats["bn1"]
-    np.testing.assert_allclose(new["running_mean"], 0.9 * old["running_mean"] + 0.1 * x.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(new["running_var"], 0.9 * old["running_var"] + 0.1 * x.var(0, ddof=1), rtol=1e-12)
-    assert jax.tree.structure(out.batch_stats) == jax.tree.structure(batch_stats)
-    assert out.activations == {}
-    same = apply(config, params, batch_stats, images, train=False).batch_stats
-    jax.tree.map(np.testing.assert_array_equal, same, batch_stats)
+def test_gradient_of_images_is_that_of_numpy_ref(x64):
+    config, *arrays = random_networks.network("resnet18")
+    images = random_networks.images_of((2, 33, 40))
+    out, vjp = numpy_ref.resnet.apply(config, *arrays, images, train=False)
+    run = functools.partial(resnet.apply, resnet.ResNetConfig(**dataclasses.asdict(config)), *arrays, train=False)
+    ours = jax.jit(jax.grad(lambda images: run(images).logits.sum()))(images)
+    close(ours, vjp(np.ones_like(out.logits))[1], 1e-12)
 
 
 def small_loss(block, **options):
     """A small network's loss as a function of its parameters, with the parameters."""
     config = resnet.ResNetConfig(block, **SMALL)
-    params, batch_stats = randomized(config)
+    params, batch_stats = drawn(config)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 32, 33, 3)))
 
     def function(params):
@@ -245,7 +131,7 @@ def test_eps_and_momentum_of_batch_norm():
 def test_bfloat16_activations():
     """Activations are bfloat16; logits, pooled vector and statistics are float32. The logits stay near float32's."""
     config = resnet.resnet18(num_classes=10)
-    params, batch_stats = randomized(config, dtype=np.float32)
+    params, batch_stats = drawn(config, dtype=np.float32)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((8, 64, 64, 3)), jnp.float32)
     run = functools.partial(apply, config, params, batch_stats, images, train=True, return_activations=True)
     half, single = run(dtype=jnp.bfloat16), run()
@@ -331,6 +217,7 @@ def test_any_size_from_32_works(block):
     for size in [(32, 32), (33, 47), (64, 96)]:
         out = apply(config, params, batch_stats, jnp.ones((2, *size, 1)), train=False)
         assert out.logits.shape == (2, 3)
+        assert out.activations == {}
         assert bool(jnp.isfinite(out.logits).all())
 
 

@@ -1,10 +1,14 @@
 """numpy_ref.train: the steps of jax_resnet.train in NumPy."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import close, same
 
 import jax_resnet.resnet
 import jax_resnet.train
@@ -22,21 +26,18 @@ def batch(n=8, size=32):
     return rng.standard_normal((n, size, size, 1)), rng.integers(0, 7, n).astype(np.int32)
 
 
-def leaves(*trees):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(trees)]
-
-
-@pytest.mark.parametrize("freeze_backbone", [False, True])
-def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, x64):
+@pytest.mark.parametrize(("freeze_backbone", "batch_norm"), [(False, True), (True, True), (False, False)])
+def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, batch_norm, x64):
     """Two steps of SGD in float64; `preprocess` depends on the step. 1e-9 of an array's largest entry is for rounding.
     A frozen backbone runs in evaluation mode, and only the dense layer changes."""
     images, labels = batch()
-    params, batch_stats = resnet.init(CONFIG, np.random.default_rng(1), np.float64)
-    before = [leaf.copy() for leaf in leaves(params, batch_stats)]
+    of_numpy, of_jax = (dataclasses.replace(config, batch_norm=batch_norm) for config in (CONFIG, JAX_CONFIG))
+    params, batch_stats = resnet.init(of_numpy, np.random.default_rng(1), np.float64)
+    before = copy.deepcopy((params, batch_stats))
     results = []
     for train, config, optimizer, array in (
-        (numpy_ref.train, CONFIG, optim.sgd(0.1, 0.9), np.asarray),
-        (jax_resnet.train, JAX_CONFIG, optax.sgd(0.1, 0.9), jnp.array),
+        (numpy_ref.train, of_numpy, optim.sgd(0.1, 0.9), np.asarray),
+        (jax_resnet.train, of_jax, optax.sgd(0.1, 0.9), jnp.array),
     ):
         options = dict(label_smoothing=0.1, preprocess=lambda images, step: images * (1 + step))
         step = train.make_train_step(config, optimizer, freeze_backbone=freeze_backbone, **options)
@@ -51,19 +52,14 @@ def test_steps_are_jaxs_and_leave_their_input_alone(freeze_backbone, x64):
     assert float(our_metrics["loss"]) == pytest.approx(float(their_metrics["loss"]), rel=1e-9)
     assert float(our_metrics["top1"]) == float(their_metrics["top1"])
     np.testing.assert_array_equal(our_metrics["prediction"], their_metrics["prediction"])
-    pairs = zip(leaves(ours.params, ours.batch_stats), leaves(theirs.params, theirs.batch_stats), strict=True)
-    for our, their in pairs:
-        np.testing.assert_allclose(our, their, rtol=0, atol=1e-9 * np.abs(their).max())
-    for leaf, kept in zip(leaves(params, batch_stats), before, strict=True):
-        np.testing.assert_array_equal(leaf, kept)
+    close((ours.params, ours.batch_stats), (theirs.params, theirs.batch_stats), 1e-9)
+    same((params, batch_stats), before)
     if freeze_backbone:
         for state, trace in ((ours, ours.opt_state.trace), (theirs, theirs.opt_state[0].trace)):
-            assert [leaf.shape for leaf in leaves(trace)] == [(7,), (512, 7)]
-            for name, tree in params.items():
-                for new, old in zip(leaves(state.params[name]), leaves(tree), strict=True):
-                    assert np.array_equal(new, old) == (name != "fc"), name
-            for new, old in zip(leaves(state.batch_stats), leaves(batch_stats), strict=True):
-                np.testing.assert_array_equal(new, old)
+            assert [leaf.shape for leaf in jax.tree.leaves(trace)] == [(7,), (512, 7)]
+            same((state.params | {"fc": {}}, state.batch_stats), (params | {"fc": {}}, batch_stats))
+            for name, array in params["fc"].items():
+                assert not np.array_equal(state.params["fc"][name], array), name
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
@@ -116,21 +112,8 @@ def test_fewer_than_five_classes_have_a_top5():
     assert result["top5"].all()
 
 
-def test_training_learns_a_batch_in_float32():
-    """Ten steps of Adam on one batch: the loss falls to less than a fifth, and float32 stays float32."""
-    images, labels = batch()
-    optimizer = optim.adam(1e-3)
-    state = create_train_state(*resnet.init(CONFIG, np.random.default_rng(0)), optimizer)
-    step = make_train_step(CONFIG, optimizer)
-    losses = []
-    for _ in range(10):
-        state, metrics = step(state, images.astype(np.float32), labels)
-        losses.append(metrics["loss"])
-    assert losses[-1] < losses[0] / 5
-    assert {leaf.dtype for leaf in leaves(state.params, state.batch_stats)} == {np.dtype(np.float32)}
-
-
 def test_an_overflow_shows_in_the_loss_alone(recwarn):
+    """Even then, float32 stays float32."""
     images, labels = batch()
     optimizer = optim.sgd(1e30)
     state = create_train_state(*resnet.init(CONFIG, np.random.default_rng(0)), optimizer)
@@ -139,3 +122,4 @@ def test_an_overflow_shows_in_the_loss_alone(recwarn):
         state, metrics = step(state, images.astype(np.float32), labels)
     assert not np.isfinite(metrics["loss"])
     assert not recwarn.list
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {np.dtype(np.float32)}

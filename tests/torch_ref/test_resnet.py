@@ -1,8 +1,5 @@
 """torch_ref.resnet against torchvision: names, weights, outputs, every gradient; and what torchvision does not have."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torchvision
@@ -11,13 +8,6 @@ from torch_ref import resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PUBLISHED = {  # parameters with 1,000 classes and RGB, from torchvision's model table
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-}
 STAGE_SIZES = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
@@ -26,10 +16,10 @@ STAGE_SIZES = {
     "resnet152": (3, 8, 36, 3),
 }
 
-every_depth = pytest.mark.parametrize("name", PUBLISHED)
+every_depth = pytest.mark.parametrize("name", STAGE_SIZES)
 SLOW = ("resnet34", "resnet152")  # they only have more of the blocks of resnet18 and resnet101
 run_every_depth = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLISHED]
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STAGE_SIZES]
 )
 
 
@@ -78,12 +68,11 @@ def run(model, images, labels):
 
 @every_depth
 def test_state_dict_is_torchvisions(name):
-    """Names, order, shapes and dtypes agree. The number of parameters is the published one."""
+    """Names, order, shapes and dtypes agree."""
     own, other = ours(name), theirs(name)
     described = [[(key, value.shape, value.dtype) for key, value in m.state_dict().items()] for m in (own, other)]
     assert described[0] == described[1]
     assert [key for key, _ in own.named_parameters()] == [key for key, _ in other.named_parameters()]
-    assert sum(p.numel() for p in own.parameters()) == PUBLISHED[name]
 
 
 @every_depth
@@ -230,13 +219,3 @@ def test_bad_options(options, message):
 def test_one_value_per_channel_in_training_is_an_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ours("resnet18").train()(torch.zeros(1, 3, 32, 32))
-
-
-def test_torch_ref_imports_torch_only():
-    """A fresh interpreter loads neither torchvision nor JAX nor the other packages of this project."""
-    program = "import sys, torch_ref.adabound, torch_ref.resnet; print(*{name.split('.')[0] for name in sys.modules})"
-    imported = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert "torch" in imported
-    assert not {"torchvision", "jax", "optax", "flax", "jax_resnet", "numpy_ref", "experiments"} & set(imported)
