@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
+__all__ = ["RECORD", "STATE", "CheckpointError", "Checkpoints", "DamagedError", "MismatchError", "Restored"]
 
 STATE, RECORD = "state.safetensors", "record.json"
 _UNFINISHED, _REMOVED = ".unfinished", ".removed"  # suffixes of folders that are being written or deleted
