@@ -5,9 +5,10 @@
   arrays instead of allocating new ones where this is possible.
 - A training step can skip the gradient of the images, which no update needs.
 
-Most of a training step is matrix products, whose speed depends on NumPy's BLAS. The rest is limited by memory: NumPy
-makes one pass over an array per operation, and compiled code makes one pass for all operations. Each thread also
-computes a gradient of all weights, and these gradients must be added.
+About two thirds of a training step are matrix products, whose speed depends on NumPy's BLAS (docs/numpy.md has figures,
+and what was tried). The rest is limited by memory: NumPy makes one pass over an array per operation, and compiled code
+makes one pass for all operations. Each thread also computes a gradient of all weights, and these gradients must be
+added.
 """
 
 from __future__ import annotations
