@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 # Exit codes. If a signal ended a run, the code is 128 plus the signal's number, as in a shell.
 FAILED, BAD_INPUT = 1, 2
@@ -33,7 +33,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before the program began
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, nowhere())
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     # JAX logs errors, with tracebacks, that it also raises.
@@ -41,16 +41,19 @@ def exit_code(run: Callable[[], int | None]) -> int:
     try:
         try:
             ended_by = run()
-        finally:
-            flush_output()  # also after --help, which ends by SystemExit
+        except SystemExit as ended:  # after --help
+            if not ended.code:
+                flush_output()
+            raise
+        flush_output()
         return 0 if ended_by is None else 128 + ended_by
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of the output, such as head, has ended
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        closed = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())  # otherwise Python reports an error when it flushes at exit
+            os.dup2(closed, stream.fileno())  # otherwise Python reports an error when it flushes at exit
         return 128 + getattr(signal, "SIGPIPE", 13)
     except FailedError as error:
         code, message = FAILED, str(error)
@@ -68,6 +71,11 @@ def exit_code(run: Callable[[], int | None]) -> int:
     return code
 
 
+def nowhere() -> TextIO:
+    """A stream that drops what is written, whatever it is."""
+    return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+
+
 def flush_output() -> None:
     """Writes what has been printed; raises a FailedError if it cannot be written, for instance to a full disk."""
     try:
@@ -75,7 +83,7 @@ def flush_output() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # otherwise Python reports the error once more at exit
+        sys.stdout = nowhere()  # otherwise Python reports the error once more at exit
         raise FailedError(f"the work is done, but what it printed could not be written: {error.strerror}") from error
 
 

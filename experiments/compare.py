@@ -39,8 +39,8 @@ def compare(
 
     if not runs:
         raise ValueError("name at least one run folder")
-    check_output_file("--out", out)
     out = out if out.suffix else out.with_suffix(".png")
+    check_output_file("--out", out)
     names = [run.resolve().name for run in runs]  # also of "."
     found = {str(run) if names.count(name) > 1 else name: read_run(run) for run, name in zip(runs, names, strict=True)}
     rows = {name: run_rows for name, (run_rows, _) in found.items()}
@@ -64,7 +64,7 @@ def read_run(run: Path) -> tuple[Rows, str]:
     try:
         rows = read_metrics(run)
         for row in rows:
-            row |= {name: math.nan for name in ("train_loss", "test_loss") if row.get(name, 0) is None}  # written so
+            row |= {name: math.nan for name in ("train_loss", "test_loss") if row.get(name, 0) is None}  # NaN is null
             tested = ("test_loss", "test_top1", "test_top5") if "test_loss" in row else ()
             if wrong := [n for n in ("epoch", "step", "train_loss", *tested) if not isinstance(row[n], int | float)]:
                 raise TypeError(f"{wrong[0]} is {row[wrong[0]]!r}")
@@ -106,6 +106,8 @@ def describe_distances(distances: Rows) -> str:
     """Says in one line how far training losses differ, and the first step beyond each limit."""
     if not distances:
         return "no step was logged by both"
+    if strange := [row["step"] for row in distances if math.isnan(row["distance"])]:
+        return f"a training loss is not a number at step {strange[0]}"
     most = max(distances, key=lambda row: row["distance"])
     text = f"training losses differ by at most {most['distance']:.1e} (step {most['step']} of {distances[-1]['step']})"
     beyond = {limit: [row["step"] for row in distances if not row["distance"] <= limit] for limit in PARTINGS}

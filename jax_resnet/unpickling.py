@@ -19,7 +19,7 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO, Any, ClassVar, Self
 
 import ml_dtypes
@@ -52,6 +52,7 @@ _DATA = {
                    "object", "range", "set", "slice", "str", "tuple", "unicode", "xrange")),
 }  # fmt: skip
 _SCALAR = re.compile(r"numpy\.((u?int|float|complex)\d+|bool_?|str_|bytes_)")  # types, such as a setting's
+_MAX_ENTRIES = 10**6  # of a tuple
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter"}
 
 
@@ -80,6 +81,19 @@ class _NumPyArray(Inert):
             self.tensor = _from_buffer(data, dtype, shape, "F" if by_columns else "C")
 
 
+class _Tuple(tuple):
+    """A tuple that counts its entries, nested ones included: a small pickle can repeat one within another for ever."""
+
+    entries: int
+
+    def __new__(cls, items: Iterable[Any]) -> Self:
+        self = super().__new__(cls, items)
+        self.entries = 1 + sum(item.entries if isinstance(item, _Tuple) else 1 for item in self)
+        if self.entries > _MAX_ENTRIES:
+            raise RefusedError(f"is refused: a tuple in its pickle has more than {_MAX_ENTRIES:,} entries")
+        return self
+
+
 class _DType(Inert):
     """A dtype of NumPy, made from its code or, for ml_dtypes, from the _DType of the scalar class."""
 
@@ -87,7 +101,9 @@ class _DType(Inert):
 
     def __new__(cls, code: Any, *_: Any) -> Self:
         self = super().__new__(cls)
-        self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(str(code))
+        if not isinstance(code, _DType | str):
+            raise TypeError("a dtype's code is not a text")
+        self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(code)
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -116,7 +132,24 @@ class _Unpickler(pickle._Unpickler):  # the C version would allocate as much as 
     def _load_bytearray(self) -> None:
         self.append(self.read(*struct.unpack("<Q", self.read(8))))  # type: ignore[attr-defined]
 
-    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+    def _load_tuple(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.append(_Tuple(items))  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _tuple_of(count: int) -> Callable[[Any], None]:
+        def load(self: Any) -> None:
+            self.stack[-count:] = [_Tuple(self.stack[-count:])]
+
+        return load
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+        pickle.TUPLE[0]: _load_tuple,
+        pickle.TUPLE1[0]: _tuple_of(1),
+        pickle.TUPLE2[0]: _tuple_of(2),
+        pickle.TUPLE3[0]: _tuple_of(3),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -180,6 +213,13 @@ class _Kind(Inert):
         return self
 
 
+def _text(key: Any) -> str:
+    """A number or text as text; other values, whose text may be endless, raise a TypeError."""
+    if not isinstance(key, int | str):
+        raise TypeError("a key is neither a number nor a text")
+    return str(key)
+
+
 def _dtype(code: Any) -> _DType:
     dtype = _DType("f4")
     dtype.dtype = np.dtype(code)
@@ -196,7 +236,7 @@ def _tensor(
     bits = dict(metadata or {})
     negative, conjugate = (bool(bits.pop(name, False)) for name in ("neg", "conj"))
     if bits or (conjugate and storage.dtype.kind != "c") or (negative and storage.dtype.kind not in "fc"):
-        return _unusual(f"marked ({', '.join(map(str, metadata))})")
+        return _unusual(f"marked ({', '.join(name for name in metadata if isinstance(name, str))})")
     return Tensor(storage, storage.dtype, tuple(size), tuple(strides), offset, "", negative, conjugate)
 
 
@@ -207,7 +247,7 @@ def _typed_tensor(
     if not isinstance(dtype, _DType):
         return _unusual("eight-bit or smaller")
     if metadata:
-        return _unusual(f"marked ({', '.join(map(str, metadata))})")
+        return _unusual(f"marked ({', '.join(name for name in metadata if isinstance(name, str))})")
     return dataclasses.replace(_tensor(storage, offset, size, strides), dtype=dtype.dtype)
 
 
@@ -307,6 +347,6 @@ def read_tar(archive: tarfile.TarFile) -> Any:
         if ndim > 64:
             raise pickle.UnpicklingError(f"a tensor has {ndim} axes, more than 64")
         numbers = struct.unpack(f"<{2 * ndim + 1}q", file.read(8 * (2 * ndim + 1)))
-        tensors[str(key)] = _tensor(storages[storage], numbers[-1], numbers[:ndim], numbers[ndim:-1])
+        tensors[_text(key)] = _tensor(storages[storage], numbers[-1], numbers[:ndim], numbers[ndim:-1])
     file, size = opened("pickle")
-    return _Unpickler(file, size, lambda pid: pid[0] if isinstance(pid, tuple) else tensors[str(pid)]).load()
+    return _Unpickler(file, size, lambda pid: pid[0] if isinstance(pid, tuple) else tensors[_text(pid)]).load()

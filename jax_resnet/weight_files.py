@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -46,6 +47,7 @@ INDEX = ".index.json"  # such a file says which of several weight files holds wh
 FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
                 "weights.safetensors")  # fmt: skip
 AGAIN = "copy or download it again"
+_OLD_PICKLE = rb"\([dli]|[]}]q\0|c(collections|numpy|torch)[\w.]*\n"  # protocols 0 and 1
 _SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".npz", ".h5", ".keras"}  # in messages only
 _SIGNATURES = {  # the first bytes of other files that get mistaken for weight files
     b"": f"it is empty: {AGAIN}",
@@ -91,7 +93,7 @@ def read_contents(path: Path) -> Contents:
     """
     if path.is_dir():
         return _read_folder(path)
-    if path.name == STATE and (path.parent / RECORD).is_file():  # the arrays of a checkpoint
+    if path.name == STATE and path.parent.name.isdecimal() and (path.parent / RECORD).is_file():  # of a checkpoint
         return _read_folder(path.parent)
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a pipe or device: copy what it gives to a file")
@@ -102,7 +104,8 @@ def read_contents(path: Path) -> Contents:
         with path.open("rb") as file:
             start = file.read(512)
             file.seek(0)
-            return _read(path, start, file)
+            contents = _read(path, start, file)
+            return contents._replace(notes=tuple(_newer(path, contents)))
     except (Unreadable, unpickling.RefusedError) as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # for a damaged file the readers raise a dozen types
@@ -126,7 +129,7 @@ def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
         return _flat(_read_hdf5(file))
     if start[257:262] == b"ustar":
         return _read_tar(file)
-    if (start[:1] == b"\x80" and start[1:2] <= b"\5") or re.match(rb"\([dli]|[]}]q\0|c[\w.]+\n", start):  # pickles
+    if (start[:1] == b"\x80" and start[1:2] <= b"\5") or re.match(_OLD_PICKLE, start):  # pickles
         return _flat(unpickling.read_stream(file))
     if start.lstrip().startswith(b"{") and b'"weight_map"' in (index := file.read(_MAX_INDEX)):
         return _read_shards(path, index)
@@ -250,8 +253,7 @@ def _read_folder(path: Path) -> Contents:
     """Reads a folder of Hugging Face or of a training run, or a checkpoint of a run."""
     for name in FOLDER_FILES:
         if (path / name).is_file():
-            contents = read_contents(path / name)
-            return contents._replace(path=path / name, notes=(*contents.notes, *_newer(path / name, contents)))
+            return read_contents(path / name)._replace(path=path / name)
     if path.name.isdecimal() and any(path.glob("record*")):
         folder, steps = path.parent, [int(path.name)]
     else:
@@ -269,8 +271,9 @@ def _read_folder(path: Path) -> Contents:
     if damaged:
         raise ValueError(damaged[-1])
     if (path / "metrics.jsonl").is_file():
-        raise ValueError(f"{path} is a run that has no weights yet: it has written no checkpoint")
-    inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in _SUFFIXES)
+        raise ValueError(f"{path} is a run without weights: none were written yet, or they were deleted")
+    some = itertools.islice(path.rglob("*"), 1000)  # a home folder has millions
+    inside = (file for file in sorted(some) if file.suffix.lower() in _SUFFIXES)
     hint = next((f", such as {file}" for file in inside), "")
     raise ValueError(
         f"{path} is a folder without {FOLDER_FILES[0]}, {FOLDER_FILES[-1]} or checkpoints of a run: name a weight "
@@ -280,6 +283,8 @@ def _read_folder(path: Path) -> Contents:
 
 def _newer(file: Path, contents: Contents) -> Iterator[str]:
     """A note if the last checkpoint of a run is newer than its weight file: it was resumed, then perhaps killed."""
+    if file.name != FOLDER_FILES[-1]:
+        return
     folder = file.parent / "checkpoints"
     for step in Checkpoints(folder).steps()[-1:]:
         if (folder / str(step)).stat().st_mtime > file.stat().st_mtime:
@@ -326,9 +331,9 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of all entries that are no lists or dicts.
 
     Raises:
-      Unreadable: lists and dicts are entered more than _MAX_ENTRIES times, since a small file may repeat the same ones.
+      Unreadable: there are more than _MAX_ENTRIES, or their names are long: a small file can repeat a list for ever.
     """
-    entries, waiting = 0, [("", tree, 0)]
+    entries, letters, waiting = 0, 0, [("", tree, 0)]
     while waiting:
         prefix, tree, depth = waiting.pop()
         many = isinstance(tree, list | tuple)
@@ -336,7 +341,8 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             yield prefix.removesuffix("."), tree
             continue
         entries += 1 + len(tree)
-        if entries > _MAX_ENTRIES:
+        letters += len(prefix) * len(tree)
+        if entries > _MAX_ENTRIES or letters > 100 * _MAX_ENTRIES:
             raise Unreadable(f"is refused: it has more than {_MAX_ENTRIES:,} entries")
         items = list(enumerate(tree) if many else tree.items())
         waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in reversed(items)]

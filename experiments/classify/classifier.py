@@ -92,7 +92,7 @@ def load_classifier(settings: Settings) -> Classifier:
     if not config.num_classes:
         raise ValueError(f"{path} has no dense layer, or one that is not a single layer: it cannot classify")
     if config.num_classes == 1:
-        raise ValueError(f"{path} has one output, for yes or no: this program names one of two classes or more")
+        raise ValueError(f"{path} has one output, so there are no classes to choose from")
     facts, notes = run_metadata(file), file.notes
     if is_of_a_run(facts):
         if settings.resize is not None:

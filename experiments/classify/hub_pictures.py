@@ -51,7 +51,9 @@ def _of_timm(told: Mapping[str, Any]) -> Middle:
         resize = (math.floor(height / share),)
     else:
         raise ValueError(f"crop_mode {mode!r} for {height}x{width} is not supported")
-    return Middle(resize, (height, width), FILTERS[told["interpolation"]], tuple(told["mean"]), tuple(told["std"]))
+    if (interpolation := told["interpolation"]) not in FILTERS:
+        raise ValueError(f"interpolation {interpolation!r} is not supported")
+    return Middle(resize, (height, width), FILTERS[interpolation], tuple(told["mean"]), tuple(told["std"]))
 
 
 def _of_hugging_face(told: Mapping[str, Any]) -> Middle:

@@ -39,7 +39,7 @@ FILES = {  # images and labels of each split
 }
 NAMES = [name for pair in FILES.values() for name in pair]
 HINT = f"pass --data DIR with the four idx files {', '.join(NAMES[:3])} and {NAMES[3]}, each as it is or as .gz"
-OTHERS = re.compile(r"fashion|[ekq]mnist|notmnist", re.IGNORECASE)  # by their folders' names
+OTHERS = re.compile(r"\b(fashion|not|e|k|q)[-_]?mnist", re.IGNORECASE)  # names of folders with other data in such files
 UNSIGNED_BYTES = 0x08  # the type code of an idx file
 
 

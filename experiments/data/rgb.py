@@ -57,7 +57,7 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def has_sixteen_bits(image: Image.Image) -> bool:
-    """Whether the file of an opened picture, not loaded yet, has 16 bits for each colour; Pillow keeps the upper 8."""
+    """Whether the file of an opened picture (not loaded) has 16 bits a pixel or colour (of a colour Pillow keeps 8)."""
     return any(";16" in str(tile.args) for tile in image.tile)  # loading clears this list
 
 

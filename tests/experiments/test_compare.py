@@ -46,6 +46,8 @@ def test_equal_curves_and_strangers():
     same = loss_distances(rows([1.0, 2.0]), rows([1.0, 2.0]))
     assert describe_distances(same) == "training losses differ by at most 0.0e+00 (step 1 of 2)"
     assert describe_distances(loss_distances(rows([1.0]), rows([])[:0])) == "no step was logged by both"
+    strange = loss_distances(rows([1.0, 1.0]), rows([1.0, float("nan")]))
+    assert describe_distances(strange) == "a training loss is not a number at step 2"
     only_ends = loss_distances(rows([], ends=[4, 8]), rows([], ends=[8]))
     assert [row["step"] for row in only_ends] == [8]
 

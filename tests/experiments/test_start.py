@@ -82,9 +82,16 @@ def test_a_closed_pipe_ends_a_program_quietly(command, unbuffered):
 FULL = "error: the work is done, but what it printed could not be written: No space left on device\n"
 
 
-@pytest.mark.parametrize(("output", "code", "said"), [(">&-", 0, ""), (">/dev/full", 1, FULL)])
+OUTPUTS = [
+    ("--help >&-", 0, ""),
+    ("--help >/dev/full", 1, FULL),
+    (">/dev/full", 2, "error: name at least one run folder\n"),
+]
+
+
+@pytest.mark.parametrize(("output", "code", "said"), OUTPUTS)
 def test_output_that_is_closed_or_cannot_be_written(output, code, said):
-    command = f"{sys.executable} -m experiments.compare --help {output}"
+    command = f"{sys.executable} -m experiments.compare {output}"
     options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""})
     process = subprocess.run(["bash", "-c", command], **options)
     assert (process.returncode, process.stderr) == (code, said)

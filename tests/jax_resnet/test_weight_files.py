@@ -253,6 +253,9 @@ HOSTILE = {  # pickles that no pickler writes: they call functions, claim huge s
     "a deep nest": opcodes(b"]" * 5000, b"a" * 4999),
     "a dict in itself": opcodes(b"}q\0", text(b"a"), b"h\0s"),
     "lists of lists": pickle.dumps(functools.reduce(lambda inner, _: [inner] * 60, range(12), [])),
+    "a tuple of tuples as a key": opcodes(b"}K\0", b"\x85q\0h\0\x86" * 40, b"K\1s"),
+    "a dtype of lists of lists": opcodes(b"cnumpy\ndtype\n]q\0", *(b"]q%ch%ch%ce" % (0, 0, 0),), b"\x85R"),
+    "a long name of many": pickle.dumps({"x" * 10**5: [0] * 10**5}),
     "doubled lists": opcodes(b"]q\0", *(bytes([0x5D, 0x71, i + 1, *[0x68, i, 0x61] * 2]) for i in range(60))),
 }  # fmt: skip
 
@@ -397,7 +400,7 @@ def test_folders(tmp_path):
     file.unlink()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match="begun is a run that has no weights yet"):
+    with pytest.raises(ValueError, match="begun is a run without weights"):
         weight_files.read_contents(tmp_path / "begun")
     (tmp_path / "run/checkpoints/12/record.json").write_bytes(b"")
     contents = weight_files.read_contents(tmp_path / "run")

@@ -120,6 +120,12 @@ def test_of_two_sets_the_one_called_mnist_is_taken_or_none(tmp_path):
         load_mnist(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["FashionMNIST/raw", "kmnist"])
+def test_another_set_is_known_by_its_folder(name, tmp_path):
+    write_mnist(tmp_path / name)
+    assert load_mnist(tmp_path / name.split("/")[0]).title == f"pictures in {tmp_path / name}"
+
+
 def test_another_set_of_that_size_is_not_called_mnist(tmp_path, capsys):
     """Fashion-MNIST has the same files and counts, but equally many pictures of each class."""
     write_mnist(tmp_path, train=60_000, test=10)
