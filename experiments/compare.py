@@ -39,7 +39,8 @@ def compare(
 
     if not runs:
         raise ValueError("name at least one run folder")
-    out = out if out.suffix else out.with_suffix(".png")
+    check_output_file("--out", out)
+    out = out.with_suffix(out.suffix or ".png")
     check_output_file("--out", out)
     names = [run.resolve().name for run in runs]  # also of "."
     found = {str(run) if names.count(name) > 1 else name: read_run(run) for run, name in zip(runs, names, strict=True)}
