@@ -137,16 +137,21 @@ PICTURE = np.arange(1.0, 17).reshape(4, 4)
 SEEN, SEEN_TWICE = ["#9ecae1", "#fdd0a2"], "#cdb8d8"  # by the first patch, by the last, by both
 
 
-def im2col() -> None:
-    """A 4x4 picture and its four 3x3 patches as rows."""
-    patches = unfold(PICTURE[None, :, :, None], 3, 3, 1, 0)
-    figure, axes = canvas(4.6, (-0.3, 10.6), (-12.4, 1.2))
+def seen_by() -> np.ndarray:
+    """The colours of a 4x4 picture's pixels, by the patches that they are in."""
     colors = np.full((4, 4), "white", object)
     colors[1:, 1:] = SEEN[1]
     colors[:3, :3] = SEEN[0]
     colors[1:3, 1:3] = SEEN_TWICE
+    return colors
+
+
+def im2col() -> None:
+    """A 4x4 picture and its four 3x3 patches as rows."""
+    patches = unfold(PICTURE[None, :, :, None], 3, 3, 1, 0)
+    figure, axes = canvas(4.6, (-0.3, 10.6), (-12.4, 1.2))
     axes.text(0, 0.5, "picture", fontsize=10)
-    grid(axes, (0, 0), PICTURE, colors)
+    grid(axes, (0, 0), PICTURE, seen_by())
     axes.text(
         4.7,
         -2,
@@ -172,11 +177,7 @@ def fold_figure() -> None:
     axes.text(0, 0.5, "gradients of the patches, dy · wᵀ", fontsize=10)
     grid(axes, (0, 0), gradients, np.array([[SEEN[0]], ["white"], ["white"], [SEEN[1]]]), 9)
     axes.text(0, -5.3, "fold: each value goes back to its pixel, values meet and add", fontsize=9.5)
-    colors = np.full((4, 4), "white", object)
-    colors[1:, 1:] = SEEN[1]
-    colors[:3, :3] = SEEN[0]
-    colors[1:3, 1:3] = SEEN_TWICE
-    grid(axes, (0, -5.8), sums, colors, 9)
+    grid(axes, (0, -5.8), sums, seen_by(), 9)
     axes.text(
         4.5,
         -7.8,

@@ -12,6 +12,7 @@ its first year a tar archive. A plain pickle may also hold NumPy arrays.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import pickle
@@ -101,9 +102,7 @@ class _DType(Inert):
 
     def __new__(cls, code: Any, *_: Any) -> Self:
         self = super().__new__(cls)
-        if not isinstance(code, _DType | str):
-            raise TypeError("a dtype's code is not a text")
-        self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(code)
+        self.dtype = code.dtype if isinstance(code, _DType) else np.dtype(_text(code))
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -132,24 +131,13 @@ class _Unpickler(pickle._Unpickler):  # the C version would allocate as much as 
     def _load_bytearray(self) -> None:
         self.append(self.read(*struct.unpack("<Q", self.read(8))))  # type: ignore[attr-defined]
 
-    def _load_tuple(self) -> None:
-        items = self.pop_mark()  # type: ignore[attr-defined]
-        self.append(_Tuple(items))  # type: ignore[attr-defined]
+    def _load_tuple(self, opcode: int) -> None:
+        pickle._Unpickler.dispatch[opcode](self)  # type: ignore[arg-type]
+        self.stack[-1] = _Tuple(self.stack[-1])  # type: ignore[attr-defined]
 
-    @staticmethod
-    def _tuple_of(count: int) -> Callable[[Any], None]:
-        def load(self: Any) -> None:
-            self.stack[-count:] = [_Tuple(self.stack[-count:])]
-
-        return load
-
-    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
-        pickle.BYTEARRAY8[0]: _load_bytearray,
-        pickle.TUPLE[0]: _load_tuple,
-        pickle.TUPLE1[0]: _tuple_of(1),
-        pickle.TUPLE2[0]: _tuple_of(2),
-        pickle.TUPLE3[0]: _tuple_of(3),
-    }
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+    for _opcode in b"".join((pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)):
+        dispatch[_opcode] = functools.partial(_load_tuple, opcode=_opcode)
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -213,11 +201,11 @@ class _Kind(Inert):
         return self
 
 
-def _text(key: Any) -> str:
-    """A number or text as text; other values, whose text may be endless, raise a TypeError."""
-    if not isinstance(key, int | str):
-        raise TypeError("a key is neither a number nor a text")
-    return str(key)
+def _text(value: Any) -> str:
+    """The text of a number or text; raises a TypeError for other values, whose text may be endless."""
+    if not isinstance(value, int | str):
+        raise TypeError("neither a number nor a text")
+    return str(value)
 
 
 def _dtype(code: Any) -> _DType:
@@ -236,7 +224,7 @@ def _tensor(
     bits = dict(metadata or {})
     negative, conjugate = (bool(bits.pop(name, False)) for name in ("neg", "conj"))
     if bits or (conjugate and storage.dtype.kind != "c") or (negative and storage.dtype.kind not in "fc"):
-        return _unusual(f"marked ({', '.join(name for name in metadata if isinstance(name, str))})")
+        return _unusual(f"marked ({', '.join(map(_text, metadata))})")
     return Tensor(storage, storage.dtype, tuple(size), tuple(strides), offset, "", negative, conjugate)
 
 
@@ -247,7 +235,7 @@ def _typed_tensor(
     if not isinstance(dtype, _DType):
         return _unusual("eight-bit or smaller")
     if metadata:
-        return _unusual(f"marked ({', '.join(name for name in metadata if isinstance(name, str))})")
+        return _unusual(f"marked ({', '.join(map(_text, metadata))})")
     return dataclasses.replace(_tensor(storage, offset, size, strides), dtype=dtype.dtype)
 
 

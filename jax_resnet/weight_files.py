@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import re
-import string
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,14 +24,13 @@ import safetensors.numpy
 
 from jax_resnet import unpickling
 from jax_resnet.checkpoint import RECORD, STATE, Checkpoints, DamagedError
+from jax_resnet.other_files import AGAIN, first_sentence, known
 
 __all__ = [
-    "AGAIN",
     "FOLDER_FILES",
     "INDEX",
     "Contents",
     "Unreadable",
-    "first_sentence",
     "read_contents",
     "refuse_bombs",
     "to_torch_layout",
@@ -46,22 +44,8 @@ _MAX_ENTRIES, _MAX_DEPTH = 10**6, 16  # of nested entries, which may contain one
 INDEX = ".index.json"  # such a file says which of several weight files holds which array
 FOLDER_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
                 "weights.safetensors")  # fmt: skip
-AGAIN = "copy or download it again"
 _OLD_PICKLE = rb"\([dli]|[]}]q\0|c(collections|numpy|torch)[\w.]*\n"  # protocols 0 and 1
 _SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".npz", ".h5", ".keras"}  # in messages only
-_SIGNATURES = {  # the first bytes of other files that get mistaken for weight files
-    b"": f"it is empty: {AGAIN}",
-    b"version https://git-lfs": "it is a pointer of git-lfs: run `git lfs pull`",
-    b"<!doctype": "it is a web page: download the file itself",
-    b"<html": "it is a web page: download the file itself",
-    b"\x93numpy": "it is a single array (.npy): expected {name: array}",
-    b"\x1f\x8b": "it is compressed: gunzip it",
-    b"bzh": "it is compressed: bunzip2 it",
-    b"\xfd7zxz": "it is compressed: unxz it",
-    b"7z\xbc\xaf": "it is a 7z archive: unpack it",
-    b"rar!": "it is a RAR archive: unpack it",
-    bytes(16): f"its first bytes are all zero: {AGAIN}",
-}
 # {number of variables in a Keras layer: their names}
 _KERAS_VARIABLES = {2: ("kernel", "bias"), 4: ("gamma", "beta", "moving_mean", "moving_variance")}
 
@@ -111,7 +95,7 @@ def read_contents(path: Path) -> Contents:
     except Exception as error:  # for a damaged file the readers raise a dozen types
         if isinstance(error, OSError) and error.errno:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-        reason = _known(start) or f"{first_sentence(error)}; {AGAIN}"
+        reason = known(start) or f"{first_sentence(error)}; {AGAIN}"
         raise ValueError(f"{path} is not a readable weight file: {reason}") from error
 
 
@@ -135,7 +119,7 @@ def _read(path: Path, start: bytes, file: BinaryIO) -> Contents:
         return _read_shards(path, index)
     if start[8:9] == b"{":
         return _read_safetensors(path)
-    raise Unreadable(f"is not a readable weight file: {_known(start) or f'its format is not known: {AGAIN}'}")
+    raise Unreadable(f"is not a readable weight file: {known(start) or f'its format is not known: {AGAIN}'}")
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -357,20 +341,5 @@ def refuse_bombs(size: int) -> None:
         raise Unreadable(f"is refused: it would unpack to {size / 2**30:,.0f} GiB, and no ResNet needs that much")
 
 
-def _known(start: bytes) -> str | None:
-    """What kind of file this is and what to do with it, if its first bytes show that it is no weight file."""
-    seen = start.strip().lower()
-    for signature, what in _SIGNATURES.items():
-        if seen.startswith(signature) if signature else not start:
-            return what
-    if all(byte in string.printable.encode() for byte in start):
-        return f"it is text: {AGAIN}"
-    return None
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
-
-
-def first_sentence(error: Exception) -> str:
-    return re.split(r"\.\s|\n", str(error))[0] or type(error).__name__

@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments.cli import MAX_SIZE
 from experiments.data import pictures
-from experiments.data.rgb import depth_of, has_sixteen_bits, open_image, refuse_few_bits, to_rgb, white_of
+from experiments.data.rgb import depth_of, has_sixteen_bits, open_image, refuse_few_bits, to_rgb
 from experiments.from_table import from_table
 from jax_resnet import resnet
 
@@ -70,8 +70,7 @@ class Middle:
         with open_image(data) as image:
             sixteen = has_sixteen_bits(image)
             image.load()
-            kind, highest = depth_of(image, sixteen)
-            refuse_few_bits(kind, kind and white_of(kind, highest))
+            refuse_few_bits(*depth_of(image, sixteen))
             colours = to_rgb(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
         if len(self.shorter) == 2:
             height, width = self.shorter
@@ -130,7 +129,7 @@ class Stretched:
         around = (self.pad, self.pad)
         decoded = pictures.decode(data, None, decoding)
         if decoded.kind not in (self.white or {}):
-            refuse_few_bits(decoded.kind, decoded.kind and white_of(decoded.kind, decoded.highest))
+            refuse_few_bits(decoded.kind, decoded.highest)
         return np.pad(decoded.pixels, (around, around, (0, 0)))
 
 

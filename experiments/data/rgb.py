@@ -61,10 +61,10 @@ def has_sixteen_bits(image: Image.Image) -> bool:
     return any(";16" in str(tile.args) for tile in image.tile)  # loading clears this list
 
 
-def refuse_few_bits(kind: str | None, white: float | None) -> None:
+def refuse_few_bits(kind: str | None, highest: float | None) -> None:
     """Raises a ValueError for colours of 16 bits that use fewer of them: their upper 8 bits are dark or black."""
-    if kind == COLOURS and white is not None and white < 65535:
-        used = int(white).bit_length()
+    if kind == COLOURS and highest is not None and (white := white_of(kind, highest)) < 65535:
+        used = white.bit_length()
         raise ValueError(f"colours of 16 bits of which only {used} are used: save them with 8 bits")
 
 

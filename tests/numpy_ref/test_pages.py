@@ -21,7 +21,9 @@ def script(name):
 
 
 def test_the_table_of_mistakes_is_what_the_script_measures():
-    assert "\n".join(script("batchnorm_mistakes").rows()) in (DOCS / "batchnorm.md").read_text(encoding="utf-8")
+    measured, page = script("batchnorm_mistakes"), (DOCS / "batchnorm.md").read_text(encoding="utf-8")
+    assert "\n".join(measured.rows()) in page
+    assert f"without ReLU it is at most {measured.text(measured.most_without_relu())}." in page
 
 
 def test_the_page_shows_the_code_of_batch_norm():

@@ -92,10 +92,11 @@ def read_classes(root: Path, name: str) -> Classes:
         for deeper in folder_names(directory / of_class):
             if files := picture_files(directory / of_class / deeper, root, []):
                 splits = {split for name in inner for split in splits_in(name)}
-                nested = f"pass --data {directory}" if {"train", "test"} <= splits else ""
+                advice = f"{EXPECTED} with the pictures directly inside"
+                advice = f"pass --data {directory}" if {"train", "test"} <= splits else advice
                 raise DataError(
                     f"{directory / of_class} has no pictures itself, but its folder {deeper} has {len(files):,}: "
-                    f"{nested or f'{EXPECTED} with the pictures directly inside'}"
+                    f"{advice}"
                 )
         classes.empty.append(f"{place}/{of_class}")
     return classes

@@ -21,6 +21,8 @@ from experiments.report.upper_bound import plot_upper_bounds, upper_bound_points
 from experiments.study import __main__ as study
 from experiments.study import worker
 
+REPOSITORY = Path(__file__).parents[3]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -402,3 +404,24 @@ def test_a_grid_of_which_nothing_was_trained_yet_is_left_out(copied, tmp_path):
     page = report_on(copied / "map", tmp_path / "out")
     assert "map-bounds-grid.png" in page
     assert "map-later-grid.png" not in page
+
+
+def test_what_the_texts_say_of_the_published_answer():
+    """The numbers of README, docs/adabound.md and results/answer.md that stand in sentences, computed again."""
+    study = read_study(REPOSITORY / "results" / "cars196")
+    ours, theirs = map(study.find, study.compared)
+    difference, points = study.answers[ours.name][0], upper_bound_points(study)
+    readme, page, answer = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/adabound.md", "results/answer.md")
+    )
+    ratios = f"{min(p.ratio for p in points):.1f} to {max(p.ratio for p in points):.1f}"
+    shares = f"{min(p.share for p in points):.0%} to {max(p.share for p in points):.0%}"
+    assert f"Here it ended at {ratios} times that step" in readme
+    assert f"`results/cars196` {shares} at {ratios}" in page
+    assert f"Adam reaches {theirs.interval().mean:.1%}, AdaBound {ours.interval().mean:.1%}" in page
+    assert f"Adam reaches {theirs.interval().mean:.1%} and AdaBound {ours.interval().mean:.1%}" in answer
+    low, high = 100 * difference.low, 100 * difference.high
+    assert f"{100 * difference.mean:.1f} points, 95% interval {low:.1f} to {high:.1f}" in answer
+    assert f"from {difference.count} seeds so far" in answer
+    assert f"from {difference.count} seeds" in readme
