@@ -17,14 +17,20 @@ from experiments.output.figures import in_percent, label, panels
 from experiments.report.study_results import StudyResults, Trial
 
 BANDS = ((0.0, 0.05), (0.05, 1.0), (1.0, math.inf))  # of the ratio
-PANELS = {"top1": "final test top-1", "share": "final test top-1 over Adam's", "train_loss": "final training loss"}
+PANELS = {"share": "final top-1 over Adam's", "train_loss": "final training loss"}
 
 
 class Point(NamedTuple):
-    """An AdaBound run: its final upper bound over an Adam run's median step, and what both runs reached."""
+    """An AdaBound run: its final upper bound over an Adam run's median step, and what both runs reached.
+
+    stage: of both runs. In tuning, top1 and adam_top1 are those of held-out pictures.
+    lower_above: whether the lower bound ends above Adam's median step, too.
+    """
 
     study: str
+    stage: str
     ratio: float
+    lower_above: bool
     top1: float
     adam_top1: float
     train_loss: float
@@ -35,26 +41,41 @@ class Point(NamedTuple):
 
 
 def upper_bound_points(results: StudyResults) -> list[Point]:
-    """A point for each final AdaBound run of a study that has an Adam run to compare with.
+    """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    A learning rate above final_lr turns AdaBound into SGD on purpose: such runs are left out.
+    For a final run it is the Adam run that shares the most settings; for a tuning trial it has the same learning rate.
+    Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
-    final = [trial for trial in results.trials if trial.stage == "final" and trial.state == "done"]
-    adams = [t for t in final if t.opt == "adam" and _median_step(t) is not None and t.accuracy() > 0]
+    ended = [trial for trial in results.trials if trial.state == "done"]
+    adams = [t for t in ended if t.opt == "adam" and _median_step(t) is not None]
     points = []
-    for trial in final:
+    for trial in ended:
         settings = trial.config["settings"]
-        if adams and trial.opt == "adabound" and settings["learning_rate"] <= settings["final_lr"]:
-            adam = max(adams, key=lambda other: _settings_shared(trial, other))
-            ratio = _final_upper_bound(trial) / _median_step(adam)
+        if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
+            continue
+        alike = [a for a in adams if a.stage == trial.stage and (a.stage == "final" or _same_rate(trial, a))]
+        adam = max(alike, key=lambda other: _settings_shared(trial, other), default=None)
+        if adam and _learnt(adam):
+            lower, upper = (bound / _median_step(adam) for bound in _final_bounds(trial))
+            accuracies = trial.accuracy(), adam.accuracy()
             loss = trial.epochs[-1]["train_loss"]
-            points.append(Point(results.name, ratio, trial.accuracy(), adam.accuracy(), loss))
+            points.append(Point(results.name, trial.stage, upper, lower > 1, *accuracies, loss))
     return points
 
 
-def _final_upper_bound(trial: Trial) -> float:
+def _final_bounds(trial: Trial) -> tuple[float, float]:
     settings = trial.config["settings"]
-    return settings["final_lr"] * (1 + 1 / (settings["gamma"] * trial.epochs[-1]["step"]))
+    closed = settings["gamma"] * trial.epochs[-1]["step"]
+    return settings["final_lr"] * closed / (closed + 1), settings["final_lr"] * (1 + 1 / closed)
+
+
+def _learnt(trial: Trial) -> bool:
+    """Whether it reaches four times the top-1 of guessing, or a half; a share of less than that shows nothing."""
+    return trial.accuracy() >= min(4 / len(trial.config["input"]["class_names"]), 0.5)
+
+
+def _same_rate(ours: Trial, theirs: Trial) -> bool:
+    return ours.config["settings"]["learning_rate"] == theirs.config["settings"]["learning_rate"]
 
 
 def _median_step(trial: Trial) -> float | None:
@@ -68,7 +89,10 @@ def _settings_shared(ours: Trial, theirs: Trial) -> int:
 
 
 def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
-    """Each AdaBound run by its ratio; a study that varies final_lr or gamma as a curve. None without runs."""
+    """Each AdaBound run by its ratio, a cross where the lower bound ends above 1, too. None without runs.
+
+    The first study and those that vary final_lr or gamma stand out; the latter are curves. The others are pale.
+    """
     points = {study.name: found for study in studies if (found := upper_bound_points(study))}
     if not points:
         return None
@@ -80,9 +104,12 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
         for number, (name, of_study) in enumerate(points.items()):
             if panel == "train_loss" and name not in by_loss:
                 continue
-            x, y = zip(*sorted((point.ratio, getattr(point, panel)) for point in of_study), strict=True)
-            style, size = ("o-", 6) if name in grids else ("o", 4)
-            axis.plot(x, y, style, ms=size, lw=1, color=f"C{number % 10}", label=label(name))
+            strong = number == 0 or name in grids
+            look = {"color": f"C{number % 10}", "ms": 7 if strong else 4, "alpha": 1 if strong else 0.4}
+            within = sorted((p.ratio, getattr(p, panel)) for p in of_study if not p.lower_above)
+            beyond = [(p.ratio, getattr(p, panel)) for p in of_study if p.lower_above]
+            axis.plot(*np.reshape(within, (-1, 2)).T, "o-" if name in grids else "o", lw=1, label=label(name), **look)
+            axis.plot(*np.reshape(beyond, (-1, 2)).T, "x", **look)
         axis.axvline(1, color="black", lw=1, ls="--")
         axis.set(xscale="log", title=title, xlabel="AdaBound's final upper bound over Adam's median step")
         if panel != "train_loss":
@@ -96,7 +123,7 @@ def upper_bound_rows(studies: Sequence[StudyResults]) -> list[dict[str, str]]:
     """A table row per study: the range of final top-1 in each band of the ratio, and that of the Adam runs."""
     rows = []
     for study in studies:
-        points = upper_bound_points(study)
+        points = [point for point in upper_bound_points(study) if point.stage == "final"]
         if not points:
             continue
         row = {"study": study.name}

@@ -141,7 +141,7 @@ def test_the_training_loss_may_be_what_counts(copied, tmp_path):
     }
     best, other = sorted(losses, key=losses.get)
     assert f"the training loss of the last epoch is {losses[best]:.2f} with {best}, {losses[other]:.2f}" in found
-    assert len(plot_upper_bounds([read_study(copied / "small")]).axes) == 3
+    assert len(plot_upper_bounds([read_study(copied / "small")]).axes) == 2
 
 
 def test_epochs_without_a_test_are_in_the_curves_of_training_alone(copied, tmp_path):
@@ -171,7 +171,7 @@ def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
     """The ratio is final_lr · (1 + 1 / (gamma · 3 updates)) over 1, the median of the steps 1, 20 / 3 and 0.5."""
     small = read_study(results / "small")
     drawn = small.find("AdaBound").final[0].number("final_lr")
-    points = upper_bound_points(small)
+    points = [point for point in upper_bound_points(small) if point.stage == "final"]
     assert [point.ratio for point in points] == pytest.approx([drawn * (1 + 1 / (1e-3 * 3))] * 2)
     assert [point.top1 for point in points] == [trial.accuracy() for trial in small.find("AdaBound").finals]
     assert [point.adam_top1 for point in points] == [trial.accuracy() for trial in small.find("Adam").finals]  # by seed
@@ -179,6 +179,38 @@ def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
     (row,) = upper_bound_rows([small, read_study(results / "map")])
     assert row["above 1"].endswith("(2)")
     assert row["below 0.05"] == ""
+
+
+def test_a_tuning_trial_is_compared_with_adams_at_the_same_rate(copied):
+    """Rates, bounds and classes are those that the test writes. Adam's median step is 1 after two updates."""
+    study = read_study(copied / "small")
+    ours, theirs = study.find("AdaBound").tuning, study.find("Adam").tuning
+
+    def write(trial, classes, **settings):
+        config = json.loads((trial.folder / "config.json").read_text())
+        config["settings"] |= settings
+        config["input"]["class_names"] = [*map(str, range(classes))]
+        (trial.folder / "config.json").write_text(json.dumps(config))
+
+    for trial, rate in zip(theirs, (0.01, 0.02, 0.03), strict=True):
+        write(trial, 4000, learning_rate=rate)
+    for trial, rate, final_lr in zip(ours, (0.02, 0.01, 0.04), (0.9, 1.2, 1.2), strict=True):
+        write(trial, 4000, learning_rate=rate, final_lr=final_lr, gamma=2.0)
+    below, above = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
+    assert (below.ratio, above.ratio) == pytest.approx((0.9 * 1.25, 1.2 * 1.25))
+    assert (below.lower_above, above.lower_above) == (False, False)  # 0.9 · 0.8 and 1.2 · 0.8
+    assert below.share == ours[0].accuracy() / theirs[1].accuracy()
+    assert above.share == ours[1].accuracy() / theirs[0].accuracy()
+
+    write(ours[1], 4000, gamma=20.0)
+    lower = [point.lower_above for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
+    assert lower == [False, True]  # 1.2 · 40 / 41
+
+    for trial in theirs:
+        write(trial, 2)  # Adam hardly learnt if it stays below a half
+    points = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
+    assert [point.adam_top1 for point in points] == [theirs[0].accuracy()]
+    assert theirs[1].accuracy() < 0.5 < theirs[0].accuracy()
 
 
 def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, out):
@@ -410,7 +442,8 @@ def test_what_the_texts_say_of_the_published_answer():
     """The numbers of README, docs/adabound.md and results/answer.md that stand in sentences, computed again."""
     study = read_study(REPOSITORY / "results" / "cars196")
     ours, theirs = map(study.find, study.compared)
-    difference, points = study.answers[ours.name][0], upper_bound_points(study)
+    difference = study.answers[ours.name][0]
+    points = [point for point in upper_bound_points(study) if point.stage == "final"]
     readme, page, answer = (
         " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
         for name in ("README.md", "docs/adabound.md", "results/answer.md")
@@ -418,9 +451,13 @@ def test_what_the_texts_say_of_the_published_answer():
     ratios = f"{min(p.ratio for p in points):.1f} to {max(p.ratio for p in points):.1f}"
     shares = f"{min(p.share for p in points):.0%} to {max(p.share for p in points):.0%}"
     assert f"Here it ended at {ratios} times that step" in readme
-    assert f"`results/cars196` {shares} at {ratios}" in page
+    assert f"the final runs: {shares} at {ratios}." in page
     assert f"Adam reaches {theirs.interval().mean:.1%}, AdaBound {ours.interval().mean:.1%}" in page
     assert f"Adam reaches {theirs.interval().mean:.1%} and AdaBound {ours.interval().mean:.1%}" in answer
+    line = [(p.ratio, p.share) for p in upper_bound_points(read_study(REPOSITORY / "results" / "sensitivity"))]
+    assert "Far below 1 AdaBound reaches about half of Adam's top-1; from 2.4 on, 95% or more" in page
+    assert all(0.4 < share < 0.6 for ratio, share in line if ratio < 0.05)
+    assert all(share > 0.95 for ratio, share in line if ratio > 2.4)
     low, high = 100 * difference.low, 100 * difference.high
     assert f"{100 * difference.mean:.1f} points, 95% interval {low:.1f} to {high:.1f}" in answer
     assert f"from {difference.count} seeds so far" in answer
