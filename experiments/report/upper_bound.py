@@ -43,7 +43,7 @@ class Point(NamedTuple):
 def upper_bound_points(results: StudyResults) -> list[Point]:
     """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    For a final run it is the Adam run that shares the most settings; for a tuning trial it has the same learning rate.
+    It has the same learning rate, or for a final run, if there is none, another; it shares the most settings.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
     ended = [trial for trial in results.trials if trial.state == "done"]
@@ -53,8 +53,10 @@ def upper_bound_points(results: StudyResults) -> list[Point]:
         settings = trial.config["settings"]
         if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
             continue
-        alike = [a for a in adams if a.stage == trial.stage and (a.stage == "final" or _same_rate(trial, a))]
-        adam = max(alike, key=lambda other: _settings_shared(trial, other), default=None)
+        alike = [adam for adam in adams if adam.stage == trial.stage]
+        at_rate = [adam for adam in alike if _rate(adam) == _rate(trial)]
+        others = alike if trial.stage == "final" else []
+        adam = max(at_rate or others, key=lambda other: _settings_shared(trial, other), default=None)
         if adam and _learnt(adam):
             lower, upper = (bound / _median_step(adam) for bound in _final_bounds(trial))
             accuracies = trial.accuracy(), adam.accuracy()
@@ -74,8 +76,8 @@ def _learnt(trial: Trial) -> bool:
     return trial.accuracy() >= min(4 / len(trial.config["input"]["class_names"]), 0.5)
 
 
-def _same_rate(ours: Trial, theirs: Trial) -> bool:
-    return ours.config["settings"]["learning_rate"] == theirs.config["settings"]["learning_rate"]
+def _rate(trial: Trial) -> float:
+    return trial.config["settings"]["learning_rate"]
 
 
 def _median_step(trial: Trial) -> float | None:
@@ -106,6 +108,7 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
                 continue
             strong = number == 0 or name in grids
             look = {"color": f"C{number % 10}", "ms": 7 if strong else 4, "alpha": 1 if strong else 0.4}
+            look["zorder"] = 3 if number == 0 else 2
             within = sorted((p.ratio, getattr(p, panel)) for p in of_study if not p.lower_above)
             beyond = [(p.ratio, getattr(p, panel)) for p in of_study if p.lower_above]
             axis.plot(*np.reshape(within, (-1, 2)).T, "o-" if name in grids else "o", lw=1, label=label(name), **look)
@@ -120,7 +123,7 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
 
 
 def upper_bound_rows(studies: Sequence[StudyResults]) -> list[dict[str, str]]:
-    """A table row per study: the range of final top-1 in each band of the ratio, and that of the Adam runs."""
+    """A table row per study: the range of final top-1 in each band of the ratio, and that of the Adam runs beside."""
     rows = []
     for study in studies:
         points = [point for point in upper_bound_points(study) if point.stage == "final"]
@@ -130,7 +133,7 @@ def upper_bound_rows(studies: Sequence[StudyResults]) -> list[dict[str, str]]:
         for low, high in BANDS:
             title = f"below {high:g}" if not low else f"above {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
             row[title] = _range([p.top1 for p in points if low <= p.ratio < high])
-        rows.append(row | {"Adam": _range([p.adam_top1 for p in points], count=False)})
+        rows.append(row | {"Adam beside": _range([p.adam_top1 for p in points], count=False)})
     return rows
 
 

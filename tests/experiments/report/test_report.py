@@ -206,6 +206,14 @@ def test_a_tuning_trial_is_compared_with_adams_at_the_same_rate(copied):
     lower = [point.lower_above for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
     assert lower == [False, True]  # 1.2 · 40 / 41
 
+    ours, theirs = study.find("AdaBound").final, study.find("Adam").final
+    rate = ours[0].config["settings"]["learning_rate"]
+    write(theirs[0], 4000, learning_rate=rate / 2)
+    write(theirs[1], 4000, learning_rate=rate)
+    points = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "final"]
+    assert [point.adam_top1 for point in points] == 2 * [theirs[1].accuracy()]  # the rate comes before the seed
+
+    theirs = study.find("Adam").tuning
     for trial in theirs:
         write(trial, 2)  # Adam hardly learnt if it stays below a half
     points = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
@@ -448,10 +456,14 @@ def test_what_the_texts_say_of_the_published_answer():
         " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
         for name in ("README.md", "docs/adabound.md", "results/answer.md")
     )
-    ratios = f"{min(p.ratio for p in points):.1f} to {max(p.ratio for p in points):.1f}"
-    shares = f"{min(p.share for p in points):.0%} to {max(p.share for p in points):.0%}"
-    assert f"Here it ended at {ratios} times that step" in readme
-    assert f"the final runs: {shares} at {ratios}." in page
+    ratio, shares = points[0].ratio, [point.share for point in points]
+    assert (
+        f"Here it ended at {ratio:.1f}, and reached {sum(shares) / len(shares):.0%} of Adam at the same rate" in readme
+    )
+    at_that_rate, sgd = (study.find(name).finals[0] for name in ("Adam, second setting", "SGD"))
+    assert at_that_rate.config["settings"]["learning_rate"] == ours.finals[0].config["settings"]["learning_rate"]
+    assert f"with it Adam reaches {at_that_rate.accuracy():.1%} (seed 1). SGD reaches {sgd.accuracy():.1%}" in readme
+    assert f"With it Adam reaches {at_that_rate.accuracy():.1%}." in page
     assert f"Adam reaches {theirs.interval().mean:.1%}, AdaBound {ours.interval().mean:.1%}" in page
     assert f"Adam reaches {theirs.interval().mean:.1%} and AdaBound {ours.interval().mean:.1%}" in answer
     line = [(p.ratio, p.share) for p in upper_bound_points(read_study(REPOSITORY / "results" / "sensitivity"))]
