@@ -49,9 +49,9 @@ def upper_bound_section(studies: list[StudyResults]) -> Iterator[Block]:
             "Final top-1 of AdaBound's runs (their number in brackets), by AdaBound's final upper bound divided by "
             "Adam's median step. The final upper bound is final_lr · (1 + 1 / (gamma · T)) after T updates. Adam's "
             "median step is the median over layers of each layer's median learning_rate / sqrt(v) after the last "
-            "epoch, in the Adam run beside it: one at the same learning rate, if the study has one, and of these the "
-            "one that shares the most settings. Compare within a row: studies differ in data, network and length. Runs "
-            "are left out where Adam stays below four times the top-1 of guessing, or below 50% if that is less."
+            "epoch, in the Adam run beside it: that with the nearest learning rate, and of these the one with the most "
+            "settings in common. Compare within a row: studies differ in data, network and length. Runs are left out "
+            "where Adam stays below four times the top-1 of guessing, or below 50% if that is less."
         )
         yield table(rows)
 

@@ -43,7 +43,7 @@ class Point(NamedTuple):
 def upper_bound_points(results: StudyResults) -> list[Point]:
     """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    It has the same learning rate, or for a final run, if there is none, another; it shares the most settings.
+    For a tuning trial it has the same learning rate, for a final run the nearest; then the most settings in common.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
     ended = [trial for trial in results.trials if trial.state == "done"]
@@ -53,10 +53,8 @@ def upper_bound_points(results: StudyResults) -> list[Point]:
         settings = trial.config["settings"]
         if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
             continue
-        alike = [adam for adam in adams if adam.stage == trial.stage]
-        at_rate = [adam for adam in alike if _rate(adam) == _rate(trial)]
-        others = alike if trial.stage == "final" else []
-        adam = max(at_rate or others, key=lambda other: _settings_shared(trial, other), default=None)
+        alike = [a for a in adams if a.stage == trial.stage and (a.stage == "final" or _rate(a) == _rate(trial))]
+        adam = min(alike, key=lambda other: _distance(trial, other), default=None)
         if adam and _learnt(adam):
             lower, upper = (bound / _median_step(adam) for bound in _final_bounds(trial))
             accuracies = trial.accuracy(), adam.accuracy()
@@ -85,9 +83,11 @@ def _median_step(trial: Trial) -> float | None:
     return float(np.median(steps)) if steps else None
 
 
-def _settings_shared(ours: Trial, theirs: Trial) -> int:
+def _distance(ours: Trial, theirs: Trial) -> tuple[float, int]:
+    """How far their learning rate is from ours, as a ratio; then how many settings differ."""
     other = theirs.config["settings"]
-    return sum(other.get(name) == value for name, value in ours.config["settings"].items())
+    differ = sum(other.get(name) != value for name, value in ours.config["settings"].items())
+    return abs(math.log(_rate(theirs) / _rate(ours))), differ
 
 
 def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
