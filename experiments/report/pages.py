@@ -149,16 +149,18 @@ def parity_table(results: Path, name: str) -> list[dict[str, str]]:
 
 
 def answer_table(results: Path, study: str) -> list[dict[str, str]]:
-    """What the two compared contestants reach, the range of their tuning trials, and the difference by seed."""
+    """What each contestant reaches, the range of its tuning trials, and the difference of the compared two by seed."""
     found = read_study(results / study)
-    ours, theirs = map(found.find, found.compared)
     rows = []
-    for contestant in (theirs, ours):
-        tuned = [trial.accuracy() for trial in contestant.ended_tuning]
-        columns = {FINAL: percent(contestant.interval())}
-        columns[f"the {len(tuned)} trials, held out"] = f"{min(tuned):.1%} to {max(tuned):.1%}"
-        rows.append({"": contestant.name} | columns)
-    return [*rows, {"": f"{ours.name} minus {theirs.name}, by seed", FINAL: points(found.answers[ours.name][0])}]
+    for contestant in found.contestants:
+        if final := contestant.by_seed():
+            tuned = [trial.accuracy() for trial in contestant.ended_tuning]
+            trials = f"{len(tuned)}: {min(tuned):.1%} to {max(tuned):.1%}" if tuned else ""
+            columns = {FINAL: percent(contestant.interval()), "seeds": str(len(final)), "trials, held out": trials}
+            rows.append({"": contestant.name} | columns)
+    ours, theirs = found.compared
+    difference = found.answers[ours][0]
+    return [*rows, {"": f"{ours} minus {theirs}, by seed", FINAL: points(difference), "seeds": str(difference.count)}]
 
 
 TABLES: dict[str, Callable[..., list[dict[str, str]]]] = {
