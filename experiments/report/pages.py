@@ -5,7 +5,7 @@ A table stands between `<!-- table WHAT NAMES -->` and `<!-- end of table -->`:
   speed NAME...    time relative to the fastest mode of PyTorch, from bench/NAME-1.json, bench/NAME-2.json, …
   beside-jax NAME  time relative to this project's JAX, from the same files
   parity NAME      the largest errors of a network's pass, from parity/NAME.json
-  answer STUDY     what a study's two contestants reach, and the difference by seed
+  answer STUDY     what a study's contestants reach, and the difference of the compared two by seed
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def answer_table(results: Path, study: str) -> list[dict[str, str]]:
     rows = []
     for contestant in found.contestants:
         if final := contestant.by_seed():
-            tuned = [trial.accuracy() for trial in contestant.ended_tuning]
+            tuned = [trial.accuracy() for trial in contestant.ended_tuning]  # 0 for a failed one
             trials = f"{len(tuned)}: {min(tuned):.1%} to {max(tuned):.1%}" if tuned else ""
             columns = {FINAL: percent(contestant.interval()), "seeds": str(len(final)), "trials, held out": trials}
             rows.append({"": contestant.name} | columns)

@@ -1,7 +1,8 @@
 """AdaBound's upper bound at the end of a run, divided by the step that Adam takes there.
 
 The text of `experiments.report.sections.upper_bound_section` says how both are measured. If the ratio is far below 1,
-AdaBound clips nearly all steps and is SGD with momentum at that rate; if it is far above 1, AdaBound is Adam.
+AdaBound clips nearly all steps and is SGD with momentum at that rate; if it is far above 1, AdaBound is Adam, unless
+the lower bound is above 1 as well.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from experiments.output.figures import in_percent, label, panels
 from experiments.report.study_results import StudyResults, Trial
 
 BANDS = ((0.0, 0.05), (0.05, 1.0), (1.0, math.inf))  # of the ratio
+NEAR = 1.5  # at most this far apart are the learning rates of two runs that are compared
 PANELS = {"share": "final top-1 over Adam's", "train_loss": "final training loss"}
 
 
@@ -27,7 +29,7 @@ class Point(NamedTuple):
     lower_above: whether the lower bound ends above Adam's median step, too.
     """
 
-    study: str
+    contestant: str
     stage: str
     ratio: float
     lower_above: bool
@@ -43,7 +45,7 @@ class Point(NamedTuple):
 def upper_bound_points(results: StudyResults) -> list[Point]:
     """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    For a tuning trial it has the same learning rate, for a final run the nearest; then the most settings in common.
+    That is the one with the nearest learning rate, at most NEAR times ours or theirs; then the most settings in common.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
     ended = [trial for trial in results.trials if trial.state == "done"]
@@ -53,13 +55,13 @@ def upper_bound_points(results: StudyResults) -> list[Point]:
         settings = trial.config["settings"]
         if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
             continue
-        alike = [a for a in adams if a.stage == trial.stage and (a.stage == "final" or _rate(a) == _rate(trial))]
+        alike = [a for a in adams if a.stage == trial.stage and _distance(trial, a)[0] <= math.log(NEAR)]
         adam = min(alike, key=lambda other: _distance(trial, other), default=None)
         if adam and _learnt(adam):
             lower, upper = (bound / _median_step(adam) for bound in _final_bounds(trial))
             accuracies = trial.accuracy(), adam.accuracy()
             loss = trial.epochs[-1]["train_loss"]
-            points.append(Point(results.name, trial.stage, upper, lower > 1, *accuracies, loss))
+            points.append(Point(trial.columns["contestant"], trial.stage, upper, lower > 1, *accuracies, loss))
     return points
 
 
@@ -132,7 +134,8 @@ def upper_bound_rows(studies: Sequence[StudyResults]) -> list[dict[str, str]]:
         row = {"study": study.name}
         for low, high in BANDS:
             title = f"below {high:g}" if not low else f"above {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
-            row[title] = _range([p.top1 for p in points if low <= p.ratio < high])
+            row[title] = _range([p.top1 for p in points if low <= p.ratio < high and not p.lower_above])
+        row["both bounds above 1"] = _range([p.top1 for p in points if p.lower_above])
         rows.append(row | {"Adam beside": _range([p.adam_top1 for p in points], count=False)})
     return rows
 
