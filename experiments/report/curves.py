@@ -92,15 +92,15 @@ def plot_tuning(results: StudyResults) -> Figure | None:
         return None
     figure, axes = panels(len(results.searched), TUNING_WIDE, 3.4, 3, margin=0.9, sharey=True)
     for axis, (field, choice) in zip(axes, results.searched.items(), strict=True):
-        choices = sorted({t.number(field) for c in tuned for t in c.tuning if field in t.columns}) if choice else []
-        for number, contestant in enumerate(tuned):
+        drawn = [c for c in tuned if any(field in trial.columns for trial in c.ended_tuning)]
+        choices = sorted({t.number(field) for c in drawn for t in c.tuning if field in t.columns}) if choice else []
+        for number, contestant in enumerate(drawn):
             for trial in contestant.ended_tuning:
-                if field in trial.columns:
-                    x = trial.number(field)
-                    if choice:  # side by side, or contestants would hide one another
-                        x = choices.index(x) + 0.6 * (number / len(tuned) - 0.5)
-                    marker = "o" if trial.state == "done" else "x"
-                    axis.plot(x, trial.accuracy(), marker, color=contestant.colour, ms=6, alpha=0.8)
+                x = trial.number(field)
+                if choice:  # side by side around the choice, or contestants would hide one another
+                    x = choices.index(x) + 0.6 * ((number + 0.5) / len(drawn) - 0.5)
+                marker = "o" if trial.state == "done" else "x"
+                axis.plot(x, trial.accuracy(), marker, color=contestant.colour, ms=6, alpha=0.8)
         if choice:
             axis.set_xticks(range(len(choices)), [f"{value:g}" for value in choices], fontsize=8)
         else:

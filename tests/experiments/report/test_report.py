@@ -14,7 +14,7 @@ from experiments.output.figures import MARK
 from experiments.output.page import picture, write_html
 from experiments.report import __main__ as report
 from experiments.report.answer import answer
-from experiments.report.curves import plot_curves, plot_differences, plot_tuning_effort
+from experiments.report.curves import plot_curves, plot_differences, plot_tuning, plot_tuning_effort
 from experiments.report.grids import find_grids, grid_differences
 from experiments.report.study_results import Contestant, StudyResults, Trial, read_study
 from experiments.report.upper_bound import plot_upper_bounds, upper_bound_points, upper_bound_rows
@@ -240,6 +240,14 @@ def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, ou
         assert cells[0].endswith("*") == (chosen in (min(rates), max(rates)))
         assert cells[-1] == f"{small.chosen_again(contestant):.0%}"
         assert 1 / 3 < small.chosen_again(contestant) <= 1
+
+
+def test_a_setting_that_one_contestant_draws_is_plotted_above_its_choice(results):
+    """Only Adam draws the momentum, from a list of two."""
+    study = read_study(results / "small")
+    axis = plot_tuning(study).axes[list(study.searched).index("momentum")]
+    drawn = [[0.8, 0.9].index(trial.number("momentum")) for trial in study.find("Adam").tuning]
+    assert [float(line.get_xdata()[0]) for line in axis.lines] == drawn
 
 
 def test_a_setting_that_hangs_on_the_held_out_pictures_is_no_secret(copied):
