@@ -45,7 +45,8 @@ class Point(NamedTuple):
 def upper_bound_points(results: StudyResults) -> list[Point]:
     """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    That is the one with the nearest learning rate, at most NEAR times ours or theirs; then the most settings in common.
+    It is the one with the nearest learning rate, at most a factor of NEAR away, and of these the one with the most
+    settings in common.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
     ended = [trial for trial in results.trials if trial.state == "done"]

@@ -4,11 +4,9 @@ import csv
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from fake_cars import FAKE, SMALL
 
 from experiments.output.figures import MARK
 from experiments.output.page import picture, write_html
@@ -17,33 +15,7 @@ from experiments.report.answer import answer
 from experiments.report.curves import plot_curves, plot_differences, plot_tuning, plot_tuning_effort
 from experiments.report.grids import find_grids, grid_differences
 from experiments.report.study_results import Contestant, StudyResults, Trial, read_study
-from experiments.report.upper_bound import plot_upper_bounds, upper_bound_points, upper_bound_rows
-from experiments.study import __main__ as study
-from experiments.study import worker
-
-REPOSITORY = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Three studies of the fake training; `map` has two axes of numbers, `small_check` shows runs of `small`."""
-    folder = tmp_path_factory.mktemp("results")
-    (folder / "small.toml").write_text(SMALL)
-    axes = SMALL[SMALL.index("[settings]") : SMALL.index("[tuning]")]
-    (folder / "small_check.toml").write_text(
-        f'about = "A check."\n{axes}\n[final]\nseeds = [4, 5]\nepochs = 3\n[[contestants]]\nname = "SGD"\n'
-        'settings = { opt = "sgd", learning_rate = 0.01 }\n[report]\nbeside = { small = ["AdaBound", "Adam"] }\n'
-        'compare = ["AdaBound", "SGD"]\n'
-    )
-    (folder / "map.toml").write_text(
-        f'about = "A map."\n{axes}\n[final]\nseeds = [1]\nepochs = 2\n[[contestants]]\nname = "bounds"\n'
-        'settings = { opt = "adabound" }\naxes.learning_rate = [0.001, 0.01]\naxes.final_lr = [0.1, 1.0, 10.0]\n'
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "CARS", (sys.executable, str(FAKE)))
-        for name in ("small", "map", "small_check"):
-            assert study.main([str(folder / f"{name}.toml"), "--out", str(folder / "results" / name)]) == 0
-    return folder / "results"
+from experiments.report.upper_bound import plot_upper_bounds
 
 
 def report_on(folder, out):
@@ -74,12 +46,6 @@ def out(results, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     report_on(results, folder)
     return folder
-
-
-@pytest.fixture
-def copied(results, tmp_path):
-    """A copy of the results to damage."""
-    return shutil.copytree(results, tmp_path / "results")
 
 
 def test_the_page_has_everything_inside(out):
@@ -165,65 +131,6 @@ def test_a_trials_file_without_blocks_is_still_read(copied):
     contestants = read_study(copied / "map").contestants
     assert {c.block for c in contestants} == {"bounds"}
     assert contestants[0].labels == {"learning_rate": "0.001", "final_lr": "0.1"}
-
-
-def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
-    """The ratio is final_lr · (1 + 1 / (gamma · 3 updates)) over 1, the median of the steps 1, 20 / 3 and 0.5."""
-    small = read_study(results / "small")
-    drawn = small.find("AdaBound").final[0].number("final_lr")
-    points = [point for point in upper_bound_points(small) if point.stage == "final"]
-    assert [point.ratio for point in points] == pytest.approx([drawn * (1 + 1 / (1e-3 * 3))] * 2)
-    assert [point.top1 for point in points] == [trial.accuracy() for trial in small.find("AdaBound").finals]
-    assert [point.adam_top1 for point in points] == [trial.accuracy() for trial in small.find("Adam").finals]  # by seed
-    assert upper_bound_points(read_study(results / "map")) == []  # without Adam
-    (row,) = upper_bound_rows([small, read_study(results / "map")])
-    assert row["above 1"].endswith("(2)")
-    assert row["below 0.05"] == ""
-
-
-def test_a_run_is_compared_with_adams_at_a_near_rate(copied):
-    """Rates, bounds and classes are those that the test writes. Adam's median step is 1 after two updates."""
-    study = read_study(copied / "small")
-    ours, theirs = study.find("AdaBound").tuning, study.find("Adam").tuning
-
-    def write(trial, classes, **settings):
-        config = json.loads((trial.folder / "config.json").read_text())
-        config["settings"] |= settings
-        config["input"]["class_names"] = [*map(str, range(classes))]
-        (trial.folder / "config.json").write_text(json.dumps(config))
-
-    for trial, rate in zip(theirs, (0.01, 0.02, 0.03), strict=True):
-        write(trial, 4000, learning_rate=rate)
-    for trial, rate, final_lr in zip(ours, (0.02, 0.01, 0.05), (0.9, 1.2, 1.2), strict=True):
-        write(trial, 4000, learning_rate=rate, final_lr=final_lr, gamma=2.0)
-    below, above = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
-    assert (below.ratio, above.ratio) == pytest.approx((0.9 * 1.25, 1.2 * 1.25))
-    assert (below.lower_above, above.lower_above) == (False, False)  # 0.9 · 0.8 and 1.2 · 0.8
-    assert below.share == ours[0].accuracy() / theirs[1].accuracy()
-    assert above.share == ours[1].accuracy() / theirs[0].accuracy()
-
-    write(ours[1], 4000, gamma=20.0)
-    lower = [point.lower_above for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
-    assert lower == [False, True]  # 1.2 · 40 / 41
-    (axis,) = plot_upper_bounds([read_study(copied / "small")]).axes
-    assert {line.get_marker(): len(line.get_xdata()) for line in axis.lines if line.get_marker() in "ox"} == {
-        "o": 1 + len(study.find("AdaBound").finals),
-        "x": 1,
-    }
-
-    ours, theirs = study.find("AdaBound").final, study.find("Adam").final
-    rate = ours[0].config["settings"]["learning_rate"]
-    write(theirs[0], 4000, learning_rate=rate / 2)
-    write(theirs[1], 4000, learning_rate=rate)
-    points = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "final"]
-    assert [point.adam_top1 for point in points] == 2 * [theirs[1].accuracy()]  # the rate comes before the seed
-
-    theirs = study.find("Adam").tuning
-    for trial in theirs:
-        write(trial, 2)  # Adam hardly learnt if it stays below a half
-    points = [point for point in upper_bound_points(read_study(copied / "small")) if point.stage == "tuning"]
-    assert [point.adam_top1 for point in points] == [theirs[0].accuracy()]
-    assert theirs[1].accuracy() < 0.5 < theirs[0].accuracy()
 
 
 def test_settings_that_were_chosen_narrowly_or_at_an_edge_are_marked(results, out):
@@ -457,42 +364,3 @@ def test_a_grid_of_which_nothing_was_trained_yet_is_left_out(copied, tmp_path):
     page = report_on(copied / "map", tmp_path / "out")
     assert "map-bounds-grid.png" in page
     assert "map-later-grid.png" not in page
-
-
-def test_what_the_texts_say_of_the_published_answer():
-    """The numbers of cars196 and sensitivity in README, docs/adabound.md and results/answer.md, computed again."""
-    study = read_study(REPOSITORY / "results" / "cars196")
-    ours, theirs = map(study.find, study.compared)
-    difference = study.answers[ours.name][0]
-    points = [point for point in upper_bound_points(study) if point.stage == "final"]
-    readme, page, answer = (
-        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "docs/adabound.md", "results/answer.md")
-    )
-    best = [point for point in points if point.contestant == ours.name]
-    share = sum(point.share for point in best) / len(best)
-    assert f"Here the ratio ended at {best[0].ratio:.1f}: {share:.0%} of Adam's top-1 at the same rate" in readme
-    adams, second, sgd = (
-        study.find(name).finals[0] for name in ("Adam, second setting", "AdaBound, second setting", "SGD")
-    )
-    assert adams.config["settings"]["learning_rate"] == ours.finals[0].config["settings"]["learning_rate"]
-    assert "with the settings of their second-best trials (one seed) AdaBound leads" in readme
-    assert second.accuracy() > adams.accuracy()
-    assert f"SGD reaches {sgd.accuracy():.1%}" in answer
-    assert f"trials Adam reaches {adams.accuracy():.1%}, AdaBound {second.accuracy():.1%} (seed 1)" in page
-    assert f"trial Adam reaches {adams.accuracy():.1%} and AdaBound {second.accuracy():.1%} (seed 1)" in answer
-    at_lower = [second.epochs[epoch - 1]["at_lower"] for epoch in (1, 12, 30)]
-    assert "{:.0%}, {:.0%} and {:.0%} of its weights at the lower bound after 1, 12 and 30".format(*at_lower) in page
-    assert f"Adam reaches {theirs.interval().mean:.1%}, AdaBound {ours.interval().mean:.1%}" in page
-    assert f"Adam reaches {theirs.interval().mean:.1%} and AdaBound {ours.interval().mean:.1%}" in answer
-    line = [(p.ratio, p.share) for p in upper_bound_points(read_study(REPOSITORY / "results" / "sensitivity"))]
-    assert "Far below 1 AdaBound reaches about half of Adam's top-1; from 2.4 on, 95% or more" in page
-    assert all(0.4 < share < 0.6 for ratio, share in line if ratio < 0.05)
-    assert all(share > 0.95 for ratio, share in line if ratio > 2.4)
-    low, high = 100 * difference.low, 100 * difference.high
-    assert f"{100 * difference.mean:.1f} points, 95% interval {low:.1f} to {high:.1f}" in answer
-    assert f"from {difference.count} seeds" in answer
-    assert f"trained for 30 epochs from {difference.count} seeds" in readme
-    assert "Not as tuned here" in readme
-    assert difference.high < 0
-    assert difference.mean <= -0.01

@@ -1,0 +1,119 @@
+"""AdaBound's upper bound in steps of Adam, and what the texts say of it and of the published answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.report.study_results import find_studies, read_study
+from experiments.report.upper_bound import plot_upper_bounds, upper_bound_points, upper_bound_rows
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def points_of(study, stage):
+    return [point for point in upper_bound_points(read_study(study)) if point.stage == stage]
+
+
+def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
+    """The ratio is final_lr · (1 + 1 / (gamma · 3 updates)) over 1, the median of the steps 1, 20 / 3 and 0.5."""
+    small = read_study(results / "small")
+    drawn = small.find("AdaBound").final[0].number("final_lr")
+    points = points_of(results / "small", "final")
+    assert [point.ratio for point in points] == pytest.approx([drawn * (1 + 1 / (1e-3 * 3))] * 2)
+    assert [point.top1 for point in points] == [trial.accuracy() for trial in small.find("AdaBound").finals]
+    assert [point.adam_top1 for point in points] == [trial.accuracy() for trial in small.find("Adam").finals]  # by seed
+    assert upper_bound_points(read_study(results / "map")) == []  # without Adam
+    (row,) = upper_bound_rows([small, read_study(results / "map")])
+    assert row["above 1"].endswith("(2)")
+    assert row["below 0.05"] == ""
+
+
+def test_a_run_is_compared_with_adams_at_a_near_rate(copied):
+    """Rates, bounds and classes are those that the test writes. Adam's median step is 1 after two updates."""
+    study = read_study(copied / "small")
+    ours, theirs = study.find("AdaBound").tuning, study.find("Adam").tuning
+
+    def write(trial, classes, **settings):
+        config = json.loads((trial.folder / "config.json").read_text())
+        config["settings"] |= settings
+        config["input"]["class_names"] = [*map(str, range(classes))]
+        (trial.folder / "config.json").write_text(json.dumps(config))
+
+    for trial, rate in zip(theirs, (0.01, 0.02, 0.03), strict=True):
+        write(trial, 4000, learning_rate=rate)
+    for trial, rate, final_lr in zip(ours, (0.02, 0.01, 0.05), (0.9, 1.2, 1.2), strict=True):
+        write(trial, 4000, learning_rate=rate, final_lr=final_lr, gamma=2.0)
+    below, above = points_of(copied / "small", "tuning")
+    assert (below.ratio, above.ratio) == pytest.approx((0.9 * 1.25, 1.2 * 1.25))
+    assert (below.lower_above, above.lower_above) == (False, False)  # 0.9 · 0.8 and 1.2 · 0.8
+    assert below.share == ours[0].accuracy() / theirs[1].accuracy()
+    assert above.share == ours[1].accuracy() / theirs[0].accuracy()
+
+    write(ours[1], 4000, gamma=20.0)
+    lower = [point.lower_above for point in points_of(copied / "small", "tuning")]
+    assert lower == [False, True]  # 1.2 · 40 / 41
+    (axis,) = plot_upper_bounds([read_study(copied / "small")]).axes
+    assert {line.get_marker(): len(line.get_xdata()) for line in axis.lines if line.get_marker() in "ox"} == {
+        "o": 1 + len(study.find("AdaBound").finals),
+        "x": 1,
+    }
+
+    ours, theirs = study.find("AdaBound").final, study.find("Adam").final
+    rate = ours[0].config["settings"]["learning_rate"]
+    write(theirs[0], 4000, learning_rate=rate / 2)
+    write(theirs[1], 4000, learning_rate=rate)
+    points = points_of(copied / "small", "final")
+    assert [point.adam_top1 for point in points] == 2 * [theirs[1].accuracy()]  # the rate comes before the seed
+
+    theirs = study.find("Adam").tuning
+    for trial in theirs:
+        write(trial, 2)  # Adam hardly learnt if it stays below a half
+    points = points_of(copied / "small", "tuning")
+    assert [point.adam_top1 for point in points] == [theirs[0].accuracy()]
+    assert theirs[1].accuracy() < 0.5 < theirs[0].accuracy()
+
+
+def test_what_the_texts_say_of_the_published_answer():
+    """The numbers of cars196 and sensitivity in README, docs/adabound.md and results/answer.md, computed again."""
+    study = read_study(REPOSITORY / "results" / "cars196")
+    ours, theirs = map(study.find, study.compared)
+    difference = study.answers[ours.name][0]
+    points = points_of(REPOSITORY / "results" / "cars196", "final")
+    readme, page, answer = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/adabound.md", "results/answer.md")
+    )
+    best = [point for point in points if point.contestant == ours.name]
+    share = sum(point.share for point in best) / len(best)
+    assert f"ended at {best[0].ratio:.1f}, and AdaBound reached {share:.0%} of Adam's top-1 at the same rate" in readme
+    adams, second, sgd = (
+        study.find(name).finals[0] for name in ("Adam, second setting", "AdaBound, second setting", "SGD")
+    )
+    assert adams.config["settings"]["learning_rate"] == ours.finals[0].config["settings"]["learning_rate"]
+    assert "with their second-best settings (one seed) AdaBound leads" in readme
+    assert second.accuracy() > adams.accuracy()
+    assert f"SGD reaches {sgd.accuracy():.1%}" in answer
+    assert f"trials Adam reaches {adams.accuracy():.1%}, AdaBound {second.accuracy():.1%} (seed 1)" in page
+    assert f"trial Adam reaches {adams.accuracy():.1%} and AdaBound {second.accuracy():.1%} (seed 1)" in answer
+    at_lower = [second.epochs[epoch - 1]["at_lower"] for epoch in (1, 12, 30)]
+    assert "{:.0%}, {:.0%} and {:.0%} of its weights at the lower bound after 1, 12 and 30".format(*at_lower) in page
+    assert f"Adam reaches {theirs.interval().mean:.1%}, AdaBound {ours.interval().mean:.1%}" in page
+    assert f"Adam reaches {theirs.interval().mean:.1%} and AdaBound {ours.interval().mean:.1%}" in answer
+    crosses = [point.share for point in upper_bound_points(study) if point.lower_above]
+    assert "With `final_lr` 0.33 and 1.1 AdaBound is as good as Adam; with 6.5 it does not learn" in page
+    assert all(share > 0.99 or share < 0.1 for share in crosses)
+    line = [(p.ratio, p.share) for p in upper_bound_points(read_study(REPOSITORY / "results" / "sensitivity"))]
+    assert "Far below 1 AdaBound reaches about half of Adam's top-1; from 2.4 on, 95% or more" in page
+    assert all(0.4 < share < 0.6 for ratio, share in line if ratio < 0.05)
+    assert all(share > 0.95 for ratio, share in line if ratio > 2.4)
+    others = [path for path in find_studies(REPOSITORY / "results") if path.name not in ("cars196", "sensitivity")]
+    pale = [p.share for path in others for p in upper_bound_points(read_study(path)) if p.ratio < 1]
+    assert f"Below 1, {sum(share >= 0.9 for share in pale)} of {len(pale)} reach 90%" in page
+    low, high = 100 * difference.low, 100 * difference.high
+    assert f"{100 * difference.mean:.1f} points, 95% interval {low:.1f} to {high:.1f}" in answer
+    assert f"from {difference.count} seeds" in answer
+    assert f"trained for 30 epochs from {difference.count} seeds" in readme
+    assert "Not as tuned here" in readme
+    assert difference.high < 0
+    assert difference.mean <= -0.01
