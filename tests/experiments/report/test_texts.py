@@ -1,0 +1,121 @@
+"""The numbers that README, docs/adabound.md and results/answer.md have in sentences, computed again from results/."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.report.analysis import paired_difference, verdict
+from experiments.report.study_results import find_studies, read_study
+from experiments.report.upper_bound import upper_bound_points
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """README, docs/adabound.md and results/answer.md, each as one line."""
+    names = ("README.md", "docs/adabound.md", "results/answer.md")
+    return [" ".join((REPOSITORY / name).read_text(encoding="utf-8").split()) for name in names]
+
+
+def published(name):
+    return read_study(REPOSITORY / "results" / name)
+
+
+def top1(study, name):
+    """The mean of the final runs."""
+    return f"{study.find(name).interval().mean:.1%}"
+
+
+def points(interval):
+    mean, low, high = (100 * value for value in (interval.mean, interval.low, interval.high))
+    return f"{mean:.1f} points ({low:.1f} to {high:.1f})"
+
+
+def test_the_answer(texts):
+    readme, page, answer = texts
+    study = published("cars196")
+    ours = study.find("AdaBound")
+    difference = study.answers[ours.name][0]
+    adams, second, sgd = (
+        study.find(name).finals[0] for name in ("Adam, second setting", "AdaBound, second setting", "SGD")
+    )
+    assert adams.config["settings"]["learning_rate"] == ours.finals[0].config["settings"]["learning_rate"]
+    assert "with their second-best settings (one seed) AdaBound leads" in readme
+    assert second.accuracy() > adams.accuracy()
+    assert f"SGD reaches {sgd.accuracy():.1%}" in answer
+    assert f"trials Adam reaches {adams.accuracy():.1%}, AdaBound {second.accuracy():.1%} (seed 1)" in page
+    assert f"trial Adam reaches {adams.accuracy():.1%} and AdaBound {second.accuracy():.1%} (seed 1)" in answer
+    at_lower = [second.epochs[epoch - 1]["at_lower"] for epoch in (1, 12, 30)]
+    assert "{:.0%}, {:.0%} and {:.0%} of its weights at the lower bound after 1, 12 and 30".format(*at_lower) in page
+    assert f"Adam reaches {top1(study, 'Adam')}, AdaBound {top1(study, 'AdaBound')}" in page
+    assert f"Adam reaches {top1(study, 'Adam')} and AdaBound {top1(study, 'AdaBound')}" in answer
+    low, high = 100 * difference.low, 100 * difference.high
+    assert f"{100 * difference.mean:.1f} points, 95% interval {low:.1f} to {high:.1f}" in answer
+    assert f"from {difference.count} seeds" in answer
+    assert f"trained for 30 epochs from {difference.count} seeds" in readme
+    assert "Not as tuned here" in readme
+    assert verdict(difference) == "worse"
+
+
+def test_the_upper_bound(texts):
+    readme, page, _ = texts
+    study = published("cars196")
+    found = upper_bound_points(study)
+    best = [point for point in found if point.stage == "final" and point.contestant == "AdaBound"]
+    share = sum(point.share for point in best) / len(best)
+    assert f"ended at {best[0].ratio:.1f}, and AdaBound reached {share:.0%} of Adam's top-1 at the same rate" in readme
+    crosses = [point.share for point in found if point.lower_above]
+    assert "With `final_lr` 0.33 and 1.1 AdaBound is as good as Adam; with 6.5 it does not learn" in page
+    assert all(share > 0.99 or share < 0.1 for share in crosses)
+    line = [(p.ratio, p.share) for p in upper_bound_points(published("sensitivity"))]
+    assert "Far below 1 AdaBound reaches about half of Adam's top-1; from 2.4 on, 95% or more" in page
+    assert all(0.4 < share < 0.6 for ratio, share in line if ratio < 0.05)
+    assert all(share > 0.95 for ratio, share in line if ratio > 2.4)
+    others = [path for path in find_studies(REPOSITORY / "results") if path.name not in ("cars196", "sensitivity")]
+    pale = [p.share for path in others for p in upper_bound_points(read_study(path)) if p.ratio < 1]
+    assert f"Below 1, {sum(share >= 0.9 for share in pale)} of {len(pale)} reach 90%" in page
+
+
+def test_20_classes(texts):
+    readme, page, answer = texts
+    ones, zeros, check = map(published, ("cars64_small_gamma_one", "cars64_small", "cars64_small_check"))
+    adam, ours = top1(ones, "Adam"), top1(ones, "AdaBound")
+    assert f"On 20 classes it is {adam} and {ours} (`cars64_small_gamma_one`)" in page
+    assert f"On 20 of the 196 classes the best settings reach {adam} and {ours}, with 5 seeds each" in answer
+    lead = paired_difference(ones.find("Adam").by_seed(), ones.find("AdaBound").by_seed())
+    assert f"On 20 classes Adam leads by {points(lead)}" in readme
+
+    adam, ours = top1(zeros, "Adam"), top1(zeros, "AdaBound")
+    nexts = ("Adam, second setting", "Adam, third setting")
+    assert f"if blocks start as the identity, {adam} and {ours}, but Adam's next two settings reach" in page
+    assert "reach {} and {} (`cars64_small_check`)".format(*(top1(check, name) for name in nexts)) in page
+    lead = zeros.answers["AdaBound"][0]
+    assert f"From other first weights AdaBound led by {100 * lead.mean:.1f}" in readme
+    assert f"AdaBound then led by {points(lead)}" in answer
+    second, third = (paired_difference(check.find(name).by_seed(), check.find("AdaBound").by_seed()) for name in nexts)
+    assert "one is equal to AdaBound's best and one leads by 1.9 points (0.1 to 3.8)" in answer
+    assert points(third) == "1.9 points (0.1 to 3.8)"
+    assert verdict(second) == "equal"
+
+
+def test_blocks_that_start_as_the_identity(texts):
+    page = texts[1]
+    study = published("zero_gamma")
+    adam, ours = (top1(study, f"start, {name}, zero gamma") for name in ("Adam", "AdaBound"))
+    assert f"With 3 seeds (`results/zero_gamma`) Adam reaches {adam}, AdaBound {ours}." in page
+    adam, ours = (top1(study, f"start, {name}, gamma of one") for name in ("Adam", "AdaBound"))
+    assert f"From 1 they reach {adam} and {ours}." in page
+
+
+def test_when_adabound_leads(texts):
+    page = texts[1]
+    ends = {tuple(c.labels.values()): c.interval().mean for c in published("origins").contestants}
+    leads = [ends["AdaBound", *pair] > end for (opt, *pair), end in ends.items() if opt == "Adam" and pair[1] == "own"]
+    assert f"with BatchNorm, AdaBound is ahead in {sum(leads)} of {len(leads)} pairs (`results/origins`" in page
+    early = []
+    for study in map(published, ("cars196", "cars64_small", "cars64_small_gamma_one")):
+        ours, theirs = (study.find(name).curve("test_top1")[1].mean(0) for name in ("AdaBound", "Adam"))
+        early.append(max((ours - theirs)[: len(ours) // 2]))
+    assert "With a cosine it led by up to 10 points at first in one study of three" in page
+    assert [round(100 * lead) for lead in early] == [0, 1, 10]
