@@ -43,16 +43,16 @@ class Point(NamedTuple):
 
 
 def upper_bound_points(results: StudyResults) -> list[Point]:
-    """A point for each AdaBound run of a study that has an Adam run to compare with.
+    """A point for each AdaBound run of a study that has an Adam run to compare with, there or in a study beside it.
 
     It is the one with the nearest learning rate, at most a factor of NEAR away, and of these the one with the most
     settings in common.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
-    ended = [trial for trial in results.trials if trial.state == "done"]
-    adams = [t for t in ended if t.opt == "adam" and _median_step(t) is not None]
+    shown = [trial for contestant in results.contestants for trial in (*contestant.tuning, *contestant.finals)]
+    adams = [t for t in shown if t.state == "done" and t.opt == "adam" and _median_step(t) is not None]
     points = []
-    for trial in ended:
+    for trial in (own for own in results.trials if own.state == "done"):
         settings = trial.config["settings"]
         if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
             continue

@@ -12,6 +12,14 @@ def points_of(study, stage):
     return [point for point in upper_bound_points(read_study(study)) if point.stage == stage]
 
 
+def write(trial, classes, **settings):
+    """Changes a run's settings and number of classes."""
+    config = json.loads((trial.folder / "config.json").read_text())
+    config["settings"] |= settings
+    config["input"]["class_names"] = [*map(str, range(classes))]
+    (trial.folder / "config.json").write_text(json.dumps(config))
+
+
 def test_the_upper_bound_is_measured_in_adams_steps(results, tmp_path):
     """The ratio is final_lr · (1 + 1 / (gamma · 3 updates)) over 1, the median of the steps 1, 20 / 3 and 0.5."""
     small = read_study(results / "small")
@@ -30,12 +38,6 @@ def test_a_run_is_compared_with_adams_at_a_near_rate(copied):
     """Rates, bounds and classes are those that the test writes. Adam's median step is 1 after two updates."""
     study = read_study(copied / "small")
     ours, theirs = study.find("AdaBound").tuning, study.find("Adam").tuning
-
-    def write(trial, classes, **settings):
-        config = json.loads((trial.folder / "config.json").read_text())
-        config["settings"] |= settings
-        config["input"]["class_names"] = [*map(str, range(classes))]
-        (trial.folder / "config.json").write_text(json.dumps(config))
 
     for trial, rate in zip(theirs, (0.01, 0.02, 0.03), strict=True):
         write(trial, 4000, learning_rate=rate)
@@ -69,3 +71,15 @@ def test_a_run_is_compared_with_adams_at_a_near_rate(copied):
     points = points_of(copied / "small", "tuning")
     assert [point.adam_top1 for point in points] == [theirs[0].accuracy()]
     assert theirs[1].accuracy() < 0.5 < theirs[0].accuracy()
+
+
+def test_the_run_of_adam_may_be_of_a_study_beside(copied):
+    adam = read_study(copied / "small").find("Adam").finals[1]
+    for trial in read_study(copied / "map").trials:
+        write(trial, 4000, learning_rate=adam.config["settings"]["learning_rate"], seed=adam.seed)
+    assert points_of(copied / "map", "final") == []
+    with open(copied / "map" / "protocol.toml", "a") as file:
+        file.write('[report]\nbeside = { small = ["Adam"] }\n')
+    points = points_of(copied / "map", "final")
+    assert {point.adam_top1 for point in points} == {adam.accuracy()}
+    assert {point.contestant.split(",")[0] for point in points} == {"bounds"}  # small's own runs are not points of map
