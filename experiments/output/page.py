@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import html
 import io
 import re
@@ -11,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from experiments.output.figures import save
 
@@ -67,13 +70,24 @@ Sections = Mapping[str, Sequence[Block]]  # by heading
 
 
 def picture(name: str, caption: str, figure: Figure) -> Picture:
-    """The figure as a PNG of COLOURS colours, a quarter as large as with all of them; the figure is closed."""
-    drawn, file = io.BytesIO(), io.BytesIO()
+    """The figure as a PNG of COLOURS colours, a quarter as large as with all of them; the figure is closed.
+
+    The PNG's Description is a digest of its curves and maps: a copy elsewhere is out of date if it differs.
+    """
+    drawn, file, said = io.BytesIO(), io.BytesIO(), PngInfo()
+    said.add_text("Description", _digest(figure))
     save(figure, drawn, "png")
     # MAXCOVERAGE keeps rare colours.
     few = Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(file, "png", optimize=True)
+    few.save(file, "png", optimize=True, pnginfo=said)
     return Picture(f"{name}.png", caption, file.getvalue())
+
+
+def _digest(figure: Figure) -> str:
+    lines = [line.get_xydata() for axis in figure.axes for line in axis.lines]
+    maps = [image.get_array() for axis in figure.axes for image in axis.images]
+    values = [f"{value:.4g}" for drawn in (*lines, *maps) for value in np.ma.filled(drawn, np.nan).flat]
+    return hashlib.sha256(" ".join(values).encode()).hexdigest()
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from experiments.cli import exit_code, parse
+
+if TYPE_CHECKING:
+    from experiments.report.study_results import StudyResults
 
 TITLE = "Is AdaBound better than Adam?"
 ANSWER, NOTES = "answer.md", "notes.md"  # in the folder of all studies
@@ -45,22 +49,8 @@ def run(settings: ReportSettings) -> None:
 
     if settings.out.exists() and not settings.out.is_dir():
         raise ValueError(f"--out {settings.out} is a file")
-    studies = [read_study(folder) for folder in find_studies(settings.results)]
     in_words = _paragraphs(settings.results / ANSWER)
-    # First the studies that the answer names, in its order, then those that compare two contestants on several seeds;
-    # larger studies before smaller ones.
-    text = " ".join(in_words)
-    found = {study.name: re.search(rf"(?<![\w-]){re.escape(study.name)}(?![\w-])", text) for study in studies}
-    places = {name: match.start() if match else len(text) for name, match in found.items()}
-    studies.sort(
-        key=lambda study: (
-            places[study.name],
-            not study.compared,
-            study.seeds < 2,
-            -study.pictures,
-            study.name,
-        )
-    )
+    studies = in_order(" ".join(in_words), [read_study(folder) for folder in find_studies(settings.results)])
     sections = {"AdaBound's upper bound over Adam's step": list(upper_bound_section(studies))}
     sections |= {study.heading: list(study_section(study)) for study in studies}
     sections["What was not run, and other remarks"] = _paragraphs(settings.results / NOTES)
@@ -70,6 +60,19 @@ def run(settings: ReportSettings) -> None:
     write_markdown(settings.out / "report.md", TITLE, head, sections)
     write_html(settings.out / "index.html", TITLE, head, sections)
     print(f"{settings.out / 'index.html'} and {settings.out / 'report.md'}: {', '.join(s.name for s in studies)}")
+
+
+def in_order(text: str, studies: Sequence[StudyResults]) -> list[StudyResults]:
+    """First the studies that the text names, in its order, then those that compare two contestants on several seeds.
+
+    Larger studies come before smaller ones.
+    """
+    found = {study.name: re.search(rf"(?<![\w-]){re.escape(study.name)}(?![\w-])", text) for study in studies}
+    places = {name: match.start() if match else len(text) for name, match in found.items()}
+    return sorted(
+        studies,
+        key=lambda study: (places[study.name], not study.compared, study.seeds < 2, -study.pictures, study.name),
+    )
 
 
 def _paragraphs(path: Path) -> list[str]:
