@@ -72,7 +72,8 @@ Sections = Mapping[str, Sequence[Block]]  # by heading
 def picture(name: str, caption: str, figure: Figure) -> Picture:
     """The figure as a PNG of COLOURS colours, a quarter as large as with all of them; the figure is closed.
 
-    The PNG's Description is a digest of its curves and maps: a copy elsewhere is out of date if it differs.
+    The PNG's Description is a digest of its curves and maps, without bands, texts and colours. A copy whose digest
+    differs is out of date.
     """
     drawn, file, said = io.BytesIO(), io.BytesIO(), PngInfo()
     said.add_text("Description", _digest(figure))

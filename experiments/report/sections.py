@@ -37,7 +37,7 @@ def overview(studies: list[StudyResults], in_words: list[str]) -> Iterator[Block
         "run of AdaBound, or a tuning trial, beside an Adam run at a similar learning rate; a line connects the runs "
         "of a study that varies final_lr or gamma. Far below 1, AdaBound is SGD with momentum at that rate, which may "
         "be too slow; far above 1, it is Adam, unless its lower bound ends above Adam's step as well (crosses): then "
-        "most layers take larger steps than Adam's, which may be too large."
+        "the ratio alone says little."
     )
     yield from _picture("upper-bound", plot_upper_bounds(studies), caption)
 
@@ -49,10 +49,10 @@ def upper_bound_section(studies: list[StudyResults]) -> Iterator[Block]:
             "Final top-1 of AdaBound's runs (their number in brackets), by AdaBound's final upper bound divided by "
             "Adam's median step. The final upper bound is final_lr · (1 + 1 / (gamma · T)) after T updates. Adam's "
             "median step is the median over layers of each layer's median learning_rate / sqrt(v) after the last "
-            "epoch, in the Adam run beside it: that with the nearest learning rate (at most a factor of 1.5 away), and "
-            "of these the one with the most settings in common. Compare within a row: studies differ in data, network "
-            "and length. Runs are left out where Adam stays below four times the top-1 of guessing, or below 50% if "
-            "that is less."
+            "epoch, in the Adam run beside it. That is a run of the same study, or of one that it is shown beside: the "
+            "one with the nearest learning rate (at most a factor of 1.5 away), and of these the one with the most "
+            "settings in common. Compare within a row: studies differ in data, network and length. Runs are left out "
+            "where Adam stays below four times the top-1 of guessing, or below 50% if that is less."
         )
         yield table(rows)
 

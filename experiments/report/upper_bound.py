@@ -43,18 +43,17 @@ class Point(NamedTuple):
 
 
 def upper_bound_points(results: StudyResults) -> list[Point]:
-    """A point for each AdaBound run of a study that has an Adam run to compare with, there or in a study beside it.
+    """A point for each AdaBound run of a study that has an Adam run to compare with.
 
-    It is the one with the nearest learning rate, at most a factor of NEAR away, and of these the one with the most
-    settings in common.
+    The Adam run is of the same study, or of one that it is shown beside: the one with the nearest learning rate, at
+    most a factor of NEAR away, and of these the one with the most settings in common.
     Left out: where Adam hardly learnt, and a learning rate above final_lr, which makes AdaBound SGD on purpose.
     """
-    shown = [trial for contestant in results.contestants for trial in (*contestant.tuning, *contestant.finals)]
-    adams = [t for t in shown if t.state == "done" and t.opt == "adam" and _median_step(t) is not None]
+    ended = [t for c in results.contestants for t in (*c.tuning, *c.final) if t.state == "done"]
+    adams = [t for t in ended if t.opt == "adam" and _median_step(t) is not None]
     points = []
-    for trial in (own for own in results.trials if own.state == "done"):
-        settings = trial.config["settings"]
-        if trial.opt != "adabound" or settings["learning_rate"] > settings["final_lr"]:
+    for trial in results.trials:
+        if trial.state != "done" or trial.opt != "adabound" or _rate(trial) > trial.config["settings"]["final_lr"]:
             continue
         alike = [a for a in adams if a.stage == trial.stage and _distance(trial, a)[0] <= math.log(NEAR)]
         adam = min(alike, key=lambda other: _distance(trial, other), default=None)
@@ -74,7 +73,11 @@ def _final_bounds(trial: Trial) -> tuple[float, float]:
 
 def _learnt(trial: Trial) -> bool:
     """Whether it reaches four times the top-1 of guessing, or a half; a share of less than that shows nothing."""
-    return trial.accuracy() >= min(4 / len(trial.config["input"]["class_names"]), 0.5)
+    return trial.accuracy() >= min(4 / _classes(trial), 0.5)
+
+
+def _classes(trial: Trial) -> int:
+    return len(trial.config["input"]["class_names"])
 
 
 def _rate(trial: Trial) -> float:
@@ -96,12 +99,16 @@ def _distance(ours: Trial, theirs: Trial) -> tuple[float, int]:
 def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
     """Each AdaBound run by its ratio, a cross where the lower bound ends above 1, too. None without runs.
 
-    The first study and those that vary final_lr or gamma stand out; the latter are curves. The others are pale.
+    The first study, those with as many classes, and those that vary final_lr or gamma stand out; the last are curves.
+    The others are pale.
     """
     points = {study.name: found for study in studies if (found := upper_bound_points(study))}
     if not points:
         return None
-    by_loss = [study.name for study in studies if study.measure == "train_loss" and study.name in points]
+    studies = [study for study in studies if study.name in points]
+    by_loss = [study.name for study in studies if study.measure == "train_loss"]
+    classes = [_classes(next(trial for trial in study.trials if trial.state == "done")) for study in studies]
+    large = [study.name for study, number in zip(studies, classes, strict=True) if number == classes[0]]
     grids = [study.name for study in studies if any(c.labels.keys() & {"final_lr", "gamma"} for c in study.contestants)]
     shown = {name: title for name, title in PANELS.items() if name != "train_loss" or by_loss}
     figure, axes = panels(len(shown), 1, 6.4, 4.2)  # one below the other, so that a phone shows them
@@ -109,13 +116,14 @@ def plot_upper_bounds(studies: Sequence[StudyResults]) -> Figure | None:
         for number, (name, of_study) in enumerate(points.items()):
             if panel == "train_loss" and name not in by_loss:
                 continue
-            strong = number == 0 or name in grids
+            strong = name in (*large, *grids)
             look = {"color": f"C{number % 10}", "ms": 7 if strong else 4, "alpha": 1 if strong else 0.4}
-            look["zorder"] = 3 if number == 0 else 2
+            look["zorder"] = 3 if name in large else 2
             within = sorted((p.ratio, getattr(p, panel)) for p in of_study if not p.lower_above)
             beyond = [(p.ratio, getattr(p, panel)) for p in of_study if p.lower_above]
-            axis.plot(*np.reshape(within, (-1, 2)).T, "o-" if name in grids else "o", lw=1, label=label(name), **look)
-            axis.plot(*np.reshape(beyond, (-1, 2)).T, "x", **look)
+            axis.plot(*np.reshape(beyond, (-1, 2)).T, "x", label="" if within else label(name), **look)
+            if within:
+                axis.plot(*np.transpose(within), "o-" if name in grids else "o", lw=1, label=label(name), **look)
         axis.axvline(1, color="black", lw=1, ls="--")
         axis.set(xscale="log", title=title, xlabel="AdaBound's final upper bound over Adam's median step")
         if panel != "train_loss":

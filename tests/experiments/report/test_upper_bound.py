@@ -79,7 +79,7 @@ def test_the_run_of_adam_may_be_of_a_study_beside(copied):
         write(trial, 4000, learning_rate=adam.config["settings"]["learning_rate"], seed=adam.seed)
     assert points_of(copied / "map", "final") == []
     with open(copied / "map" / "protocol.toml", "a") as file:
-        file.write('[report]\nbeside = { small = ["Adam"] }\n')
+        file.write('[report]\nbeside = { small = ["Adam", "AdaBound"] }\n')
     points = points_of(copied / "map", "final")
     assert {point.adam_top1 for point in points} == {adam.accuracy()}
     assert {point.contestant.split(",")[0] for point in points} == {"bounds"}  # small's own runs are not points of map
