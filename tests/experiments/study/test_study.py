@@ -183,7 +183,7 @@ def check_trained_once(fake, trials=3):
 def test_killed_in_the_middle_it_goes_on(protocol, fake, out, whole_group, capsys):
     """SIGKILL while a run trains: the next worker continues that run, and no epoch is trained twice."""
     protocol.write_text(SMALL.replace("trials = 3", "trials = 1"))
-    process = start(protocol, out, seconds=1)
+    process = start(protocol, out, seconds=2)
     wait_for(lambda: fake.exists() and fake.read_text())
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
