@@ -87,6 +87,13 @@ def test_second_settings(texts):
     assert f"they reach {theirs} and {second}, and Adam's best setting {first}" in answer
 
 
+def test_a_deeper_network(texts):
+    (run,) = published("cars196_resnet101").find("Adam").finals
+    seed = run.config["settings"]["seed"]
+    said = f"Adam's run with seed {seed}, which reaches {run.accuracy():.1%} after {len(run.epochs)} epochs"
+    assert said in texts[2]
+
+
 def test_the_upper_bound(texts):
     readme, page, answer = texts
     study = published("cars196")
