@@ -56,6 +56,8 @@ def test_the_answer(texts):
     lost = theirs.interval().mean - adams.accuracy()  # by Adam at AdaBound's rate
     assert "so most of Adam's lead comes from the rate that tuning chose" in readme
     assert lost > -difference.mean / 2
+    rate, final_lr = (second.config["settings"][key] for key in ("learning_rate", "final_lr"))
+    assert f"With a rate of {1e4 * rate:.1f}e-4 and `final_lr` {final_lr:.1f} (`results/cars196`, second-best" in page
     assert "{:.0%}, {:.0%} and {:.0%} of its weights at the lower bound after 1, 12 and 30".format(*at_lower) in page
     assert f"Adam reaches {top1(study, 'Adam')}, AdaBound {top1(study, 'AdaBound')}" in page
     assert f"Adam reaches {top1(study, 'Adam')} and AdaBound {top1(study, 'AdaBound')}" in answer
@@ -158,7 +160,7 @@ def test_when_adabound_leads(texts):
     page = texts[1]
     ends = {tuple(c.labels.values()): c.interval().mean for c in published("origins").contestants}
     leads = [ends["AdaBound", *pair] > end for (opt, *pair), end in ends.items() if opt == "Adam" and pair[1] == "own"]
-    assert f"with BatchNorm, AdaBound is ahead in {sum(leads)} of {len(leads)} pairs (`results/origins`" in page
+    assert f"with BatchNorm, AdaBound is ahead of Adam in {sum(leads)} of {len(leads)} pairs (`results/origins`" in page
     early = []
     for study in map(published, ("cars196", "cars64_small", "cars64_small_gamma_one")):
         ours, theirs = (study.find(name).curve("test_top1")[1].mean(0) for name in ("AdaBound", "Adam"))
